@@ -1,0 +1,58 @@
+"""Loads the compiled operators, and what every family's ``op.py`` shares."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+try:
+    from nearfield import _C  # type: ignore[attr-defined]  # noqa: F401  (importing it registers torch.ops.nearfield.*)
+except ImportError as error:
+    raise ImportError(
+        "nearfield's compiled library nearfield/_C.abi3.so could not be loaded. Build it with "
+        "`pip install --no-build-isolation .` (or `python setup.py build_ext --inplace`) in the torch environment "
+        f"you run. The loader said: {error}"
+    ) from error
+
+FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Casts floating-point tensors to the autocast dtype when autocast is on for their device, as SDPA does."""
+    device_type = tensors[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+
+
+def shape_error(op: str, name: str, given: Tensor, expected: str) -> NoReturn:
+    """The one sentence for a wrong shape: the argument, what was given, what is supported."""
+    raise ValueError(f"{op}: {name} has shape {list(given.shape)}, expected {expected}")
+
+
+def check_tensors(op: str, **tensors: Tensor | None) -> None:
+    """Every tensor is dense, floating point, on one device; the first one sets the device."""
+    first_name, first = next((n, t) for n, t in tensors.items() if t is not None)
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.layout != torch.strided or tensor.is_nested:
+            raise NotImplementedError(f"{op}: {name} is a sparse or nested tensor; supported: dense tensors")
+        if tensor.device != first.device:
+            raise ValueError(f"{op}: {name} is on {tensor.device}, but {first_name} is on {first.device}")
+
+
+def check_same_dtype(op: str, **tensors: Tensor | None) -> None:
+    """The named tensors share one supported floating-point dtype."""
+    first_name, first = next((n, t) for n, t in tensors.items() if t is not None)
+    if first.dtype not in FLOAT_DTYPES:
+        supported = ", ".join(str(d).removeprefix("torch.") for d in FLOAT_DTYPES)
+        raise NotImplementedError(f"{op}: {first_name} has dtype {first.dtype}; supported: {supported}")
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype != first.dtype:
+            raise ValueError(f"{op}: {name} has dtype {tensor.dtype}, but {first_name} has {first.dtype}")
