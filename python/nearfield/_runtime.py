@@ -56,3 +56,17 @@ def check_same_dtype(op: str, **tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dtype != first.dtype:
             raise ValueError(f"{op}: {name} has dtype {tensor.dtype}, but {first_name} has {first.dtype}")
+
+
+def devices_with_kernel(operator: str) -> frozenset[str]:
+    """Device types for which this build has a kernel of ``nearfield::<operator>``. Call it at import."""
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    keys = {"cpu": "CPU", "cuda": "CUDA"}
+    return frozenset(d for d, key in keys.items() if has(f"nearfield::{operator}", key)) | {"meta"}
+
+
+def check_device(op: str, tensor: Tensor, devices: frozenset[str]) -> None:
+    """Raises when this build has no kernel for the tensor's device: never a silent detour through another one."""
+    if tensor.device.type not in devices:
+        supported = ", ".join(sorted(devices - {"meta"}))
+        raise NotImplementedError(f"{op}: no kernel for device {tensor.device} in this build; supported: {supported}")
