@@ -5,23 +5,11 @@
 #include <cstring>
 #include <limits>
 
-// One source, three instruction sets: the loader picks the best clone for the machine it runs on, so that
-// a wheel built anywhere uses AVX2 or AVX-512 where they exist.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define NEARFIELD_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define NEARFIELD_CLONES
-#endif
-
 namespace nearfield::cpu {
 namespace {
 
-constexpr int kPanel = 64;    // bytes in one row of a packed panel of B: one AVX-512 register
-constexpr int kRows = 6;      // rows of C held in registers; 6 x 64 bytes also fit the 16 AVX2 registers
+constexpr int kRows = 6;         // rows of C held in registers; 6 x 64 bytes also fit the 16 AVX2 registers
 constexpr int64_t kDepth = 512;  // depth of a panel: 32 KB, so that it stays in the L1 cache
-
-typedef float f32x16 __attribute__((vector_size(kPanel)));
-typedef double f64x8 __attribute__((vector_size(kPanel)));
 
 // Rows of C from registers: acc[r] = sum_p A(r, p) * panel[p]. Written once, instantiated inside each clone.
 template <int R, class T, class V>
@@ -52,9 +40,9 @@ __attribute__((always_inline)) inline void tile(int64_t k, const T* a, int64_t r
 }
 
 template <class T, class V>
-__attribute__((always_inline)) inline void panel_rows(int64_t m, int64_t k, const T* a, int64_t rs, int64_t cs,
-                                                      const V* panel, T alpha, T beta, T* c, int64_t ldc,
-                                                      int64_t width) {
+__attribute__((always_inline)) inline void panel_rows(int64_t m, int64_t k, const T* a, int64_t rs,
+                                                      int64_t cs, const V* panel, T alpha, T beta, T* c,
+                                                      int64_t ldc, int64_t width) {
   int64_t i = 0;
   for (; i + kRows <= m; i += kRows)
     tile<kRows>(k, a + i * rs, rs, cs, panel, alpha, beta, c + i * ldc, ldc, width);
@@ -62,20 +50,22 @@ __attribute__((always_inline)) inline void panel_rows(int64_t m, int64_t k, cons
   for (; i < m; ++i) tile<1>(k, a + i * rs, rs, cs, panel, alpha, beta, c + i * ldc, ldc, width);
 }
 
-NEARFIELD_CLONES void panel_f32(int64_t m, int64_t k, const float* a, int64_t rs, int64_t cs, const f32x16* panel,
-                                float alpha, float beta, float* c, int64_t ldc, int64_t width) {
+NEARFIELD_CLONES void panel_f32(int64_t m, int64_t k, const float* a, int64_t rs, int64_t cs,
+                                const f32x16* panel, float alpha, float beta, float* c, int64_t ldc,
+                                int64_t width) {
   panel_rows(m, k, a, rs, cs, panel, alpha, beta, c, ldc, width);
 }
-NEARFIELD_CLONES void panel_f64(int64_t m, int64_t k, const double* a, int64_t rs, int64_t cs, const f64x8* panel,
-                                double alpha, double beta, double* c, int64_t ldc, int64_t width) {
+NEARFIELD_CLONES void panel_f64(int64_t m, int64_t k, const double* a, int64_t rs, int64_t cs,
+                                const f64x8* panel, double alpha, double beta, double* c, int64_t ldc,
+                                int64_t width) {
   panel_rows(m, k, a, rs, cs, panel, alpha, beta, c, ldc, width);
 }
 void run_panel(int64_t m, int64_t k, const float* a, int64_t rs, int64_t cs, const f32x16* panel, float alpha,
                float beta, float* c, int64_t ldc, int64_t width) {
   panel_f32(m, k, a, rs, cs, panel, alpha, beta, c, ldc, width);
 }
-void run_panel(int64_t m, int64_t k, const double* a, int64_t rs, int64_t cs, const f64x8* panel, double alpha,
-               double beta, double* c, int64_t ldc, int64_t width) {
+void run_panel(int64_t m, int64_t k, const double* a, int64_t rs, int64_t cs, const f64x8* panel,
+               double alpha, double beta, double* c, int64_t ldc, int64_t width) {
   panel_f64(m, k, a, rs, cs, panel, alpha, beta, c, ldc, width);
 }
 
@@ -87,7 +77,13 @@ void gemm_impl(int64_t m, int64_t n, int64_t k, T alpha, MatrixView<T> A, Matrix
       for (int64_t j = 0; j < n; ++j) C[i * ldc + j] = beta == T(0) ? T(0) : beta * C[i * ldc + j];
     return;
   }
-  constexpr int64_t lanes = kPanel / sizeof(T);
+  constexpr int64_t lanes = kLanes<T>;
+  if (n == lanes && B.cs == 1 && B.rs == lanes && reinterpret_cast<uintptr_t>(B.data) % kPanel == 0) {
+    for (int64_t p0 = 0; p0 < k; p0 += kDepth)
+      run_panel(m, std::min(kDepth, k - p0), A.data + p0 * A.cs, A.rs, A.cs,
+                reinterpret_cast<const V*>(B.data + p0 * lanes), alpha, p0 == 0 ? beta : T(1), C, ldc, lanes);
+    return;
+  }
   alignas(kPanel) thread_local static T panel[kDepth * lanes];
   for (int64_t p0 = 0; p0 < k; p0 += kDepth) {
     const int64_t depth = std::min(kDepth, k - p0);
@@ -102,7 +98,8 @@ void gemm_impl(int64_t m, int64_t n, int64_t k, T alpha, MatrixView<T> A, Matrix
         }
       } else {
         for (int64_t j = 0; j < lanes; ++j)
-          for (int64_t p = 0; p < depth; ++p) panel[p * lanes + j] = j < width ? b[p * B.rs + j * B.cs] : T(0);
+          for (int64_t p = 0; p < depth; ++p)
+            panel[p * lanes + j] = j < width ? b[p * B.rs + j * B.cs] : T(0);
       }
       run_panel(m, depth, A.data + p0 * A.cs, A.rs, A.cs, reinterpret_cast<const V*>(panel), alpha,
                 p0 == 0 ? beta : T(1), C + j0, ldc, width);
@@ -151,14 +148,28 @@ NEARFIELD_CLONES float exp_sum_f32(float* x, int64_t n, float shift) {
   return sum;
 }
 
+NEARFIELD_CLONES void exp_panel_f32(float* x, int64_t n, const float* shift, const float* row_shift,
+                                    float* sum) {
+  f32x16 lane_shift, total{};
+  std::memcpy(&lane_shift, shift, kPanel);
+  for (int64_t i = 0; i < n; ++i) {
+    f32x16 v;
+    std::memcpy(&v, x + i * 16, kPanel);
+    v = exp_lanes(v - (row_shift ? lane_shift + row_shift[i] : lane_shift));
+    std::memcpy(x + i * 16, &v, kPanel);
+    total += v;
+  }
+  if (sum) std::memcpy(sum, &total, kPanel);
+}
+
 }  // namespace
 
 void gemm(int64_t m, int64_t n, int64_t k, float alpha, MatrixView<float> A, MatrixView<float> B, float beta,
           float* C, int64_t ldc) {
   gemm_impl<float, f32x16>(m, n, k, alpha, A, B, beta, C, ldc);
 }
-void gemm(int64_t m, int64_t n, int64_t k, double alpha, MatrixView<double> A, MatrixView<double> B, double beta,
-          double* C, int64_t ldc) {
+void gemm(int64_t m, int64_t n, int64_t k, double alpha, MatrixView<double> A, MatrixView<double> B,
+          double beta, double* C, int64_t ldc) {
   gemm_impl<double, f64x8>(m, n, k, alpha, A, B, beta, C, ldc);
 }
 
@@ -167,6 +178,19 @@ double exp_sum(double* x, int64_t n, double shift) {
   double sum = 0;
   for (int64_t i = 0; i < n; ++i) sum += x[i] = std::exp(x[i] - shift);
   return sum;
+}
+
+void exp_panel(float* x, int64_t n, const float* shift, const float* row_shift, float* sum) {
+  exp_panel_f32(x, n, shift, row_shift, sum);
+}
+void exp_panel(double* x, int64_t n, const double* shift, const double* row_shift, double* sum) {
+  double total[kLanes<double>] = {};
+  for (int64_t i = 0; i < n; ++i)
+    for (int lane = 0; lane < kLanes<double>; ++lane) {
+      double& v = x[i * kLanes<double> + lane];
+      total[lane] += v = std::exp(v - (row_shift ? shift[lane] + row_shift[i] : shift[lane]));
+    }
+  if (sum) std::memcpy(sum, total, sizeof(total));
 }
 
 }  // namespace nearfield::cpu

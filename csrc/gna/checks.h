@@ -1,0 +1,131 @@
+// Argument checks that the CPU and the CUDA implementation share. They are terse: the sentences for users are
+// in op.py.
+#pragma once
+
+#include <limits>
+
+#include "gna/gna.h"
+#include "tensor_checks.h"
+
+namespace nearfield::gna {
+
+using OptionalTensor = std::optional<Tensor>;
+using Ints = std::vector<int64_t>;
+
+// Checks every shape, dtype and window parameter of an op and returns the sizes.
+inline Problem check_problem(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
+                             const OptionalTensor& additional_k, const OptionalTensor& additional_v,
+                             const Ints& kernel_size, const Ints& stride, const Ints& dilation,
+                             const Ints& is_causal) {
+  const int rank = static_cast<int>(q.dim()) - 3;
+  STD_TORCH_CHECK(rank >= 1 && rank <= 3, op, ": q has ", q.dim(), " dimensions, expected 4, 5 or 6");
+  STD_TORCH_CHECK(k.dim() == q.dim() && v.dim() == q.dim(), op,
+                  ": q, k and v differ in their number of dimensions");
+  const auto n = static_cast<size_t>(rank);
+  STD_TORCH_CHECK(
+      kernel_size.size() == n && stride.size() == n && dilation.size() == n && is_causal.size() == n, op,
+      ": kernel_size, stride, dilation and is_causal need ", rank, " entries each");
+
+  Problem p{};
+  p.rank = rank;
+  p.batch = q.size(0);
+  p.heads = q.size(rank + 1);
+  p.dim = q.size(rank + 2);
+  p.heads_kv = k.size(rank + 1);
+  p.dim_v = v.size(rank + 2);
+  for (int d = 0; d < 3; ++d) {
+    const int i = d - (3 - rank);  // the caller's dimension
+    p.size[d] = p.window[d] = p.stride[d] = p.dilation[d] = 1;
+    p.causal[d] = false;
+    if (i < 0) continue;
+    const int64_t size = q.size(i + 1);
+    STD_TORCH_CHECK(size < std::numeric_limits<int>::max() / 2, op, ": dimension ", i, " has size ", size,
+                    ", which is too large");
+    // Bounded one by one, so that the product below cannot overflow.
+    STD_TORCH_CHECK(kernel_size[i] >= 1 && kernel_size[i] <= size && dilation[i] >= 1 &&
+                        dilation[i] <= size && kernel_size[i] * dilation[i] <= size,
+                    op, ": kernel_size ", kernel_size[i], " times dilation ", dilation[i], " exceeds size ",
+                    size, " of dimension ", i);
+    STD_TORCH_CHECK(stride[i] >= 1 && stride[i] <= kernel_size[i], op, ": stride ", stride[i],
+                    " is not in 1..kernel_size (", kernel_size[i], ") of dimension ", i);
+    p.size[d] = static_cast<int>(size);
+    p.window[d] = static_cast<int>(kernel_size[i]);
+    p.stride[d] = static_cast<int>(stride[i]);
+    p.dilation[d] = static_cast<int>(dilation[i]);
+    p.causal[d] = is_causal[i] != 0;
+  }
+
+  std::vector<int64_t> want(q.sizes().data(), q.sizes().data() + rank + 3);
+  want[rank + 1] = p.heads_kv;
+  check_shape(op, "k", k, want);
+  want[rank + 2] = p.dim_v;
+  check_shape(op, "v", v, want);
+  STD_TORCH_CHECK(p.dim >= 1 && p.dim_v >= 1, op, ": the head dims of q and v must be at least 1");
+  STD_TORCH_CHECK(p.heads_kv == 0 ? p.heads == 0 : p.heads % p.heads_kv == 0, op, ": ", p.heads,
+                  " query heads are not a multiple of ", p.heads_kv, " key/value heads");
+
+  STD_TORCH_CHECK(defined(additional_k) == defined(additional_v), op,
+                  ": additional_k and additional_v are given both or not at all");
+  if (defined(additional_k)) {
+    STD_TORCH_CHECK(additional_k->dim() == 4, op, ": additional_k has ", additional_k->dim(),
+                    " dimensions, expected 4");
+    p.additional = additional_k->size(1);
+    check_shape(op, "additional_k", *additional_k, {p.batch, p.additional, p.heads_kv, p.dim});
+    check_shape(op, "additional_v", *additional_v, {p.batch, p.additional, p.heads_kv, p.dim_v});
+    for (const Tensor& t : {*additional_k, *additional_v}) {
+      check_dtype(op, "additional_k / additional_v", t, q.scalar_type());
+      check_same_device(op, "additional_k / additional_v", t, q);
+    }
+  }
+  check_dtype(op, "k", k, q.scalar_type());
+  check_dtype(op, "v", v, q.scalar_type());
+  check_same_device(op, "k", k, q);
+  check_same_device(op, "v", v, q);
+  return p;
+}
+
+// dtype of lse, of its gradient and of every other statistic.
+inline ScalarType statistics_dtype(const Tensor& q) {
+  return q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// What the forward saved and what arrives from behind, on top of check_problem.
+inline void check_gradients(const char* op, const Problem& p, const Tensor& q, const Tensor& dout,
+                            const OptionalTensor& dlse, const Tensor& out, const Tensor& lse) {
+  std::vector<int64_t> want(q.sizes().data(), q.sizes().data() + p.rank + 3);
+  want[p.rank + 2] = p.dim_v;
+  check_shape(op, "out", out, want);
+  check_shape(op, "dout", dout, want);
+  want.pop_back();
+  check_shape(op, "lse", lse, want);
+  check_dtype(op, "out", out, q.scalar_type());
+  check_dtype(op, "dout", dout, q.scalar_type());
+  check_dtype(op, "lse", lse, statistics_dtype(q));
+  check_same_device(op, "out", out, q);
+  check_same_device(op, "dout", dout, q);
+  check_same_device(op, "lse", lse, q);
+  if (defined(dlse)) {
+    check_shape(op, "dlse", *dlse, want);
+    check_dtype(op, "dlse", *dlse, statistics_dtype(q));
+    check_same_device(op, "dlse", *dlse, q);
+  }
+}
+
+// The tensor itself if its innermost stride is 1, else a contiguous copy.
+inline Tensor readable(const Tensor& t) {
+  return t.size(t.dim() - 1) == 1 || t.stride(t.dim() - 1) == 1 ? t : torch::stable::contiguous(t);
+}
+
+// Pointer and strides of [B, X.., H, features], or of a statistic [B, X.., H] (features = false).
+template <class T>
+Tokens<T> tokens_of(const Tensor& t, int rank, bool features = true) {
+  Tokens<T> view;
+  view.data = static_cast<T*>(t.data_ptr());
+  view.batch = t.stride(0);
+  for (int i = 0; i < rank; ++i) view.x[3 - rank + i] = t.stride(i + 1);
+  view.head = t.stride(rank + 1);
+  STD_TORCH_CHECK(t.dim() == rank + 2 + (features ? 1 : 0), "tokens_of: wrong rank");
+  return view;
+}
+
+}  // namespace nearfield::gna

@@ -1,0 +1,78 @@
+// The contract between the Torch side of neighborhood attention and its kernels: sizes, strides and pointers.
+// No Torch here. The mathematics and the glossary are in README.md.
+#pragma once
+
+#include <cstdint>
+
+#include "nearfield/window.h"
+
+namespace nearfield::gna {
+
+// Sizes and window parameters. One- and two-dimensional problems are padded on the left with dimensions of
+// length 1 (window 1, stride 1, dilation 1, not causal), so that kernels know three dimensions only.
+struct Problem {
+  int rank;  // spatial dimensions the caller gave: 1, 2 or 3
+  int64_t batch;
+  int size[3];  // X_1, X_2, X_3
+  int64_t heads, heads_kv;
+  int64_t dim, dim_v;
+  int window[3], stride[3], dilation[3];
+  bool causal[3];
+  int64_t additional;  // extra keys that every query sees; 0 if none are given
+
+  int64_t tokens() const { return static_cast<int64_t>(size[0]) * size[1] * size[2]; }
+  int64_t groups() const { return static_cast<int64_t>(dilation[0]) * dilation[1] * dilation[2]; }
+  int64_t heads_per_kv() const { return heads_kv ? heads / heads_kv : 0; }
+  // Dimension d inside dilation group r of that dimension.
+  Window axis(int d, int r) const {
+    return {group_length(size[d], dilation[d], r), window[d], stride[d], causal[d]};
+  }
+};
+
+// A tensor [batch, X_1, X_2, X_3, heads, features] whose features are contiguous; all strides in elements.
+// Extra tokens [batch, M, heads, features] use the last spatial stride, statistics [batch, X_1, X_2, X_3,
+// heads] have one feature.
+template <class T>
+struct Tokens {
+  T* data = nullptr;
+  int64_t batch = 0;
+  int64_t x[3] = {0, 0, 0};
+  int64_t head = 0;
+
+  T* at(int64_t b, int64_t h) const { return data + b * batch + h * head; }
+};
+
+// T: element type, C: type of computation and of the statistics.
+template <class T, class C>
+struct FwdParams {
+  Problem problem;
+  double scale;
+  Tokens<const T> q, k, v;       // [B, X, H, D], [B, X, Hkv, D], [B, X, Hkv, Dv]
+  Tokens<const T> add_k, add_v;  // [B, M, Hkv, D], [B, M, Hkv, Dv]
+  Tokens<T> out;                 // [B, X, H, Dv]
+  Tokens<C> lse;                 // [B, X, H]
+};
+
+template <class T, class C>
+struct BwdParams {
+  Problem problem;
+  double scale;
+  Tokens<const T> q, k, v, add_k, add_v, out, dout;
+  Tokens<const C> lse, dlse;  // dlse.data may be null: no gradient arrives there
+  Tokens<T> dq, dk, dv;       // as q, k, v
+  Tokens<T> add_dk, add_dv;   // as add_k, add_v
+  Tokens<C> delta;            // scratch [B, X, H]: rowsum(dout * out) - dlse
+  int64_t chunks;             // parts of the queries whose share of add_dk and add_dv is summed separately
+  C* partial;                 // scratch [B, Hkv, chunks, M, D + Dv]
+};
+
+// Parts in which the gradients of the additional tokens are summed. Depends on sizes only, never on the
+// number of threads, so that repeated runs agree bit by bit.
+int64_t additional_chunks(const Problem& problem);
+
+template <class T, class C>
+void run_fwd_cpu(const FwdParams<T, C>& params);
+template <class T, class C>
+void run_bwd_cpu(const BwdParams<T, C>& params);
+
+}  // namespace nearfield::gna

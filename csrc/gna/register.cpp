@@ -1,0 +1,111 @@
+// Schemas of nearfield::gna_fwd and nearfield::gna_bwd, and their CPU implementation: checks, allocation,
+// parameters. CUDA registers its own implementation of the same schemas in a file of its own.
+#include "gna/checks.h"
+
+namespace nearfield::gna {
+namespace {
+
+std::vector<int64_t> shape_of(const Tensor& t) { return {t.sizes().data(), t.sizes().data() + t.dim()}; }
+
+std::tuple<Tensor, Tensor> fwd_cpu(Tensor q, Tensor k, Tensor v, OptionalTensor additional_k,
+                                   OptionalTensor additional_v, Ints kernel_size, Ints stride, Ints dilation,
+                                   Ints is_causal, double scale) {
+  const char* op = "gna_fwd";
+  const Problem p =
+      check_problem(op, q, k, v, additional_k, additional_v, kernel_size, stride, dilation, is_causal);
+  auto shape = shape_of(q);
+  shape.back() = p.dim_v;
+  Tensor out = torch::stable::new_empty(q, shape);
+  shape.pop_back();
+  Tensor lse = torch::stable::new_empty(q, shape, statistics_dtype(q));
+  dispatch_cpu_dtype(op, "q", q.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    q = readable(q), k = readable(k), v = readable(v);
+    FwdParams<T, compute_t<T>> params{};
+    params.problem = p;
+    params.scale = scale;
+    params.q = tokens_of<const T>(q, p.rank);
+    params.k = tokens_of<const T>(k, p.rank);
+    params.v = tokens_of<const T>(v, p.rank);
+    if (defined(additional_k)) {
+      additional_k = readable(*additional_k), additional_v = readable(*additional_v);
+      params.add_k = tokens_of<const T>(*additional_k, 1);
+      params.add_v = tokens_of<const T>(*additional_v, 1);
+    }
+    params.out = tokens_of<T>(out, p.rank);
+    params.lse = tokens_of<compute_t<T>>(lse, p.rank, false);
+    run_fwd_cpu(params);
+  });
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cpu(Tensor dout, OptionalTensor dlse, Tensor q,
+                                                           Tensor k, Tensor v, Tensor out, Tensor lse,
+                                                           OptionalTensor additional_k,
+                                                           OptionalTensor additional_v, Ints kernel_size,
+                                                           Ints stride, Ints dilation, Ints is_causal,
+                                                           double scale) {
+  const char* op = "gna_bwd";
+  const Problem p =
+      check_problem(op, q, k, v, additional_k, additional_v, kernel_size, stride, dilation, is_causal);
+  check_gradients(op, p, q, dout, dlse, out, lse);
+  const bool with_additional = defined(additional_k);
+  Tensor dq = torch::stable::new_empty(q, shape_of(q));
+  Tensor dk = torch::stable::new_empty(q, shape_of(k));
+  Tensor dv = torch::stable::new_empty(q, shape_of(v));
+  Tensor add_dk = torch::stable::new_empty(q, with_additional ? shape_of(*additional_k) : Ints{0});
+  Tensor add_dv = torch::stable::new_empty(q, with_additional ? shape_of(*additional_v) : Ints{0});
+  const int64_t chunks = with_additional ? additional_chunks(p) : 0;
+  const auto stat = statistics_dtype(q);
+  Tensor delta = torch::stable::new_empty(q, shape_of(lse), stat);
+  Tensor partial =
+      torch::stable::new_empty(q, {p.batch * p.heads_kv * chunks * p.additional * (p.dim + p.dim_v)}, stat);
+  dispatch_cpu_dtype(op, "q", q.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    using C = compute_t<T>;
+    q = readable(q), k = readable(k), v = readable(v), out = readable(out), dout = readable(dout);
+    BwdParams<T, C> params{};
+    params.problem = p;
+    params.scale = scale;
+    params.q = tokens_of<const T>(q, p.rank);
+    params.k = tokens_of<const T>(k, p.rank);
+    params.v = tokens_of<const T>(v, p.rank);
+    params.out = tokens_of<const T>(out, p.rank);
+    params.dout = tokens_of<const T>(dout, p.rank);
+    params.lse = tokens_of<const C>(lse, p.rank, false);
+    if (defined(dlse)) params.dlse = tokens_of<const C>(*dlse, p.rank, false);
+    params.dq = tokens_of<T>(dq, p.rank);
+    params.dk = tokens_of<T>(dk, p.rank);
+    params.dv = tokens_of<T>(dv, p.rank);
+    if (with_additional) {
+      additional_k = readable(*additional_k), additional_v = readable(*additional_v);
+      params.add_k = tokens_of<const T>(*additional_k, 1);
+      params.add_v = tokens_of<const T>(*additional_v, 1);
+      params.add_dk = tokens_of<T>(add_dk, 1);
+      params.add_dv = tokens_of<T>(add_dv, 1);
+    }
+    params.delta = tokens_of<C>(delta, p.rank, false);
+    params.chunks = chunks;
+    params.partial = static_cast<C*>(partial.data_ptr());
+    run_bwd_cpu(params);
+  });
+  return {dq, dk, dv, add_dk, add_dv};
+}
+
+}  // namespace
+}  // namespace nearfield::gna
+
+STABLE_TORCH_LIBRARY_FRAGMENT(nearfield, m) {
+  m.def(
+      "gna_fwd(Tensor q, Tensor k, Tensor v, Tensor? additional_k, Tensor? additional_v, int[] kernel_size, "
+      "int[] stride, int[] dilation, int[] is_causal, float scale) -> (Tensor, Tensor)");
+  m.def(
+      "gna_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+      "Tensor? additional_k, Tensor? additional_v, int[] kernel_size, int[] stride, int[] dilation, "
+      "int[] is_causal, float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(nearfield, CPU, m) {
+  m.impl("gna_fwd", TORCH_BOX(&nearfield::gna::fwd_cpu));
+  m.impl("gna_bwd", TORCH_BOX(&nearfield::gna::bwd_cpu));
+}

@@ -1,0 +1,6 @@
+"""Neighborhood attention in one, two and three dimensions."""
+
+from nearfield.gna.op import merge_attentions, neighborhood_attention
+from nearfield.gna.reference import neighborhood_attention_reference
+
+__all__ = ["merge_attentions", "neighborhood_attention", "neighborhood_attention_reference"]

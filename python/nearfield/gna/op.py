@@ -1,0 +1,263 @@
+"""Neighborhood attention: public functions, fake kernels, autograd rule. Kernels are in ``csrc/gna``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nearfield import _runtime
+
+_OP = "neighborhood_attention"
+_DEVICES = _runtime.devices_with_kernel("gna_fwd")
+
+
+def neighborhood_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kernel_size: int | Sequence[int | None] | None,
+    *,
+    stride: int | Sequence[int] = 1,
+    dilation: int | Sequence[int] = 1,
+    is_causal: bool | Sequence[bool] = False,
+    scale: float | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of every position of a 1-, 2- or 3-dimensional grid to the window of positions around it.
+
+    Per dimension, a query sees ``kernel_size`` keys, ``dilation`` apart, as centred as the border allows (at
+    the border the window is shifted, not cut). ``stride`` consecutive queries share one window. In a causal
+    dimension the window ends at the query itself and is cut at the border. The neighborhood is the product of
+    these sets over the dimensions.
+
+    Args:
+        q: ``[B, *X, H, D]``, with ``X`` of 1, 2 or 3 spatial dimensions.
+        k: ``[B, *X, Hkv, D]``; ``H`` a multiple of ``Hkv``; consecutive query heads share a head of k and v.
+        v: ``[B, *X, Hkv, Dv]``.
+        kernel_size: one value, or one per dimension; -1 or None: the largest that fits, ``X // dilation``.
+        stride: at most ``kernel_size``; one value, or one per dimension.
+        dilation: ``kernel_size * dilation`` is at most ``X``; one value, or one per dimension.
+        is_causal: one bool, or one per dimension.
+        scale: factor of the scores; None: ``D ** -0.5``.
+        additional_keys: ``[B, M, Hkv, D]``, further tokens that every query sees (text, registers).
+        additional_values: ``[B, M, Hkv, Dv]``.
+        return_lse: also return the natural logarithm of the softmax's denominator, which is differentiable.
+
+    Returns:
+        ``out [B, *X, H, Dv]``, or ``(out, lse)`` with ``lse [B, *X, H]`` in float32 (for float64: float64).
+    """
+    _runtime.check_tensors(
+        _OP, q=q, k=k, v=v, additional_keys=additional_keys, additional_values=additional_values
+    )
+    if additional_keys is None or additional_values is None:
+        if additional_keys is not None or additional_values is not None:
+            given, missing = ("keys", "values") if additional_values is None else ("values", "keys")
+            raise ValueError(
+                f"{_OP}: additional_{given} is given without additional_{missing}; give both or neither"
+            )
+        q, k, v = _runtime.autocast(q, k, v)
+    else:
+        q, k, v, additional_keys, additional_values = _runtime.autocast(
+            q, k, v, additional_keys, additional_values
+        )
+    _runtime.check_device(_OP, q, _DEVICES)
+    _runtime.check_same_dtype(
+        _OP, q=q, k=k, v=v, additional_keys=additional_keys, additional_values=additional_values
+    )
+    _check_shapes(q, k, v, additional_keys, additional_values)
+    size = tuple(q.shape[1:-2])
+    window, strides, dilations, causal = _window_parameters(size, kernel_size, stride, dilation, is_causal)
+    out, lse = torch.ops.nearfield.gna_fwd(
+        q, k, v, additional_keys, additional_values, window, strides, dilations, causal, _scale(scale, q)
+    )
+    return (out, lse) if return_lse else out
+
+
+def merge_attentions(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Joins attention of the same queries over disjoint sets of keys, as if it had been computed at once.
+
+    Args:
+        outputs: one ``[..., H, Dv]`` per set of keys.
+        lses: one ``[..., H]`` per set of keys; -inf where a set is empty.
+
+    Returns:
+        ``(out, lse)``: ``out`` in the dtype of the first output, ``lse`` in float32, for float64 in float64.
+    """
+    op = "merge_attentions"
+    if len(outputs) == 0 or len(outputs) != len(lses):
+        raise ValueError(
+            f"{op}: got {len(outputs)} outputs and {len(lses)} lses, expected as many, at least one"
+        )
+    for i, (out, lse) in enumerate(zip(outputs, lses, strict=True)):
+        _runtime.check_tensors(op, **{"outputs[0]": outputs[0], f"outputs[{i}]": out, f"lses[{i}]": lse})
+        if out.shape != outputs[0].shape:
+            _runtime.shape_error(op, f"outputs[{i}]", out, f"{list(outputs[0].shape)} as outputs[0]")
+        if lse.shape != out.shape[:-1]:
+            _runtime.shape_error(
+                op, f"lses[{i}]", lse, f"{list(out.shape[:-1])}, that of outputs[{i}] without features"
+            )
+    dtype = torch.float64 if outputs[0].dtype == torch.float64 else torch.float32
+    parts = torch.stack([lse.to(dtype) for lse in lses])
+    lse = parts.logsumexp(0)
+    weights = (parts - lse).exp()
+    out = weights[0][..., None] * outputs[0].to(dtype)
+    for weight, part in zip(weights[1:], outputs[1:], strict=True):
+        out = out + weight[..., None] * part.to(dtype)
+    return out.to(outputs[0].dtype), lse
+
+
+def _scale(scale: float | None, q: Tensor) -> float:
+    if scale is None:
+        return 1.0 / math.sqrt(q.shape[-1])
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"{_OP}: scale must be a float or None, got {type(scale).__name__}")
+    if not math.isfinite(scale):
+        raise ValueError(f"{_OP}: scale is {scale}, expected a finite number")
+    return float(scale)
+
+
+def _check_shapes(
+    q: Tensor, k: Tensor, v: Tensor, additional_k: Tensor | None, additional_v: Tensor | None
+) -> None:
+    if q.dim() not in (4, 5, 6):
+        _runtime.shape_error(_OP, "q", q, "[B, *X, H, D] with 1, 2 or 3 spatial dimensions X")
+    for name, t in (("k", k), ("v", v)):
+        if t.dim() != q.dim() or t.shape[:-2] != q.shape[:-2]:
+            _runtime.shape_error(
+                _OP,
+                name,
+                t,
+                f"the batch and spatial sizes of q, {list(q.shape[:-2])}, then heads and features",
+            )
+    if k.shape[-1] != q.shape[-1]:
+        _runtime.shape_error(_OP, "k", k, f"the head dim of q, {q.shape[-1]}")
+    if v.shape[-2] != k.shape[-2]:
+        _runtime.shape_error(_OP, "v", v, f"as many heads as k, {k.shape[-2]}")
+    heads, heads_kv = q.shape[-2], k.shape[-2]
+    if heads != heads_kv and (heads_kv == 0 or heads == 0 or heads % heads_kv != 0):
+        raise ValueError(
+            f"{_OP}: q has {heads} heads, expected a multiple of the {heads_kv} heads of k and v"
+        )
+    if q.shape[-1] == 0 or v.shape[-1] == 0:
+        raise ValueError(
+            f"{_OP}: head dims must be at least 1, got {q.shape[-1]} of q and {v.shape[-1]} of v"
+        )
+    if additional_k is not None and additional_v is not None:
+        tokens = additional_k.shape[1] if additional_k.dim() == 4 else 0
+        for name, t, like in (("additional_keys", additional_k, k), ("additional_values", additional_v, v)):
+            ends = (q.shape[0], like.shape[-2], like.shape[-1])
+            if t.dim() != 4 or (t.shape[0], t.shape[2], t.shape[3]) != ends:
+                _runtime.shape_error(_OP, name, t, f"[{ends[0]}, M, {ends[1]}, {ends[2]}]")
+            if t.shape[1] != tokens:
+                _runtime.shape_error(_OP, name, t, f"as many tokens as additional_keys, {tokens}")
+        if tokens < 1:
+            _runtime.shape_error(_OP, "additional_keys", additional_k, "at least one token")
+
+
+def _window_parameters(
+    size: tuple[int, ...], kernel_size: object, stride: object, dilation: object, is_causal: object
+) -> tuple[list[int], list[int], list[int], list[int]]:
+    """The four parameters as lists with one entry per dimension, checked against each other and the sizes."""
+    n = len(size)
+    kernel_size = [-1 if w is None else w for w in _per_dimension("kernel_size", kernel_size, n)]
+    windows = _integers("kernel_size", kernel_size)
+    strides = _integers("stride", _per_dimension("stride", stride, n))
+    dilations = _integers("dilation", _per_dimension("dilation", dilation, n))
+    causal = _per_dimension("is_causal", is_causal, n)
+    for c in causal:
+        if not isinstance(c, bool):
+            raise TypeError(f"{_OP}: is_causal must be a bool or one bool per dimension, got {is_causal!r}")
+    for name, values in (("stride", strides), ("dilation", dilations)):
+        if any(value < 1 for value in values):
+            raise ValueError(f"{_OP}: {name} is {values}, expected at least 1 in every dimension")
+    windows = [x // d if w == -1 else w for w, d, x in zip(windows, dilations, size, strict=True)]
+    if any(w < 1 for w in windows):
+        raise ValueError(
+            f"{_OP}: kernel_size is {kernel_size} for input size {list(size)} and dilation {dilations},"
+            " expected at least 1 in every dimension, or -1 or None for the whole dimension"
+        )
+    if any(w * d > x for w, d, x in zip(windows, dilations, size, strict=True)):
+        raise ValueError(
+            f"{_OP}: the product of kernel_size {windows} and dilation {dilations} exceeds the input size"
+            f" {list(size)}"
+        )
+    if any(s > w for s, w in zip(strides, windows, strict=True)):
+        raise ValueError(
+            f"{_OP}: stride is {strides}, expected at most kernel_size {windows}, else no query sees the keys"
+            " in between"
+        )
+    return windows, strides, dilations, [int(c) for c in causal]
+
+
+def _per_dimension(name: str, value: object, n: int) -> list[Any]:
+    if not isinstance(value, (tuple, list)):
+        return [value] * n
+    if len(value) != n:
+        raise ValueError(
+            f"{_OP}: {name} is {value!r}, expected one value or {n}, one per spatial dimension of q"
+        )
+    return list(value)
+
+
+def _integers(name: str, values: list[Any]) -> list[int]:
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+            raise TypeError(f"{_OP}: {name} must be an int or one int per dimension, got {value!r}")
+    return values
+
+
+def _fwd_fake(
+    q: Tensor, k: Tensor, v: Tensor, additional_k: Tensor | None, additional_v: Tensor | None,
+    kernel_size: list[int], stride: list[int], dilation: list[int], is_causal: list[int], scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    stat = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty(q.shape[:-1], dtype=stat)
+
+
+def _bwd_fake(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    additional_k: Tensor | None, additional_v: Tensor | None,
+    kernel_size: list[int], stride: list[int], dilation: list[int], is_causal: list[int], scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    shapes = [t.shape if t is not None else (0,) for t in (q, k, v, additional_k, additional_v)]
+    dq, dk, dv, add_dk, add_dv = (q.new_empty(shape) for shape in shapes)
+    return dq, dk, dv, add_dk, add_dv
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, additional_k, additional_v, *ctx.parameters = inputs
+    ctx.save_for_backward(q, k, v, *output, additional_k, additional_v)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, out, lse, additional_k, additional_v = ctx.saved_tensors
+    if dout is None:
+        if dlse is None:
+            return (None,) * 10
+        dout = torch.zeros_like(out)
+    dq, dk, dv, add_dk, add_dv = torch.ops.nearfield.gna_bwd(
+        dout, dlse, q, k, v, out, lse, additional_k, additional_v, *ctx.parameters
+    )
+    if additional_k is None:
+        return dq, dk, dv, *(None,) * 7
+    return dq, dk, dv, add_dk, add_dv, *(None,) * 5
+
+
+torch.library.register_fake("nearfield::gna_fwd", _fwd_fake)
+torch.library.register_fake("nearfield::gna_bwd", _bwd_fake)
+torch.library.register_autograd("nearfield::gna_fwd", _backward, setup_context=_setup_context)
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
+    raise NotImplementedError(f"{_OP}: second derivatives are not implemented; supported: first derivatives")
+
+
+# Without a rule, torch would treat the gradients as constants and only warn.
+torch.library.register_autograd("nearfield::gna_bwd", _no_second_derivative)
