@@ -126,14 +126,12 @@ def run(out: Path, progress: Progress, use_gpu: bool) -> Result:
         reached = next((s for s, a in zip(steps, accuracies, strict=True) if a >= 0.9), None)
         note = f"{accuracies[-1]:.1%}, 90% after {reached or '> ' + str(STEPS)} steps"
         rows.append(Row(f"recall {PAIRS} pairs", method, note, seconds, str(where), ours=ours))
-        axis.plot(steps, accuracies, color=ACCENT if ours else GREY, linewidth=2.5)
-        axis.annotate(
-            method, (steps[len(steps) // 2], accuracies[len(steps) // 2]), xytext=(8, -14),
-            textcoords="offset points", color=ACCENT if ours else GREY, weight="bold" if ours else "normal",
-        )  # fmt: skip
+        label = f"{method}: {accuracies[-1]:.1%}"
+        axis.plot(steps, accuracies, color=ACCENT if ours else GREY, linewidth=2.5, label=label)
     torch.set_num_threads(threads)
     axis.set(xlabel="training step", ylabel="accuracy on unseen sequences", ylim=(0, 1.03), xlim=(0, STEPS))
     axis.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
+    axis.legend(frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0), columnspacing=1.6)
     save_figure(figure, out / "recall.png")
     text = (
         f"Sequences tell {PAIRS} pairs out of {SYMBOLS} keys and {SYMBOLS} values and then ask for all of them. Both "
