@@ -253,3 +253,11 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tenso
 torch.library.register_fake("nearfield::gna_fwd", _fwd_fake)
 torch.library.register_fake("nearfield::gna_bwd", _bwd_fake)
 torch.library.register_autograd("nearfield::gna_fwd", _backward, setup_context=_setup_context)
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
+    raise NotImplementedError(f"{_OP}: second derivatives are not implemented; supported: first derivatives")
+
+
+# Without a rule, torch would treat the gradients as constants and only warn.
+torch.library.register_autograd("nearfield::gna_bwd", _no_second_derivative)
