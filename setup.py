@@ -130,7 +130,7 @@ setup(
     version=VERSION,
     package_dir={"": "python"},
     packages=find_packages("python"),
-    package_data={"nearfield": ["py.typed"]},
+    package_data={"nearfield": ["py.typed", "*.pyi"]},
     ext_modules=extensions(),
     cmdclass={"build_ext": Build},
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if os.environ.get("NEARFIELD_PLANNER") == "0" else {},

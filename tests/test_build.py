@@ -1,0 +1,74 @@
+"""What a build promises: its public names, its imports, what the library links."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nearfield
+import pytest
+
+PACKAGE = Path(nearfield.__file__).parent
+ROOT = Path(__file__).parent.parent
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if "demo" not in path.relative_to(PACKAGE).parts)
+
+
+def imported_packages(source: str) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            names.add(node.module or "")
+    return {name.split(".")[0] for name in names}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_only_torch_and_the_standard_library_are_imported(path: Path) -> None:
+    foreign = imported_packages(path.read_text()) - set(sys.stdlib_module_names) - {"torch", "nearfield"}
+    assert not foreign
+
+
+def test_importing_leaves_the_demo_alone() -> None:
+    code = (
+        "import nearfield, sys; print([m for m in sys.modules if m.split('.')[:2] == ['nearfield', 'demo']])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_all_is_the_promise() -> None:
+    public = {name for name in vars(nearfield) if not name.startswith("_")} | {"__version__"}
+    assert public == set(nearfield.__all__)
+
+
+def test_the_package_is_typed() -> None:
+    assert (PACKAGE / "py.typed").exists()
+    assert (PACKAGE / "_planner.pyi").exists()
+
+
+def test_versions_agree() -> None:
+    match = re.search(r'^VERSION = "(.+)"$', (ROOT / "setup.py").read_text(), re.MULTILINE)
+    assert match is not None
+    assert match[1] == nearfield.__version__
+    assert f"## {nearfield.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_one_library_for_every_python() -> None:
+    assert [path.name for path in PACKAGE.glob("_C*.so")] == ["_C.abi3.so"]
+
+
+def test_the_library_names_libtorch() -> None:
+    # The symbol of the CUDA stream is weak. A linker that drops libtorch.so as unneeded leaves it null even where
+    # torch has CUDA.
+    assert b"\0libtorch.so\0" in (PACKAGE / "_C.abi3.so").read_bytes()
+
+
+def test_no_library_of_the_cuda_toolkit_is_needed() -> None:
+    library = (PACKAGE / "_C.abi3.so").read_bytes()
+    needed = set(re.findall(rb"\0(lib(?:cuda|cudart|c10_cuda|torch_cuda)\.so[.0-9]*)\0", library))
+    assert not needed
