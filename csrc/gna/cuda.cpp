@@ -119,14 +119,15 @@ void enter_group(Tokens<T>& t, int d, int r, int64_t step, int element_bytes) {
   t.x[d] *= step;
 }
 
-// The copy engine steps over at most 8 positions. A dimension with a larger dilation is launched group by group.
-constexpr int kMaxStep = 8;
+// The copy engine steps over at most 8 positions and spans at most 256, of which a box on a line holds over 100.
+// A dimension with a larger dilation is launched group by group.
+constexpr int max_step(int rank) { return rank == 1 ? 2 : 8; }
 
 template <class Run>
 void for_each_launch(const FwdSm90Args& args, int d, const Run& run) {
   if (d == 3) return run(args);
   const int step = args.problem.dilation[d];
-  if (step <= kMaxStep) return for_each_launch(args, d + 1, run);
+  if (step <= max_step(args.problem.rank)) return for_each_launch(args, d + 1, run);
   for (int r = 0; r < step; ++r) {
     FwdSm90Args group = args;
     group.problem.size[d] = group_length(args.problem.size[d], step, r);

@@ -40,6 +40,35 @@ enum KeyTileTest : uint32_t {
   kTestTail = 16  // the last tile of the additional tokens
 };
 
+// What the consumers must know about the rows of a query tile: computed by the producer warp while they still work on
+// the tile before.
+template <int kBlockM>
+struct QueryRows {
+  int num_tiles;               // key tiles to visit; 0: no more work
+  Range keys[kBlockM][3];      // visible keys, as indices inside the dilation group
+  int64_t out_offset[kBlockM]; // of the row's token in `out` and `lse`; -1: the row is not a query
+  int64_t lse_offset[kBlockM];
+
+  __device__ __forceinline__ void set(int row, const QueryTile& tile, const Problem& p, const Box& box, int64_t batch,
+                                      const Tokens<void>& out, const Tokens<float>& lse) {
+    const int outer = row / box.side[2];
+    const int coordinate[3] = {outer / box.side[1], outer % box.side[1], row % box.side[2]};
+    bool inside = coordinate[0] < box.side[0];
+    int64_t out_at = batch * out.batch + tile.head * out.head, lse_at = batch * lse.batch + tile.head * lse.head;
+#pragma unroll
+    for (int d = 0; d < 3; ++d) {
+      const int i = tile.first[d] + coordinate[d], last = tile.window[d].length - 1;
+      inside &= i <= last;
+      keys[row][d] = tile.window[d].keys(min(i, last));  // a row beyond the grid repeats the last query
+      const int64_t x = tile.group[d] + static_cast<int64_t>(p.dilation[d]) * i;
+      out_at += x * out.x[d];
+      lse_at += x * lse.x[d];
+    }
+    out_offset[row] = inside ? out_at : -1;
+    lse_offset[row] = inside ? lse_at : -1;
+  }
+};
+
 template <class Tag, int kHeadDim_>
 struct FwdTraits {
   using Element = element_t<Tag>;
@@ -76,12 +105,10 @@ struct FwdTraits {
     alignas(1024) Element o[kTile.kOwnOutput ? kBlockM * kHeadDim : 64];
     BoxMask<kBlockN> mask;
     KeyTile key_tile[kStages];      // what the mask of each K stage needs
-    int64_t out_offset[kBlockM];    // of the row's token in `out` and `lse`; -1: the row is not a query
-    int64_t lse_offset[kBlockM];
-    int64_t work[2];
+    QueryRows<kBlockM> rows[2];     // of this and the next query tile
     Ring<1> ring_q;
     Ring<kStages> ring_k, ring_v;
-    Ring<2> ring_work;
+    Ring<2> ring_rows;
   };
   static_assert(sizeof(Storage) <= 227 * 1024 - 1024, "a Hopper CTA has 227 KB of shared memory");
 };
@@ -105,7 +132,7 @@ struct FwdKernelParams {
 // Named barriers; 0 belongs to __syncthreads.
 enum FwdBarrier : int { kTurn0 = 1 };  // kTurn0 + g: warpgroup g may issue to the tensor cores
 
-// ---- Producer: one thread ----
+// ---- Producer: one warp; its first lane issues the copies ----
 
 template <class Traits>
 __device__ void load(typename Traits::Storage& s, const FwdMaps& maps, const FwdKernelParams& p) {
@@ -114,22 +141,30 @@ __device__ void load(typename Traits::Storage& s, const FwdMaps& maps, const Fwd
   const int add_tiles = static_cast<int>((p.problem.additional + kN - 1) / kN);
   const int group_size = static_cast<int>(p.problem.heads_per_kv());
   const bool box_fills_block = p.kv_box.volume() == kN;
+  const int lane = threadIdx.x % 32;
   RingIndex<1> at_q;
-  RingIndex<2> at_work;
+  RingIndex<2> at_rows;
   RingIndex<Traits::kStages> at_k, at_v;
 
-  int64_t work = blockIdx.x;
+  int drawn = static_cast<int>(blockIdx.x - gridDim.x);
   while (true) {
-    s.ring_work.wait_empty(at_work);
-    s.work[at_work.stage] = work < p.schedule.total ? work : -1;
-    s.ring_work.arrive_full(at_work);
-    at_work.advance();
+    const int64_t work = gridDim.x + static_cast<int64_t>(__shfl_sync(0xffffffffu, drawn, 0));
     if (work >= p.schedule.total) break;
     // Drawn now, needed after this tile: the latency of the atomic hides behind the loads.
-    const int64_t next = gridDim.x + static_cast<int64_t>(atomicAdd(p.next_work, 1));
+    if (lane == 0) drawn = atomicAdd(p.next_work, 1);
     const QueryTile tile = p.schedule.decode(p.problem, p.q_box, p.kv_box, work);
-    work = next;
     if (tile.empty()) continue;
+    const int window_tiles = tile.num_key_tiles(), num_tiles = window_tiles + add_tiles;
+    s.ring_rows.wait_empty(at_rows);
+    QueryRows<kM>& rows = s.rows[at_rows.stage];
+    for (int row = lane; row < kM; row += 32) {
+      rows.set(row, tile, p.problem, p.q_box, tile.batch + p.batch_offset, p.out, p.lse);
+    }
+    if (lane == 0) rows.num_tiles = num_tiles;
+    __syncwarp();
+    if (lane == 0) s.ring_rows.arrive_full(at_rows);
+    at_rows.advance();
+    if (lane != 0) continue;
     const int head_kv = tile.head / group_size;
 
     const auto at_query = [&](int d) { return tile.group[d] + p.problem.dilation[d] * tile.first[d]; };
@@ -153,7 +188,6 @@ __device__ void load(typename Traits::Storage& s, const FwdMaps& maps, const Fwd
     };
 
     // V of a tile is needed one step later than its K, so it is requested after the next K.
-    const int window_tiles = tile.num_key_tiles(), num_tiles = window_tiles + add_tiles;
     KeyTileCounter counter;
     int x_v[3] = {0, 0, 0};
     for (int n = 0; n <= num_tiles; ++n) {
@@ -189,51 +223,14 @@ __device__ void load(typename Traits::Storage& s, const FwdMaps& maps, const Fwd
       for (int d = 0; d < 3; ++d) x_v[d] = x[d];
     }
   }
+  s.ring_rows.wait_empty(at_rows);
+  if (lane == 0) {
+    s.rows[at_rows.stage].num_tiles = 0;
+    s.ring_rows.arrive_full(at_rows);
+  }
 }
 
 // ---- Consumers ----
-
-// The two query rows of a thread: where they are in the query box and which keys they see.
-struct ThreadRows {
-  int index[2];          // row of the block
-  int coordinate[2][3];  // inside the query box
-  Range keys[2][3];      // as indices inside the dilation group
-
-  __device__ ThreadRows(const Box& box, int warpgroup, int thread) {
-    for (int i = 0; i < 2; ++i) {
-      index[i] = warpgroup * 64 + thread / 32 * 16 + thread % 32 / 4 + 8 * i;
-      coordinate[i][2] = index[i] % box.side[2];
-      coordinate[i][1] = index[i] / box.side[2] % box.side[1];
-      coordinate[i][0] = index[i] / box.side[2] / box.side[1];
-    }
-  }
-
-  __device__ __forceinline__ void see(const QueryTile& tile) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-#pragma unroll
-      for (int d = 0; d < 3; ++d) {
-        // A row beyond the grid repeats the last query; it is not stored.
-        keys[i][d] = tile.window[d].keys(min(tile.first[d] + coordinate[i][d], tile.window[d].length - 1));
-      }
-    }
-  }
-
-  // Offset of row i's token in elements of `t`, or -1 if the row is not a query.
-  template <class T>
-  __device__ __forceinline__ int64_t offset(int i, const QueryTile& tile, const Problem& p, const Box& box,
-                                            int64_t batch, const Tokens<T>& t) const {
-    int64_t at = batch * t.batch + tile.head * t.head;
-    bool inside = coordinate[i][0] < box.side[0];
-#pragma unroll
-    for (int d = 0; d < 3; ++d) {
-      const int x = tile.first[d] + coordinate[i][d];
-      inside &= x < tile.window[d].length;
-      at += (tile.group[d] + static_cast<int64_t>(p.dilation[d]) * x) * t.x[d];
-    }
-    return inside ? at : -1;
-  }
-};
 
 // Writes a warp's 16 rows of O: registers -> shared memory (16-byte pieces permuted against bank conflicts) -> global.
 template <class Traits, class TensorO>
@@ -305,10 +302,10 @@ __device__ void attend(typename Traits::Storage& s, const FwdKernelParams& p) {
   };
   if (warpgroup == Traits::kConsumers - 1) pass_turn();
 
-  ThreadRows rows(p.q_box, warpgroup, thread % 128);
-  const int add_tiles = static_cast<int>((p.problem.additional + kN - 1) / kN);
+  const int first_row = warpgroup * 64 + thread % 128 / 32 * 16 + thread % 32 / 4;  // and first_row + 8
+  Range keys[2][3];
   RingIndex<1> at_q;
-  RingIndex<2> at_work;
+  RingIndex<2> at_rows;
   RingIndex<Traits::kStages> at_k, at_v;
 
   // Hides what the rows must not see in the key tile of a K stage.
@@ -328,7 +325,7 @@ __device__ void attend(typename Traits::Storage& s, const FwdKernelParams& p) {
       if (!(tile.tests & kTestDim0 << d)) continue;
       CUTE_UNROLL
       for (int i = 0; i < 2; ++i) {
-        const Range& k = rows.keys[i][d];
+        const Range& k = keys[i][d];
         visible[i] &= s.mask.interval(p.kv_box, d, k.begin - tile.first[d], k.end - tile.first[d], quad);
       }
     }
@@ -337,24 +334,15 @@ __device__ void attend(typename Traits::Storage& s, const FwdKernelParams& p) {
   };
 
   while (true) {
-    s.ring_work.wait_full(at_work);
-    const int64_t work = s.work[at_work.stage];
-    __syncwarp();
-    s.ring_work.release(at_work);
-    at_work.advance();
-    if (work < 0) break;
-    const QueryTile tile = p.schedule.decode(p.problem, p.q_box, p.kv_box, work);
-    if (tile.empty()) continue;
-    rows.see(tile);
-    if (quad == 0) {
+    s.ring_rows.wait_full(at_rows);
+    const QueryRows<kM>& rows = s.rows[at_rows.stage];
+    const int num_tiles = rows.num_tiles;
+    if (num_tiles == 0) break;
+    CUTE_UNROLL
+    for (int i = 0; i < 2; ++i) {
       CUTE_UNROLL
-      for (int i = 0; i < 2; ++i) {
-        const int64_t batch = tile.batch + p.batch_offset;
-        s.out_offset[rows.index[i]] = rows.offset(i, tile, p.problem, p.q_box, batch, p.out);
-        s.lse_offset[rows.index[i]] = rows.offset(i, tile, p.problem, p.q_box, batch, p.lse);
-      }
+      for (int d = 0; d < 3; ++d) keys[i][d] = rows.keys[first_row + 8 * i][d];
     }
-    const int num_tiles = tile.num_key_tiles() + add_tiles;
 
     OnlineSoftmax<2> softmax(p.scale_log2);
     float rescale[2];
@@ -399,23 +387,24 @@ __device__ void attend(typename Traits::Storage& s, const FwdKernelParams& p) {
     at_v.advance();
     scale_rows(outputs, inverse);
 
-    __syncwarp();  // the offsets of a warp's rows were written by the warp itself
     CUTE_UNROLL
     for (int i = 0; i < 2; ++i) {
-      const int64_t at = s.lse_offset[rows.index[i]];
+      const int64_t at = rows.lse_offset[first_row + 8 * i];
       if (quad == 0 && at >= 0) p.lse.data[at] = lse[i];
     }
     const int warp = thread / 32;
     // Without a buffer of its own the output goes over the Q rows that this warp alone still reads.
     Element* sO = (Traits::kTile.kOwnOutput ? s.o : s.q) + warp * 16 * kD;
     if constexpr (!Traits::kTile.kOwnOutput) cutlass::arch::NamedBarrier::sync(kM * 2, kTurn0 + Traits::kConsumers);
-    store_output<Traits>(sO, outputs, s.out_offset + warp * 16, static_cast<Element*>(p.out.data), p.problem.dim_v);
+    store_output<Traits>(sO, outputs, rows.out_offset + warp * 16, static_cast<Element*>(p.out.data), p.problem.dim_v);
     if constexpr (!Traits::kTile.kOwnOutput) {
       cutlass::arch::fence_view_async_shared();  // the next Q comes through the async proxy
       __syncwarp();
       s.ring_q.release(at_q);
     }
     at_q.advance();
+    s.ring_rows.release(at_rows);
+    at_rows.advance();
   }
 }
 
@@ -434,7 +423,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     s.ring_q.init(1, Traits::kConsumerWarps);
     s.ring_k.init(1, Traits::kConsumerWarps);
     s.ring_v.init(1, Traits::kConsumerWarps);
-    s.ring_work.init(1, Traits::kConsumerWarps);
+    s.ring_rows.init(1, Traits::kConsumerWarps);
     cutlass::arch::fence_barrier_init();
   }
   s.mask.build(p.kv_box, threadIdx.x, Traits::kThreads);
@@ -448,10 +437,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   __syncthreads();
 
   if (threadIdx.x < 128) {
-    cutlass::arch::warpgroup_reg_dealloc<40>();
-    if (threadIdx.x == 0) load<Traits>(s, maps, p);
+    cutlass::arch::warpgroup_reg_dealloc<64>();
+    if (threadIdx.x < 32) load<Traits>(s, maps, p);
   } else {
-    cutlass::arch::warpgroup_reg_alloc<232>();
+    cutlass::arch::warpgroup_reg_alloc<224>();
     attend<Traits>(s, p);
   }
 }
