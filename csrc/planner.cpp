@@ -75,7 +75,7 @@ void check_run(int length, int first, int last, int tile) {
   check_tile("tile", {tile}, 1);
 }
 
-py::tuple as_tuple(const Shape& shape) { return py::tuple(py::cast(shape)); }
+py::tuple as_tuple(const TileShape& shape) { return py::tuple(py::cast(shape)); }
 
 py::tuple as_tuple(const TileRun& run) {
   return py::make_tuple(run.origin, run.count, run.full_begin, run.full_end);
@@ -155,7 +155,7 @@ PYBIND11_MODULE(_planner, m) {
       "dimension.");
   m.def(
       "plan_tiles",
-      [](const std::vector<int>& grid, const Ints& window, const Shape& q_tile, const Shape& kv_tile,
+      [](const std::vector<int>& grid, const Ints& window, const TileShape& q_tile, const TileShape& kv_tile,
          const Ints& stride, const Ints& dilation, const Bools& is_causal, const std::string& placement,
          const std::string& direction) {
         return plan_tiles(make_axes(grid, window, stride, dilation, is_causal), q_tile, kv_tile,

@@ -20,11 +20,11 @@ struct Problem {
   bool causal[3];
   int64_t additional;  // extra keys that every query sees; 0 if none are given
 
-  int64_t tokens() const { return static_cast<int64_t>(size[0]) * size[1] * size[2]; }
-  int64_t groups() const { return static_cast<int64_t>(dilation[0]) * dilation[1] * dilation[2]; }
-  int64_t heads_per_kv() const { return heads_kv ? heads / heads_kv : 0; }
+  NEARFIELD_HOST_DEVICE int64_t tokens() const { return static_cast<int64_t>(size[0]) * size[1] * size[2]; }
+  NEARFIELD_HOST_DEVICE int64_t groups() const { return static_cast<int64_t>(dilation[0]) * dilation[1] * dilation[2]; }
+  NEARFIELD_HOST_DEVICE int64_t heads_per_kv() const { return heads_kv ? heads / heads_kv : 0; }
   // Dimension d inside dilation group r of that dimension.
-  Window axis(int d, int r) const {
+  NEARFIELD_HOST_DEVICE Window axis(int d, int r) const {
     return {group_length(size[d], dilation[d], r), window[d], stride[d], causal[d]};
   }
 };
@@ -39,7 +39,7 @@ struct Tokens {
   int64_t x[3] = {0, 0, 0};
   int64_t head = 0;
 
-  T* at(int64_t b, int64_t h) const { return data + b * batch + h * head; }
+  NEARFIELD_HOST_DEVICE T* at(int64_t b, int64_t h) const { return data + b * batch + h * head; }
 };
 
 // T: element type, C: type of computation and of the statistics.

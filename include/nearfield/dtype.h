@@ -4,7 +4,4 @@
 namespace nearfield {
 struct bf16;
 struct fp16;
-
-// Text of a cudaError_t returned by a kernel launcher (built only with CUDA).
-const char* cuda_error_string(int error);
 }  // namespace nearfield

@@ -164,9 +164,9 @@ struct TilePlan {
   double cost(double partial_cost) const { return double(full) + partial_cost * double(partial()); }
 };
 
-using Shape = std::vector<int>;  // one side per dimension of the grid, outermost first
+using TileShape = std::vector<int>;  // one side per dimension of the grid, outermost first
 
-inline int64_t volume(const Shape& shape) {
+inline int64_t volume(const TileShape& shape) {
   int64_t product = 1;
   for (int side : shape) product *= side;
   return product;
@@ -193,7 +193,7 @@ inline void check_axes(const std::vector<Axis>& axes) {
   }
 }
 
-inline void check_tile(const char* name, const Shape& tile, size_t rank) {
+inline void check_tile(const char* name, const TileShape& tile, size_t rank) {
   if (tile.size() != rank) {
     throw std::invalid_argument(std::string(name) + " has " + std::to_string(tile.size()) +
                                 " sides, the grid has " + std::to_string(rank));
@@ -206,7 +206,7 @@ inline void check_tile(const char* name, const Shape& tile, size_t rank) {
   }
 }
 
-inline TilePlan plan_tiles(const std::vector<Axis>& axes, const Shape& q_tile, const Shape& kv_tile,
+inline TilePlan plan_tiles(const std::vector<Axis>& axes, const TileShape& q_tile, const TileShape& kv_tile,
                            Placement placement, Direction direction = Direction::kForward) {
   check_axes(axes);
   check_tile("q_tile", q_tile, axes.size());
@@ -232,12 +232,12 @@ inline TilePlan plan_tiles(const std::vector<Axis>& axes, const Shape& q_tile, c
 enum class Shapes : int {
   kPowersOfTwo,  // sides are powers of two and the box holds exactly the block: coordinates are bit fields
   kExact,        // any sides whose product is the block
-  kFitting,      // any box that is at most the block; the rest of the block stays empty
+  kFitting,      // any box that fills at least 7/8 of the block; the rest stays empty and needs a mask everywhere
 };
 
-inline std::vector<Shape> tile_shapes(int rank, int block, Shapes shapes) {
-  std::vector<Shape> found;
-  Shape shape(rank);
+inline std::vector<TileShape> tile_shapes(int rank, int block, Shapes shapes) {
+  std::vector<TileShape> found;
+  TileShape shape(rank);
   const auto place = [&](auto&& self, int axis, int room) -> void {
     const bool last = axis + 1 == rank;
     for (int side = 1; side <= std::min(room, kMaxTileSide); ++side) {
@@ -245,7 +245,7 @@ inline std::vector<Shape> tile_shapes(int rank, int block, Shapes shapes) {
       if (shapes != Shapes::kFitting && (room % side != 0 || (last && side != room))) continue;
       shape[axis] = side;
       if (last) {
-        found.push_back(shape);
+        if (volume(shape) * 8 >= int64_t{block} * 7) found.push_back(shape);
       } else {
         self(self, axis + 1, room / side);
       }
@@ -260,9 +260,9 @@ struct SideIndex {
   std::array<int, kMaxTileSide + 1> of{};
   int count = 0;
 
-  explicit SideIndex(const std::vector<Shape>& shapes) {
+  explicit SideIndex(const std::vector<TileShape>& shapes) {
     of.fill(-1);
-    for (const Shape& shape : shapes) {
+    for (const TileShape& shape : shapes) {
       for (int side : shape) {
         if (of[side] < 0) of[side] = count++;
       }
@@ -271,8 +271,8 @@ struct SideIndex {
 };
 
 struct TileChoice {
-  Shape q_tile;
-  Shape kv_tile;
+  TileShape q_tile;
+  TileShape kv_tile;
   TilePlan plan;
 };
 
@@ -283,8 +283,8 @@ inline TileChoice best_tiles(const std::vector<Axis>& axes, int block_m, int blo
                              Shapes shapes = Shapes::kPowersOfTwo) {
   check_axes(axes);
   const int rank = static_cast<int>(axes.size());
-  const std::vector<Shape> q_shapes = tile_shapes(rank, block_m, shapes);
-  const std::vector<Shape> kv_shapes = tile_shapes(rank, block_n, shapes);
+  const std::vector<TileShape> q_shapes = tile_shapes(rank, block_m, shapes);
+  const std::vector<TileShape> kv_shapes = tile_shapes(rank, block_n, shapes);
   if (q_shapes.empty() || kv_shapes.empty()) {
     throw std::invalid_argument("no box with sides up to " + std::to_string(kMaxTileSide) +
                                 " holds blocks of " + std::to_string(block_m) + " and " +
@@ -299,16 +299,20 @@ inline TileChoice best_tiles(const std::vector<Axis>& axes, int block_m, int blo
     return entry;
   };
   double least = 0.0;
-  const Shape* best_q = nullptr;
-  const Shape* best_kv = nullptr;
-  for (const Shape& q : q_shapes) {
-    for (const Shape& kv : kv_shapes) {
+  const TileShape* best_q = nullptr;
+  const TileShape* best_kv = nullptr;
+  for (const TileShape& q : q_shapes) {
+    for (const TileShape& kv : kv_shapes) {
       TilePlan plan;
+      bool in_reach = true;  // a dilated box spans more positions than it holds
       for (int axis = 0; axis < rank; ++axis) {
+        in_reach &= (std::max(q[axis], kv[axis]) - 1) * axes[axis].dilation < kMaxTileSide;
         const AxisCounts& counts = count(axis, q[axis], kv[axis]);
         plan.visited *= counts.visited;
         plan.full *= counts.full;
       }
+      if (!in_reach) continue;
+      if (volume(kv) != block_n) plan.full = 0;
       const double cost = plan.cost(partial_cost);
       if (best_q == nullptr || cost < least) {
         least = cost;
@@ -317,6 +321,7 @@ inline TileChoice best_tiles(const std::vector<Axis>& axes, int block_m, int blo
       }
     }
   }
+  if (best_q == nullptr) throw std::invalid_argument("no box of these blocks reaches over the dilation");
   return {*best_q, *best_kv, plan_tiles(axes, *best_q, *best_kv, placement, direction)};
 }
 

@@ -73,8 +73,12 @@ def neighborhood_attention(
     _check_shapes(q, k, v, additional_keys, additional_values)
     size = tuple(q.shape[1:-2])
     window, strides, dilations, causal = _window_parameters(size, kernel_size, stride, dilation, is_causal)
+    factor = _scale(scale, q)
+    if factor <= 0 and q.is_cuda:
+        # The CUDA kernels take a row's maximum before they scale, which needs a positive scale.
+        q, factor = (-q, -factor) if factor < 0 else (q * 0, 1.0)
     out, lse = torch.ops.nearfield.gna_fwd(
-        q, k, v, additional_keys, additional_values, window, strides, dilations, causal, _scale(scale, q)
+        q, k, v, additional_keys, additional_values, window, strides, dilations, causal, factor
     )
     return (out, lse) if return_lse else out
 

@@ -1,0 +1,62 @@
+// Masks of partial tiles. The neighborhood is a product of one interval per dimension, so whether row r may see
+// column c is the AND of three interval tests. For each dimension a table holds, for every k, the set of columns
+// whose coordinate is below k; an interval [lo, hi) is then table[hi] & ~table[lo]. The tables depend on the box
+// alone, so one is built per CTA, already in the order in which a thread holds its columns: thread `quad` (lane % 4)
+// of a row has columns 8 j + 2 quad + {0, 1}, and bit 2 j + {0, 1} of its word stands for them.
+#pragma once
+
+#include <cstdint>
+
+#include "gna/sm90.h"
+
+namespace nearfield::gna {
+
+template <int kBlockN>
+struct BoxMask {
+  static_assert(kBlockN <= 128, "a thread's columns must fit a 32-bit word");
+  // The sides of a box multiply to at most kBlockN, so their sum is at most kBlockN + 2; each side has side + 1 rows.
+  static constexpr int kRows = kBlockN + 8;
+  uint32_t word[kRows][4];
+
+  __device__ __forceinline__ static int first_row(const Box& box, int dim) {
+    return dim == 0 ? 0 : dim == 1 ? box.side[0] + 1 : box.side[0] + box.side[1] + 2;
+  }
+
+  __device__ void build(const Box& box, int thread, int num_threads) {
+    const int rows = box.side[0] + box.side[1] + box.side[2] + 3;
+    for (int i = thread; i < rows * 4; i += num_threads) {
+      const int row = i / 4, quad = i % 4;
+      const int dim = row >= first_row(box, 2) ? 2 : row >= first_row(box, 1) ? 1 : 0;
+      const int limit = row - first_row(box, dim);
+      uint32_t bits = 0;
+      for (int b = 0; b < kBlockN / 4; ++b) {
+        const int column = 8 * (b / 2) + 2 * quad + b % 2;
+        const int c2 = column % box.side[2], c1 = column / box.side[2] % box.side[1];
+        const int c0 = column / box.side[2] / box.side[1];
+        const int c = dim == 0 ? c0 : dim == 1 ? c1 : c2;
+        if (c0 < box.side[0] && c < limit) bits |= 1u << b;
+      }
+      word[row][quad] = bits;
+    }
+  }
+
+  // Columns of this thread whose coordinate in `dim` lies in [lo, hi); both are clamped to the box.
+  __device__ __forceinline__ uint32_t interval(const Box& box, int dim, int lo, int hi, int quad) const {
+    const int side = box.side[dim], first = first_row(box, dim);
+    lo = min(max(lo, 0), side);
+    hi = min(max(hi, 0), side);
+    return word[first + hi][quad] & ~word[first + lo][quad];
+  }
+};
+
+// Sets the logits of masked columns to -inf. `scores` is the (row, column) view of the accumulator.
+template <class Tensor>
+__device__ __forceinline__ void mask_row(Tensor& scores, int row, uint32_t visible) {
+  using namespace cute;
+  CUTE_UNROLL
+  for (int j = 0; j < size<1>(scores); ++j) {
+    if (!(visible >> j & 1u)) scores(row, j) = -INFINITY;
+  }
+}
+
+}  // namespace nearfield::gna

@@ -1,0 +1,193 @@
+// nearfield::gna_fwd on CUDA: picks the kernel instance, plans the tiles, splits what one launch cannot do.
+#ifdef NEARFIELD_WITH_CUDA
+#include <cstring>
+#include <map>
+#include <mutex>
+
+#include "gna/checks.h"
+#include "gna/sm90.h"
+#include "gna/tiles.h"
+#include "nearfield/device.h"
+#include "nearfield/tile_plan.h"
+#include "nearfield_build.h"
+
+namespace nearfield::gna {
+namespace {
+
+// ---- Instances: what instances.def lists ----
+
+template <class Args>
+struct Instance {
+  bool bf16;
+  int head_dim;
+  int (*run)(const Args&, void*);
+};
+
+#define NEARFIELD_FWD(element, dim) \
+  {std::is_same_v<element, bf16>, dim, &fwd_sm90<element, dim>::run},
+#define NEARFIELD_SKIP(element, dim)
+#define INSTANCE(kernel, element, dim) NEARFIELD_USE_##kernel(element, dim)
+
+const Instance<FwdSm90Args> kForward[] = {
+#ifdef NEARFIELD_WITH_SM90
+#define NEARFIELD_USE_fwd_sm90 NEARFIELD_FWD
+#include "gna/instances.def"
+#undef NEARFIELD_USE_fwd_sm90
+#endif
+    {false, 0, nullptr}};
+
+template <class Args, size_t n>
+const Instance<Args>& pick(const char* op, const Instance<Args> (&instances)[n], const Tensor& q, const Problem& p) {
+  const auto dtype = q.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, op, ": q has dtype ",
+                  torch::headeronly::toString(dtype), "; supported on CUDA: bfloat16, float16");
+  const int64_t dim = std::max(p.dim, p.dim_v);
+  const Instance<Args>* best = nullptr;
+  std::ostringstream built;
+  for (const auto& i : instances) {
+    if (i.run == nullptr || i.bf16 != (dtype == ScalarType::BFloat16)) continue;
+    built << (built.tellp() ? ", " : "") << i.head_dim;
+    if (i.head_dim >= dim && (best == nullptr || i.head_dim < best->head_dim)) best = &i;
+  }
+  STD_TORCH_CHECK(best != nullptr && p.dim % 8 == 0 && p.dim_v % 8 == 0, op, ": head dims ", p.dim, " of q and k and ",
+                  p.dim_v, " of v; supported on CUDA: multiples of 8 up to the largest built, of ", built.str());
+  return *best;
+}
+
+void check_capability(const char* op, const Tensor& q) {
+  const DeviceInfo device = device_info(q.get_device_index());
+  STD_TORCH_CHECK(device.capability == 90, op, ": the GPU has compute capability ", device.capability / 10, ".",
+                  device.capability % 10, "; this build (", NEARFIELD_CUDA_ARCHS, ") has kernels for 9.0 (Hopper)");
+}
+
+// ---- Tile plan ----
+
+// A partial tile costs this much more than a full one (measured, README.md).
+constexpr double kPartialCost = 1.1;
+
+struct Boxes {
+  Box q, kv;
+};
+
+Boxes plan(const Problem& p, int block_m, int block_n, Direction direction) {
+  // The geometry alone decides; it is planned once.
+  using Key = std::array<int, 3 * 5 + 3>;
+  Key key{block_m, block_n, static_cast<int>(direction)};
+  std::vector<Axis> axes;
+  for (int d = 0; d < 3; ++d) {
+    const int at[5] = {p.size[d], p.window[d], p.stride[d], p.dilation[d], p.causal[d]};
+    std::copy(at, at + 5, key.begin() + 3 + 5 * d);
+    if (d >= 3 - p.rank) axes.push_back({p.size[d], p.window[d], p.stride[d], p.dilation[d], p.causal[d]});
+  }
+  static std::mutex mutex;
+  static std::map<Key, Boxes> known;
+  std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find(key);
+  if (found != known.end()) return found->second;
+  const TileChoice choice =
+      best_tiles(axes, block_m, block_n, Placement::kSpan, kPartialCost, direction, Shapes::kFitting);
+  Boxes boxes{{{1, 1, 1}}, {{1, 1, 1}}};
+  for (int i = 0; i < p.rank; ++i) {
+    boxes.q.side[3 - p.rank + i] = choice.q_tile[i];
+    boxes.kv.side[3 - p.rank + i] = choice.kv_tile[i];
+  }
+  return known[key] = boxes;
+}
+
+// ---- Tensors ----
+
+// The tensor itself if the copy engine can read it: contiguous features, 16-byte aligned start and strides. Else a copy.
+Tensor loadable(const Tensor& t) {
+  const int64_t last = t.dim() - 1;
+  bool fits = reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0 && t.stride(last) == 1;
+  for (int64_t i = 0; i < last; ++i) fits &= t.size(i) == 1 || (t.stride(i) > 0 && t.stride(i) % 8 == 0);
+  if (fits) return t;
+  Tensor copy = torch::stable::new_empty(t, {t.sizes().data(), t.sizes().data() + t.dim()});
+  return torch::stable::copy_(copy, t);
+}
+
+template <class T>
+Tokens<const void> untyped(const Tokens<T>& t) {
+  return {t.data, t.batch, {t.x[0], t.x[1], t.x[2]}, t.head};
+}
+
+// Moves a view to dilation group r of dimension d: every step-th position from r on.
+template <class T>
+void enter_group(Tokens<T>& t, int d, int r, int64_t step, int element_bytes) {
+  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+  t.data = reinterpret_cast<T*>(reinterpret_cast<Byte*>(t.data) + r * t.x[d] * element_bytes);
+  t.x[d] *= step;
+}
+
+// The copy engine steps over at most 8 positions and spans at most 256, of which a box on a line holds over 100.
+// A dimension with a larger dilation is launched group by group.
+constexpr int max_step(int rank) { return rank == 1 ? 2 : 8; }
+
+template <class Run>
+void for_each_launch(const FwdSm90Args& args, int d, const Run& run) {
+  if (d == 3) return run(args);
+  const int step = args.problem.dilation[d];
+  if (step <= max_step(args.problem.rank)) return for_each_launch(args, d + 1, run);
+  for (int r = 0; r < step; ++r) {
+    FwdSm90Args group = args;
+    group.problem.size[d] = group_length(args.problem.size[d], step, r);
+    group.problem.dilation[d] = 1;
+    for (Tokens<const void>* t : {&group.q, &group.k, &group.v}) enter_group(*t, d, r, step, 2);
+    enter_group(group.out, d, r, step, 2);
+    enter_group(group.lse, d, r, step, 4);
+    for_each_launch(group, d + 1, run);
+  }
+}
+
+std::tuple<Tensor, Tensor> fwd_cuda(Tensor q, Tensor k, Tensor v, OptionalTensor additional_k,
+                                    OptionalTensor additional_v, Ints kernel_size, Ints stride, Ints dilation,
+                                    Ints is_causal, double scale) {
+  const char* op = "gna_fwd";
+  const Problem p = check_problem(op, q, k, v, additional_k, additional_v, kernel_size, stride, dilation, is_causal);
+  torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+  check_capability(op, q);
+  STD_TORCH_CHECK(scale > 0, op, ": scale is ", scale, ", expected a positive number on CUDA");
+  const Instance<FwdSm90Args>& instance = pick(op, kForward, q, p);
+
+  std::vector<int64_t> shape(q.sizes().data(), q.sizes().data() + q.dim());
+  shape.back() = p.dim_v;
+  Tensor out = torch::stable::new_empty(q, shape);
+  shape.pop_back();
+  Tensor lse = torch::stable::new_empty(q, shape, ScalarType::Float);
+  if (lse.numel() == 0) return {out, lse};
+
+  q = loadable(q), k = loadable(k), v = loadable(v);
+  FwdSm90Args args{};
+  args.problem = p;
+  args.scale = static_cast<float>(scale);
+  args.q = untyped(tokens_of<const char>(q, p.rank));
+  args.k = untyped(tokens_of<const char>(k, p.rank));
+  args.v = untyped(tokens_of<const char>(v, p.rank));
+  if (p.additional > 0) {
+    additional_k = loadable(*additional_k), additional_v = loadable(*additional_v);
+    args.add_k = untyped(tokens_of<const char>(*additional_k, 1));
+    args.add_v = untyped(tokens_of<const char>(*additional_v, 1));
+  }
+  args.out = tokens_of<void>(out, p.rank);
+  args.lse = tokens_of<float>(lse, p.rank, false);
+  Tensor next_work = torch::stable::new_empty(q, {1}, ScalarType::Int);
+  args.next_work = static_cast<int*>(next_work.data_ptr());
+  args.num_sms = device_info(q.get_device_index()).num_sms;
+  void* stream = current_stream(q);
+
+  const FwdTile tile = fwd_tile(instance.head_dim);
+  for_each_launch(args, 0, [&](FwdSm90Args launch) {
+    const Boxes boxes = plan(launch.problem, tile.kBlockM, tile.kBlockN, Direction::kForward);
+    launch.q_box = boxes.q;
+    launch.kv_box = boxes.kv;
+    const int error = instance.run(launch, stream);
+    STD_TORCH_CHECK(error == 0, op, ": ", cuda_error_string(error));
+  });
+  return {out, lse};
+}
+
+}  // namespace
+}  // namespace nearfield::gna
+
+STABLE_TORCH_LIBRARY_IMPL(nearfield, CUDA, m) { m.impl("gna_fwd", TORCH_BOX(&nearfield::gna::fwd_cuda)); }
+#endif

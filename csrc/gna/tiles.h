@@ -1,0 +1,21 @@
+// Block sizes of the Hopper kernels: plain integers, one row per head dimension. The shape of a block on the
+// token grid (say 2x8x8 of 128) is chosen at run time; only its size is compiled in.
+#pragma once
+
+namespace nearfield::gna {
+
+struct FwdTile {
+  int kBlockM;      // query rows of a CTA; 64 per consumer warpgroup
+  int kBlockN;      // keys of a tile
+  int kStages;      // K and V buffers each
+  bool kOwnOutput;  // output staged in its own shared memory, so that the next Q loads under the epilogue
+};
+
+// Shared memory: 2 bytes * D * (M + 2 * stages * N + (own output ? M : 0)), at most 227 KB.
+constexpr FwdTile fwd_tile(int head_dim) {
+  if (head_dim <= 64) return {128, 128, 2, true};
+  if (head_dim <= 128) return {128, 128, 2, true};  // 192 KB
+  return {128, 64, 2, false};                       // 192 KB; O needs 128 registers a thread
+}
+
+}  // namespace nearfield::gna
