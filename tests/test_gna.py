@@ -686,6 +686,12 @@ def test_errors_name_the_argument(kind: type[Exception], change: dict[str, Any],
     assert all(word in str(error.value) for word in words), error.value
 
 
+def test_nested_tensors_are_refused() -> None:
+    ragged = torch.nested.nested_tensor([zeros(6, 4, 8), zeros(7, 4, 8)], layout=torch.jagged)
+    with pytest.raises(NotImplementedError, match="neighborhood_attention: q is a sparse or nested tensor"):
+        neighborhood_attention(ragged, ragged, ragged, 3)
+
+
 FWD = torch.ops.nearfield.gna_fwd
 BWD = torch.ops.nearfield.gna_bwd
 
@@ -706,6 +712,7 @@ BWD = torch.ops.nearfield.gna_bwd
             ["additional_v", "[1, 3, 4, 8]"],
         ),
         ({"q": zeros(1, 6, 7, 3, 8)}, ["3 query heads"]),
+        ({"q": zeros(1, 6, 7, 0, 8)}, ["0 query heads"]),
         ({"out": zeros(1, 6, 7, 4, 9)}, ["out", "[1, 6, 7, 4, 9]"]),
         ({"lse": zeros(1, 6, 7, 5)}, ["lse", "[1, 6, 7, 5]"]),
         ({"lse": zeros(1, 6, 7, 4).double()}, ["lse", "dtype"]),
