@@ -16,8 +16,8 @@ namespace nearfield::gna {
 
 constexpr int kBlockRows = 256;  // rows of one block: panels of 16 KB, so that scores stay in the L1 cache
 constexpr int kMacroTiles = 8;   // tiles that share one copy of their rows
-constexpr int kTileOverhead =
-    24;  // fixed cost of a tile (transposing in and out), in rows; chooses tile shapes only
+// Fixed cost of a tile (transposing in and out), in rows. Only chooses the shape of tiles.
+constexpr int kTileOverhead = 24;
 
 enum class Lanes { queries, keys };
 
