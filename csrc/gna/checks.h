@@ -61,8 +61,8 @@ inline Problem check_problem(const char* op, const Tensor& q, const Tensor& k, c
   want[rank + 2] = p.dim_v;
   check_shape(op, "v", v, want);
   STD_TORCH_CHECK(p.dim >= 1 && p.dim_v >= 1, op, ": the head dims of q and v must be at least 1");
-  STD_TORCH_CHECK(p.heads_kv == 0 ? p.heads == 0 : p.heads % p.heads_kv == 0, op, ": ", p.heads,
-                  " query heads are not a multiple of ", p.heads_kv, " key/value heads");
+  STD_TORCH_CHECK(p.heads_kv == 0 ? p.heads == 0 : p.heads >= p.heads_kv && p.heads % p.heads_kv == 0, op,
+                  ": ", p.heads, " query heads are not a multiple of ", p.heads_kv, " key/value heads");
 
   STD_TORCH_CHECK(defined(additional_k) == defined(additional_v), op,
                   ": additional_k and additional_v are given both or not at all");

@@ -27,8 +27,8 @@ void compute_delta(const BwdParams<T, C>& p) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t b = i / tokens, token = i % tokens;
       for (int64_t h = 0; h < problem.heads; ++h) {
-        copy_features(at(p.out, b, token) + h * p.out.head, o, dim_v);
-        copy_features(at(p.dout, b, token) + h * p.dout.head, d_o, dim_v);
+        copy_rows(at(p.out, b, token) + h * p.out.head, 0, 1, dim_v, o);
+        copy_rows(at(p.dout, b, token) + h * p.dout.head, 0, 1, dim_v, d_o);
         C sum = 0;
         for (int64_t f = 0; f < dim_v; ++f) sum += o[f] * d_o[f];
         if (p.dlse.data) sum -= at(p.dlse, b, token)[h * p.dlse.head];

@@ -15,8 +15,6 @@ namespace {
 using cpu::f32x16;
 using cpu::f64x8;
 using cpu::kPanel;
-typedef int32_t i32x16 __attribute__((vector_size(kPanel)));
-typedef int64_t i64x8 __attribute__((vector_size(kPanel)));
 
 template <class V, class T>
 NEARFIELD_INLINE V load(const T* p) {
@@ -29,15 +27,14 @@ NEARFIELD_INLINE void store(T* p, V v) {
   std::memcpy(p, &v, kPanel);
 }
 
-template <class V, class I, class T, class Int>
-NEARFIELD_INLINE void mask_line_impl(T* s, int64_t n, int64_t first, const Int* outer, const Int* begin,
-                                     const Int* end) {
-  const I seen = load<I>(outer), lo = load<I>(begin), hi = load<I>(end);
-  const V hidden = V{} - std::numeric_limits<T>::infinity();
+template <class V, class T>
+NEARFIELD_INLINE void mask_line_impl(T* s, int64_t n, const T* first, const T* last, const T* hidden) {
+  const V lo = load<V>(first) + load<V>(hidden), hi = load<V>(last);
+  const V minus_inf = V{} - std::numeric_limits<T>::infinity();
   for (int64_t i = 0; i < n; ++i) {
-    const I x = I{} + static_cast<Int>(first + i);
-    const I keep = seen & (x >= lo) & (x < hi);
-    store(s + i * kLanes<T>, keep ? load<V>(s + i * kLanes<T>) : hidden);
+    const V x = V{} + static_cast<T>(i), above = x - lo, below = hi - x;
+    const V inside = above < below ? above : below;
+    store(s + i * kLanes<T>, inside < T(0) ? minus_inf : load<V>(s + i * kLanes<T>));
   }
 }
 
@@ -77,13 +74,13 @@ NEARFIELD_INLINE void softmax_gradient_impl(T* dp, const T* p, int64_t n, const 
   }
 }
 
-NEARFIELD_CLONES void mask_line_f32(float* s, int64_t n, int64_t first, const int32_t* outer,
-                                    const int32_t* begin, const int32_t* end) {
-  mask_line_impl<f32x16, i32x16>(s, n, first, outer, begin, end);
+NEARFIELD_CLONES void mask_line_f32(float* s, int64_t n, const float* first, const float* last,
+                                    const float* hidden) {
+  mask_line_impl<f32x16>(s, n, first, last, hidden);
 }
-NEARFIELD_CLONES void mask_line_f64(double* s, int64_t n, int64_t first, const int64_t* outer,
-                                    const int64_t* begin, const int64_t* end) {
-  mask_line_impl<f64x8, i64x8>(s, n, first, outer, begin, end);
+NEARFIELD_CLONES void mask_line_f64(double* s, int64_t n, const double* first, const double* last,
+                                    const double* hidden) {
+  mask_line_impl<f64x8>(s, n, first, last, hidden);
 }
 NEARFIELD_CLONES void column_max_f32(const float* s, int64_t n, float* max) {
   column_max_impl<f32x16>(s, n, max);
@@ -106,26 +103,46 @@ NEARFIELD_CLONES void softmax_gradient_f64(double* dp, const double* p, int64_t 
   softmax_gradient_impl<f64x8>(dp, p, n, delta, row_delta);
 }
 
-// A half's exponent and mantissa, moved to a float's place, are the value times 2^-112; the product is exact,
-// also for subnormal halves. Exponent 31 (infinity and NaN) has to become the float's 255.
-NEARFIELD_CLONES void widen_half_all(const uint16_t* src, float* dst, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t bits = src[i];
-    const uint32_t magnitude = (bits & 0x7fffu) << 13;
-    float value;
-    std::memcpy(&value, &magnitude, sizeof(value));
-    value *= 0x1p112f;
-    uint32_t wide;
-    std::memcpy(&wide, &value, sizeof(wide));
-    wide |= (magnitude >= 0x0f800000u ? 0x7f800000u : 0u) | (bits & 0x8000u) << 16;
-    std::memcpy(dst + i, &wide, sizeof(wide));
+// Whole registers first: for rows of a few hundred bytes, a library call each would cost more than the copy.
+template <class V, class T>
+NEARFIELD_INLINE void copy_rows_impl(const T* src, int64_t step, int64_t n, int64_t features, T* dst) {
+  for (int64_t i = 0; i < n; ++i, src += step, dst += features) {
+    int64_t f = 0;
+    for (; f + kLanes<T> <= features; f += kLanes<T>) store(dst + f, load<V>(src + f));
+    for (; f < features; ++f) dst[f] = src[f];
   }
 }
-NEARFIELD_CLONES void widen_bfloat16_all(const uint16_t* src, float* dst, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t wide = static_cast<uint32_t>(src[i]) << 16;
-    std::memcpy(dst + i, &wide, sizeof(wide));
-  }
+NEARFIELD_CLONES void copy_rows_f32(const float* src, int64_t step, int64_t n, int64_t features, float* dst) {
+  copy_rows_impl<f32x16>(src, step, n, features, dst);
+}
+NEARFIELD_CLONES void copy_rows_f64(const double* src, int64_t step, int64_t n, int64_t features,
+                                    double* dst) {
+  copy_rows_impl<f64x8>(src, step, n, features, dst);
+}
+// A half's exponent and mantissa, moved to a float's place, are the value times 2^-112; the product is exact,
+// also for subnormal halves. Exponent 31 (infinity and NaN) has to become the float's 255.
+NEARFIELD_CLONES void copy_rows_half(const uint16_t* src, int64_t step, int64_t n, int64_t features,
+                                     float* dst) {
+  for (int64_t i = 0; i < n; ++i, src += step, dst += features)
+    for (int64_t f = 0; f < features; ++f) {
+      const uint32_t bits = src[f];
+      const uint32_t magnitude = (bits & 0x7fffu) << 13;
+      float value;
+      std::memcpy(&value, &magnitude, sizeof(value));
+      value *= 0x1p112f;
+      uint32_t wide;
+      std::memcpy(&wide, &value, sizeof(wide));
+      wide |= (magnitude >= 0x0f800000u ? 0x7f800000u : 0u) | (bits & 0x8000u) << 16;
+      std::memcpy(dst + f, &wide, sizeof(wide));
+    }
+}
+NEARFIELD_CLONES void copy_rows_bfloat16(const uint16_t* src, int64_t step, int64_t n, int64_t features,
+                                         float* dst) {
+  for (int64_t i = 0; i < n; ++i, src += step, dst += features)
+    for (int64_t f = 0; f < features; ++f) {
+      const uint32_t wide = static_cast<uint32_t>(src[f]) << 16;
+      std::memcpy(dst + f, &wide, sizeof(wide));
+    }
 }
 
 void column_max(const float* s, int64_t n, float* max) { column_max_f32(s, n, max); }
@@ -146,13 +163,11 @@ void online_softmax_impl(T* s, int64_t n, T* max, T* sum, T* rescale) {
 
 }  // namespace
 
-void mask_line(float* s, int64_t n, int64_t first, const int32_t* outer, const int32_t* begin,
-               const int32_t* end) {
-  mask_line_f32(s, n, first, outer, begin, end);
+void mask_line(float* s, int64_t n, const float* first, const float* last, const float* hidden) {
+  mask_line_f32(s, n, first, last, hidden);
 }
-void mask_line(double* s, int64_t n, int64_t first, const int64_t* outer, const int64_t* begin,
-               const int64_t* end) {
-  mask_line_f64(s, n, first, outer, begin, end);
+void mask_line(double* s, int64_t n, const double* first, const double* last, const double* hidden) {
+  mask_line_f64(s, n, first, last, hidden);
 }
 void online_softmax(float* s, int64_t n, float* max, float* sum, float* rescale) {
   online_softmax_impl(s, n, max, sum, rescale);
@@ -168,7 +183,18 @@ void softmax_gradient(float* dp, const float* p, int64_t n, const float* delta, 
 void softmax_gradient(double* dp, const double* p, int64_t n, const double* delta, const double* row_delta) {
   softmax_gradient_f64(dp, p, n, delta, row_delta);
 }
-void widen_half(const uint16_t* src, float* dst, int64_t n) { widen_half_all(src, dst, n); }
-void widen_bfloat16(const uint16_t* src, float* dst, int64_t n) { widen_bfloat16_all(src, dst, n); }
+void copy_rows(const float* src, int64_t step, int64_t n, int64_t features, float* dst) {
+  copy_rows_f32(src, step, n, features, dst);
+}
+void copy_rows(const double* src, int64_t step, int64_t n, int64_t features, double* dst) {
+  copy_rows_f64(src, step, n, features, dst);
+}
+void copy_rows(const torch::headeronly::Half* src, int64_t step, int64_t n, int64_t features, float* dst) {
+  copy_rows_half(reinterpret_cast<const uint16_t*>(src), step, n, features, dst);
+}
+void copy_rows(const torch::headeronly::BFloat16* src, int64_t step, int64_t n, int64_t features,
+               float* dst) {
+  copy_rows_bfloat16(reinterpret_cast<const uint16_t*>(src), step, n, features, dst);
+}
 
 }  // namespace nearfield::gna

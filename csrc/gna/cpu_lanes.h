@@ -3,8 +3,10 @@
 // hundred rows.
 #pragma once
 
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
 #include <cstdint>
-#include <type_traits>
 
 #include "cpu/linalg.h"
 
@@ -12,16 +14,10 @@ namespace nearfield::gna {
 
 using cpu::kLanes;
 
-// Integer of the width of C, so that comparisons of both give masks of the same shape.
-template <class C>
-using LaneInt = std::conditional_t<sizeof(C) == 4, int32_t, int64_t>;
-
-// Row i is coordinate first + i: s[i][lane] = -inf unless begin[lane] <= first + i < end[lane] and
-// outer[lane] != 0. outer is 0 or -1 per lane. All arrays are 64-byte aligned.
-void mask_line(float* s, int64_t n, int64_t first, const int32_t* outer, const int32_t* begin,
-               const int32_t* end);
-void mask_line(double* s, int64_t n, int64_t first, const int64_t* outer, const int64_t* begin,
-               const int64_t* end);
+// Row i of a line is seen by a lane iff first[lane] + hidden[lane] <= i <= last[lane]; the other scores
+// become -inf. Bounds are of the scores' own type, because comparisons of floats vectorise everywhere.
+void mask_line(float* s, int64_t n, const float* first, const float* last, const float* hidden);
+void mask_line(double* s, int64_t n, const double* first, const double* last, const double* hidden);
 
 // One step of the online softmax, per lane: turns scores into exp(score - max) with the running maximum,
 // updates running maximum and sum, and returns in `rescale` the factor for what was accumulated with the old
@@ -37,8 +33,10 @@ void scale_lanes(double* x, int64_t n, const double* factor);
 void softmax_gradient(float* dp, const float* p, int64_t n, const float* delta, const float* row_delta);
 void softmax_gradient(double* dp, const double* p, int64_t n, const double* delta, const double* row_delta);
 
-// dst[i] = src[i] in single precision; src holds IEEE half or bfloat16 bit patterns.
-void widen_half(const uint16_t* src, float* dst, int64_t n);
-void widen_bfloat16(const uint16_t* src, float* dst, int64_t n);
+// dst[row][f] = src[row * step + f] for n rows, widened.
+void copy_rows(const float* src, int64_t step, int64_t n, int64_t features, float* dst);
+void copy_rows(const double* src, int64_t step, int64_t n, int64_t features, double* dst);
+void copy_rows(const torch::headeronly::Half* src, int64_t step, int64_t n, int64_t features, float* dst);
+void copy_rows(const torch::headeronly::BFloat16* src, int64_t step, int64_t n, int64_t features, float* dst);
 
 }  // namespace nearfield::gna

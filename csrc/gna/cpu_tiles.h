@@ -5,9 +5,6 @@
 // so scratch memory stays bounded.
 #pragma once
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <limits>
@@ -19,8 +16,8 @@ namespace nearfield::gna {
 
 constexpr int kBlockRows = 256;  // rows of one block: panels of 16 KB, so that scores stay in the L1 cache
 constexpr int kMacroTiles = 8;   // tiles that share one copy of their rows
-constexpr int kTileOverhead =
-    24;  // fixed cost of a tile (transposing in and out), in rows; chooses tile shapes only
+// Fixed cost of a tile (transposing in and out), in rows. Only chooses the shape of tiles.
+constexpr int kTileOverhead = 24;
 
 enum class Lanes { queries, keys };
 
@@ -145,8 +142,7 @@ struct LaneTile {
   int index[3][kLanes<C>];
   Range box[3];     // union of the windows
   Range common[3];  // their intersection: rows in it need no mask
-  alignas(cpu::kPanel) LaneInt<C> begin[3][kLanes<C>];
-  alignas(cpu::kPanel) LaneInt<C> end[3][kLanes<C>];
+  int begin[3][kLanes<C>], end[3][kLanes<C>];
 
   // Elements [first, last] of the group, at most kLanes<C>.
   void set(const Group& g, const int (&first)[3], const int (&last)[3]) {
@@ -193,26 +189,24 @@ struct LaneTile {
         first0 == last0 ? Range{rows.i1(rows.line.begin), rows.i1(rows.line.end - 1) + 1} : rows.box[1];
     const bool inner_full = contains(common[2], rows.inner);
     if (inner_full && contains(common[0], {first0, last0 + 1}) && contains(common[1], all1)) return;
-    alignas(cpu::kPanel) LaneInt<C> outer[kLanes<C>];
-    for (int l = rows.line.begin; l < rows.line.end; ++l, scores += length_of(rows.inner) * kLanes<C>) {
+    const int width = length_of(rows.inner);
+    alignas(cpu::kPanel) C first[kLanes<C>], last[kLanes<C>], hidden[kLanes<C>];
+    for (int lane = 0; lane < kLanes<C>; ++lane) {
+      first[lane] = static_cast<C>(std::clamp(begin[2][lane] - rows.inner.begin, 0, width));
+      last[lane] = static_cast<C>(std::clamp(end[2][lane] - rows.inner.begin, 0, width) - 1);
+    }
+    for (int l = rows.line.begin; l < rows.line.end; ++l, scores += width * kLanes<C>) {
       const int i0 = rows.i0(l), i1 = rows.i1(l);
       if (inner_full && contains(common[0], {i0, i0 + 1}) && contains(common[1], {i1, i1 + 1})) continue;
-      for (int lane = 0; lane < kLanes<C>; ++lane)
-        outer[lane] = -LaneInt<C>((begin[0][lane] <= i0) & (i0 < end[0][lane]) & (begin[1][lane] <= i1) &
-                                  (i1 < end[1][lane]));
-      mask_line(scores, length_of(rows.inner), rows.inner.begin, outer, begin[2], end[2]);
+      for (int lane = 0; lane < kLanes<C>; ++lane) {
+        const int seen =
+            (begin[0][lane] <= i0) & (i0 < end[0][lane]) & (begin[1][lane] <= i1) & (i1 < end[1][lane]);
+        hidden[lane] = static_cast<C>((1 - seen) * kBlockRows);
+      }
+      mask_line(scores, width, first, last, hidden);
     }
   }
 };
-
-inline void copy_features(const float* src, float* dst, int64_t n) { std::copy_n(src, n, dst); }
-inline void copy_features(const double* src, double* dst, int64_t n) { std::copy_n(src, n, dst); }
-inline void copy_features(const torch::headeronly::Half* src, float* dst, int64_t n) {
-  widen_half(reinterpret_cast<const uint16_t*>(src), dst, n);
-}
-inline void copy_features(const torch::headeronly::BFloat16* src, float* dst, int64_t n) {
-  widen_bfloat16(reinterpret_cast<const uint16_t*>(src), dst, n);
-}
 
 // dst[row][feature] = the features of the block's rows, widened.
 template <class T, class C>
@@ -221,8 +215,8 @@ void load_rows(const Tokens<T>& t, int64_t b, int64_t h, const Group& g, const R
   const int64_t step = g.dilation[2] * t.x[2];
   for (int l = rows.line.begin; l < rows.line.end; ++l) {
     const T* src = t.at(b, h) + g.offset(t, rows.i0(l), rows.i1(l), rows.inner.begin);
-    for (int i = rows.inner.begin; i < rows.inner.end; ++i, src += step, dst += features)
-      copy_features(src, dst, features);
+    copy_rows(src, step, length_of(rows.inner), features, dst);
+    dst += length_of(rows.inner) * features;
   }
 }
 
@@ -245,8 +239,8 @@ void load_lanes(const Tokens<T>& t, int64_t b, int64_t h, const Group& g, const 
       for (int64_t f = 0; f < features; ++f) panel[f * kLanes<C> + lane] = C(0);
       continue;
     }
-    copy_features(t.at(b, h) + g.offset(t, tile.index[0][lane], tile.index[1][lane], tile.index[2][lane]),
-                  row, features);
+    const T* src = t.at(b, h) + g.offset(t, tile.index[0][lane], tile.index[1][lane], tile.index[2][lane]);
+    copy_rows(src, 0, 1, features, row);
     for (int64_t f = 0; f < features; ++f) panel[f * kLanes<C> + lane] = row[f];
   }
 }
@@ -262,7 +256,7 @@ void store_lanes(const Tokens<T>& t, int64_t b, int64_t h, const Group& g, const
   }
 }
 
-// One statistic per lane; `unused` in unused lanes.
+// One statistic per lane; 0 in unused lanes.
 template <class C>
 void load_lane_stats(const Tokens<C>& t, int64_t b, int64_t h, const Group& g,
                      const LaneTile<std::remove_const_t<C>>& tile, std::remove_const_t<C>* dst) {
@@ -276,14 +270,13 @@ void load_lane_stats(const Tokens<C>& t, int64_t b, int64_t h, const Group& g,
 template <class T, class C>
 void load_additional(const Tokens<T>& t, int64_t b, int64_t h, int64_t first, int64_t count, int64_t features,
                      C* dst) {
-  for (int64_t m = first; m < first + count; ++m)
-    copy_features(t.at(b, h) + m * t.x[2], dst + (m - first) * features, features);
+  copy_rows(t.at(b, h) + first * t.x[2], t.x[2], count, features, dst);
 }
 
 // One unit of parallel work: the tiles of one macro tile of one (batch, key/value head, dilation group).
 template <class C>
 struct Work {
-  int64_t b, kv_head;
+  int64_t b, kv_head;  // heads vary fastest: their features lie side by side in memory
   Group group;
   int tiles = 0;
   LaneTile<C> tile[kMacroTiles];
@@ -291,11 +284,9 @@ struct Work {
 
   // False when this (shorter) group has no such macro tile.
   Work(const Problem& p, const Tiling& tiling, Lanes lanes, int64_t task)
-      : group(p, task / tiling.total() % p.groups(), lanes) {
-    int64_t m = task % tiling.total();
-    task /= tiling.total() * p.groups();
-    kv_head = task % p.heads_kv;
-    b = task / p.heads_kv;
+      : kv_head(task % p.heads_kv), group(p, task / p.heads_kv / tiling.total() % p.groups(), lanes) {
+    int64_t m = task / p.heads_kv % tiling.total();
+    b = task / p.heads_kv / tiling.total() / p.groups();
     int first[3], last[3];
     for (int d = 2; d >= 0; --d, m /= tiling.count[d + 1]) {
       first[d] = static_cast<int>(m % tiling.count[d]) * tiling.macro[d];
