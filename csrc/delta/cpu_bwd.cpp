@@ -24,10 +24,10 @@ class ChunkGradient {
   std::vector<F> d_o;                    // [n, V]: to be filled before run
   std::vector<F> dq, dk, dv, dbeta, dg;  // [n, K], [n, K], [n, V], [n], [n, GD]: the results
 
-  explicit ChunkGradient(const Chunk<F>& chunk) : z_(chunk), K_(chunk.K), V_(chunk.V) {
+  explicit ChunkGradient(Chunk<F>& chunk) : z_(chunk), K_(chunk.K), V_(chunk.V) {
     const int64_t C = kChunk;
     for (auto* x : {&dq, &dk, &dKt_, &row_term_, &column_term_, &decay_, &scaled_, &sums_}) x->resize(C * K_);
-    for (auto* x : {&dv, &d_o, &R_, &X_, &V_new_, &Y_, &dV_new_}) x->resize(C * V_);
+    for (auto* x : {&dv, &d_o, &R_, &V_new_, &Y_}) x->resize(C * V_);
     for (auto* x : {&dA_, &dP_, &E_, &F_}) x->resize(C * C);
     whole_.resize(C / kBlock * K_);
     row_decay_.resize(kBlock * K_);
@@ -60,16 +60,16 @@ class ChunkGradient {
   }
 
  private:
-  const Chunk<F>& z_;
+  Chunk<F>& z_;
   const int64_t K_, V_;
-  std::vector<F> R_, X_, V_new_, Y_, dV_new_;  // [n, V]
-  std::vector<F> dA_, dP_, E_, F_;             // [n, 64]
-  std::vector<F> dKt_;                         // [n, K], times e^{G_C - G}
-  std::vector<F> row_term_, column_term_;      // [n, K]: see channel_gate
-  std::vector<F> whole_;                       // [4, K]: see channel_gate
-  std::vector<F> decay_, scaled_, sums_;       // [n, K] scratch
-  std::vector<F> row_decay_;                   // [16, K] scratch
-  std::vector<F> reads_;                       // [32, K] scratch: what q reads above what k reads
+  std::vector<F> R_, V_new_, Y_;           // [n, V]
+  std::vector<F> dA_, dP_, E_, F_;         // [n, 64]
+  std::vector<F> dKt_;                     // [n, K], times e^{G_C - G}
+  std::vector<F> row_term_, column_term_;  // [n, K]: see channel_gate
+  std::vector<F> whole_;                   // [4, K]: see channel_gate
+  std::vector<F> decay_, scaled_, sums_;   // [n, K] scratch
+  std::vector<F> row_decay_;               // [16, K] scratch
+  std::vector<F> reads_;                   // [32, K] scratch: what q reads above what k reads
 
   // out = alpha M N + beta out
   static void product(int64_t m, int64_t n, int64_t k, F alpha, MatrixView<F> M, MatrixView<F> N, F beta,
@@ -81,10 +81,10 @@ class ChunkGradient {
   //   dA = -tril(Y V'^T, -1),  dP = s tril(dO V'^T),  dbeta_i = Y_i . R_i + sum_j dA_ij Abar_ij
   void values(const F* S, const F* dS, F s) {
     const int64_t n = z_.n, C = kChunk;
-    z_.corrected_values(S, V_, 0, V_, R_.data(), X_.data(), V_new_.data());
-    product(n, V_, n, s, row_major(z_.P.data(), C).transposed(), row_major(d_o.data(), V_), F(0), dV_new_);
-    product(n, V_, K_, F(1), row_major(z_.Kt.data(), K_), row_major(dS, V_), F(1), dV_new_);
-    product(n, V_, n, F(1), row_major(z_.T.data(), C).transposed(), row_major(dV_new_.data(), V_), F(0), Y_);
+    z_.corrected_values(S, V_, 0, V_, R_.data(), V_new_.data());
+    product(n, V_, n, s, row_major(z_.P.data(), C).transposed(), row_major(d_o.data(), V_), F(0), Y_);
+    product(n, V_, K_, F(1), row_major(z_.Kt.data(), K_), row_major(dS, V_), F(1), Y_);
+    z_.solve_transposed(Y_.data(), V_);
     const auto V_new_t = row_major(V_new_.data(), V_).transposed();
     gemm(n, n, V_, F(-1), row_major(Y_.data(), V_), V_new_t, F(0), dA_.data(), C);
     gemm(n, n, V_, s, row_major(d_o.data(), V_), V_new_t, F(0), dP_.data(), C);
@@ -299,11 +299,11 @@ void run_chain(const DeltaBwdParams<In, F>& p, int64_t n, int64_t hv, Chunk<F>& 
   if (static_cast<int64_t>(states.size()) < (chunks + 2) * size) states.resize((chunks + 2) * size);
   F* S = states.data();
   load_state(in.initial_state ? in.initial_state + chain * size : nullptr, in.state_v_first, K, V, S);
-  std::vector<F> R(kChunk * V), X(kChunk * V), V_new(kChunk * V);
+  std::vector<F> R(kChunk * V), V_new(kChunk * V);
   for (int64_t i = 0; i + 1 < chunks; ++i, S += size) {
     chunk.load(in, span.b, span.begin + i * kChunk, rows_in(i), hv);
     chunk.prepare(/*with_output=*/false);
-    chunk.corrected_values(S, V, 0, V, R.data(), X.data(), V_new.data());
+    chunk.corrected_values(S, V, 0, V, R.data(), V_new.data());
     std::copy(S, S + size, S + size);
     chunk.advance_state(S + size, V, V_new.data(), V);
   }

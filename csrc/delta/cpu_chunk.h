@@ -97,23 +97,23 @@ class Chunk {
   std::vector<F> across;              // [GD] e^{G_C}
   std::vector<F> Qh, Kh, Kt;          // [n, K]
   std::vector<F> D;                   // [n, 64] e^{G_i - G_j}, i >= j: gate per head only
-  std::vector<F> Abar, T, P;          // [n, 64] lower triangles, zero above
+  std::vector<F> Abar, A, P;          // [n, 64] lower triangles, zero above
 
   template <class In>
   explicit Chunk(const DeltaInputs<In, F>& in)
-      : K(in.key_dim), V(in.value_dim), GD(in.gate_dim()), gated(in.g != nullptr) {
+      : K(in.key_dim), V(in.value_dim), GD(in.gate_dim()), gated(in.gated) {
     const int64_t C = kChunk;
     for (auto* x : {&q, &k, &Qh, &Kh, &Kt}) x->resize(C * K);
     for (auto* x : {&beta, &q_rstd, &k_rstd}) x->resize(C);
     for (auto* x : {&g, &from_start, &to_end}) x->resize(C * GD);
-    for (auto* x : {&D, &Abar, &T, &P}) x->resize(C * C);
+    for (auto* x : {&D, &Abar, &A, &P}) x->resize(C * C);
     v.resize(C * V);
     G.resize(C * GD);
     across.resize(GD);
-    A_.resize(C * C);
+    T_.resize(C * kBlock);
     rows_.resize(2 * kBlock * std::max(K, C));
     cols_.resize(C * K);
-    merge_.resize(C * C);
+    decay_.resize(K);
   }
 
   // Rows t .. t + count of value head hv: converted, normalised, activated.
@@ -130,7 +130,7 @@ class Chunk {
       if (in.beta_activation != BetaActivation::kNone)
         beta[i] = (in.beta_activation == BetaActivation::kSigmoid2 ? F(2) : F(1)) * sigmoid(beta[i]);
       for (int64_t c = 0; c < GD; ++c) {
-        const F gate = in.g ? gate_value(in, in.g[row * GD + c], hv, c) : F(0);
+        const F gate = gated ? gate_value(in, in.g[row * GD + c], hv, c) : F(0);
         g[i * GD + c] = gate < kGateFloor<F> ? kGateFloor<F> : gate;  // NaN stays NaN
       }
     }
@@ -147,7 +147,7 @@ class Chunk {
     } else {
       products_channel_gate(with_output);
     }
-    invert();
+    invert_blocks();
   }
 
   // S <- e^{G_C} . S + Kt^T V' on columns of a state of leading dimension ld.
@@ -159,17 +159,46 @@ class Chunk {
     gemm(K, width, n, F(1), row_major(Kt.data(), K).transposed(), row_major(V_new, width), F(1), S, ld);
   }
 
-  // R = V - Kh S and V' = T diag(beta) R for columns [j0, j0 + width) of V; X is scratch [n, width].
-  void corrected_values(const F* S, int64_t ld, int64_t j0, int64_t width, F* R, F* X, F* V_new) const {
+  // R = V - Kh S and V' = T diag(beta) R for columns [j0, j0 + width) of V.
+  void corrected_values(const F* S, int64_t ld, int64_t j0, int64_t width, F* R, F* V_new) {
     for (int64_t i = 0; i < n; ++i) std::memcpy(R + i * width, &v[i * V + j0], width * sizeof(F));
     gemm(n, width, K, F(-1), row_major(Kh.data(), K), row_major(S, ld), F(1), R, width);
     for (int64_t i = 0; i < n; ++i)
-      for (int64_t j = 0; j < width; ++j) X[i * width + j] = beta[i] * R[i * width + j];
-    gemm(n, width, n, F(1), row_major(T.data(), kChunk), row_major<F>(X, width), F(0), V_new, width);
+      for (int64_t j = 0; j < width; ++j) V_new[i * width + j] = beta[i] * R[i * width + j];
+    solve(V_new, width);
+  }
+
+  // X <- T X = (I + A)^-1 X, block by block: X_I <- T_II (X_I - A_I: X). As cheap as a product with the whole
+  // inverse and more accurate where its entries cancel (keys that repeat, beta near 2).
+  void solve(F* X, int64_t width) {
+    for (int64_t o = 0; o < n; o += kBlock) {
+      const int64_t m = std::min(kBlock, n - o);
+      gemm(m, width, o, F(-1), row_major<F>(&A[o * kChunk], kChunk), row_major<F>(X, width), F(1),
+           X + o * width, width);
+      apply_block(row_major<F>(&T_[o * kBlock], kBlock), m, X + o * width, width);
+    }
+  }
+
+  // X <- T^T X, from the last block to the first.
+  void solve_transposed(F* X, int64_t width) {
+    for (int64_t o = (n - 1) / kBlock * kBlock; o >= 0; o -= kBlock) {
+      const int64_t m = std::min(kBlock, n - o), after = o + m;
+      gemm(m, width, n - after, F(-1), row_major<F>(&A[after * kChunk + o], kChunk).transposed(),
+           row_major<F>(X + after * width, width), F(1), X + o * width, width);
+      apply_block(row_major<F>(&T_[o * kBlock], kBlock).transposed(), m, X + o * width, width);
+    }
   }
 
  private:
-  std::vector<F> A_, rows_, cols_, merge_;
+  std::vector<F> T_;                            // [n, 16] diagonal blocks of T = (I + A)^-1
+  std::vector<F> rows_, cols_, decay_, block_;  // scratch
+
+  // X <- M X for a block of m rows.
+  void apply_block(MatrixView<F> M, int64_t m, F* X, int64_t width) {
+    block_.resize(kBlock * width);
+    gemm(m, width, m, F(1), M, row_major<F>(X, width), F(0), block_.data(), width);
+    std::copy(block_.begin(), block_.begin() + m * width, X);
+  }
 
   template <class In>
   static void load_row(const In* from, int64_t width, bool l2norm, F* to, F* rstd) {
@@ -234,8 +263,7 @@ class Chunk {
     const int64_t C = kChunk;
     std::fill(Abar.begin(), Abar.begin() + n * C, F(0));
     std::fill(P.begin(), P.begin() + n * C, F(0));
-    std::vector<F>& e = merge_;  // one row of exponentials; merge_ is free until the inverse
-    if (static_cast<int64_t>(e.size()) < K) e.resize(K);
+    std::vector<F>& e = decay_;
     for (int64_t o = 0; o < n; o += kBlock) {
       const int64_t m = std::min(kBlock, n - o);
       if (o > 0) {
@@ -291,27 +319,22 @@ class Chunk {
     for (int64_t x = 0; x < o * K; ++x) cols[x] *= k[x];
   }
 
-  // T = (I + diag(beta) Abar)^-1: 16 x 16 diagonal blocks by forward substitution, then pairs of blocks
-  // merge. The product (I - A)(I + A^2)(I + A^4).. is shorter, but its powers explode on repeated keys while
-  // T stays bounded.
-  void invert() {
+  // The 16 x 16 diagonal blocks of (I + A)^-1 by forward substitution.
+  // The product (I - A)(I + A^2)(I + A^4).. is shorter, but its powers explode on repeated keys while the
+  // inverse stays bounded.
+  void invert_blocks() {
     const int64_t C = kChunk;
     for (int64_t i = 0; i < n; ++i)
-      for (int64_t j = 0; j < n; ++j) A_[i * C + j] = beta[i] * Abar[i * C + j];
-    std::fill(T.begin(), T.begin() + n * C, F(0));
+      for (int64_t j = 0; j < n; ++j) A[i * C + j] = beta[i] * Abar[i * C + j];
+    std::fill(T_.begin(), T_.begin() + n * kBlock, F(0));
     for (int64_t o = 0; o < n; o += kBlock)
       for (int64_t i = o; i < std::min(o + kBlock, n); ++i) {
-        T[i * C + i] = F(1);
-        for (int64_t p = o; p < i; ++p)
-          for (int64_t j = o; j <= p; ++j) T[i * C + j] -= A_[i * C + p] * T[p * C + j];
-      }
-    for (int64_t w = kBlock; w < n; w *= 2)
-      for (int64_t o = 0; o + w < n; o += 2 * w) {
-        const int64_t mid = o + w, m = std::min(w, n - mid);
-        gemm(m, w, w, F(1), row_major(&A_[mid * C + o], C), row_major(&T[o * C + o], C), F(0), merge_.data(),
-             w);
-        gemm(m, w, m, F(-1), row_major(&T[mid * C + mid], C), row_major(merge_.data(), w), F(0),
-             &T[mid * C + o], C);
+        F* row = &T_[i * kBlock];
+        row[i - o] = F(1);
+        for (int64_t p = o; p < i; ++p) {
+          const F a = A[i * C + p];
+          for (int64_t j = 0; j < kBlock; ++j) row[j] -= a * T_[p * kBlock + j];
+        }
       }
   }
 };

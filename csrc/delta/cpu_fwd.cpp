@@ -19,7 +19,7 @@ void run_delta_fwd_cpu(const DeltaFwdParams<In, F>& p) {
   const int64_t tiles = (V + tile - 1) / tile;
   torch::stable::parallel_for(0, chains * tiles, 1, [&](int64_t first, int64_t last) {
     Chunk<F> chunk(in);
-    std::vector<F> state(K * V), R(kChunk * tile), X(kChunk * tile), V_new(kChunk * tile), O(kChunk * tile);
+    std::vector<F> state(K * V), R(kChunk * tile), V_new(kChunk * tile), O(kChunk * tile);
     for (int64_t task = first; task < last; ++task) {
       const int64_t chain = task / tiles, n = chain / HV, hv = chain % HV;
       const int64_t j0 = task % tiles * tile, width = std::min(tile, V - j0);
@@ -30,7 +30,7 @@ void run_delta_fwd_cpu(const DeltaFwdParams<In, F>& p) {
       for (int64_t t = 0; t < span.length; t += kChunk) {
         chunk.load(in, span.b, span.begin + t, std::min(kChunk, span.length - t), hv);
         chunk.prepare(/*with_output=*/true);
-        chunk.corrected_values(S, V, j0, width, R.data(), X.data(), V_new.data());
+        chunk.corrected_values(S, V, j0, width, R.data(), V_new.data());
         const F s = static_cast<F>(in.scale);
         gemm(chunk.n, width, K, s, row_major(chunk.Qh.data(), K), row_major<F>(S, V), F(0), O.data(), width);
         gemm(chunk.n, width, chunk.n, s, row_major(chunk.P.data(), kChunk), row_major(V_new.data(), width),

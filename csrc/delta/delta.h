@@ -40,11 +40,12 @@ struct DeltaInputs {
   double gate_bound;
   BetaActivation beta_activation;
   Gate gate;
+  bool gated;  // not the same as g != null: a tensor without elements has no address
   bool channel_gate;
   bool qk_l2norm;
   bool state_v_first;
 
-  int64_t gate_dim() const { return g && channel_gate ? key_dim : 1; }
+  int64_t gate_dim() const { return channel_gate ? key_dim : 1; }
   int64_t state_size() const { return key_dim * value_dim; }
 };
 

@@ -151,7 +151,7 @@ DeltaInputs<In, F> kernel_inputs(const Inputs& x, const Options& options) {
   in.scale = options.scale, in.gate_bound = options.gate_bound;
   in.beta_activation = static_cast<BetaActivation>(options.beta_activation);
   in.gate = static_cast<Gate>(options.gate);
-  in.channel_gate = x.channel_gate;
+  in.gated = defined(x.g), in.channel_gate = x.channel_gate;
   in.qk_l2norm = options.qk_l2norm, in.state_v_first = options.state_v_first;
   return in;
 }

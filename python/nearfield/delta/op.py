@@ -286,8 +286,8 @@ def _(
 def _(
     d_o: Tensor | None, d_final: Tensor | None, q: Tensor, k: Tensor, v: Tensor, beta: Tensor,
     g: Tensor | None, initial_state: Tensor | None, A_log: Tensor | None, dt_bias: Tensor | None,
-    cu_seqlens: Tensor | None, scale: float, qk_l2norm: bool, beta_activation: int, gate: int, gate_bound: float,
-    state_v_first: bool,
+    cu_seqlens: Tensor | None, scale: float, qk_l2norm: bool, beta_activation: int, gate: int,
+    gate_bound: float, state_v_first: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     def like(t: Tensor | None) -> Tensor:
         return q.new_empty(0, dtype=_state_dtype(q)) if t is None else t.new_empty(t.shape)

@@ -24,7 +24,7 @@ def activate_beta(beta: Tensor, activation: str) -> Tensor:
 def activate_gate(
     g: Tensor, gate: str, A_log: Tensor | None, dt_bias: Tensor | None, gate_bound: float
 ) -> Tensor:
-    """The log decay: g itself, ``-exp(A_log) softplus(x)`` or ``bound * sigmoid(exp(A_log) x)``, x = g + dt_bias."""
+    """The log decay: g, ``-exp(A_log) softplus(g + bias)`` or ``bound * sigmoid(exp(A_log) (g + bias))``."""
     if gate == "log":
         return g
     per_head = (-1,) + (1,) * (g.dim() - 3)
@@ -38,7 +38,7 @@ def activate_gate(
 def recurrence(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, scale: float, S: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Heads first: q, k ``[B, HV, T, K]``, v, beta likewise, g ``[B, HV, T, K or 1]``, S ``[B, HV, K, V]``."""
+    """Heads first: q, k ``[B, HV, T, K]``, v and beta too, g ``[B, HV, T, K or 1]``, S ``[B, HV, K, V]``."""
     outputs = []
     for t in range(q.shape[2]):
         if g is not None:
