@@ -524,8 +524,35 @@ def test_stopping_rule_is_honoured_and_reported() -> None:
     assert counts[0].double().mean() < counts[1].double().mean()
 
 
+def test_iterations_and_ratio_follow_the_rule() -> None:
+    """A row stops after the first step with alpha rz <= tol^2 (1 + acc), or after max_iters."""
+    inputs = rope(60, 8)
+    tol, max_iters = 1e-2, 6
+    _, _, system, b = dense_system(inputs, 0.1)
+    r, p = b.clone(), b.clone()
+    acc = torch.zeros(60, dtype=F64)
+    iterations, ratio = torch.zeros(60, dtype=torch.int32), torch.full((60,), math.inf, dtype=F64)
+    for _ in range(max_iters):
+        ap = torch.einsum("ide,ie->id", system, p)
+        rz = (r * r).sum(1)
+        alpha = rz / (p * ap).sum(1)
+        acc = acc + alpha * rz
+        live = ratio > tol
+        ratio = torch.where(live, (alpha * rz / (1 + acc)).sqrt(), ratio)
+        iterations += live
+        r = r - alpha[:, None] * ap
+        p = r + ((r * r).sum(1) / rz)[:, None] * p
+    _, aux = local_linear_attention(
+        *inputs[:3], lam=0.1, scale=inputs.scale, tol=tol, max_iters=max_iters, return_aux=True
+    )
+    rows = slice(1, None)  # row 0 has one key and is solved by one step up to rounding
+    assert torch.equal(aux.iterations[0, rows, 0], iterations[rows])
+    torch.testing.assert_close(aux.ratio[0, rows, 0], ratio[rows].float())
+    assert 0 < int((ratio > tol).sum()) < 59, "the case must hold both kinds of rows"
+
+
 def test_breakdown_is_reported() -> None:
-    """A negative ridge is not refused (its values are not checked) but no step is possible, and the ratio says so."""
+    """The values of a ridge are not checked: a negative one allows no step, and the ratio says so."""
     q, k, v, _ = draw(Case())
     lam = torch.ones(1, 70, 2, dtype=F64)
     lam[0, 5] = -100.0
