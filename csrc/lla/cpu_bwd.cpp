@@ -106,6 +106,7 @@ void query_sweep(const BwdParams<T>& params, QueryTile<T>& tile) {
     std::copy_n(second + r * d, d, params.y + row * d);
     params.gbar[row] = gbar[r];
     params.row_sum[row] = row_sum[r];
+    params.factor[row] = tile.factor[r];
     if (!params.solve) continue;
     const F factor = !tile.sees_a_key(r) ? F(0) : params.ridge.absolute ? std::exp(-tile.lse[r]) : F(1);
     if (params.ridge.channels == 1) params.dlam[row] = -factor * dot(&x[r * d], &y[r * d], d);
@@ -136,7 +137,7 @@ void key_sweep(const BwdParams<T>& params, int64_t b, int64_t kv_head, int64_t j
       y(kQueries * d);
   std::vector<F> p(kQueries * kKeys), gam(kQueries * kKeys), slope_x(kQueries * kKeys),
       slope_y(kQueries * kKeys);
-  F lse[kQueries], gbar[kQueries], row_sum[kQueries], xbar[kQueries], ybar[kQueries] = {};
+  F lse[kQueries], factor[kQueries], gbar[kQueries], row_sum[kQueries], xbar[kQueries], ybar[kQueries] = {};
 
   for (int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h) {
     for (int64_t i0 = seen_by.begin; i0 < seen_by.end; i0 += kQueries) {
@@ -146,13 +147,14 @@ void key_sweep(const BwdParams<T>& params, int64_t b, int64_t kv_head, int64_t j
         const int64_t row = problem.row_index(b, i0 + r, h);
         for (int64_t c = 0; c < d; ++c) kbar[r * d + c] = params.kbar[row * d + c] - reference[c];
         if (params.solve) std::copy_n(params.y + row * d, d, &y[r * d]);
-        lse[r] = params.lse[row], gbar[r] = params.gbar[row], row_sum[r] = params.row_sum[row];
+        lse[r] = params.lse[row], factor[r] = params.factor[row], gbar[r] = params.gbar[row],
+        row_sum[r] = params.row_sum[row];
       }
       const MatrixView<F> q = rows_as<F>(problem.q, b, i0, rows, h, d, q_copy);
       const MatrixView<F> d_o = rows_as<F>(params.d_o, b, i0, rows, h, dv, d_o_copy);
 
       masked_scores(problem.visible, i0, rows, j0, cols, d, static_cast<F>(problem.scale), q, k, p.data());
-      scores_to_probabilities(rows, cols, lse, p.data());
+      scores_to_probabilities(rows, cols, lse, factor, p.data());
       gemm(rows, cols, dv, F(1), d_o, v.transposed(), F(0), gam.data(), kKeys);
       gemm(rows, cols, d, F(1), row_major<F>(x.data(), d), keys.transposed(), F(0), slope_x.data(), kKeys);
       row_dots(rows, d, x.data(), kbar.data(), xbar);

@@ -76,12 +76,19 @@ void masked_scores(const Visibility& visible, int64_t i0, int64_t rows, int64_t 
   }
 }
 
-// P = exp(S - lse) in place. A row without keys has lse = -inf and P = 0.
+// P = exp(S - shift) * factor in place, where shift is near lse and factor = 1 / sum_j exp(s_ij - shift_i):
+// with exp(S - lse) alone the rounding of lse, 1e-4 for logits of 1000 in float32, would be an error of every
+// p. A row without keys has shift = -inf and P = 0.
 template <class F>
-void scores_to_probabilities(int64_t rows, int64_t cols, const F* lse, F* s) {
+void scores_to_probabilities(int64_t rows, int64_t cols, const F* shift, const F* factor, F* s) {
   for (int64_t r = 0; r < rows; ++r) {
-    if (lse[r] == -std::numeric_limits<F>::infinity()) std::fill(s + r * kKeys, s + r * kKeys + cols, F(0));
-    else cpu::exp_sum(s + r * kKeys, cols, lse[r]);
+    F* row = s + r * kKeys;
+    if (shift[r] == -std::numeric_limits<F>::infinity()) {
+      std::fill(row, row + cols, F(0));
+      continue;
+    }
+    cpu::exp_sum(row, cols, shift[r]);
+    for (int64_t c = 0; c < cols; ++c) row[c] *= factor[r];
   }
 }
 
@@ -102,14 +109,15 @@ class QueryTile {
   const Problem<T>& problem;
   const int64_t d;
   int64_t b = 0, h = 0, i0 = 0, rows = 0;
-  std::vector<F> q, kbar, lse;  // [rows, d], [rows, d], [rows]
+  std::vector<F> q, kbar, lse;   // [rows, d], [rows, d], [rows]
+  std::vector<F> shift, factor;  // [rows]: p_ij = exp(s_ij - shift_i) factor_i
 
   void load(int64_t batch, int64_t head, int64_t first) {
     b = batch, h = head, i0 = first;
     rows = std::min(kQueries, problem.m - i0);
     seen_ = problem.visible.any_sees(i0, i0 + rows - 1);
-    q.resize(rows * d), kbar.resize(rows * d), lse.resize(rows), kbar_c_.resize(rows * d),
-        weight_sum_.resize(rows);
+    q.resize(rows * d), kbar.resize(rows * d), lse.resize(rows), factor.assign(rows, F(0)),
+        kbar_c_.resize(rows * d), weight_sum_.resize(rows);
     load_rows(problem.q, b, i0, rows, h, d, static_cast<const F*>(nullptr), q.data());
     const int64_t tiles = (seen_.end - seen_.begin + kKeys - 1) / kKeys;
     keep_ = tiles * kQueries * kKeys <= kKeptProbabilities;
@@ -122,16 +130,16 @@ class QueryTile {
     constexpr F inf = std::numeric_limits<F>::infinity();
     std::vector<F> top(rows, -inf), omega(rows, F(0));
     std::fill(kbar.begin(), kbar.end(), F(0));
+    lse.assign(rows, -inf);
     for (int64_t j0 = seen_.begin; j0 < seen_.end; j0 += kKeys) {
       const int64_t cols = std::min<int64_t>(kKeys, seen_.end - j0);
-      const MatrixView<F> k = rows_as<F>(problem.k, b, j0, cols, problem.kv_head(h), d, raw_keys_);
       F* s = p_.data();
-      masked_scores(problem.visible, i0, rows, j0, cols, d, static_cast<F>(problem.scale),
-                    row_major<F>(q.data(), d), k, s);
+      const MatrixView<F> k = scores(j0, cols, s);
       for (int64_t r = 0; r < rows; ++r) {
         F highest = top[r];
         for (int64_t c = 0; c < cols; ++c) highest = s[r * kKeys + c] > highest ? s[r * kKeys + c] : highest;
-        if (highest == -inf) {  // nothing seen yet: exp(-inf - -inf) would be NaN
+        const Range seen = problem.visible.keys(i0 + r);
+        if (highest == -inf && (seen.end <= j0 || seen.begin >= j0 + cols)) {  // nothing seen yet
           std::fill(s + r * kKeys, s + r * kKeys + cols, F(0));
           continue;
         }
@@ -144,20 +152,31 @@ class QueryTile {
       gemm(rows, d, cols, F(1), row_major<F>(s, kKeys), k, F(1), kbar.data(), d);
     }
     for (int64_t r = 0; r < rows; ++r) {
-      lse[r] = omega[r] == F(0) ? -inf : top[r] + std::log(omega[r]);
-      if (omega[r] != F(0))
-        for (int64_t c = 0; c < d; ++c) kbar[r * d + c] /= omega[r];
+      if (omega[r] == F(0)) continue;
+      lse[r] = top[r] + std::log(omega[r]);
+      factor[r] = F(1) / omega[r];
+      for (int64_t c = 0; c < d; ++c) kbar[r * d + c] *= factor[r];
     }
+    shift = top;
     choose_reference();
   }
 
-  // The same, as the forward saved them.
+  // The same, as the forward saved them; the factor is summed anew.
   void load_statistics(const F* saved_kbar, const F* saved_lse) {
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t row = problem.row_index(b, i0 + r, h);
       std::copy_n(saved_kbar + row * d, d, &kbar[r * d]);
       lse[r] = saved_lse[row];
     }
+    shift = lse;
+    std::fill(factor.begin(), factor.end(), F(0));
+    for (int64_t j0 = seen_.begin; j0 < seen_.end; j0 += kKeys) {
+      const int64_t cols = std::min<int64_t>(kKeys, seen_.end - j0);
+      scores(j0, cols, p_.data());
+      for (int64_t r = 0; r < rows; ++r)
+        if (sees_a_key(r)) factor[r] += cpu::exp_sum(p_.data() + r * kKeys, cols, shift[r]);
+    }
+    for (int64_t r = 0; r < rows; ++r) factor[r] = sees_a_key(r) ? F(1) / factor[r] : F(0);
     choose_reference();
   }
 
@@ -170,10 +189,8 @@ class QueryTile {
       const int64_t begin = seen_.begin + tile * kKeys, cols = std::min<int64_t>(kKeys, seen_.end - begin);
       F* p = p_.data() + (keep_ ? tile : 0) * kQueries * kKeys;
       if (!keep_ || !ready_[tile]) {
-        const MatrixView<F> k = rows_as<F>(problem.k, b, begin, cols, problem.kv_head(h), d, raw_keys_);
-        masked_scores(problem.visible, i0, rows, begin, cols, d, static_cast<F>(problem.scale),
-                      row_major<F>(q.data(), d), k, p);
-        scores_to_probabilities(rows, cols, lse.data(), p);
+        scores(begin, cols, p);
+        scores_to_probabilities(rows, cols, shift.data(), factor.data(), p);
         ready_[tile] = 1;
       }
       keys_.resize(kKeys * d);
@@ -252,6 +269,14 @@ class QueryTile {
   std::vector<F> weight_sum_;       // [rows]
   std::vector<F> raw_keys_, keys_;  // [kKeys, d]
   std::vector<F> values_;           // [kKeys, dv]
+
+  // Masked scores of one key tile; returns its keys.
+  MatrixView<F> scores(int64_t j0, int64_t cols, F* s) {
+    const MatrixView<F> k = rows_as<F>(problem.k, b, j0, cols, problem.kv_head(h), d, raw_keys_);
+    masked_scores(problem.visible, i0, rows, j0, cols, d, static_cast<F>(problem.scale),
+                  row_major<F>(q.data(), d), k, s);
+    return k;
+  }
 
   void choose_reference() {
     reference_.assign(d, F(0));

@@ -124,6 +124,7 @@ struct BwdParams {
   const acc_t<T>* lse;     // [B, m, Hq]
   acc_t<T>* y;             // [B, m, Hq, d]: A^-1 h if solve, else h, which then is the gradient of x
   acc_t<T>* gbar;          // [B, m, Hq] scratch
+  acc_t<T>* factor;        // [B, m, Hq] scratch: p = exp(s - lse) factor
   acc_t<T>* row_sum;       // [B, m, Hq] scratch: D
   T* dq;                   // [B, m, Hq, d]
   T* dk;                   // [B, n, Hk, d]

@@ -163,11 +163,13 @@ std::array<Tensor, 5> backward(const char* op, const Tensor& d_o_, const Tensor&
     dvalue = new_empty(q, {s[0], n, kv_heads, dv});
     dlam = new_empty(q, {s[0], s[1], s[2], lam ? lam->sizes()[3] : 0}, compute_dtype<T>);
     const Tensor gbar = new_empty(q, {s[0], s[1], s[2]}, compute_dtype<T>);
+    const Tensor factor = new_empty(q, {s[0], s[1], s[2]}, compute_dtype<T>);
     const Tensor row_sum = new_empty(q, {s[0], s[1], s[2]}, compute_dtype<T>);
     run_bwd_cpu<T>({make_problem<T>(q, k, v, scale, is_causal, window_or_all(window, n)), lam != nullptr,
                     lam ? make_ridge<F>(*lam, absolute) : Ridge<F>{}, solver, view_of<T>(d_o), view_of<F>(x),
-                    data_of<F>(kbar), data_of<F>(lse), data_of<F>(y), data_of<F>(gbar), data_of<F>(row_sum),
-                    data_of<T>(dq), data_of<T>(dk), data_of<T>(dvalue), data_of<F>(dlam)});
+                    data_of<F>(kbar), data_of<F>(lse), data_of<F>(y), data_of<F>(gbar), data_of<F>(factor),
+                    data_of<F>(row_sum), data_of<T>(dq), data_of<T>(dk), data_of<T>(dvalue),
+                    data_of<F>(dlam)});
   });
   return out;
 }

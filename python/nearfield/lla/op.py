@@ -229,7 +229,7 @@ def _check(
         return float(d**-0.5)
     if not isinstance(scale, (int, float)):
         raise TypeError(f"{op}: scale must be a float, got {type(scale).__name__}")
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:  # not math.isfinite: torch.compile may pass a symbolic float
         raise ValueError(f"{op}: scale is {scale}, expected a finite number")
     return float(scale)
 
@@ -338,3 +338,14 @@ def _probe_backward(ctx: Any, d_o: Tensor, *_: Any) -> tuple[Tensor | None, ...]
 
 torch.library.register_autograd("nearfield::lla_fwd", _fwd_backward, setup_context=_fwd_save)
 torch.library.register_autograd("nearfield::lla_probe_fwd", _probe_backward, setup_context=_probe_save)
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
+    raise NotImplementedError(
+        "local_linear_attention: second derivatives are not implemented; supported: first derivatives"
+    )
+
+
+# Without a rule, torch would treat the gradients as constants and only warn.
+torch.library.register_autograd("nearfield::lla_bwd", _no_second_derivative)
+torch.library.register_autograd("nearfield::lla_probe_bwd", _no_second_derivative)

@@ -39,9 +39,8 @@ def _softmax(q: Tensor, k: Tensor, scale: float | None, mask: Tensor) -> tuple[T
     s = scale * torch.einsum("bihd,bjhd->bihj", q, k)
     s = s.masked_fill(~mask[None, :, None], -torch.inf)
     lse = torch.logsumexp(s, -1)
-    empty = ~mask.any(-1)[None, :, None]
-    p = torch.exp(s - lse.masked_fill(empty, 0)[..., None])
-    return p, lse
+    empty = ~mask.any(-1)[None, :, None, None]
+    return torch.softmax(s.masked_fill(empty, 0), -1).masked_fill(empty, 0), lse
 
 
 def _readout(p: Tensor, kbar: Tensor, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
