@@ -70,4 +70,6 @@ def check_device(op: str, tensor: Tensor, devices: frozenset[str]) -> None:
     """Raises when this build has no kernel for the tensor's device: never a silent detour through another one."""
     if tensor.device.type not in devices:
         supported = ", ".join(sorted(devices - {"meta"}))
-        raise NotImplementedError(f"{op}: no kernel for device {tensor.device} in this build; supported: {supported}")
+        raise NotImplementedError(
+            f"{op}: no kernel for device {tensor.device} in this build; supported: {supported}"
+        )
