@@ -77,6 +77,7 @@ def cutlass_include() -> Path:
 
 
 NVCC = find_nvcc()
+PORTABLE = os.environ.get("NEARFIELD_PLANNER") == "0"  # a wheel that fits every Python
 JOBS = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
 
 
@@ -128,7 +129,7 @@ def extensions() -> list:
                          "-ldl", "-lrt", "-lpthread"],
     )  # fmt: skip
     # pybind11 has no limited API: leave it out of portable wheels.
-    if os.environ.get("NEARFIELD_PLANNER") == "0":
+    if PORTABLE:
         return [ops]
     from pybind11.setup_helpers import Pybind11Extension
 
@@ -145,5 +146,5 @@ setup(
     package_data={"nearfield": ["py.typed", "*.pyi"]},
     ext_modules=extensions(),
     cmdclass={"build_ext": Build},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}} if os.environ.get("NEARFIELD_PLANNER") == "0" else {},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if PORTABLE else {},
 )
