@@ -32,6 +32,8 @@ def main(
 ) -> None:
     """Neighborhood attention denoises photographs, a DeltaNet learns to recall, local linear attention follows drift."""
     console = Console()
+    if not console.is_terminal:
+        console.width = 110  # a log has no width
     out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     results: list[Result] = []
@@ -49,7 +51,7 @@ def main(
         table.add_column(heading, justify="right" if heading in ("quality", "seconds") else "left")
     for result in results:
         for row in result.rows:
-            cells = (row.task, row.method, row.quality, f"{row.seconds:.1f}", row.device)
+            cells = (row.task, row.method, row.quality, f"{row.seconds:.1f}" if row.seconds else "", row.device)
             table.add_row(*cells, style="bold green" if row.ours else "")
         table.add_section()
     console.print(table)

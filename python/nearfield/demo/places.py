@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+import rich
 import torch
+from rich.markup import escape
 
 
 class Place(NamedTuple):
@@ -21,13 +23,14 @@ CPU = Place(torch.device("cpu"), torch.float32)
 
 
 def choose(attempt: Callable[[Place], object], gpu_dtypes: Iterable[torch.dtype], use_gpu: bool) -> Place:
-    """The first place where a tiny ``attempt`` is supported; an operator says so with NotImplementedError."""
+    """The first place where a tiny ``attempt`` runs. Why another one was passed over is printed."""
     if use_gpu and torch.cuda.is_available():
         for dtype in gpu_dtypes:
             place = Place(torch.device("cuda"), dtype)
             try:
                 attempt(place)
-            except NotImplementedError:
+            except RuntimeError as error:  # NotImplementedError is one of them
+                rich.print(escape(f"not on {place}: {str(error).splitlines()[0]}"))
                 continue
             return place
     return CPU
