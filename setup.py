@@ -22,7 +22,9 @@ try:
     import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 except ImportError:
-    sys.exit("nearfield is built against the torch you run: install torch >= 2.11, then `pip install --no-build-isolation .`")
+    sys.exit(
+        "nearfield is built against the torch you run: install torch >= 2.11, then `pip install --no-build-isolation .`"
+    )
 
 ROOT = Path(__file__).parent.resolve()
 VERSION = "0.1.0"
@@ -53,7 +55,10 @@ def cuda_archs() -> str:
     if torch.cuda.is_available():
         capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
     # From compute capability 9 on, the fast instructions exist only in the arch-specific ("a") target.
-    return ";".join(f"{major}{minor}{'a' if major >= 9 else ''}" for major, minor in sorted(capabilities)) or "90a"
+    return (
+        ";".join(f"{major}{minor}{'a' if major >= 9 else ''}" for major, minor in sorted(capabilities))
+        or "90a"
+    )
 
 
 def cutlass_include() -> Path:
@@ -66,10 +71,13 @@ def cutlass_include() -> Path:
     for candidate in candidates:
         if (candidate / "cute" / "tensor.hpp").exists():
             return candidate
-    sys.exit("CUTLASS headers not found: pip install --no-deps nvidia-cutlass==4.2.0 (or see third_party/README.md)")
+    sys.exit(
+        "CUTLASS headers not found: pip install --no-deps nvidia-cutlass==4.2.0 (or see third_party/README.md)"
+    )
 
 
 NVCC = find_nvcc()
+PORTABLE = os.environ.get("NEARFIELD_PLANNER") == "0"  # a wheel that fits every Python
 JOBS = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
 
 
@@ -77,7 +85,9 @@ class Build(BuildExtension):
     def finalize_options(self) -> None:
         super().finalize_options()
         # A fixed folder: an editable install would compile in a fresh temporary one and never hit ccache.
-        self.build_temp = str(ROOT / "build" / f"temp-{sys.implementation.cache_tag}-torch{torch.__version__}")
+        self.build_temp = str(
+            ROOT / "build" / f"temp-{sys.implementation.cache_tag}-torch{torch.__version__}"
+        )
 
     def build_extensions(self) -> None:
         if NVCC is None:
@@ -118,11 +128,14 @@ def extensions() -> list:
         extra_link_args=["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed", "-Wl,--exclude-libs,ALL",
                          "-ldl", "-lrt", "-lpthread"],
     )  # fmt: skip
-    if os.environ.get("NEARFIELD_PLANNER") == "0":  # pybind11 has no limited API: leave it out of portable wheels
+    # pybind11 has no limited API: leave it out of portable wheels.
+    if PORTABLE:
         return [ops]
     from pybind11.setup_helpers import Pybind11Extension
 
-    planner = Pybind11Extension("nearfield._planner", ["csrc/planner.cpp"], include_dirs=[str(ROOT / "include")], cxx_std=17)
+    planner = Pybind11Extension(
+        "nearfield._planner", ["csrc/planner.cpp"], include_dirs=[str(ROOT / "include")], cxx_std=17
+    )
     return [ops, planner]
 
 
@@ -133,5 +146,5 @@ setup(
     package_data={"nearfield": ["py.typed", "*.pyi"]},
     ext_modules=extensions(),
     cmdclass={"build_ext": Build},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}} if os.environ.get("NEARFIELD_PLANNER") == "0" else {},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if PORTABLE else {},
 )

@@ -82,10 +82,14 @@ constexpr ScalarType compute_dtype =
 template <class F>
 void dispatch_cpu_dtype(const char* op, const char* name, ScalarType dtype, F&& f) {
   switch (dtype) {
-    case ScalarType::Float: return f(float{});
-    case ScalarType::Double: return f(double{});
-    case ScalarType::Half: return f(torch::headeronly::Half{});
-    case ScalarType::BFloat16: return f(torch::headeronly::BFloat16{});
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::Double:
+      return f(double{});
+    case ScalarType::Half:
+      return f(torch::headeronly::Half{});
+    case ScalarType::BFloat16:
+      return f(torch::headeronly::BFloat16{});
     default:
       STD_TORCH_CHECK(false, op, ": ", name, " has dtype ", torch::headeronly::toString(dtype),
                       "; supported on CPU: float32, float64, bfloat16, float16");

@@ -26,7 +26,9 @@ def assert_accurate(
     assert got.shape == truth.shape, f"{what}: shape {list(got.shape)}, expected {list(truth.shape)}"
     got, truth, eager = got.detach().cpu(), truth.detach().cpu().double(), eager.detach().cpu()
     bad = ~torch.isfinite(got) & torch.isfinite(truth)
-    assert not bad.any(), f"{what}: {int(bad.sum())} of {got.numel()} values are NaN or infinite where the truth is finite"
+    assert not bad.any(), (
+        f"{what}: {int(bad.sum())} of {got.numel()} values are NaN or infinite where the truth is finite"
+    )
     if got.numel() == 0:
         return
     finite = torch.isfinite(truth)
@@ -38,4 +40,6 @@ def assert_accurate(
         count = got.numel() ** 0.5 if norm == 2 else 1.0
         error = float(torch.linalg.vector_norm(got.double() - truth, norm)) / count
         allowed = factor * float(torch.linalg.vector_norm(eager.double() - truth, norm)) / count + floor
-        assert error <= allowed, f"{what}: {name} error {error:.3g} > allowed {allowed:.3g}; {worst(got, truth)}"
+        assert error <= allowed, (
+            f"{what}: {name} error {error:.3g} > allowed {allowed:.3g}; {worst(got, truth)}"
+        )

@@ -33,7 +33,10 @@ def poisoned_memory() -> Iterator[None]:
     kernels, so there the caching allocator's free blocks are filled with NaN instead.
     """
     if torch.cuda.is_available():
-        blocks = [torch.full((n,), float("nan"), device="cuda") for n in (1 << 8, 1 << 14, 1 << 18, 1 << 22, 1 << 24)]
+        blocks = [
+            torch.full((n,), float("nan"), device="cuda")
+            for n in (1 << 8, 1 << 14, 1 << 18, 1 << 22, 1 << 24)
+        ]
         del blocks
         yield
         return

@@ -232,7 +232,7 @@ inline TilePlan plan_tiles(const std::vector<Axis>& axes, const TileShape& q_til
 enum class Shapes : int {
   kPowersOfTwo,  // sides are powers of two and the box holds exactly the block: coordinates are bit fields
   kExact,        // any sides whose product is the block
-  kFitting,      // any box that fills at least 7/8 of the block; the rest stays empty and needs a mask everywhere
+  kFitting,  // any box that fills at least 7/8 of the block; the rest stays empty and needs a mask everywhere
 };
 
 inline std::vector<TileShape> tile_shapes(int rank, int block, Shapes shapes) {

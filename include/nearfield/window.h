@@ -58,8 +58,8 @@ struct Window {
   // Queries that see key j. For the gradients of keys and values.
   NEARFIELD_HOST_DEVICE Range queries(int j) const {
     if (causal) {
-      // Query i sees j iff i >= j and its stride group's leader is at most j + window - 1 (the last group's leader is
-      // clipped to length - 1, which only lets it see more).
+      // Query i sees j iff i >= j and its stride group's leader is at most j + window - 1 (the last group's
+      // leader is clipped to length - 1, which only lets it see more).
       const int last_leader = j + window - 1;
       const int end = last_leader >= length - 1 ? length : (last_leader + 1) / stride * stride;
       return {j, end};

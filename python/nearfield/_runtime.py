@@ -22,7 +22,7 @@ FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Casts floating-point tensors to the autocast dtype when autocast is on for their device, as SDPA does."""
     device_type = tensors[0].device.type
-    # A device type without autocast, such as meta, would raise in the second question.
+    # Devices without autocast, such as meta, make is_autocast_enabled raise.
     if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
@@ -70,4 +70,6 @@ def check_device(op: str, tensor: Tensor, devices: frozenset[str]) -> None:
     """Raises when this build has no kernel for the tensor's device: never a silent detour through another one."""
     if tensor.device.type not in devices:
         supported = ", ".join(sorted(devices - {"meta"}))
-        raise NotImplementedError(f"{op}: no kernel for device {tensor.device} in this build; supported: {supported}")
+        raise NotImplementedError(
+            f"{op}: no kernel for device {tensor.device} in this build; supported: {supported}"
+        )

@@ -1,0 +1,155 @@
+// Local linear attention: the contract between register.cpp (tensors) and the kernels (pointers).
+// The mathematics, the letters and the order in which to read the files are in README.md.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include "nearfield/window.h"
+
+namespace nearfield::lla {
+
+// The type in which a CPU kernel computes: 16-bit types are widened.
+template <class T>
+using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// Which keys a query sees: always an interval. Query i stands at key position i + n - m, so that the last
+// query stands at the last key. Causal: the last `window` keys up to that position. Otherwise the `window`
+// keys around it, shifted inwards at the ends so that there are always `window` of them (the rule of
+// neighborhood attention).
+struct Visibility {
+  int m, n, window;
+  bool causal;
+
+  static Visibility make(int64_t m, int64_t n, int64_t window, bool causal) {
+    return {static_cast<int>(m), static_cast<int>(n), static_cast<int>(std::min(window, n)), causal};
+  }
+
+  // Keys that any of the queries [first, last] sees; both ends are non-decreasing in the query.
+  Range any_sees(int64_t first, int64_t last) const {
+    const Range low = keys(first), high = keys(last);
+    return {low.begin, std::max(low.begin, high.end)};
+  }
+
+  Range keys(int64_t i) const {
+    const Window w{n, window, 1, causal};
+    const int position = static_cast<int>(i) + n - m;
+    const int begin = w.start(position);
+    return {begin, std::max(begin, w.end(position))};
+  }
+
+  // Queries that see any of the keys [first, last].
+  Range any_seen_by(int64_t first, int64_t last) const {
+    const Window w{n, window, 1, causal};
+    const Range position = w.any_seen_by(static_cast<int>(first), static_cast<int>(last));
+    const int shift = n - m;
+    // Queries left of key 0 (m > n) see nothing if causal, else the first window.
+    const int begin = !causal && position.begin == 0 ? 0 : std::max(position.begin - shift, 0);
+    return {begin, std::max(begin, std::min(position.end - shift, m))};
+  }
+};
+
+// A [B, L, H, D] tensor whose last dimension is dense.
+template <class T>
+struct View {
+  T* data;
+  int64_t batch_stride, row_stride, head_stride;
+  T* row(int64_t b, int64_t i, int64_t h) const {
+    return data + b * batch_stride + i * row_stride + h * head_stride;
+  }
+};
+
+template <class T>
+struct Problem {
+  int64_t batch, m, n, heads, kv_heads, d, dv;
+  View<const T> q;  // [B, m, Hq, d]
+  View<const T> k;  // [B, n, Hk, d]
+  View<const T> v;  // [B, n, Hk, dv]
+  double scale;
+  Visibility visible;
+
+  int64_t kv_head(int64_t h) const { return h / (heads / kv_heads); }
+  int64_t row_index(int64_t b, int64_t i, int64_t h) const {
+    return (b * m + i) * heads + h;
+  }  // in [B, m, Hq]
+};
+
+// lam [B, m, Hq, channels] with any strides (0 where it is shared); channels is 1 or d.
+template <class F>
+struct Ridge {
+  const F* data;
+  int64_t stride[4];
+  int64_t channels;
+  bool absolute;  // lam exp(-lse) takes the place of lam
+};
+
+struct Solver {
+  double tol;
+  int64_t max_iters;
+};
+
+template <class T>
+struct FwdParams {
+  Problem<T> problem;
+  Ridge<acc_t<T>> ridge;
+  Solver solver;
+  T* o;                 // [B, m, Hq, dv]
+  acc_t<T>* x;          // [B, m, Hq, d]
+  acc_t<T>* kbar;       // [B, m, Hq, d]
+  acc_t<T>* lse;        // [B, m, Hq]
+  int32_t* iterations;  // [B, m, Hq]
+  float* ratio;         // [B, m, Hq]
+};
+
+template <class T>
+struct ProbeFwdParams {
+  Problem<T> problem;
+  View<const acc_t<T>> x;  // [B, m, Hq, d]
+  T* o;                    // [B, m, Hq, dv]
+  acc_t<T>* kbar;          // [B, m, Hq, d]
+  acc_t<T>* lse;           // [B, m, Hq]
+};
+
+// The backward of the readout; with `solve` also of the solve that made x.
+template <class T>
+struct BwdParams {
+  Problem<T> problem;
+  bool solve;
+  Ridge<acc_t<T>> ridge;   // used if solve
+  Solver solver;           // used if solve
+  View<const T> d_o;       // [B, m, Hq, dv]
+  View<const acc_t<T>> x;  // [B, m, Hq, d]
+  const acc_t<T>* kbar;    // [B, m, Hq, d]
+  const acc_t<T>* lse;     // [B, m, Hq]
+  acc_t<T>* y;             // [B, m, Hq, d]: A^-1 h if solve, else h, which then is the gradient of x
+  acc_t<T>* gbar;          // [B, m, Hq] scratch
+  acc_t<T>* factor;        // [B, m, Hq] scratch: p = exp(s - lse) factor
+  acc_t<T>* row_sum;       // [B, m, Hq] scratch: D
+  T* dq;                   // [B, m, Hq, d]
+  T* dk;                   // [B, n, Hk, d]
+  T* dv;                   // [B, n, Hk, dv]
+  acc_t<T>* dlam;          // [B, m, Hq, channels] if solve
+};
+
+// Decoding: k and v are a cache of which sequence b has filled the first lengths[b] positions; always causal.
+template <class T>
+struct StepParams {
+  Problem<T> problem;
+  Ridge<acc_t<T>> ridge;
+  const int64_t* lengths;  // [B]
+  int64_t window;
+  T* o;  // [B, m, Hq, dv]
+};
+
+// One instance per element type: float, double, Half, BFloat16.
+template <class T>
+void run_fwd_cpu(const FwdParams<T>& params);
+template <class T>
+void run_probe_fwd_cpu(const ProbeFwdParams<T>& params);
+template <class T>
+void run_bwd_cpu(const BwdParams<T>& params);
+template <class T>
+void run_step_cpu(const StepParams<T>& params);
+
+}  // namespace nearfield::lla

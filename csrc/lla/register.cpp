@@ -1,0 +1,251 @@
+// Operator schemas, safety checks, allocation and dispatch: the only file of the family that sees tensors.
+#include "lla/lla.h"
+#include "tensor_checks.h"
+
+namespace nearfield::lla {
+namespace {
+
+using torch::stable::new_empty;
+
+// The kernels read any strides, as long as the last dimension is dense.
+Tensor dense_rows(const Tensor& t) {
+  return t.sizes().back() > 1 && t.strides().back() != 1 ? torch::stable::contiguous(t) : t;
+}
+
+template <class T>
+View<const T> view_of(const Tensor& t) {
+  const auto stride = t.strides();
+  return {static_cast<const T*>(t.const_data_ptr()), stride[0], stride[1], stride[2]};
+}
+
+template <class T>
+T* data_of(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+void check_inputs(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
+                  const std::optional<int64_t>& window) {
+  check_shape(op, "q", q, {-1, -1, -1, -1});
+  check_shape(op, "k", k, {q.sizes()[0], -1, -1, q.sizes()[3]});
+  check_shape(op, "v", v, {q.sizes()[0], k.sizes()[1], k.sizes()[2], -1});
+  const int64_t heads = q.sizes()[2], kv_heads = k.sizes()[2];
+  STD_TORCH_CHECK(kv_heads > 0 ? heads % kv_heads == 0 : heads == 0, op, ": q has ", heads,
+                  " heads, not a multiple of the ", kv_heads, " heads of k and v");
+  STD_TORCH_CHECK(q.sizes()[1] < INT32_MAX / 2 && k.sizes()[1] < INT32_MAX / 2, op,
+                  ": sequences are limited to 2^30");
+  STD_TORCH_CHECK(!window || *window >= 1, op, ": window is ", window.value_or(0), ", expected at least 1");
+  for (const auto& [name, t] : {std::pair<const char*, const Tensor&>{"k", k}, {"v", v}}) {
+    check_dtype(op, name, t, q.scalar_type());
+    check_same_device(op, name, t, q);
+  }
+}
+
+// A float tensor of the computation, of the given shape.
+void check_statistic(const char* op, const char* name, const Tensor& t, const Tensor& q,
+                     const std::vector<int64_t>& shape) {
+  check_shape(op, name, t, shape);
+  check_dtype(op, name, t, q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float);
+  check_same_device(op, name, t, q);
+}
+
+void check_lam(const char* op, const Tensor& lam, const Tensor& q) {
+  const auto s = q.sizes();
+  check_statistic(op, "lam", lam, q, {s[0], s[1], s[2], -1});
+  STD_TORCH_CHECK(lam.sizes()[3] == 1 || lam.sizes()[3] == s[3], op, ": lam has ", lam.sizes()[3],
+                  " channels, expected 1 or ", s[3]);
+}
+
+int64_t window_or_all(const std::optional<int64_t>& window, int64_t n) { return window ? *window : n; }
+
+template <class T>
+Problem<T> make_problem(const Tensor& q, const Tensor& k, const Tensor& v, double scale, bool is_causal,
+                        int64_t window) {
+  const auto s = q.sizes();
+  const int64_t n = k.sizes()[1];
+  return {s[0],          s[1],          n,
+          s[2],          k.sizes()[2],  s[3],
+          v.sizes()[3],  view_of<T>(q), view_of<T>(k),
+          view_of<T>(v), scale,         Visibility::make(s[1], n, window, is_causal)};
+}
+
+template <class F>
+Ridge<F> make_ridge(const Tensor& lam, bool absolute) {
+  const auto st = lam.strides();
+  return {
+      static_cast<const F*>(lam.const_data_ptr()), {st[0], st[1], st[2], st[3]}, lam.sizes()[3], absolute};
+}
+
+}  // namespace
+
+using Fwd = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+Fwd fwd_cpu(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& lam, double scale,
+            bool is_causal, std::optional<int64_t> window, bool absolute, double tol, int64_t max_iters) {
+  const char* op = "lla_fwd";
+  check_inputs(op, q_, k_, v_, window);
+  check_lam(op, lam, q_);
+  const Tensor q = dense_rows(q_), k = dense_rows(k_), v = dense_rows(v_);
+  const auto s = q.sizes();
+  const int64_t dv = v.sizes()[3];
+  Fwd out;
+  dispatch_cpu_dtype(op, "q", q.scalar_type(), [&](auto tag) {
+    using T = decltype(tag);
+    using F = acc_t<T>;
+    auto& [o, x, kbar, lse, iterations, ratio] = out;
+    o = new_empty(q, {s[0], s[1], s[2], dv});
+    x = new_empty(q, {s[0], s[1], s[2], s[3]}, compute_dtype<T>);
+    kbar = new_empty(q, {s[0], s[1], s[2], s[3]}, compute_dtype<T>);
+    lse = new_empty(q, {s[0], s[1], s[2]}, compute_dtype<T>);
+    iterations = new_empty(q, {s[0], s[1], s[2]}, ScalarType::Int);
+    ratio = new_empty(q, {s[0], s[1], s[2]}, ScalarType::Float);
+    run_fwd_cpu<T>({make_problem<T>(q, k, v, scale, is_causal, window_or_all(window, k.sizes()[1])),
+                    make_ridge<F>(lam, absolute),
+                    {tol, max_iters},
+                    data_of<T>(o),
+                    data_of<F>(x),
+                    data_of<F>(kbar),
+                    data_of<F>(lse),
+                    data_of<int32_t>(iterations),
+                    data_of<float>(ratio)});
+  });
+  return out;
+}
+
+using ProbeFwd = std::tuple<Tensor, Tensor, Tensor>;
+ProbeFwd probe_fwd_cpu(const Tensor& q_, const Tensor& x_, const Tensor& k_, const Tensor& v_, double scale,
+                       bool is_causal, std::optional<int64_t> window) {
+  const char* op = "lla_probe_fwd";
+  check_inputs(op, q_, k_, v_, window);
+  const Tensor q = dense_rows(q_), x = dense_rows(x_), k = dense_rows(k_), v = dense_rows(v_);
+  const auto s = q.sizes();
+  check_statistic(op, "x", x, q, {s[0], s[1], s[2], s[3]});
+  ProbeFwd out;
+  dispatch_cpu_dtype(op, "q", q.scalar_type(), [&](auto tag) {
+    using T = decltype(tag);
+    using F = acc_t<T>;
+    auto& [o, kbar, lse] = out;
+    o = new_empty(q, {s[0], s[1], s[2], v.sizes()[3]});
+    kbar = new_empty(q, {s[0], s[1], s[2], s[3]}, compute_dtype<T>);
+    lse = new_empty(q, {s[0], s[1], s[2]}, compute_dtype<T>);
+    run_probe_fwd_cpu<T>({make_problem<T>(q, k, v, scale, is_causal, window_or_all(window, k.sizes()[1])),
+                          view_of<F>(x), data_of<T>(o), data_of<F>(kbar), data_of<F>(lse)});
+  });
+  return out;
+}
+
+namespace {
+
+// Both backwards; lam is null for the probe alone. Returns dq, y or dx, dk, dv, dlam.
+std::array<Tensor, 5> backward(const char* op, const Tensor& d_o_, const Tensor& q_, const Tensor& k_,
+                               const Tensor& v_, const Tensor* lam, const Tensor& x_, const Tensor& kbar_,
+                               const Tensor& lse_, double scale, bool is_causal,
+                               std::optional<int64_t> window, bool absolute, Solver solver) {
+  check_inputs(op, q_, k_, v_, window);
+  const Tensor q = dense_rows(q_), k = dense_rows(k_), v = dense_rows(v_), d_o = dense_rows(d_o_),
+               x = dense_rows(x_);
+  const Tensor kbar = torch::stable::contiguous(kbar_), lse = torch::stable::contiguous(lse_);
+  const auto s = q.sizes();
+  const int64_t n = k.sizes()[1], kv_heads = k.sizes()[2], dv = v.sizes()[3];
+  check_shape(op, "d_o", d_o, {s[0], s[1], s[2], dv});
+  check_dtype(op, "d_o", d_o, q.scalar_type());
+  check_same_device(op, "d_o", d_o, q);
+  check_statistic(op, "x", x, q, {s[0], s[1], s[2], s[3]});
+  check_statistic(op, "kbar", kbar, q, {s[0], s[1], s[2], s[3]});
+  check_statistic(op, "lse", lse, q, {s[0], s[1], s[2]});
+  if (lam) check_lam(op, *lam, q);
+  std::array<Tensor, 5> out;
+  dispatch_cpu_dtype(op, "q", q.scalar_type(), [&](auto tag) {
+    using T = decltype(tag);
+    using F = acc_t<T>;
+    auto& [dq, y, dk, dvalue, dlam] = out;
+    dq = new_empty(q, {s[0], s[1], s[2], s[3]});
+    y = new_empty(q, {s[0], s[1], s[2], s[3]}, compute_dtype<T>);
+    dk = new_empty(q, {s[0], n, kv_heads, s[3]});
+    dvalue = new_empty(q, {s[0], n, kv_heads, dv});
+    dlam = new_empty(q, {s[0], s[1], s[2], lam ? lam->sizes()[3] : 0}, compute_dtype<T>);
+    const Tensor gbar = new_empty(q, {s[0], s[1], s[2]}, compute_dtype<T>);
+    const Tensor factor = new_empty(q, {s[0], s[1], s[2]}, compute_dtype<T>);
+    const Tensor row_sum = new_empty(q, {s[0], s[1], s[2]}, compute_dtype<T>);
+    run_bwd_cpu<T>({make_problem<T>(q, k, v, scale, is_causal, window_or_all(window, n)), lam != nullptr,
+                    lam ? make_ridge<F>(*lam, absolute) : Ridge<F>{}, solver, view_of<T>(d_o), view_of<F>(x),
+                    data_of<F>(kbar), data_of<F>(lse), data_of<F>(y), data_of<F>(gbar), data_of<F>(factor),
+                    data_of<F>(row_sum), data_of<T>(dq), data_of<T>(dk), data_of<T>(dvalue),
+                    data_of<F>(dlam)});
+  });
+  return out;
+}
+
+}  // namespace
+
+using Grads = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+Grads bwd_cpu(const Tensor& d_o, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lam,
+              const Tensor& x, const Tensor& kbar, const Tensor& lse, double scale, bool is_causal,
+              std::optional<int64_t> window, bool absolute, double tol, int64_t max_iters) {
+  auto [dq, y, dk, dv, dlam] = backward("lla_bwd", d_o, q, k, v, &lam, x, kbar, lse, scale, is_causal, window,
+                                        absolute, {tol, max_iters});
+  return {dq, dk, dv, dlam};
+}
+
+Grads probe_bwd_cpu(const Tensor& d_o, const Tensor& q, const Tensor& x, const Tensor& k, const Tensor& v,
+                    const Tensor& kbar, const Tensor& lse, double scale, bool is_causal,
+                    std::optional<int64_t> window) {
+  auto [dq, dx, dk, dv, none] =
+      backward("lla_probe_bwd", d_o, q, k, v, nullptr, x, kbar, lse, scale, is_causal, window, false, {});
+  return {dq, dx, dk, dv};
+}
+
+Tensor step_cpu(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& lengths_,
+                const Tensor& lam, double scale, std::optional<int64_t> window, bool absolute) {
+  const char* op = "lla_step";
+  check_inputs(op, q_, k_, v_, window);
+  check_lam(op, lam, q_);
+  check_shape(op, "cache_seqlens", lengths_, {q_.sizes()[0]});
+  check_dtype(op, "cache_seqlens", lengths_, ScalarType::Long);
+  check_same_device(op, "cache_seqlens", lengths_, q_);
+  const Tensor q = dense_rows(q_), k = dense_rows(k_), v = dense_rows(v_),
+               lengths = torch::stable::contiguous(lengths_);
+  const auto* length = static_cast<const int64_t*>(lengths.const_data_ptr());
+  for (int64_t b = 0; b < q.sizes()[0]; ++b)
+    STD_TORCH_CHECK(0 <= length[b] && length[b] <= k.sizes()[1], op, ": cache_seqlens[", b, "] is ",
+                    length[b], ", expected 0 to ", k.sizes()[1], ", the size of the cache");
+  const Tensor o = new_empty(q, {q.sizes()[0], q.sizes()[1], q.sizes()[2], v.sizes()[3]});
+  dispatch_cpu_dtype(op, "q", q.scalar_type(), [&](auto tag) {
+    using T = decltype(tag);
+    const int64_t all = window_or_all(window, k.sizes()[1]);
+    run_step_cpu<T>({make_problem<T>(q, k, v, scale, true, all), make_ridge<acc_t<T>>(lam, absolute), length,
+                     all, data_of<T>(o)});
+  });
+  return o;
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(nearfield, m) {
+  m.def(
+      "lla_fwd(Tensor q, Tensor k, Tensor v, Tensor lam, float scale, bool is_causal, int? window, bool "
+      "absolute, "
+      "float tol, int max_iters) -> (Tensor o, Tensor x, Tensor kbar, Tensor lse, Tensor iterations, Tensor "
+      "ratio)");
+  m.def(
+      "lla_bwd(Tensor d_o, Tensor q, Tensor k, Tensor v, Tensor lam, Tensor x, Tensor kbar, Tensor lse, "
+      "float scale, "
+      "bool is_causal, int? window, bool absolute, float tol, int max_iters) -> "
+      "(Tensor dq, Tensor dk, Tensor dv, Tensor dlam)");
+  m.def(
+      "lla_probe_fwd(Tensor q, Tensor x, Tensor k, Tensor v, float scale, bool is_causal, int? window) -> "
+      "(Tensor o, Tensor kbar, Tensor lse)");
+  m.def(
+      "lla_probe_bwd(Tensor d_o, Tensor q, Tensor x, Tensor k, Tensor v, Tensor kbar, Tensor lse, float "
+      "scale, "
+      "bool is_causal, int? window) -> (Tensor dq, Tensor dx, Tensor dk, Tensor dv)");
+  m.def(
+      "lla_step(Tensor q, Tensor k, Tensor v, Tensor cache_seqlens, Tensor lam, float scale, int? window, "
+      "bool absolute) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(nearfield, CPU, m) {
+  m.impl("lla_fwd", TORCH_BOX(&fwd_cpu));
+  m.impl("lla_bwd", TORCH_BOX(&bwd_cpu));
+  m.impl("lla_probe_fwd", TORCH_BOX(&probe_fwd_cpu));
+  m.impl("lla_probe_bwd", TORCH_BOX(&probe_bwd_cpu));
+  m.impl("lla_step", TORCH_BOX(&step_cpu));
+}
+
+}  // namespace nearfield::lla

@@ -1,0 +1,336 @@
+"""``delta_rule`` and ``delta_rule_step``: public functions, fake kernels, autograd rule."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NoReturn
+
+import torch
+from torch import Tensor
+
+from nearfield import _runtime
+
+BetaActivation = Literal["none", "sigmoid", "sigmoid2"]
+Gate = Literal["log", "softplus", "bounded"]
+
+BETA_ACTIVATIONS = {"none": 0, "sigmoid": 1, "sigmoid2": 2}
+GATES = {"log": 0, "softplus": 1, "bounded": 2}
+MAX_STEP = 8
+
+FWD_DEVICES = _runtime.devices_with_kernel("delta_fwd")
+STEP_DEVICES = _runtime.devices_with_kernel("delta_step")
+
+
+def delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    use_qk_l2norm: bool = False,
+    beta_activation: BetaActivation = "none",
+    gate: Gate = "log",
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    gate_bound: float = -5.0,
+    state_v_first: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Linear attention that corrects its memory: DeltaNet, Gated DeltaNet or KDA, by the shape of g.
+
+    Per token and value head, with ``alpha = exp(g)``::
+
+        S <- alpha . S;   r = v - S^T k;   S <- S + beta k r^T;   o = scale S^T q
+
+    Args:
+        q, k: ``[B, T, H, K]``. Keys should have unit norm (or pass ``use_qk_l2norm``): otherwise the memory
+            can grow exponentially.
+        v: ``[B, T, HV, V]``; HV is a multiple of H, value head j uses query/key head ``j // (HV // H)``.
+        beta: write strength ``[B, T, HV]``, in q's dtype or float32.
+        g: log decay, at most 0 (``-inf`` forgets everything): absent for DeltaNet, ``[B, T, HV]`` for Gated
+            DeltaNet, ``[B, T, HV, K]`` for KDA; in q's dtype or float32 (better).
+        scale: factor on the output; default ``K ** -0.5``.
+        initial_state: ``[N, HV, K, V]`` in float32 (float64 for float64 inputs); default zero. N is B, or the
+            number of packed sequences.
+        output_final_state: also return the state after the last token of each sequence, like initial_state.
+        cu_seqlens: ``[N + 1]`` int32 or int64, starting with 0: the batch of 1 holds N sequences end to end.
+            Empty sequences are fine; tokens past the last one give zeros.
+        use_qk_l2norm: q and k are divided by ``sqrt(sum of squares + 1e-6)``.
+        beta_activation: "sigmoid" or "sigmoid2" (twice the sigmoid) if beta holds logits.
+        gate: how g is meant. "log": it is the log decay. "softplus": ``-exp(A_log) * softplus(g + dt_bias)``.
+            "bounded": ``gate_bound * sigmoid(exp(A_log) * (g + dt_bias))``.
+        A_log: ``[HV]``, needed by "softplus", optional for "bounded" (factor 1).
+        dt_bias: ``[HV]``, or ``[HV, K]`` (also flat) with a gate per channel; optional.
+        gate_bound: lower bound of the log decay for "bounded", in [-5, 0).
+        state_v_first: states are ``[N, HV, V, K]``.
+
+    Returns:
+        ``o [B, T, HV, V]`` in q's dtype and the final state, or None without ``output_final_state``.
+    """
+    op = "delta_rule"
+    _check_inputs(op, q, k, v, beta, g, A_log, dt_bias, initial_state=initial_state, cu_seqlens=cu_seqlens)
+    q, k, v = _runtime.autocast(q, k, v)
+    _check_options(op, q, k, v, beta, g, A_log, dt_bias, beta_activation, gate, gate_bound)
+    (B, _, _, K), (HV, V) = q.shape, v.shape[2:]
+    scale = K**-0.5 if scale is None else float(scale)
+    sequences = B
+    if cu_seqlens is not None:
+        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+            _runtime.shape_error(op, "cu_seqlens", cu_seqlens, "[N + 1]")
+        if cu_seqlens.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"{op}: cu_seqlens has dtype {cu_seqlens.dtype}; supported: int32, int64")
+        if B != 1:
+            raise ValueError(f"{op}: cu_seqlens packs sequences into a batch of 1, but q has batch {B}")
+        sequences = cu_seqlens.shape[0] - 1
+    if initial_state is not None:
+        _check_state(op, "initial_state", initial_state, q, [sequences, HV, K, V], state_v_first)
+    _runtime.check_device(op, q, FWD_DEVICES)
+    o, final_state = torch.ops.nearfield.delta_fwd(
+        q, k, v, beta, g, initial_state, A_log, _flat(dt_bias), cu_seqlens,
+        scale, use_qk_l2norm, BETA_ACTIVATIONS[beta_activation], GATES[gate], gate_bound, state_v_first,
+        output_final_state,
+    )  # fmt: skip
+    return o, final_state if output_final_state else None
+
+
+def delta_rule_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None = None,
+    *,
+    state: Tensor,
+    read_idx: Tensor | None = None,
+    write_idx: Tensor | None = None,
+    scale: float | None = None,
+    use_qk_l2norm: bool = False,
+    beta_activation: BetaActivation = "none",
+    gate: Gate = "log",
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    gate_bound: float = -5.0,
+    state_v_first: bool = False,
+) -> Tensor:
+    """Decoding: :func:`delta_rule` for the next 1 to 8 tokens of each row, with states updated in a pool.
+
+    Args:
+        q, k, v, beta, g: as in :func:`delta_rule`, with T from 1 to 8.
+        state: the pool ``[P, HV, K, V]`` (``[P, HV, V, K]`` if state_v_first) in float32 or bfloat16 (float64
+            for float64 inputs). Dense but for its first stride, which may be padded.
+        read_idx: ``[B]`` int32 or int64, the slot from which each row starts; default ``0 .. B - 1``. A
+            negative entry makes the row inactive: nothing is read or written, its output is 0.
+        write_idx: ``[B]``, the slot that receives the state after the last token; or ``[B, T]``, the slots
+            that receive the state after each token (for speculative decoding). Negative: that state is not
+            written. Default: read_idx.
+
+    No slot may be written by two rows, or written by one row and read by another. There is no gradient.
+
+    Returns:
+        ``o [B, T, HV, V]`` in q's dtype.
+    """
+    op = "delta_rule_step"
+    _check_inputs(op, q, k, v, beta, g, A_log, dt_bias, state=state, read_idx=read_idx, write_idx=write_idx)
+    inputs = (q, k, v, beta, g, A_log, dt_bias, state)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        raise ValueError(f"{op}: has no gradient, but an input requires one; call it under torch.no_grad()")
+    q, k, v = _runtime.autocast(q, k, v)
+    _check_options(op, q, k, v, beta, g, A_log, dt_bias, beta_activation, gate, gate_bound)
+    (B, T, _, K), (HV, V) = q.shape, v.shape[2:]
+    scale = K**-0.5 if scale is None else float(scale)
+    if not 1 <= T <= MAX_STEP:
+        raise ValueError(f"{op}: q has {T} tokens; supported: 1 to {MAX_STEP}")
+    if state.dim() == 4 and read_idx is None and state.shape[0] < B:
+        raise ValueError(f"{op}: state has {state.shape[0]} slots, but without read_idx {B} rows need {B}")
+    _check_state(op, "state", state, q, [None, HV, K, V], state_v_first, also=torch.bfloat16)
+    for name, index, shapes in (("read_idx", read_idx, [[B]]), ("write_idx", write_idx, [[B], [B, T]])):
+        if index is None:
+            continue
+        if list(index.shape) not in shapes:
+            _runtime.shape_error(op, name, index, " or ".join(str(s) for s in shapes))
+        if index.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"{op}: {name} has dtype {index.dtype}; supported: int32, int64")
+    _runtime.check_device(op, q, STEP_DEVICES)
+    o: Tensor = torch.ops.nearfield.delta_step(
+        q, k, v, beta, g, state, read_idx, write_idx, A_log, _flat(dt_bias),
+        scale, use_qk_l2norm, BETA_ACTIVATIONS[beta_activation], GATES[gate], gate_bound, state_v_first,
+    )  # fmt: skip
+    return o
+
+
+def _flat(dt_bias: Tensor | None) -> Tensor | None:
+    return None if dt_bias is None else dt_bias.reshape(-1)
+
+
+def _check_inputs(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    **others: Tensor | None,
+) -> None:
+    """What holds before autocast: tensors, devices, dtypes, shapes of the token tensors."""
+    _runtime.check_tensors(op, q=q, k=k, v=v, beta=beta, g=g, A_log=A_log, dt_bias=dt_bias, **others)
+    if q.dim() != 4:
+        _runtime.shape_error(op, "q", q, "[B, T, H, K]")
+    B, T, H, K = q.shape
+    if k.shape != q.shape:
+        _runtime.shape_error(op, "k", k, f"{list(q.shape)} like q")
+    if v.dim() != 4 or tuple(v.shape[:2]) != (B, T):
+        _runtime.shape_error(op, "v", v, f"[{B}, {T}, HV, V]")
+    HV, V = v.shape[2:]
+    if H == 0 or HV == 0 or HV % H:
+        raise ValueError(f"{op}: v has {HV} heads, expected a multiple of q's {H}")
+    if K == 0 or V == 0:
+        raise ValueError(f"{op}: q has {K} and v has {V} channels, expected at least 1 each")
+    if tuple(beta.shape) != (B, T, HV):
+        _runtime.shape_error(op, "beta", beta, f"[{B}, {T}, {HV}]")
+    if g is not None and tuple(g.shape) not in ((B, T, HV), (B, T, HV, K)):
+        _runtime.shape_error(op, "g", g, f"[{B}, {T}, {HV}] or [{B}, {T}, {HV}, {K}]")
+
+
+def _check_options(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    beta_activation: str,
+    gate: str,
+    gate_bound: float,
+) -> None:
+    """What holds after autocast: dtypes, the named options and their parameters."""
+    K, HV = q.shape[3], v.shape[2]
+    _runtime.check_same_dtype(op, q=q, k=k, v=v)
+    state_dtype = _state_dtype(q)
+    for name, tensor in (("beta", beta), ("g", g), ("A_log", A_log), ("dt_bias", dt_bias)):
+        if tensor is not None and tensor.dtype not in (q.dtype, state_dtype):
+            supported = ", ".join(map(str, dict.fromkeys((q.dtype, state_dtype))))
+            raise ValueError(
+                f"{op}: {name} has dtype {tensor.dtype}; supported with q in {q.dtype}: {supported}"
+            )
+    if beta_activation not in BETA_ACTIVATIONS:
+        supported = ", ".join(BETA_ACTIVATIONS)
+        raise ValueError(f"{op}: beta_activation is {beta_activation!r}; supported: {supported}")
+    if gate not in GATES:
+        raise ValueError(f"{op}: gate is {gate!r}; supported: {', '.join(GATES)}")
+    if gate == "log" and (A_log is not None or dt_bias is not None):
+        raise ValueError(f"{op}: A_log and dt_bias belong to gate 'softplus' or 'bounded', but gate is 'log'")
+    if gate != "log" and g is None:
+        raise ValueError(f"{op}: gate is {gate!r}, but g is None")
+    if gate == "softplus" and A_log is None:
+        raise ValueError(f"{op}: gate is 'softplus', which needs A_log, but A_log is None")
+    if gate == "bounded" and not -5 <= gate_bound < 0:
+        raise ValueError(f"{op}: gate_bound is {gate_bound}, expected a number in [-5, 0)")
+    if A_log is not None and tuple(A_log.shape) != (HV,):
+        _runtime.shape_error(op, "A_log", A_log, f"[{HV}]")
+    if dt_bias is not None and g is not None:
+        expected = [(HV,)] if g.dim() == 3 else [(HV, K), (HV * K,)]
+        if tuple(dt_bias.shape) not in expected:
+            _runtime.shape_error(op, "dt_bias", dt_bias, " or ".join(str(list(e)) for e in expected))
+
+
+def _state_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _check_state(
+    op: str,
+    name: str,
+    state: Tensor,
+    q: Tensor,
+    shape: list[int | None],
+    v_first: bool,
+    also: torch.dtype | None = None,
+) -> None:
+    """``shape`` is [N, HV, K, V]; None accepts any size."""
+    slots, HV, K, V = shape
+    expected = [slots, HV, V, K] if v_first else [slots, HV, K, V]
+    if state.dim() != 4 or any(e is not None and e != s for e, s in zip(expected, state.shape, strict=True)):
+        text = ", ".join("P" if e is None else str(e) for e in expected)
+        _runtime.shape_error(op, name, state, f"[{text}]")
+    supported = [_state_dtype(q)]
+    if also is not None and q.dtype != torch.float64:
+        supported.append(also)
+    if state.dtype not in supported:
+        text = ", ".join(map(str, supported))
+        raise ValueError(f"{op}: {name} has dtype {state.dtype}; supported with q in {q.dtype}: {text}")
+
+
+# ---------------------------------------------------------------------------------------------- fake kernels
+
+
+@torch.library.register_fake("nearfield::delta_fwd")  # type: ignore[untyped-decorator]
+def _(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, initial_state: Tensor | None,
+    A_log: Tensor | None, dt_bias: Tensor | None, cu_seqlens: Tensor | None, scale: float, qk_l2norm: bool,
+    beta_activation: int, gate: int, gate_bound: float, state_v_first: bool, output_final_state: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    K, (HV, V) = q.shape[3], v.shape[2:]
+    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    shape = [sequences, HV, V, K] if state_v_first else [sequences, HV, K, V]
+    return q.new_empty(v.shape), q.new_empty(shape if output_final_state else [0], dtype=_state_dtype(q))
+
+
+@torch.library.register_fake("nearfield::delta_bwd")  # type: ignore[untyped-decorator]
+def _(
+    d_o: Tensor | None, d_final: Tensor | None, q: Tensor, k: Tensor, v: Tensor, beta: Tensor,
+    g: Tensor | None, initial_state: Tensor | None, A_log: Tensor | None, dt_bias: Tensor | None,
+    cu_seqlens: Tensor | None, scale: float, qk_l2norm: bool, beta_activation: int, gate: int,
+    gate_bound: float, state_v_first: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    def like(t: Tensor | None) -> Tensor:
+        return q.new_empty(0, dtype=_state_dtype(q)) if t is None else t.new_empty(t.shape)
+
+    return tuple(map(like, (q, k, v, beta, g, initial_state, A_log, dt_bias)))
+
+
+@torch.library.register_fake("nearfield::delta_step")  # type: ignore[untyped-decorator]
+def _(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor, read_idx: Tensor | None,
+    write_idx: Tensor | None, A_log: Tensor | None, dt_bias: Tensor | None, scale: float, qk_l2norm: bool,
+    beta_activation: int, gate: int, gate_bound: float, state_v_first: bool,
+) -> Tensor:  # fmt: skip
+    return q.new_empty(v.shape)
+
+
+# ------------------------------------------------------------------------------------------------- autograd
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:9])
+    ctx.options = inputs[9:15]
+
+
+def _backward(ctx: Any, d_o: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
+    needed = ctx.needs_input_grad
+    if d_o is None and (d_final is None or d_final.dim() == 1):
+        return (None,) * len(needed)
+    if d_final is not None and d_final.dim() == 1:  # of the placeholder without output_final_state
+        d_final = None
+    grads = torch.ops.nearfield.delta_bwd(d_o, d_final, *ctx.saved_tensors, *ctx.options)
+    wanted = [grad if need else None for grad, need in zip(grads, needed, strict=False)]
+    return (*wanted, *(None,) * (len(needed) - len(wanted)))
+
+
+torch.library.register_autograd("nearfield::delta_fwd", _backward, setup_context=_setup_context)
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> NoReturn:
+    raise NotImplementedError(
+        "delta_rule: has no second derivative; do not backpropagate through its gradient"
+    )
+
+
+torch.library.register_autograd("nearfield::delta_bwd", _no_second_derivative)

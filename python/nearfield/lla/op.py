@@ -1,0 +1,351 @@
+"""Local linear attention: public functions, fake kernels, autograd. The mathematics: csrc/lla/README.md."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from nearfield import _runtime
+
+Ridge = Literal["relative", "absolute"]
+
+_DEVICES = _runtime.devices_with_kernel("lla_fwd")
+_STEP_DEVICES = _runtime.devices_with_kernel("lla_step")
+
+
+class SolveInfo(NamedTuple):
+    """What the solver did, one value per query and head: [B, m, Hq], not differentiable."""
+
+    lse: Tensor
+    """log sum_j exp(s_ij); -inf for a query without keys."""
+    iterations: Tensor
+    """Conjugate gradient steps taken, int32."""
+    ratio: Tensor
+    """The stopping quotient at the last step, float32. Above ``tol``: the row had not converged."""
+
+
+@overload
+def local_linear_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, lam: float | Tensor, scale: float | None = ..., is_causal: bool = ...,
+    tol: float = ..., max_iters: int = ..., window: int | None = ..., ridge: Ridge = ...,
+    return_aux: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def local_linear_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, lam: float | Tensor, scale: float | None = ..., is_causal: bool = ...,
+    tol: float = ..., max_iters: int = ..., window: int | None = ..., ridge: Ridge = ...,
+    return_aux: Literal[True],
+) -> tuple[Tensor, SolveInfo]: ...  # fmt: skip
+def local_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    lam: float | Tensor,
+    scale: float | None = None,
+    is_causal: bool = True,
+    tol: float = 1e-3,
+    max_iters: int = 16,
+    window: int | None = None,
+    ridge: Ridge = "relative",
+    return_aux: bool = False,
+) -> Tensor | tuple[Tensor, SolveInfo]:
+    """Fits an affine map to the visible (key, value) pairs of every query and returns its value at the query.
+
+    With p = softmax(scale q.k) over the visible keys, kbar = sum p k and C the p-weighted covariance of the
+    keys: x = (C + lam I)^-1 (q - kbar) and o = sum_j p_j (1 + (k_j - kbar).x) v_j. As lam grows, x vanishes
+    and softmax attention remains.
+
+    Args:
+        q: queries [B, m, Hq, d].
+        k: keys [B, n, Hk, d]; Hq is a multiple of Hk (grouped-query attention).
+        v: values [B, n, Hk, dv].
+        lam: positive ridge in units of |k|^2. A float, or a tensor (differentiable, values not checked) whose
+            number of dimensions says what it is: scalar [], per head [Hq], per head and channel [Hq, d], per
+            head and token [B, m, Hq].
+        scale: kernel bandwidth, d^-1/2 by default.
+        is_causal: query i sees keys j <= i + n - m, so that the last query sees every key.
+        tol: a row stops when its estimated error is at most tol, in units of the spread of the values under
+            p times sqrt(1 + x.A.x). 0: max_iters steps, unless the residual vanishes before.
+        max_iters: most conjugate gradient steps of a row, in the forward and in the backward.
+        window: number of keys a query sees. Causal: the last ``window`` keys up to its position. Otherwise:
+            that many keys around its position (one more on the left if even), shifted inwards at both ends of
+            the sequence, so that there are always min(window, n).
+        ridge: "relative" adds lam to the covariance. "absolute" adds it to the sums before normalisation,
+            sum_j exp(s_j) (k_j - kbar)(k_j - kbar)^T: the relative ridge is then lam exp(-lse).
+        return_aux: also return a ``SolveInfo``.
+
+    Returns:
+        o [B, m, Hq, dv]; a query without visible keys gets 0. The gradient is that of the exact solution,
+        evaluated at the computed one (a second solve with the same tol, relative to its own solution).
+    """
+    op = "local_linear_attention"
+    scale = _check(op, q, k, v, scale, window)
+    _runtime.check_device(op, q, _DEVICES)
+    if not isinstance(tol, (int, float)) or not 0 <= tol < math.inf:
+        raise ValueError(f"{op}: tol is {tol}, expected a finite number >= 0")
+    if not isinstance(max_iters, int) or max_iters < 1:
+        raise ValueError(f"{op}: max_iters is {max_iters}, expected an integer >= 1")
+    rows = _ridge_rows(op, lam, q, ridge)
+    q, k, v = _runtime.autocast(q, k, v)
+    o, _, _, lse, iterations, ratio = torch.ops.nearfield.lla_fwd(
+        q,
+        k,
+        v,
+        rows.to(_statistics_dtype(q)),
+        scale,
+        is_causal,
+        window,
+        ridge == "absolute",
+        float(tol),
+        max_iters,
+    )
+    return (o, SolveInfo(lse.detach(), iterations, ratio.detach())) if return_aux else o
+
+
+def probe_attention(
+    q: Tensor,
+    x: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    is_causal: bool = True,
+    window: int | None = None,
+) -> Tensor:
+    """Local linear attention with the slope given: o_i = sum_j p_ij (1 + (k_j - kbar_i).x_i) v_j.
+
+    x [B, m, Hq, d] has the shape of q and any floating dtype, and is used in float32 (or in q's float64).
+    The other arguments are those of ``local_linear_attention``. Differentiable in q, x, k and v.
+    """
+    op = "probe_attention"
+    scale = _check(op, q, k, v, scale, window)
+    _runtime.check_tensors(op, q=q, x=x)
+    _runtime.check_device(op, q, _DEVICES)
+    if not x.is_floating_point():
+        raise NotImplementedError(f"{op}: x has dtype {x.dtype}; supported: floating point")
+    if x.shape != q.shape:
+        _runtime.shape_error(op, "x", x, f"the shape of q, {list(q.shape)}")
+    q, k, v = _runtime.autocast(q, k, v)
+    o: Tensor = torch.ops.nearfield.lla_probe_fwd(
+        q, x.to(_statistics_dtype(q)), k, v, scale, is_causal, window
+    )[0]
+    return o
+
+
+def local_linear_attention_step(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    lam: float | Tensor,
+    cache_seqlens: Tensor | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+    ridge: Ridge = "relative",
+) -> Tensor:
+    """Decoding: a few queries per sequence against a cache of keys and values, solved directly. No gradient.
+
+    Args:
+        q: queries [B, m, Hq, d], the last m tokens of each sequence.
+        k_cache: keys [B, N, Hk, d]; those of the m new tokens are already in it.
+        v_cache: values [B, N, Hk, dv].
+        lam: as in ``local_linear_attention``. A ridge below the precision of the covariance gives NaN.
+        cache_seqlens: integers [B], the filled length of each sequence, new tokens included; N by default.
+            What lies behind is not read.
+        scale, window, ridge: as in ``local_linear_attention``, which with is_causal gives the same result.
+
+    Returns:
+        o [B, m, Hq, dv].
+    """
+    op = "local_linear_attention_step"
+    scale = _check(op, q, k_cache, v_cache, scale, window, keys="k_cache", values="v_cache")
+    _runtime.check_device(op, q, _STEP_DEVICES)
+    differentiable = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "lam": lam}
+    for name, tensor in differentiable.items():
+        if torch.is_grad_enabled() and isinstance(tensor, Tensor) and tensor.requires_grad:
+            raise ValueError(
+                f"{op}: {name} requires grad, but decoding has no gradient; call it under torch.no_grad()"
+            )
+    if cache_seqlens is None:
+        cache_seqlens = torch.full((q.shape[0],), k_cache.shape[1], dtype=torch.int64, device=q.device)
+    _runtime.check_tensors(op, q=q, cache_seqlens=cache_seqlens)
+    if cache_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{op}: cache_seqlens has dtype {cache_seqlens.dtype}, expected int32 or int64")
+    if cache_seqlens.shape != q.shape[:1]:
+        _runtime.shape_error(op, "cache_seqlens", cache_seqlens, f"[{q.shape[0]}], one length per sequence")
+    rows = _ridge_rows(op, lam, q, ridge)
+    q, k_cache, v_cache = _runtime.autocast(q, k_cache, v_cache)
+    o: Tensor = torch.ops.nearfield.lla_step(
+        q,
+        k_cache,
+        v_cache,
+        cache_seqlens.long(),
+        rows.to(_statistics_dtype(q)),
+        scale,
+        window,
+        ridge == "absolute",
+    )
+    return o
+
+
+def _statistics_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _check(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None,
+    window: int | None,
+    keys: str = "k",
+    values: str = "v",
+) -> float:
+    """What all three functions ask of their inputs. Returns the scale."""
+    tensors: dict[str, Tensor | None] = {"q": q, keys: k, values: v}
+    _runtime.check_tensors(op, **tensors)
+    _runtime.check_same_dtype(op, **tensors)
+    if q.ndim != 4 or q.shape[-1] < 1:
+        _runtime.shape_error(op, "q", q, "[B, m, Hq, d] with d >= 1")
+    batch, _, heads, d = q.shape
+    if k.ndim != 4 or k.shape[0] != batch or k.shape[3] != d:
+        _runtime.shape_error(op, keys, k, f"[{batch}, n, Hk, {d}] as q has {list(q.shape)}")
+    if v.ndim != 4 or v.shape[:3] != k.shape[:3]:
+        expected = f"[{batch}, {k.shape[1]}, {k.shape[2]}, dv] as {keys} has {list(k.shape)}"
+        _runtime.shape_error(op, values, v, expected)
+    kv_heads = k.shape[2]
+    if (heads % kv_heads if kv_heads else heads) != 0:
+        raise ValueError(
+            f"{op}: q has {heads} heads, expected a multiple of the {kv_heads} heads of {keys} and {values}"
+        )
+    if window is not None and (not isinstance(window, int) or window < 1):
+        raise ValueError(f"{op}: window is {window}, expected None or an integer >= 1")
+    if scale is None:
+        return float(d**-0.5)
+    if not isinstance(scale, (int, float)):
+        raise TypeError(f"{op}: scale must be a float, got {type(scale).__name__}")
+    if not -math.inf < scale < math.inf:  # not math.isfinite: torch.compile may pass a symbolic float
+        raise ValueError(f"{op}: scale is {scale}, expected a finite number")
+    return float(scale)
+
+
+def _ridge_rows(op: str, lam: float | Tensor, q: Tensor, ridge: str) -> Tensor:
+    """lam as a view [B, m, Hq, 1] or, per channel, [B, m, Hq, d]; autograd of the view sums its gradient."""
+    if ridge not in ("relative", "absolute"):
+        raise ValueError(f"{op}: ridge is {ridge!r}, expected 'relative' or 'absolute'")
+    batch, m, heads, d = q.shape
+    if not isinstance(lam, Tensor):
+        if not isinstance(lam, (int, float)):
+            raise TypeError(f"{op}: lam must be a float or a torch.Tensor, got {type(lam).__name__}")
+        if not 0 < lam < math.inf:
+            raise ValueError(f"{op}: lam is {lam}, expected a finite number > 0")
+        lam = torch.full((), lam, dtype=_statistics_dtype(q), device=q.device)
+    _runtime.check_tensors(op, q=q, lam=lam)
+    if not lam.is_floating_point():
+        raise NotImplementedError(f"{op}: lam has dtype {lam.dtype}; supported: floating point")
+    if lam.ndim == 0:
+        lam = lam[None, None, None, None]
+    elif lam.shape == (heads,):
+        lam = lam[None, None, :, None]
+    elif lam.shape == (heads, d):
+        lam = lam[None, None]
+    elif lam.shape == (batch, m, heads):
+        lam = lam[..., None]
+    else:
+        expected = f"[], [{heads}] per head, [{heads}, {d}] per channel or [{batch}, {m}, {heads}] per token"
+        _runtime.shape_error(op, "lam", lam, expected)
+    return lam.expand(batch, m, heads, lam.shape[-1])
+
+
+# --- fake kernels ----------------------------------------------------------------------------------------
+
+
+def _fwd_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    statistics = _statistics_dtype(q)
+    o, x, kbar = (
+        q.new_empty([*q.shape[:3], v.shape[3]]),
+        *(q.new_empty(q.shape, dtype=statistics) for _ in range(2)),
+    )
+    lse = q.new_empty(q.shape[:3], dtype=statistics)
+    return (
+        o,
+        x,
+        kbar,
+        lse,
+        q.new_empty(lse.shape, dtype=torch.int32),
+        q.new_empty(lse.shape, dtype=torch.float32),
+    )
+
+
+def _bwd_fake(d_o: Tensor, q: Tensor, k: Tensor, v: Tensor, lam: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), lam.new_empty(lam.shape)
+
+
+def _probe_fwd_fake(q: Tensor, x: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    statistics = _statistics_dtype(q)
+    o = q.new_empty([*q.shape[:3], v.shape[3]])
+    return o, q.new_empty(q.shape, dtype=statistics), q.new_empty(q.shape[:3], dtype=statistics)
+
+
+def _probe_bwd_fake(d_o: Tensor, q: Tensor, x: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return q.new_empty(q.shape), x.new_empty(x.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _step_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+    return q.new_empty([*q.shape[:3], v.shape[3]])
+
+
+torch.library.register_fake("nearfield::lla_fwd", _fwd_fake)
+torch.library.register_fake("nearfield::lla_bwd", _bwd_fake)
+torch.library.register_fake("nearfield::lla_probe_fwd", _probe_fwd_fake)
+torch.library.register_fake("nearfield::lla_probe_bwd", _probe_bwd_fake)
+torch.library.register_fake("nearfield::lla_step", _step_fake)
+
+
+# --- autograd --------------------------------------------------------------------------------------------
+# Only o is differentiable. The op's other outputs are statistics that the public functions detach.
+
+
+def _fwd_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, lam, *ctx.options = inputs
+    _, x, kbar, lse, iterations, ratio = output
+    ctx.mark_non_differentiable(x, kbar, lse, iterations, ratio)
+    ctx.save_for_backward(q, k, v, lam, x, kbar, lse)
+
+
+def _fwd_backward(ctx: Any, d_o: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    q, k, v, lam, x, kbar, lse = ctx.saved_tensors
+    grads = torch.ops.nearfield.lla_bwd(d_o, q, k, v, lam, x, kbar, lse, *ctx.options)
+    return (*grads, *(None for _ in ctx.options))
+
+
+def _probe_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, x, k, v, *ctx.options = inputs
+    _, kbar, lse = output
+    ctx.mark_non_differentiable(kbar, lse)
+    ctx.save_for_backward(q, x, k, v, kbar, lse)
+
+
+def _probe_backward(ctx: Any, d_o: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    grads = torch.ops.nearfield.lla_probe_bwd(d_o, *ctx.saved_tensors, *ctx.options)
+    return (*grads, *(None for _ in ctx.options))
+
+
+torch.library.register_autograd("nearfield::lla_fwd", _fwd_backward, setup_context=_fwd_save)
+torch.library.register_autograd("nearfield::lla_probe_fwd", _probe_backward, setup_context=_probe_save)
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
+    raise NotImplementedError(
+        "local_linear_attention: second derivatives are not implemented; supported: first derivatives"
+    )
+
+
+# Without a rule, torch would treat the gradients as constants and only warn.
+torch.library.register_autograd("nearfield::lla_bwd", _no_second_derivative)
+torch.library.register_autograd("nearfield::lla_probe_bwd", _no_second_derivative)
