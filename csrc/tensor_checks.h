@@ -37,6 +37,10 @@ inline std::string shape_text(const int64_t* sizes, size_t n) {
   return text.str();
 }
 
+inline std::vector<int64_t> shape_of(const Tensor& t) {
+  return {t.sizes().data(), t.sizes().data() + t.dim()};
+}
+
 // Checks the shape of `t`; -1 accepts any size in that place.
 inline void check_shape(const char* op, const char* name, const Tensor& t, const std::vector<int64_t>& want) {
   const auto sizes = t.sizes();

@@ -40,6 +40,11 @@ struct BoxMask {
     }
   }
 
+  // The columns of this thread that belong to the box.
+  __device__ __forceinline__ uint32_t columns(const Box& box, int quad) const {
+    return word[first_row(box, 2) + box.side[2]][quad];
+  }
+
   // Columns of this thread whose coordinate in `dim` lies in [lo, hi); both are clamped to the box.
   __device__ __forceinline__ uint32_t interval(const Box& box, int dim, int lo, int hi, int quad) const {
     const int side = box.side[dim], first = first_row(box, dim);

@@ -83,4 +83,41 @@ inline cudaError_t encode_tokens(CUtensorMap* map, TokenMap* fold, const Tokens<
   return encode_tma(map, d);
 }
 
+// A 3-D problem in split folding runs batch entry by batch entry.
+struct Launches {
+  int64_t count, batch;  // launches, and batch entries in each
+  Launches(const Problem& p, int head_dim) {
+    const bool alone = p.rank == 3 && p.batch > 1 && (p.dim != head_dim || p.dim_v != head_dim);
+    count = alone ? p.batch : 1;
+    batch = alone ? 1 : p.batch;
+  }
+};
+
+// encode_tokens for the token tensors of one launch.
+struct TokenEncoder {
+  const Launches& launches;
+  int64_t launch;
+  bool is_bf16;
+  int head_dim;
+  const Problem& problem;
+
+  Tokens<const void> shifted(Tokens<const void> t) const {
+    t.data = static_cast<const char*>(t.data) + launch * t.batch * 2;
+    return t;
+  }
+  cudaError_t operator()(CUtensorMap* map, TokenMap* fold, const Tokens<const void>& t, int64_t features, int64_t heads,
+                         const Box& box) const {
+    const int64_t x[3] = {problem.size[0], problem.size[1], problem.size[2]};
+    return encode_tokens(map, fold, shifted(t), is_bf16, head_dim, features, heads, x, launches.batch, box,
+                         problem.dilation, problem.rank);
+  }
+  // Additional tokens: a line, `rows` of them in a block.
+  cudaError_t line(CUtensorMap* map, TokenMap* fold, const Tokens<const void>& t, int64_t features, int rows) const {
+    const int64_t x[3] = {1, 1, problem.additional};
+    const int step[3] = {1, 1, 1};
+    return encode_tokens(map, fold, shifted(t), is_bf16, head_dim, features, problem.heads_kv, x, launches.batch,
+                         Box{{1, 1, rows}}, step, 1);
+  }
+};
+
 }  // namespace nearfield::gna

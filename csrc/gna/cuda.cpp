@@ -23,21 +23,33 @@ struct Instance {
   int (*run)(const Args&, void*);
 };
 
-#define NEARFIELD_FWD(element, dim) \
-  {std::is_same_v<element, bf16>, dim, &fwd_sm90<element, dim>::run},
-#define NEARFIELD_SKIP(element, dim)
-#define INSTANCE(kernel, element, dim) NEARFIELD_USE_##kernel(element, dim)
+// The list is read once per kernel; each reading drops the lines of the others.
+#define INSTANCE(kernel, ...) USE_##kernel(__VA_ARGS__)
+#define ENTRY(kernel, element, dim) {std::is_same_v<element, bf16>, dim, &kernel<element, dim>::run},
 
-const Instance<FwdSm90Args> kForward[] = {
+const std::vector<Instance<FwdSm90Args>> kForward = {
 #ifdef NEARFIELD_WITH_SM90
-#define NEARFIELD_USE_fwd_sm90 NEARFIELD_FWD
+#define USE_fwd_sm90(element, dim) ENTRY(fwd_sm90, element, dim)
+#define USE_bwd_sm90(element, dim)
+#define USE_bwd_ends_sm80(element)
 #include "gna/instances.def"
-#undef NEARFIELD_USE_fwd_sm90
+#undef USE_fwd_sm90
+#undef USE_bwd_sm90
 #endif
-    {false, 0, nullptr}};
+};
+const std::vector<Instance<BwdSm90Args>> kBackward = {
+#ifdef NEARFIELD_WITH_SM90
+#define USE_fwd_sm90(element, dim)
+#define USE_bwd_sm90(element, dim) ENTRY(bwd_sm90, element, dim)
+#include "gna/instances.def"
+#endif
+};
+#undef INSTANCE
+#undef ENTRY
 
-template <class Args, size_t n>
-const Instance<Args>& pick(const char* op, const Instance<Args> (&instances)[n], const Tensor& q, const Problem& p) {
+template <class Args>
+const Instance<Args>& pick(const char* op, const std::vector<Instance<Args>>& instances, const Tensor& q,
+                           const Problem& p) {
   const auto dtype = q.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, op, ": q has dtype ",
                   torch::headeronly::toString(dtype), "; supported on CUDA: bfloat16, float16");
@@ -45,7 +57,7 @@ const Instance<Args>& pick(const char* op, const Instance<Args> (&instances)[n],
   const Instance<Args>* best = nullptr;
   std::ostringstream built;
   for (const auto& i : instances) {
-    if (i.run == nullptr || i.bf16 != (dtype == ScalarType::BFloat16)) continue;
+    if (i.bf16 != (dtype == ScalarType::BFloat16)) continue;
     built << (built.tellp() ? ", " : "") << i.head_dim;
     if (i.head_dim >= dim && (best == nullptr || i.head_dim < best->head_dim)) best = &i;
   }
@@ -102,7 +114,7 @@ Tensor loadable(const Tensor& t) {
   bool fits = reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0 && t.stride(last) == 1;
   for (int64_t i = 0; i < last; ++i) fits &= t.size(i) == 1 || (t.stride(i) > 0 && t.stride(i) % 8 == 0);
   if (fits) return t;
-  Tensor copy = torch::stable::new_empty(t, {t.sizes().data(), t.sizes().data() + t.dim()});
+  Tensor copy = torch::stable::new_empty(t, shape_of(t));
   return torch::stable::copy_(copy, t);
 }
 
@@ -123,21 +135,28 @@ void enter_group(Tokens<T>& t, int d, int r, int64_t step, int element_bytes) {
 // A dimension with a larger dilation is launched group by group.
 constexpr int max_step(int rank) { return rank == 1 ? 2 : 8; }
 
-template <class Run>
-void for_each_launch(const FwdSm90Args& args, int d, const Run& run) {
+void enter_group(FwdSm90Args& args, int d, int r, int step) {
+  for (Tokens<const void>* t : {&args.q, &args.k, &args.v}) enter_group(*t, d, r, step, 2);
+  enter_group(args.out, d, r, step, 2);
+  enter_group(args.lse, d, r, step, 4);
+}
+
+// Calls run(args) for every launch that the dilation asks for.
+template <class Args, class Run>
+void for_each_launch(const Args& args, int d, const Run& run) {
   if (d == 3) return run(args);
   const int step = args.problem.dilation[d];
   if (step <= max_step(args.problem.rank)) return for_each_launch(args, d + 1, run);
   for (int r = 0; r < step; ++r) {
-    FwdSm90Args group = args;
+    Args group = args;
     group.problem.size[d] = group_length(args.problem.size[d], step, r);
     group.problem.dilation[d] = 1;
-    for (Tokens<const void>* t : {&group.q, &group.k, &group.v}) enter_group(*t, d, r, step, 2);
-    enter_group(group.out, d, r, step, 2);
-    enter_group(group.lse, d, r, step, 4);
+    enter_group(group, d, r, step);
     for_each_launch(group, d + 1, run);
   }
 }
+
+// ---- Forward ----
 
 std::tuple<Tensor, Tensor> fwd_cuda(Tensor q, Tensor k, Tensor v, OptionalTensor additional_k,
                                     OptionalTensor additional_v, Ints kernel_size, Ints stride, Ints dilation,
@@ -149,7 +168,7 @@ std::tuple<Tensor, Tensor> fwd_cuda(Tensor q, Tensor k, Tensor v, OptionalTensor
   STD_TORCH_CHECK(scale > 0, op, ": scale is ", scale, ", expected a positive number on CUDA");
   const Instance<FwdSm90Args>& instance = pick(op, kForward, q, p);
 
-  std::vector<int64_t> shape(q.sizes().data(), q.sizes().data() + q.dim());
+  auto shape = shape_of(q);
   shape.back() = p.dim_v;
   Tensor out = torch::stable::new_empty(q, shape);
   shape.pop_back();
@@ -186,8 +205,89 @@ std::tuple<Tensor, Tensor> fwd_cuda(Tensor q, Tensor k, Tensor v, OptionalTensor
   return {out, lse};
 }
 
+// ---- Backward ----
+
+struct BwdLaunch : BwdSm90Args {
+  Tokens<void> dq_out;  // [B, X, H, D]
+};
+
+void enter_group(BwdLaunch& args, int d, int r, int step) {
+  for (Tokens<const void>* t : {&args.q, &args.k, &args.v, &args.dout}) enter_group(*t, d, r, step, 2);
+  for (Tokens<void>* t : {&args.dk, &args.dv, &args.dq_out}) enter_group(*t, d, r, step, 2);
+  enter_group(args.stats, d, r, step, sizeof(RowStats));
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cuda(Tensor dout, OptionalTensor dlse, Tensor q, Tensor k, Tensor v,
+                                                            Tensor out, Tensor lse, OptionalTensor additional_k,
+                                                            OptionalTensor additional_v, Ints kernel_size, Ints stride,
+                                                            Ints dilation, Ints is_causal, double scale) {
+  const char* op = "gna_bwd";
+  const Problem p = check_problem(op, q, k, v, additional_k, additional_v, kernel_size, stride, dilation, is_causal);
+  check_gradients(op, p, q, dout, dlse, out, lse);
+  torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+  check_capability(op, q);
+  STD_TORCH_CHECK(scale > 0, op, ": scale is ", scale, ", expected a positive number on CUDA");
+  const Instance<BwdSm90Args>& instance = pick(op, kBackward, q, p);
+  STD_TORCH_CHECK(p.additional == 0, op, ": additional tokens have no gradients on CUDA in this build");
+
+  Tensor dq = torch::stable::new_empty(q, shape_of(q)), dk = torch::stable::new_empty(q, shape_of(k));
+  Tensor dv = torch::stable::new_empty(q, shape_of(v));
+  Tensor add_dk = torch::stable::new_empty(q, Ints{0}), add_dv = torch::stable::new_empty(q, Ints{0});
+  if (lse.numel() == 0) return {dq, dk, dv, add_dk, add_dv};
+
+  void* stream = current_stream(q);
+  const bool is_bf16 = q.scalar_type() == ScalarType::BFloat16;
+  const auto check = [&](int error) { STD_TORCH_CHECK(error == 0, op, ": ", cuda_error_string(error)); };
+
+  q = loadable(q), k = loadable(k), v = loadable(v);
+  dout = loadable(torch::stable::contiguous(dout));
+  lse = torch::stable::contiguous(lse);
+  if (defined(dlse)) dlse = torch::stable::contiguous(*dlse);
+  std::vector<int64_t> stats_shape = shape_of(lse);
+  stats_shape.push_back(2);
+  Tensor stats = torch::stable::new_empty(q, stats_shape, ScalarType::Float);
+  check((is_bf16 ? bwd_ends_sm80<bf16>::prepare : bwd_ends_sm80<fp16>::prepare)(
+      dout.data_ptr(), out.data_ptr(), static_cast<const float*>(lse.data_ptr()),
+      defined(dlse) ? static_cast<const float*>(dlse->data_ptr()) : nullptr, static_cast<RowStats*>(stats.data_ptr()),
+      lse.numel(), p.dim_v, stream));
+
+  BwdLaunch args{};
+  args.problem = p;
+  args.scale = static_cast<float>(scale);
+  args.q = untyped(tokens_of<const char>(q, p.rank));
+  args.k = untyped(tokens_of<const char>(k, p.rank));
+  args.v = untyped(tokens_of<const char>(v, p.rank));
+  args.dout = untyped(tokens_of<const char>(dout, p.rank));
+  args.stats = tokens_of<const RowStats>(lse, p.rank, false);  // one pair per row of lse
+  args.stats.data = static_cast<const RowStats*>(stats.data_ptr());
+  args.dk = tokens_of<void>(dk, p.rank);
+  args.dv = tokens_of<void>(dv, p.rank);
+  args.dq_out = tokens_of<void>(dq, p.rank);
+  Tensor next_work = torch::stable::new_empty(q, {1}, ScalarType::Int);
+  args.next_work = static_cast<int*>(next_work.data_ptr());
+  args.num_sms = device_info(q.get_device_index()).num_sms;
+  // Launches follow each other on one stream, so that they share the buffer; the first dilation group is the longest.
+  Tensor buffer = torch::stable::new_empty(q, {DqBuffer(p).elements}, ScalarType::Float);
+  args.dq = static_cast<float*>(buffer.data_ptr());
+
+  const BwdTile tile = bwd_tile(instance.head_dim);
+  for_each_launch(args, 0, [&](BwdLaunch launch) {
+    const Boxes boxes = plan(launch.problem, tile.kBlockM, tile.kBlockN, Direction::kBackward);
+    launch.q_box = boxes.q;
+    launch.kv_box = boxes.kv;
+    torch::stable::zero_(buffer);
+    check(instance.run(launch, stream));
+    check((is_bf16 ? bwd_ends_sm80<bf16>::finish : bwd_ends_sm80<fp16>::finish)(launch.problem, launch.scale, launch.dq,
+                                                                               launch.dq_out, stream));
+  });
+  return {dq, dk, dv, add_dk, add_dv};
+}
+
 }  // namespace
 }  // namespace nearfield::gna
 
-STABLE_TORCH_LIBRARY_IMPL(nearfield, CUDA, m) { m.impl("gna_fwd", TORCH_BOX(&nearfield::gna::fwd_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(nearfield, CUDA, m) {
+  m.impl("gna_fwd", TORCH_BOX(&nearfield::gna::fwd_cuda));
+  m.impl("gna_bwd", TORCH_BOX(&nearfield::gna::bwd_cuda));
+}
 #endif

@@ -5,85 +5,26 @@
 // from a counter. Plan, budget and measurements: README.md.
 #pragma once
 
-#include <cutlass/arch/barrier.h>
-#include <cutlass/arch/reg_reconfig.h>
-#include <cutlass/bfloat16.h>
-#include <cutlass/half.h>
-
-#include <cute/tensor.hpp>
-
-#include "gna/box_mask.cuh"
-#include "gna/copy_sm90.cuh"
-#include "gna/sm90.h"
-#include "gna/tiles.h"
-#include "gna/work.cuh"
-#include "nearfield/mma.cuh"
-#include "nearfield/pipeline.cuh"
-#include "nearfield/softmax.cuh"
+#include "gna/staging_sm90.cuh"
+#include "gna/traits_sm90.cuh"
 
 namespace nearfield::gna {
-using namespace cute;
-
-template <class Tag>
-using element_t = std::conditional_t<std::is_same_v<Tag, bf16>, cutlass::bfloat16_t, cutlass::half_t>;
 
 // ---- Layouts and storage ----
 
-// What a consumer must know about a key tile: written by the producer, so that the consumers' registers stay free.
-struct KeyTile {
-  int first[3];    // group index of the box's first key; additional tokens: first[0] = valid columns
-  uint32_t tests;  // 0: every row sees every column
-};
-enum KeyTileTest : uint32_t {
-  kTestDim0 = 1,  // << d: the rows' intervals in dimension d cut the tile
-  kTestBox = 8,   // the box does not fill the block
-  kTestTail = 16  // the last tile of the additional tokens
-};
-
-// What the consumers must know about the rows of a query tile: computed by the producer warp while they still work on
-// the tile before.
-template <int kBlockM>
-struct QueryRows {
-  int num_tiles;               // key tiles to visit; 0: no more work
-  Range keys[kBlockM][3];      // visible keys, as indices inside the dilation group
-  int64_t out_offset[kBlockM]; // of the row's token in `out` and `lse`; -1: the row is not a query
-  int64_t lse_offset[kBlockM];
-
-  __device__ __forceinline__ void set(int row, const QueryTile& tile, const Problem& p, const Box& box, int64_t batch,
-                                      const Tokens<void>& out, const Tokens<float>& lse) {
-    const int outer = row / box.side[2];
-    const int coordinate[3] = {outer / box.side[1], outer % box.side[1], row % box.side[2]};
-    bool inside = coordinate[0] < box.side[0];
-    int64_t out_at = batch * out.batch + tile.head * out.head, lse_at = batch * lse.batch + tile.head * lse.head;
-#pragma unroll
-    for (int d = 0; d < 3; ++d) {
-      const int i = tile.first[d] + coordinate[d], last = tile.window[d].length - 1;
-      inside &= i <= last;
-      keys[row][d] = tile.window[d].keys(min(i, last));  // a row beyond the grid repeats the last query
-      const int64_t x = tile.group[d] + static_cast<int64_t>(p.dilation[d]) * i;
-      out_at += x * out.x[d];
-      lse_at += x * lse.x[d];
-    }
-    out_offset[row] = inside ? out_at : -1;
-    lse_offset[row] = inside ? lse_at : -1;
-  }
-};
-
 template <class Tag, int kHeadDim_>
-struct FwdTraits {
-  using Element = element_t<Tag>;
+struct FwdTraits : HeadTraits<Tag, kHeadDim_> {
+  using Base = HeadTraits<Tag, kHeadDim_>;
+  using typename Base::AtomK, typename Base::AtomMN, typename Base::Element;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr FwdTile kTile = fwd_tile(kHeadDim);
   static constexpr int kBlockM = kTile.kBlockM, kBlockN = kTile.kBlockN, kStages = kTile.kStages;
   static constexpr int kConsumers = kBlockM / 64;
   static constexpr int kThreads = (kConsumers + 1) * 128;
   static constexpr int kConsumerWarps = kConsumers * 4;
-  static constexpr int kRowsPerThread = 2;
+  static constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
+  static_assert(registers_fit(kProducerRegisters, kConsumerRegisters, kConsumers));
 
-  // Shared memory as the copy engine writes it: chunks of 64 (32) features, rows, features.
-  using AtomK = std::conditional_t<kHeadDim == 32, GMMA::Layout_K_SW64_Atom<Element>, GMMA::Layout_K_SW128_Atom<Element>>;
-  using AtomMN =
-      std::conditional_t<kHeadDim == 32, GMMA::Layout_MN_SW64_Atom<Element>, GMMA::Layout_MN_SW128_Atom<Element>>;
   using LayoutQ = decltype(tile_to_shape(AtomK{}, cute::Shape<Int<kBlockM>, Int<kHeadDim>>{}));
   using LayoutK = decltype(tile_to_shape(AtomK{}, cute::Shape<Int<kBlockN>, Int<kHeadDim>, Int<kStages>>{}));
   // V seen as the B operand of P V: (D, keys), D contiguous.
@@ -104,8 +45,8 @@ struct FwdTraits {
     alignas(1024) Element v[kStages * kBlockN * kHeadDim];
     alignas(1024) Element o[kTile.kOwnOutput ? kBlockM * kHeadDim : 64];
     BoxMask<kBlockN> mask;
-    KeyTile key_tile[kStages];      // what the mask of each K stage needs
-    QueryRows<kBlockM> rows[2];     // of this and the next query tile
+    MovingTile key_tile[kStages];
+    StayingRows<kBlockM> rows[2];  // of this and the next query tile
     Ring<1> ring_q;
     Ring<kStages> ring_k, ring_v;
     Ring<2> ring_rows;
@@ -124,8 +65,8 @@ struct FwdKernelParams {
   TokenMap fold_q, fold_k, fold_v, fold_add_k, fold_add_v;
   float scale_log2;
   int64_t batch_offset;  // of a launch that handles one batch entry (split folding of 3-D problems)
-  Tokens<void> out;
-  Tokens<float> lse;
+  void* out;          // [B, X, H, Dv], contiguous but for the dilation of a launch per group
+  Tokens<float> lse;  // [B, X, H]: its strides count rows of `out` too
   int* next_work;
 };
 
@@ -148,35 +89,31 @@ __device__ void load(typename Traits::Storage& s, const FwdMaps& maps, const Fwd
 
   int drawn = static_cast<int>(blockIdx.x - gridDim.x);
   while (true) {
-    const int64_t work = gridDim.x + static_cast<int64_t>(__shfl_sync(0xffffffffu, drawn, 0));
+    const int work = static_cast<int>(gridDim.x) + __shfl_sync(0xffffffffu, drawn, 0);
     if (work >= p.schedule.total) break;
     // Drawn now, needed after this tile: the latency of the atomic hides behind the loads.
     if (lane == 0) drawn = atomicAdd(p.next_work, 1);
-    const QueryTile tile = p.schedule.decode(p.problem, p.q_box, p.kv_box, work);
+    const StayingTile tile = p.schedule.decode<Direction::kForward>(p.problem, p.q_box, p.kv_box, work);
     if (tile.empty()) continue;
-    const int window_tiles = tile.num_key_tiles(), num_tiles = window_tiles + add_tiles;
+    const int window_tiles = tile.num_visits(), num_tiles = window_tiles + add_tiles;
     s.ring_rows.wait_empty(at_rows);
-    QueryRows<kM>& rows = s.rows[at_rows.stage];
-    for (int row = lane; row < kM; row += 32) {
-      rows.set(row, tile, p.problem, p.q_box, tile.batch + p.batch_offset, p.out, p.lse);
-    }
-    if (lane == 0) rows.num_tiles = num_tiles;
-    __syncwarp();
+    s.rows[at_rows.stage].template fill<Direction::kForward>(tile, p.problem, p.q_box, tile.batch + p.batch_offset,
+                                                             p.lse, num_tiles, lane);
     if (lane == 0) s.ring_rows.arrive_full(at_rows);
     at_rows.advance();
     if (lane != 0) continue;
     const int head_kv = tile.head / group_size;
 
-    const auto at_query = [&](int d) { return tile.group[d] + p.problem.dilation[d] * tile.first[d]; };
     const auto load_q = [&] {
-      const int x[3] = {at_query(0), at_query(1), at_query(2)};
+      int x[3];
+      tile.position(p.problem, tile.first, x);
       s.ring_q.wait_empty(at_q);
       s.ring_q.expect_bytes(at_q, q_bytes);
       load_box<kD, kM>(maps.q, p.fold_q, &s.ring_q.full[0], s.q, x, tile.head, tile.batch);
       at_q.advance();
     };
     const auto describe = [&](const int(&first)[3], uint32_t tests) {
-      KeyTile& t = s.key_tile[at_k.stage];
+      MovingTile& t = s.key_tile[at_k.stage];
       for (int d = 0; d < 3; ++d) t.first[d] = first[d];
       t.tests = tests;
     };
@@ -188,7 +125,7 @@ __device__ void load(typename Traits::Storage& s, const FwdMaps& maps, const Fwd
     };
 
     // V of a tile is needed one step later than its K, so it is requested after the next K.
-    KeyTileCounter counter;
+    TileCounter counter;
     int x_v[3] = {0, 0, 0};
     for (int n = 0; n <= num_tiles; ++n) {
       int x[3] = {0, 0, (n - window_tiles) * kN};
@@ -198,10 +135,10 @@ __device__ void load(typename Traits::Storage& s, const FwdMaps& maps, const Fwd
         uint32_t tests = box_fills_block ? 0 : kTestBox;
 #pragma unroll
         for (int d = 0; d < 3; ++d) {
-          first[d] = tile.keys[d].origin + counter.n[d] * p.kv_box.side[d];
-          if (!tile.keys[d].is_full(counter.n[d])) tests |= kTestDim0 << d;
-          x[d] = tile.group[d] + p.problem.dilation[d] * first[d];
+          first[d] = tile.visits[d].origin + counter.n[d] * p.kv_box.side[d];
+          if (!tile.visits[d].is_full(counter.n[d])) tests |= kTestDim0 << d;
         }
+        tile.position(p.problem, first, x);
         counter.advance(tile);
         describe(first, tests);
         load_kv(s.ring_k, at_k, s.k, maps.k, p.fold_k, x, kv_bytes);
@@ -231,38 +168,6 @@ __device__ void load(typename Traits::Storage& s, const FwdMaps& maps, const Fwd
 }
 
 // ---- Consumers ----
-
-// Writes a warp's 16 rows of O: registers -> shared memory (16-byte pieces permuted against bank conflicts) -> global.
-template <class Traits, class TensorO>
-__device__ void store_output(typename Traits::Element* sO, const TensorO& rO, const int64_t* offset, typename Traits::Element* out,
-                             int64_t dim_v) {
-  using Element = typename Traits::Element;
-  constexpr int kD = Traits::kHeadDim, kPieces = kD / 8;  // pieces of 16 bytes in a row
-  constexpr int kMask = kPieces < 8 ? kPieces - 1 : 7;
-  const int lane = threadIdx.x % 32;
-  uint32_t* words = reinterpret_cast<uint32_t*>(sO);
-  CUTE_UNROLL
-  for (int i = 0; i < 2; ++i) {
-    const int row = lane / 4 + 8 * i;
-    CUTE_UNROLL
-    for (int j = 0; j < kPieces; ++j) {
-      cutlass::NumericArrayConverter<Element, float, 2> convert;
-      const auto pair = convert(cutlass::Array<float, 2>{rO(i, 2 * j), rO(i, 2 * j + 1)});
-      words[(row * kPieces + (j ^ (row & kMask))) * 4 + lane % 4] = reinterpret_cast<const uint32_t&>(pair);
-    }
-  }
-  __syncwarp();
-  CUTE_UNROLL
-  for (int n = 0; n < 16 * kPieces / 32; ++n) {
-    const int row = (n * 32 + lane) / kPieces, piece = (n * 32 + lane) % kPieces;
-    const int64_t at = offset[row];
-    if (at >= 0 && piece * 8 < dim_v) {
-      *reinterpret_cast<uint4*>(out + at + piece * 8) =
-          *reinterpret_cast<const uint4*>(words + (row * kPieces + (piece ^ (row & kMask))) * 4);
-    }
-  }
-  __syncwarp();
-}
 
 template <class Traits>
 __device__ void attend(typename Traits::Storage& s, const FwdKernelParams& p) {
@@ -309,7 +214,7 @@ __device__ void attend(typename Traits::Storage& s, const FwdKernelParams& p) {
   RingIndex<Traits::kStages> at_k, at_v;
 
   // Hides what the rows must not see in the key tile of a K stage.
-  const auto mask = [&](const KeyTile& tile) {
+  const auto mask = [&](const MovingTile& tile) {
     if (tile.tests == 0) return;
     if (tile.tests & kTestTail) {
       CUTE_UNROLL
@@ -319,7 +224,7 @@ __device__ void attend(typename Traits::Storage& s, const FwdKernelParams& p) {
       return;
     }
     uint32_t visible[2];
-    visible[0] = visible[1] = s.mask.interval(p.kv_box, 2, 0, p.kv_box.side[2], quad);  // the columns of the box
+    visible[0] = visible[1] = s.mask.columns(p.kv_box, quad);
     CUTE_UNROLL
     for (int d = 0; d < 3; ++d) {
       if (!(tile.tests & kTestDim0 << d)) continue;
@@ -335,13 +240,13 @@ __device__ void attend(typename Traits::Storage& s, const FwdKernelParams& p) {
 
   while (true) {
     s.ring_rows.wait_full(at_rows);
-    const QueryRows<kM>& rows = s.rows[at_rows.stage];
+    const StayingRows<kM>& rows = s.rows[at_rows.stage];
     const int num_tiles = rows.num_tiles;
     if (num_tiles == 0) break;
     CUTE_UNROLL
     for (int i = 0; i < 2; ++i) {
       CUTE_UNROLL
-      for (int d = 0; d < 3; ++d) keys[i][d] = rows.keys[first_row + 8 * i][d];
+      for (int d = 0; d < 3; ++d) keys[i][d] = rows.range[first_row + 8 * i][d];
     }
 
     OnlineSoftmax<2> softmax(p.scale_log2);
@@ -349,7 +254,7 @@ __device__ void attend(typename Traits::Storage& s, const FwdKernelParams& p) {
     s.ring_q.wait_full(at_q);
     s.ring_k.wait_full(at_k);
     issue_gemm<true>(mma_qk, tSrQ, tSrK(_, _, _, at_k.stage), tSrS);
-    KeyTile key_tile = s.key_tile[at_k.stage];
+    MovingTile key_tile = s.key_tile[at_k.stage];
     warpgroup_wait<0>();
     s.ring_k.release(at_k);
     at_k.advance();
@@ -389,14 +294,14 @@ __device__ void attend(typename Traits::Storage& s, const FwdKernelParams& p) {
 
     CUTE_UNROLL
     for (int i = 0; i < 2; ++i) {
-      const int64_t at = rows.lse_offset[first_row + 8 * i];
-      if (quad == 0 && at >= 0) p.lse.data[at] = lse[i];
+      const int64_t row = rows.row[first_row + 8 * i];
+      if (quad == 0 && row >= 0) p.lse.data[row] = lse[i];
     }
     const int warp = thread / 32;
     // Without a buffer of its own the output goes over the Q rows that this warp alone still reads.
     Element* sO = (Traits::kTile.kOwnOutput ? s.o : s.q) + warp * 16 * kD;
     if constexpr (!Traits::kTile.kOwnOutput) cutlass::arch::NamedBarrier::sync(kM * 2, kTurn0 + Traits::kConsumers);
-    store_output<Traits>(sO, outputs, rows.out_offset + warp * 16, static_cast<Element*>(p.out.data), p.problem.dim_v);
+    store_rows<kD>(sO, outputs, rows.row + warp * 16, static_cast<Element*>(p.out), p.problem.dim_v);
     if constexpr (!Traits::kTile.kOwnOutput) {
       cutlass::arch::fence_view_async_shared();  // the next Q comes through the async proxy
       __syncwarp();
@@ -414,7 +319,7 @@ template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     fwd_kernel(const __grid_constant__ FwdMaps maps, const __grid_constant__ FwdKernelParams p) {
   extern __shared__ char shared[];
-  auto& s = *reinterpret_cast<typename Traits::Storage*>((reinterpret_cast<uintptr_t>(shared) + 1023) & ~uintptr_t{1023});
+  auto& s = aligned_storage<typename Traits::Storage>(shared);
 
   if (threadIdx.x == 0) {
     prefetch_map(maps.q);
@@ -427,20 +332,16 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     cutlass::arch::fence_barrier_init();
   }
   s.mask.build(p.kv_box, threadIdx.x, Traits::kThreads);
-  // Rows of a block that the box does not fill are never written again; they must not hold NaN.
   if (p.q_box.volume() != Traits::kBlockM || p.kv_box.volume() != Traits::kBlockN) {
-    uint4* words = reinterpret_cast<uint4*>(&s);
-    constexpr int kWords = offsetof(typename Traits::Storage, o) / 16;
-    for (int i = threadIdx.x; i < kWords; i += Traits::kThreads) words[i] = uint4{0, 0, 0, 0};
-    cutlass::arch::fence_view_async_shared();
+    fill_zero(&s, offsetof(typename Traits::Storage, o), Traits::kThreads);
   }
   __syncthreads();
 
   if (threadIdx.x < 128) {
-    cutlass::arch::warpgroup_reg_dealloc<64>();
+    cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
     if (threadIdx.x < 32) load<Traits>(s, maps, p);
   } else {
-    cutlass::arch::warpgroup_reg_alloc<224>();
+    cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
     attend<Traits>(s, p);
   }
 }
@@ -451,9 +352,8 @@ template <class Tag, int kHeadDim>
 int fwd_sm90<Tag, kHeadDim>::run(const FwdSm90Args& a, void* stream_) {
   using Traits = FwdTraits<Tag, kHeadDim>;
   constexpr bool kBf16 = std::is_same_v<Tag, bf16>;
-  constexpr int kShared = sizeof(typename Traits::Storage) + 1024;
-  static const cudaError_t attribute = cudaFuncSetAttribute(
-      fwd_kernel<Traits>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
+  constexpr int kShared = sizeof(typename Traits::Storage) + kStorageAlignment;
+  static const cudaError_t attribute = allow_shared_memory(fwd_kernel<Traits>, kShared);
   if (attribute != cudaSuccess) return attribute;
   const auto stream = static_cast<cudaStream_t>(stream_);
 
@@ -463,41 +363,27 @@ int fwd_sm90<Tag, kHeadDim>::run(const FwdSm90Args& a, void* stream_) {
   p.q_box = a.q_box;
   p.kv_box = a.kv_box;
   p.scale_log2 = a.scale * 1.44269504088896341f;
-  p.out = a.out;
+  p.out = a.out.data;
   p.lse = a.lse;
   p.next_work = a.next_work;
   const Problem& problem = a.problem;
-  const int64_t x[3] = {problem.size[0], problem.size[1], problem.size[2]}, extra[3] = {1, 1, problem.additional};
-  const int no_step[3] = {1, 1, 1};
-  const Box line{{1, 1, Traits::kBlockN}};
-  // Any folding that has no mode for the batch makes every tensor go batch by batch.
-  const bool batchwise = problem.rank == 3 && problem.batch > 1 && (problem.dim != kHeadDim || problem.dim_v != kHeadDim);
-  const int64_t launches = batchwise ? problem.batch : 1, batch = batchwise ? 1 : problem.batch;
-  if (batchwise) p.problem.batch = 1;
-  p.schedule = Schedule(p.problem, a.q_box);
-  for (int64_t b = 0; b < launches; ++b) {
-    const auto shifted = [&](Tokens<const void> t) {
-      t.data = static_cast<const char*>(t.data) + b * t.batch * 2;
-      return t;
-    };
-    const auto encode = [&](CUtensorMap* map, TokenMap* fold, const Tokens<const void>& t, int64_t features, int64_t heads,
-                            const int64_t(&sizes)[3], const Box& box, const int(&step)[3], int rank) {
-      return encode_tokens(map, fold, shifted(t), kBf16, kHeadDim, features, heads, sizes, batch, box, step, rank);
-    };
-    cudaError_t e = encode(&maps.q, &p.fold_q, a.q, problem.dim, problem.heads, x, a.q_box, problem.dilation, problem.rank);
-    if (e == cudaSuccess)
-      e = encode(&maps.k, &p.fold_k, a.k, problem.dim, problem.heads_kv, x, a.kv_box, problem.dilation, problem.rank);
-    if (e == cudaSuccess)
-      e = encode(&maps.v, &p.fold_v, a.v, problem.dim_v, problem.heads_kv, x, a.kv_box, problem.dilation, problem.rank);
+  const Launches launches(problem, kHeadDim);
+  p.problem.batch = launches.batch;
+  p.schedule = Schedule(p.problem, a.q_box, problem.heads);
+  for (int64_t b = 0; b < launches.count; ++b) {
+    const TokenEncoder encode{launches, b, kBf16, kHeadDim, problem};
+    cudaError_t e = encode(&maps.q, &p.fold_q, a.q, problem.dim, problem.heads, a.q_box);
+    if (e == cudaSuccess) e = encode(&maps.k, &p.fold_k, a.k, problem.dim, problem.heads_kv, a.kv_box);
+    if (e == cudaSuccess) e = encode(&maps.v, &p.fold_v, a.v, problem.dim_v, problem.heads_kv, a.kv_box);
     if (e == cudaSuccess && problem.additional > 0) {
-      e = encode(&maps.add_k, &p.fold_add_k, a.add_k, problem.dim, problem.heads_kv, extra, line, no_step, 1);
-      if (e == cudaSuccess)
-        e = encode(&maps.add_v, &p.fold_add_v, a.add_v, problem.dim_v, problem.heads_kv, extra, line, no_step, 1);
+      e = encode.line(&maps.add_k, &p.fold_add_k, a.add_k, problem.dim, Traits::kBlockN);
+      if (e == cudaSuccess) e = encode.line(&maps.add_v, &p.fold_add_v, a.add_v, problem.dim_v, Traits::kBlockN);
     }
     if (e != cudaSuccess) return e;
     p.batch_offset = b;
     e = cudaMemsetAsync(a.next_work, 0, sizeof(int), stream);
     if (e != cudaSuccess) return e;
+    if (p.schedule.total > std::numeric_limits<int>::max() / 2) return cudaErrorInvalidConfiguration;
     const int grid = static_cast<int>(std::min<int64_t>(p.schedule.total, a.num_sms));
     fwd_kernel<Traits><<<grid, Traits::kThreads, kShared, stream>>>(maps, p);
     e = cudaGetLastError();

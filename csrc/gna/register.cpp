@@ -5,8 +5,6 @@
 namespace nearfield::gna {
 namespace {
 
-std::vector<int64_t> shape_of(const Tensor& t) { return {t.sizes().data(), t.sizes().data() + t.dim()}; }
-
 std::tuple<Tensor, Tensor> fwd_cpu(Tensor q, Tensor k, Tensor v, OptionalTensor additional_k,
                                    OptionalTensor additional_v, Ints kernel_size, Ints stride, Ints dilation,
                                    Ints is_causal, double scale) {

@@ -30,4 +30,51 @@ struct fwd_sm90 {
   static int run(const FwdSm90Args& args, void* stream);
 };
 
+// Per row of [B, X, H]: what the gradients need of a query.
+struct RowStats {
+  float lse;    // times log2(e)
+  float delta;  // rowsum(dO * O) - dLSE
+};
+
+struct BwdSm90Args {
+  Problem problem;
+  float scale;
+  Tokens<const void> q, k, v, dout;
+  Tokens<const RowStats> stats;  // [B, X, H]
+  Tokens<void> dk, dv;           // [B, X, Hkv, D], [B, X, Hkv, Dv], contiguous
+  float* dq;                     // DqBuffer, zeroed; null: leave dQ to bwd_dq_sm90
+  Box q_box, kv_box;
+  int* next_work;
+  int num_sms;
+};
+
+template <class Element, int kHeadDim>
+struct bwd_sm90 {
+  static int run(const BwdSm90Args& args, void* stream);
+};
+
+// The float32 dQ of one launch: [B, H, dilation group] x [grid of the longest group] x [D]. Boxes are added to it, so it is
+// ordered by group: there the tokens of a box are neighbors.
+struct DqBuffer {
+  int size[3];
+  int64_t elements;
+  explicit DqBuffer(const Problem& p) {
+    elements = p.batch * p.heads * p.groups() * p.dim;
+    for (int d = 0; d < 3; ++d) {
+      size[d] = group_length(p.size[d], p.dilation[d], 0);
+      elements *= size[d];
+    }
+  }
+};
+
+// The memory-bound ends of the backward.
+template <class Element>
+struct bwd_ends_sm80 {
+  // stats = (lse * log2(e), rowsum(dout * out) - dlse) of `rows` rows; all contiguous; dlse may be null.
+  static int prepare(const void* dout, const void* out, const float* lse, const float* dlse, RowStats* stats, int64_t rows,
+                     int64_t dim_v, void* stream);
+  // dq = scale * buffer, rounded.
+  static int finish(const Problem& problem, float scale, const float* buffer, const Tokens<void>& dq, void* stream);
+};
+
 }  // namespace nearfield::gna

@@ -18,4 +18,14 @@ constexpr FwdTile fwd_tile(int head_dim) {
   return {128, 64, 2, false};                       // 192 KB; O needs 128 registers a thread
 }
 
+struct BwdTile {
+  int kBlockM;  // queries of a visited tile
+  int kBlockN;  // keys that a CTA holds; 64 per consumer warpgroup
+  int kStages;  // Q and dO buffers each
+};
+
+// Registers decide: dK and dV take 2 * D / 2 a thread, S, dP and their rounded copies 96 at 64 queries. 176 KB at D = 128.
+constexpr BwdTile bwd_tile(int /*head_dim*/) { return {64, 128, 2}; }
+constexpr int kMaxBwdHeadDim = 128;
+
 }  // namespace nearfield::gna

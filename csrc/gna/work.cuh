@@ -1,4 +1,5 @@
-// From a work index to a query tile: batch, head, dilation group, position, and the key tiles it visits.
+// From a work index to a tile: batch, head, dilation group, position, and the tiles of the other operand it visits.
+// The forward holds a box of queries and visits keys; the gradients of keys and values hold keys and visit queries.
 #pragma once
 
 #include "gna/sm90.h"
@@ -6,71 +7,132 @@
 
 namespace nearfield::gna {
 
-// One query tile of one (batch, head, dilation group).
-struct QueryTile {
+// The tile that a CTA holds.
+struct StayingTile {
   int batch, head;
-  int group[3];   // position inside the dilation step
-  int first[3];   // first query, as index inside the group
+  int group[3];   // dilation group: position inside the dilation step
+  int first[3];   // first token of the box, as index inside the group
   Window window[3];
-  TileRun keys[3];  // key tiles visited per dimension
+  TileRun visits[3];  // tiles of the other operand, per dimension
 
   // Groups differ in length by one, so the last tile of a shorter group can be empty.
   __device__ __forceinline__ bool empty() const {
     return first[0] >= window[0].length || first[1] >= window[1].length || first[2] >= window[2].length;
   }
-  __device__ __forceinline__ int num_key_tiles() const { return keys[0].count * keys[1].count * keys[2].count; }
+  __device__ __forceinline__ int num_visits() const { return visits[0].count * visits[1].count * visits[2].count; }
+
+  // Index inside the group -> position on the grid.
+  __device__ __forceinline__ void position(const Problem& p, const int (&index)[3], int (&x)[3]) const {
+#pragma unroll
+    for (int d = 0; d < 3; ++d) x[d] = group[d] + p.dilation[d] * index[d];
+  }
+};
+
+// What a consumer must know about a visited tile: written by the producer, so that the consumers' registers stay free.
+struct MovingTile {
+  int first[3];    // index of the box's first token inside the group; additional tokens: first[0] = valid columns
+  uint32_t tests;  // 0: every row sees every column
+};
+enum TileTest : uint32_t {
+  kTestDim0 = 1,  // << d: the rows' intervals in dimension d cut the tile
+  kTestBox = 8,   // the box does not fill the block
+  kTestTail = 16  // the last tile of the additional tokens
+};
+
+// Counts through the visited tiles, innermost dimension fastest; done when n[0] reaches visits[0].count.
+struct TileCounter {
+  int n[3] = {0, 0, 0};
+
+  __device__ __forceinline__ void advance(const StayingTile& tile) {
+    if (++n[2] < tile.visits[2].count) return;
+    n[2] = 0;
+    if (++n[1] < tile.visits[1].count) return;
+    n[1] = 0;
+    ++n[0];
+  }
+};
+
+// What the consumers must know about the rows of a staying tile: computed by the producer warp while they still work on
+// the tile before.
+template <int kRows>
+struct StayingRows {
+  int num_tiles;           // to visit; 0: no more work
+  int cut;                 // some row of the block is no token
+  Range range[kRows][3];   // visible tokens of the other operand, as indices inside the dilation group
+  int64_t row[kRows];      // of the token in a contiguous [B, X, H]; -1: the row is no token
+
+  // Filled by one warp. `index` holds the strides of [B, X, H] in rows.
+  template <Direction kDirection, class T>
+  __device__ __forceinline__ void fill(const StayingTile& tile, const Problem& p, const Box& box, int64_t batch,
+                                       const Tokens<T>& index, int tiles, int lane) {
+    bool outside = false;
+    for (int r = lane; r < kRows; r += 32) {
+      const int outer = r / box.side[2];
+      const int coordinate[3] = {outer / box.side[1], outer % box.side[1], r % box.side[2]};
+      bool inside = coordinate[0] < box.side[0];
+      int64_t at = batch * index.batch + tile.head * index.head;
+#pragma unroll
+      for (int d = 0; d < 3; ++d) {
+        const int i = tile.first[d] + coordinate[d], last = tile.window[d].length - 1;
+        inside &= i <= last;
+        // A row beyond the grid repeats the last token; it is not stored.
+        const int clipped = min(i, last);
+        range[r][d] = kDirection == Direction::kForward ? tile.window[d].keys(clipped) : tile.window[d].queries(clipped);
+        at += (tile.group[d] + static_cast<int64_t>(p.dilation[d]) * i) * index.x[d];
+      }
+      row[r] = inside ? at : -1;
+      outside |= !inside;
+    }
+    outside = __any_sync(0xffffffffu, outside);
+    if (lane == 0) {
+      num_tiles = tiles;
+      cut = outside;
+    }
+    __syncwarp();
+  }
 };
 
 struct Schedule {
-  int tiles[3];     // query tiles per dimension of the longest dilation group
-  int64_t total;    // work items
+  int heads;
+  int tiles[3];   // staying tiles per dimension of the longest dilation group
+  int64_t total;  // work items; the launcher refuses 2^31 and more
 
   Schedule() = default;
-  Schedule(const Problem& p, const Box& q_box) {
-    total = p.batch * p.heads * p.groups();
+  Schedule(const Problem& p, const Box& staying, int64_t num_heads) : heads(static_cast<int>(num_heads)) {
+    total = p.batch * heads * p.groups();
     for (int d = 0; d < 3; ++d) {
-      tiles[d] = (group_length(p.size[d], p.dilation[d], 0) + q_box.side[d] - 1) / q_box.side[d];
+      tiles[d] = (group_length(p.size[d], p.dilation[d], 0) + staying.side[d] - 1) / staying.side[d];
       total *= tiles[d];
     }
   }
 
-  // All tiles of one head come before those of the next, so that the CTAs that run together share K and V in the L2
-  // cache. Within a head the order is reversed: under a causal mask the last tiles have the longest rows of keys.
-  __device__ __forceinline__ QueryTile decode(const Problem& p, const Box& q_box, const Box& kv_box,
-                                              int64_t work) const {
-    QueryTile tile;
+  // All tiles of one head come before those of the next, so that the CTAs that run together share their operands in the
+  // L2 cache. Within a head the longest rows come first: under a causal mask the last queries and the first keys.
+  template <Direction kDirection>
+  __device__ __forceinline__ StayingTile decode(const Problem& p, const Box& staying, const Box& moving, int work) const {
+    StayingTile tile;
     const int per_head = tiles[0] * tiles[1] * tiles[2];
-    const int64_t outer = work / per_head;
-    int inner = per_head - 1 - static_cast<int>(work - outer * per_head);
+    const int outer = work / per_head;
+    int inner = work - outer * per_head;
+    if (kDirection == Direction::kForward) inner = per_head - 1 - inner;
     const int groups = p.dilation[0] * p.dilation[1] * p.dilation[2];
-    const int64_t bh = outer / groups;
-    int group = static_cast<int>(outer - bh * groups);
-    tile.batch = static_cast<int>(bh / p.heads);
-    tile.head = static_cast<int>(bh - tile.batch * p.heads);
+    const int batch_head = outer / groups;
+    int group = outer - batch_head * groups;
+    tile.batch = batch_head / heads;
+    tile.head = batch_head - tile.batch * heads;
 #pragma unroll
     for (int d = 2; d >= 0; --d) {
-      tile.first[d] = inner % tiles[d] * q_box.side[d];
+      tile.first[d] = inner % tiles[d] * staying.side[d];
       inner /= tiles[d];
       tile.group[d] = group % p.dilation[d];
       group /= p.dilation[d];
       tile.window[d] = p.axis(d, tile.group[d]);
-      const int last = min(tile.first[d] + q_box.side[d], tile.window[d].length) - 1;
-      tile.keys[d] = key_tiles(tile.window[d], min(tile.first[d], last), last, kv_box.side[d], Placement::kSpan);
+      const int last = min(tile.first[d] + staying.side[d], tile.window[d].length) - 1, first = min(tile.first[d], last);
+      tile.visits[d] = kDirection == Direction::kForward
+                           ? key_tiles(tile.window[d], first, last, moving.side[d], Placement::kSpan)
+                           : query_tiles(tile.window[d], first, last, moving.side[d], Placement::kSpan);
     }
     return tile;
-  }
-};
-
-// Counts through the key tiles of a query tile, innermost dimension fastest.
-struct KeyTileCounter {
-  int n[3] = {0, 0, 0};
-
-  __device__ __forceinline__ void advance(const QueryTile& tile) {
-    if (++n[2] < tile.keys[2].count) return;
-    n[2] = 0;
-    if (++n[1] < tile.keys[1].count) return;
-    n[1] = 0;
-    ++n[0];
   }
 };
 

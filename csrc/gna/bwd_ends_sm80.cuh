@@ -1,0 +1,97 @@
+// The memory-bound ends of the backward: row statistics before the gradients, rounding of dQ after them.
+#pragma once
+
+#include <cuda_runtime_api.h>
+#include <cutlass/bfloat16.h>
+#include <cutlass/half.h>
+#include <cutlass/numeric_conversion.h>
+
+#include "gna/sm90.h"
+
+namespace nearfield::gna {
+
+template <class Tag>
+using end_element_t = std::conditional_t<std::is_same_v<Tag, bf16>, cutlass::bfloat16_t, cutlass::half_t>;
+
+constexpr int kEndThreads = 256;
+constexpr int kPiece = 8;  // 16-bit features in 16 bytes
+
+// Eight threads a row, 16 bytes a load.
+template <class Element>
+__global__ void prepare_kernel(const Element* dout, const Element* out, const float* lse, const float* dlse,
+                               RowStats* stats, int64_t rows, int dim_v) {
+  constexpr int kThreadsPerRow = 8;
+  const int64_t row = (static_cast<int64_t>(blockIdx.x) * kEndThreads + threadIdx.x) / kThreadsPerRow;
+  if (row >= rows) return;
+  float sum = 0.f;
+  for (int c = threadIdx.x % kThreadsPerRow * kPiece; c < dim_v; c += kThreadsPerRow * kPiece) {
+    const auto a = *reinterpret_cast<const cutlass::AlignedArray<Element, kPiece>*>(dout + row * dim_v + c);
+    const auto b = *reinterpret_cast<const cutlass::AlignedArray<Element, kPiece>*>(out + row * dim_v + c);
+#pragma unroll
+    for (int i = 0; i < kPiece; ++i) sum += static_cast<float>(a[i]) * static_cast<float>(b[i]);
+  }
+  const unsigned mask = 0xffu << (threadIdx.x % 32 / kThreadsPerRow * kThreadsPerRow);
+#pragma unroll
+  for (int step = kThreadsPerRow / 2; step > 0; step /= 2) sum += __shfl_xor_sync(mask, sum, step);
+  if (threadIdx.x % kThreadsPerRow == 0) {
+    constexpr float kLog2e = 1.44269504088896341f;
+    stats[row] = {lse[row] * kLog2e, sum - (dlse != nullptr ? dlse[row] : 0.f)};
+  }
+}
+
+// One thread per piece of a row of dq.
+template <class Element>
+__global__ void finish_kernel(const __grid_constant__ Problem p, const __grid_constant__ DqBuffer from, float scale,
+                              const float* buffer, const __grid_constant__ Tokens<void> dq) {
+  const int pieces = static_cast<int>(p.dim) / kPiece;
+  int64_t rest = static_cast<int64_t>(blockIdx.x) * kEndThreads + threadIdx.x;
+  const int piece = static_cast<int>(rest % pieces);
+  rest /= pieces;
+  const int head = static_cast<int>(rest % p.heads);
+  rest /= p.heads;
+  int64_t to = head * dq.head;
+  int index[3], group = 0, step = 1;
+#pragma unroll
+  for (int d = 2; d >= 0; --d) {
+    const int x = static_cast<int>(rest % p.size[d]);
+    rest /= p.size[d];
+    to += x * dq.x[d];
+    index[d] = x / p.dilation[d];
+    group += x % p.dilation[d] * step;
+    step *= p.dilation[d];
+  }
+  if (rest >= p.batch) return;
+  to += rest * dq.batch;
+  int64_t at = (rest * p.heads + head) * step + group;
+#pragma unroll
+  for (int d = 0; d < 3; ++d) at = at * from.size[d] + index[d];
+  at = at * p.dim + piece * kPiece;
+  const float4 low = *reinterpret_cast<const float4*>(buffer + at);
+  const float4 high = *reinterpret_cast<const float4*>(buffer + at + 4);
+  const float value[kPiece] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+  cutlass::AlignedArray<Element, kPiece> rounded;
+#pragma unroll
+  for (int i = 0; i < kPiece; ++i) rounded[i] = static_cast<Element>(value[i] * scale);
+  *reinterpret_cast<cutlass::AlignedArray<Element, kPiece>*>(static_cast<Element*>(dq.data) + to + piece * kPiece) = rounded;
+}
+
+inline unsigned blocks_for(int64_t threads) { return static_cast<unsigned>((threads + kEndThreads - 1) / kEndThreads); }
+
+template <class Tag>
+int bwd_ends_sm80<Tag>::prepare(const void* dout, const void* out, const float* lse, const float* dlse, RowStats* stats,
+                                int64_t rows, int64_t dim_v, void* stream) {
+  using Element = end_element_t<Tag>;
+  prepare_kernel<Element><<<blocks_for(rows * 8), kEndThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+      static_cast<const Element*>(dout), static_cast<const Element*>(out), lse, dlse, stats, rows, static_cast<int>(dim_v));
+  return cudaGetLastError();
+}
+
+template <class Tag>
+int bwd_ends_sm80<Tag>::finish(const Problem& p, float scale, const float* buffer, const Tokens<void>& dq, void* stream) {
+  const int64_t pieces = p.batch * p.tokens() * p.heads * (p.dim / kPiece);
+  finish_kernel<end_element_t<Tag>>
+      <<<blocks_for(pieces), kEndThreads, 0, static_cast<cudaStream_t>(stream)>>>(p, DqBuffer(p), scale, buffer, dq);
+  return cudaGetLastError();
+}
+
+}  // namespace nearfield::gna
