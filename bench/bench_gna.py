@@ -1,6 +1,6 @@
 """Neighborhood attention beside dense cuDNN attention of the same shape, measured in one run.
 
-    python bench/bench_gna.py [--backward] [--only TEXT] [--save]
+python bench/bench_gna.py [--backward] [--only TEXT] [--save]
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ def flop_bound(case: Case) -> float:
     bound = 1.0
     windows = zip(case.size, case.window, *case.parameters.values(), strict=True)
     for length, window, stride, causal in windows:
-        bound *= length**2 / sum(len(visible_keys(x, length, window, stride, 1, bool(causal))) for x in range(length))
+        bound *= length**2 / sum(
+            len(visible_keys(x, length, window, stride, 1, bool(causal))) for x in range(length)
+        )
     return bound
 
 
@@ -114,7 +116,9 @@ def show(rows: list[dict[str, object]]) -> None:
     Console(width=200).print(table)
 
 
-def main(backward: bool = False, only: str = "", dense: bool = True, store: bool = False, commit: str = "") -> None:
+def main(
+    backward: bool = False, only: str = "", dense: bool = True, store: bool = False, commit: str = ""
+) -> None:
     print(header())
     rows = []
     for case in CASES:

@@ -146,7 +146,9 @@ def test_offsets_beyond_32_bits() -> None:
     assert_accurate(
         "last corner",
         out[:, -8:, -8:, -1:],
-        neighborhood_attention(corner.double().cpu(), corner.double().cpu(), corner.double().cpu(), 5)[:, -8:, -8:],
+        neighborhood_attention(corner.double().cpu(), corner.double().cpu(), corner.double().cpu(), 5)[
+            :, -8:, -8:
+        ],
         neighborhood_attention(corner.cpu(), corner.cpu(), corner.cpu(), 5)[:, -8:, -8:],
     )
 
@@ -203,7 +205,11 @@ def test_compile_and_opcheck() -> None:
 
 @pytest.mark.parametrize(
     "dtype, dim, words",
-    [(torch.float32, 64, "float16"), (torch.bfloat16, 60, "multiples of 8"), (torch.bfloat16, 264, "multiples of 8")],
+    [
+        (torch.float32, 64, "float16"),
+        (torch.bfloat16, 60, "multiples of 8"),
+        (torch.bfloat16, 264, "multiples of 8"),
+    ],
 )
 def test_what_is_not_built_is_refused(dtype: torch.dtype, dim: int, words: str) -> None:
     q = torch.randn(1, 9, 9, 1, dim, device="cuda", dtype=dtype)

@@ -51,7 +51,13 @@ def main(
         table.add_column(heading, justify="right" if heading in ("quality", "seconds") else "left")
     for result in results:
         for row in result.rows:
-            cells = (row.task, row.method, row.quality, f"{row.seconds:.1f}" if row.seconds else "", row.device)
+            cells = (
+                row.task,
+                row.method,
+                row.quality,
+                f"{row.seconds:.1f}" if row.seconds else "",
+                row.device,
+            )
             table.add_row(*cells, style="bold green" if row.ours else "")
         table.add_section()
     console.print(table)
