@@ -29,16 +29,16 @@ struct BwdTraits : HeadTraits<Tag, kHeadDim_> {
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
   static_assert(registers_fit(kProducerRegisters, kConsumerRegisters, kConsumers));
   static_assert(kBlockM == 64 && kConsumers == 2);
-  // dQ is one 64-row product per query tile. At D = 128 each warpgroup computes the half of the features that is its own
-  // chunk of K; at smaller D the warpgroups take turns, a query tile each.
-  static constexpr bool kSplitDq = kHeadDim == 128;
-  static constexpr int kDqFeatures = kSplitDq ? 64 : kHeadDim;
+  // dQ is one 64-row product per query tile; each warpgroup computes half of the features.
+  static constexpr int kDqFeatures = kHeadDim / kConsumers;
+  // Where those begin in K: a chunk further at D = 128, else inside the chunk.
+  static constexpr int kDqOffset = kHeadDim == 128 ? kBlockN * 64 : kDqFeatures;
 
   using LayoutKV = decltype(tile_to_shape(AtomK{}, cute::Shape<Int<kBlockN>, Int<kHeadDim>>{}));
   using LayoutQ = decltype(tile_to_shape(AtomK{}, cute::Shape<Int<kBlockM>, Int<kHeadDim>, Int<kStages>>{}));
   using LayoutQt = decltype(tile_to_shape(AtomMN{}, cute::Shape<Int<kHeadDim>, Int<kBlockM>, Int<kStages>>{},
                                           Step<_2, _1, _3>{}));
-  using LayoutKt = decltype(tile_to_shape(AtomMN{}, cute::Shape<Int<kHeadDim>, Int<kBlockN>>{}, Step<_2, _1>{}));
+  using LayoutKt = decltype(tile_to_shape(AtomMN{}, cute::Shape<Int<chunk_of(kHeadDim)>, Int<kBlockN>>{}, Step<_2, _1>{}));
   // dS as left operand, (queries, keys) with queries contiguous.
   using LayoutDs = decltype(tile_to_shape(GMMA::Layout_MN_SW128_Atom<Element>{},
                                           cute::Shape<Int<kBlockM>, Int<kBlockN>, _2>{}));
@@ -55,6 +55,11 @@ struct BwdTraits : HeadTraits<Tag, kHeadDim_> {
   // dQ: (queries, features), one warpgroup
   using MmaQ = decltype(make_tiled_mma(
       GMMA::ss_op_selector<Element, Element, float, cute::Shape<Int<kBlockM>, Int<kDqFeatures>, Int<kBlockN>>,
+                           GMMA::Major::MN, GMMA::Major::MN>()));
+  // The same on a whole chunk of K; gives the descriptors, whose layout does not depend on the columns used.
+  static constexpr int kChunk = chunk_of(kHeadDim);
+  using MmaChunk = decltype(make_tiled_mma(
+      GMMA::ss_op_selector<Element, Element, float, cute::Shape<Int<kBlockM>, Int<kChunk>, Int<kBlockN>>,
                            GMMA::Major::MN, GMMA::Major::MN>()));
 
   struct alignas(1024) Storage {
@@ -73,6 +78,7 @@ struct BwdTraits : HeadTraits<Tag, kHeadDim_> {
     Ring<kStages> ring_q, ring_dout, ring_stats;
     Ring<1> ring_dq;
     Ring<kPlannedTiles> ring_plan;
+    Ring<1> ring_draw;
   };
   static_assert(sizeof(Storage) <= 226 * 1024, "a Hopper CTA has 227 KB of shared memory");
 };
@@ -117,9 +123,12 @@ __device__ void bwd_load(typename Traits::Storage& s, const BwdMaps& maps, const
     load_box<kD, kN>(maps.k, p.fold_k, &s.ring_kv.full[0], s.k, x, tile.head, tile.batch);
     load_box<kD, kN>(maps.v, p.fold_v, &s.ring_kv.full[0], s.v, x, tile.head, tile.batch);
     at_kv.advance();
+    int left = tile.num_visits() * group_size;
+    allow_draw(s, left, left);
     for (int g = 0; g < group_size; ++g) {
       const int head = tile.head * group_size + g;
       for (TileCounter counter; counter.n[0] < tile.visits[0].count; counter.advance(tile)) {
+        allow_draw(s, --left, left + 1);
         int first[3];
         uint32_t tests = box_fills_block ? 0 : kTestBox;
 #pragma unroll
@@ -196,16 +205,15 @@ __device__ void bwd_add_dq(typename Traits::Storage& s, const BwdMaps& maps, con
   constexpr int kChunk = 32;  // floats in a 128-byte swizzle span
   RingIndex<1> at;
   follow_queries(s, p, [&](const StayingTile& tile, int head, const int (&first)[3]) {
-    if (!p.with_dq) return;
     s.ring_dq.wait_full(at);
-    if (threadIdx.x % 32 == 0) {
+    if (p.with_dq && threadIdx.x % 32 == 0) {
       // The buffer is [batch, head, group] x [group grid] x [features]: see DqBuffer.
       const int groups = p.problem.dilation[0] * p.problem.dilation[1] * p.problem.dilation[2];
       const int group = (tile.group[0] * p.problem.dilation[1] + tile.group[1]) * p.problem.dilation[2] + tile.group[2];
       const int outer = static_cast<int>((tile.batch * p.problem.heads + head) * groups) + group;
 #pragma unroll
       for (int c = 0; c < Traits::kHeadDim / kChunk; ++c) {
-        if (c * kChunk < p.problem.dim) {
+        if (c * kChunk < p.problem.dim) {  // features that the compiled head dim adds do not exist
           cute::SM90_TMA_REDUCE_ADD_5D::copy(&maps.dq, s.dq + c * Traits::kBlockM * kChunk, c * kChunk, first[2], first[1],
                                              first[0], outer);
         }
@@ -234,7 +242,8 @@ __device__ void bwd_multiply(typename Traits::Storage& s, const BwdKernelParams&
   Tensor sDout = make_tensor(make_smem_ptr(s.dout), typename Traits::LayoutQ{});    // (M, D, stage)
   Tensor sQt = make_tensor(make_smem_ptr(s.q), typename Traits::LayoutQt{});        // (D, M, stage)
   Tensor sDoutT = make_tensor(make_smem_ptr(s.dout), typename Traits::LayoutQt{});  // (D, M, stage)
-  Tensor sKt = make_tensor(make_smem_ptr(s.k), typename Traits::LayoutKt{});        // (D, N)
+  // One chunk of K seen as (features, N), from this warpgroup's first feature on.
+  Tensor sKt = make_tensor(make_smem_ptr(s.k + warpgroup * Traits::kDqOffset), typename Traits::LayoutKt{});
   Tensor sDs = make_tensor(make_smem_ptr(s.ds[0]), typename Traits::LayoutDs{});    // (M, N, 2), M contiguous
   typename Traits::MmaS mma_s;
   typename Traits::MmaKV mma_kv;
@@ -248,10 +257,9 @@ __device__ void bwd_multiply(typename Traits::Storage& s, const BwdKernelParams&
   Tensor tSrDout = thread_s.partition_fragment_B(sDout);
   Tensor tKrQ = thread_kv.partition_fragment_B(sQt);
   Tensor tVrDout = thread_kv.partition_fragment_B(sDoutT);
-  Tensor sKt_own = local_tile(sKt, cute::Shape<Int<Traits::kDqFeatures>, Int<kN>>{},
-                              make_coord(Traits::kSplitDq ? warpgroup : 0, 0));
   Tensor tQrDs = thread_q.partition_fragment_A(sDs);
-  Tensor tQrK = thread_q.partition_fragment_B(sKt_own);
+  typename Traits::MmaChunk mma_chunk;
+  Tensor tQrK = mma_chunk.get_slice(0).partition_fragment_B(sKt);
   Tensor tSrS = partition_fragment_C(mma_s, cute::Shape<Int<kN>, Int<kM>>{});   // S^T, then P^T
   Tensor tSrDp = partition_fragment_C(mma_s, cute::Shape<Int<kN>, Int<kM>>{});  // dP^T, then dS^T
   Tensor tKrdK = partition_fragment_C(mma_kv, cute::Shape<Int<kN>, Int<kD>>{});
@@ -273,10 +281,10 @@ __device__ void bwd_multiply(typename Traits::Storage& s, const BwdKernelParams&
     s.ring_kv.wait_full(at_kv);
     clear(tKrdK);
     clear(tVrdV);
-    s.ring_q.wait_full(at_q);
-    issue_gemm<true>(mma_s, tSrK, tSrQ(_, _, _, at_q.stage), tSrS);
 
     for (int n = 0; n < num_tiles; ++n) {
+      s.ring_q.wait_full(at_q);
+      issue_gemm<true>(mma_s, tSrK, tSrQ(_, _, _, at_q.stage), tSrS);
       s.ring_dout.wait_full(at_q);
       issue_gemm<true>(mma_s, tSrV, tSrDout(_, _, _, at_q.stage), tSrDp);
       s.ring_stats.wait_full(at_q);
@@ -326,47 +334,26 @@ __device__ void bwd_multiply(typename Traits::Storage& s, const BwdKernelParams&
       Tensor ds_view = make_tensor(tSrDp.data(), rDs.layout());
       convert_to(ds_view, rDs);
       s.ring_stats.release(at_q);
+      // Two dS buffers: this one was last read two tiles ago, before the barrier of the tile between.
+      store_transposed(s.ds[n % 2], rDs, warp);
+      cutlass::arch::fence_view_async_shared();
+      cutlass::arch::NamedBarrier::sync(Traits::kConsumers * 128, kDsWritten);
 
-      // The next S enters the queue behind this tile's products, so that the tensor cores have work while dQ is stored.
-      const RingIndex<Traits::kStages> at_this = at_q;
-      at_q.advance();
-      const auto issue_next_s = [&] {
-        if (n + 1 == num_tiles) return;
-        s.ring_q.wait_full(at_q);
-        issue_gemm<true>(mma_s, tSrK, tSrQ(_, _, _, at_q.stage), tSrS);
-      };
-      if (p.with_dq) {
-        // Two dS buffers: this one was last read two tiles ago, before the barrier of the tile between.
-        store_transposed(s.ds[n % 2], rDs, warp);
-        cutlass::arch::fence_view_async_shared();
-        cutlass::arch::NamedBarrier::sync(Traits::kConsumers * 128, kDsWritten);
-      }
-      if (p.with_dq && (Traits::kSplitDq || n % 2 == warpgroup)) {
-        Tensor tQrdQ = partition_fragment_C(mma_q, cute::Shape<Int<kM>, Int<Traits::kDqFeatures>>{});
-        issue_gemm<true>(mma_q, tQrDs(_, _, _, n % 2), tQrK, tQrdQ);
-        issue_gemm<false>(mma_kv, rDs, tKrQ(_, _, _, at_this.stage), tKrdK);
-        s.ring_dq.wait_empty(at_dq);
-        warpgroup_wait<1>();  // dV, dQ
-        s.ring_dout.release(at_this);
-        issue_next_s();
-        Tensor dq = make_tensor(tQrdQ.data(), accumulator_rows_cols(tQrdQ.layout()));
-        store_float_rows<kM>(s.dq + (Traits::kSplitDq ? warpgroup * 2 * kM * 32 : 0), dq, warp % 4);
-        cutlass::arch::fence_view_async_shared();
-        __syncwarp();
-        if (lane == 0) s.ring_dq.arrive_full(at_dq);
-      } else {
-        issue_gemm<false>(mma_kv, rDs, tKrQ(_, _, _, at_this.stage), tKrdK);
-        warpgroup_wait<1>();  // dV
-        s.ring_dout.release(at_this);
-        issue_next_s();
-      }
+      Tensor tQrdQ = partition_fragment_C(mma_q, cute::Shape<Int<kM>, Int<Traits::kDqFeatures>>{});
+      issue_gemm<true>(mma_q, tQrDs(_, _, _, n % 2), tQrK, tQrdQ);
+      issue_gemm<false>(mma_kv, rDs, tKrQ(_, _, _, at_q.stage), tKrdK);
+      s.ring_dq.wait_empty(at_dq);
+      warpgroup_wait<1>();  // dV, dQ
+      s.ring_dout.release(at_q);
+      Tensor dq = make_tensor(tQrdQ.data(), accumulator_rows_cols(tQrdQ.layout()));
+      store_float_rows<kM>(s.dq, dq, warp % 4, warpgroup * Traits::kDqFeatures);
+      cutlass::arch::fence_view_async_shared();
+      __syncwarp();
+      if (lane == 0) s.ring_dq.arrive_full(at_dq);
       at_dq.advance();
-      if (n + 1 < num_tiles) {
-        warpgroup_wait<1>();  // dK
-      } else {
-        warpgroup_wait<0>();
-      }
-      s.ring_q.release(at_this);
+      warpgroup_wait<0>();  // dK
+      s.ring_q.release(at_q);
+      at_q.advance();
     }
 
     // Epilogue: both go through the V buffer, which nobody reads any more.
@@ -400,7 +387,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     s.ring_q.init(1, Traits::kConsumerWarps);
     s.ring_dout.init(1, Traits::kConsumerWarps);
     s.ring_stats.init(1, Traits::kConsumerWarps);
-    s.ring_dq.init(Traits::kSplitDq ? 8 : 4, 1);
+    s.ring_dq.init(Traits::kConsumerWarps, 1);
+    s.ring_draw.init(1, 1);
     s.ring_plan.init(1, Traits::kConsumerWarps + 3);  // and three producer warps
     cutlass::arch::fence_barrier_init();
   }

@@ -51,6 +51,7 @@ struct FwdTraits : HeadTraits<Tag, kHeadDim_> {
     Ring<1> ring_q;
     Ring<kStages> ring_k, ring_v;
     Ring<kPlannedTiles> ring_plan;
+    Ring<1> ring_draw;
   };
   static_assert(sizeof(Storage) <= 227 * 1024 - 1024, "a Hopper CTA has 227 KB of shared memory");
 };
@@ -114,7 +115,9 @@ __device__ void load(typename Traits::Storage& s, const FwdMaps& maps, const Fwd
     // V of a tile is needed one step later than its K, so it is requested after the next K.
     TileCounter counter;
     int x_v[3] = {0, 0, 0};
+    allow_draw(s, num_tiles, num_tiles);
     for (int n = 0; n <= num_tiles; ++n) {
+      if (n > 0) allow_draw(s, num_tiles - n, num_tiles - n + 1);
       int x[3] = {0, 0, (n - window_tiles) * kN};
       if (n < num_tiles) s.ring_k.wait_empty(at_k);
       if (n < window_tiles) {
@@ -310,6 +313,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     s.ring_q.init(1, Traits::kConsumerWarps);
     s.ring_k.init(1, Traits::kConsumerWarps);
     s.ring_v.init(1, Traits::kConsumerWarps);
+    s.ring_draw.init(1, 1);
     s.ring_plan.init(1, Traits::kConsumerWarps + 1);  // and the loading warp
     cutlass::arch::fence_barrier_init();
   }

@@ -8,6 +8,16 @@ namespace nearfield::gna {
 
 constexpr int kPlannedTiles = 2;  // being worked on, and the next
 
+// Work is drawn late, so that CTAs stay balanced to the end: when this many visits of the current tile are left to load,
+// which is just longer than planning takes.
+constexpr int kDrawAhead = 8;
+
+// Called by the loading thread before its first visit and then after each one; `before` is what was left before it.
+template <class Storage>
+__device__ __forceinline__ void allow_draw(Storage& s, int left, int before) {
+  if (left == kDrawAhead || (left == before && left < kDrawAhead)) s.ring_draw.arrive_full({});
+}
+
 // Plans every work item of this CTA, then announces the end. `visits_per_tile` is how often each visited tile is met
 // (once per query head of a group), `extra` counts visits beyond the neighborhood.
 template <Direction kDirection, class Storage, class Params, class T>
@@ -15,18 +25,22 @@ __device__ void plan_tiles_of_cta(Storage& s, const Params& p, const Box& stayin
                                   const Tokens<T>& index, int visits_per_tile, int extra) {
   const int lane = threadIdx.x % 32;
   RingIndex<kPlannedTiles> at;
-  int drawn = static_cast<int>(blockIdx.x - gridDim.x);
-  while (true) {
-    const int work = static_cast<int>(gridDim.x) + __shfl_sync(0xffffffffu, drawn, 0);
-    if (work >= p.schedule.total) break;
-    if (lane == 0) drawn = atomicAdd(p.next_work, 1);
+  RingIndex<1> at_draw;
+  int work = blockIdx.x;
+  while (work < p.schedule.total) {
     const StayingTile tile = p.schedule.template decode<kDirection>(p.problem, staying, moving, work);
-    if (tile.empty()) continue;
-    s.ring_plan.wait_empty(at);
-    s.plan[at.stage].template fill<kDirection>(tile, p.problem, staying, tile.batch + p.batch_offset, index,
-                                               tile.num_visits() * visits_per_tile + extra, lane);
-    if (lane == 0) s.ring_plan.arrive_full(at);
-    at.advance();
+    if (!tile.empty()) {
+      s.ring_plan.wait_empty(at);
+      s.plan[at.stage].template fill<kDirection>(tile, p.problem, staying, tile.batch + p.batch_offset, index,
+                                                 tile.num_visits() * visits_per_tile + extra, lane);
+      if (lane == 0) s.ring_plan.arrive_full(at);
+      at.advance();
+      s.ring_draw.wait_full(at_draw);
+      at_draw.advance();
+    }
+    int drawn = 0;
+    if (lane == 0) drawn = atomicAdd(p.next_work, 1);
+    work = static_cast<int>(gridDim.x) + __shfl_sync(0xffffffffu, drawn, 0);
   }
   s.ring_plan.wait_empty(at);
   if (lane == 0) {
