@@ -5,9 +5,10 @@
 //   S^T = K Q^T, dP^T = V dO^T, P^T = exp2(S^T - lse), dS^T = P^T (dP^T - delta), dV += P^T dO, dK += dS^T Q.
 // dS^T also goes through shared memory to give dQ = dS K, which is added to a float32 buffer in global memory by the copy
 // engine (reduce-add of a box). Without that last part (deterministic mode) bwd_dq_sm90.cuh computes dQ.
-// Roles of the producer warpgroup: warp 0 schedules and loads, warp 1 adds dQ, warp 2 gathers lse and delta.
+// Roles of the producer warpgroup: warp 0 loads, warp 1 adds dQ, warp 2 gathers lse and delta, warp 3 plans.
 #pragma once
 
+#include "gna/plan_sm90.cuh"
 #include "gna/staging_sm90.cuh"
 #include "gna/traits_sm90.cuh"
 
@@ -28,19 +29,19 @@ struct BwdTraits : HeadTraits<Tag, kHeadDim_> {
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
   static_assert(registers_fit(kProducerRegisters, kConsumerRegisters, kConsumers));
   static_assert(kBlockM == 64 && kConsumers == 2);
-  // dQ is one 64-row product per query tile. At D = 128 each warpgroup computes the half of the features that is its own
-  // chunk of K; at smaller D the warpgroups take turns, a query tile each.
-  static constexpr bool kSplitDq = kHeadDim == 128;
-  static constexpr int kDqFeatures = kSplitDq ? 64 : kHeadDim;
+  // dQ is one 64-row product per query tile; each warpgroup computes half of the features.
+  static constexpr int kDqFeatures = kHeadDim / kConsumers;
+  // Where those begin in K: a chunk further at D = 128, else inside the chunk.
+  static constexpr int kDqOffset = kHeadDim == 128 ? kBlockN * 64 : kDqFeatures;
 
   using LayoutKV = decltype(tile_to_shape(AtomK{}, cute::Shape<Int<kBlockN>, Int<kHeadDim>>{}));
   using LayoutQ = decltype(tile_to_shape(AtomK{}, cute::Shape<Int<kBlockM>, Int<kHeadDim>, Int<kStages>>{}));
   using LayoutQt = decltype(tile_to_shape(AtomMN{}, cute::Shape<Int<kHeadDim>, Int<kBlockM>, Int<kStages>>{},
                                           Step<_2, _1, _3>{}));
-  using LayoutKt = decltype(tile_to_shape(AtomMN{}, cute::Shape<Int<kHeadDim>, Int<kBlockN>>{}, Step<_2, _1>{}));
+  using LayoutKt = decltype(tile_to_shape(AtomMN{}, cute::Shape<Int<chunk_of(kHeadDim)>, Int<kBlockN>>{}, Step<_2, _1>{}));
   // dS as left operand, (queries, keys) with queries contiguous.
   using LayoutDs = decltype(tile_to_shape(GMMA::Layout_MN_SW128_Atom<Element>{},
-                                          cute::Shape<Int<kBlockM>, Int<kBlockN>>{}));
+                                          cute::Shape<Int<kBlockM>, Int<kBlockN>, _2>{}));
 
   using Rows2 = Layout<cute::Shape<Int<kConsumers>, _1, _1>>;
   // S^T and dP^T: (keys, queries)
@@ -55,24 +56,29 @@ struct BwdTraits : HeadTraits<Tag, kHeadDim_> {
   using MmaQ = decltype(make_tiled_mma(
       GMMA::ss_op_selector<Element, Element, float, cute::Shape<Int<kBlockM>, Int<kDqFeatures>, Int<kBlockN>>,
                            GMMA::Major::MN, GMMA::Major::MN>()));
+  // The same on a whole chunk of K; gives the descriptors, whose layout does not depend on the columns used.
+  static constexpr int kChunk = chunk_of(kHeadDim);
+  using MmaChunk = decltype(make_tiled_mma(
+      GMMA::ss_op_selector<Element, Element, float, cute::Shape<Int<kBlockM>, Int<kChunk>, Int<kBlockN>>,
+                           GMMA::Major::MN, GMMA::Major::MN>()));
 
   struct alignas(1024) Storage {
     alignas(1024) Element k[kBlockN * kHeadDim];
     alignas(1024) Element v[kBlockN * kHeadDim];  // later dV and dK on their way out
     alignas(1024) Element q[kStages * kBlockM * kHeadDim];
     alignas(1024) Element dout[kStages * kBlockM * kHeadDim];
-    alignas(1024) Element ds[kBlockM * kBlockN];
+    alignas(1024) Element ds[2][kBlockM * kBlockN];
     alignas(1024) float dq[kBlockM * kHeadDim];
     BoxMask<kBlockM> mask;
     MovingTile q_tile[kStages];
-    StayingRows<kBlockN> rows[2];
-    int work[2];
+    PlannedTile<kBlockN> plan[kPlannedTiles];
     alignas(16) float lse[kStages][kBlockM];    // times log2(e)
     alignas(16) float delta[kStages][kBlockM];
     Ring<1> ring_kv;
     Ring<kStages> ring_q, ring_dout, ring_stats;
     Ring<1> ring_dq;
-    Ring<2> ring_rows;
+    Ring<kPlannedTiles> ring_plan;
+    Ring<1> ring_draw;
   };
   static_assert(sizeof(Storage) <= 226 * 1024, "a Hopper CTA has 227 KB of shared memory");
 };
@@ -95,7 +101,7 @@ struct BwdKernelParams {
   int* next_work;
 };
 
-enum BwdBarrier : int { kDsWritten = 1 };
+enum BwdBarrier : int { kDsWritten = 1, kVRead = 2 };
 
 // ---- Producer warps ----
 
@@ -105,27 +111,11 @@ __device__ void bwd_load(typename Traits::Storage& s, const BwdMaps& maps, const
   const uint32_t q_bytes = p.q_box.volume() * kD * 2, kv_bytes = p.kv_box.volume() * kD * 2;
   const int group_size = static_cast<int>(p.problem.heads_per_kv());
   const bool box_fills_block = p.q_box.volume() == kM;
-  const int lane = threadIdx.x % 32;
   RingIndex<1> at_kv;
-  RingIndex<2> at_rows;
   RingIndex<Traits::kStages> at_q;
 
-  int drawn = static_cast<int>(blockIdx.x - gridDim.x);
-  while (true) {
-    const int work = static_cast<int>(gridDim.x) + __shfl_sync(0xffffffffu, drawn, 0);
-    if (work >= p.schedule.total) break;
-    if (lane == 0) drawn = atomicAdd(p.next_work, 1);
-    const StayingTile tile = p.schedule.decode<Direction::kBackward>(p.problem, p.kv_box, p.q_box, work);
-    if (tile.empty()) continue;
-    const int num_tiles = tile.num_visits() * group_size;
-    s.ring_rows.wait_empty(at_rows);
-    s.rows[at_rows.stage].template fill<Direction::kBackward>(tile, p.problem, p.kv_box, tile.batch + p.batch_offset,
-                                                              p.kv_rows, num_tiles, lane);
-    if (lane == 0) s.work[at_rows.stage] = work;
-    if (lane == 0) s.ring_rows.arrive_full(at_rows);
-    at_rows.advance();
-    if (lane != 0) continue;
-
+  follow_plan(s, [&](const StayingTile& tile) {
+    if (threadIdx.x != 0) return;
     int x[3];
     tile.position(p.problem, tile.first, x);
     s.ring_kv.wait_empty(at_kv);
@@ -133,9 +123,12 @@ __device__ void bwd_load(typename Traits::Storage& s, const BwdMaps& maps, const
     load_box<kD, kN>(maps.k, p.fold_k, &s.ring_kv.full[0], s.k, x, tile.head, tile.batch);
     load_box<kD, kN>(maps.v, p.fold_v, &s.ring_kv.full[0], s.v, x, tile.head, tile.batch);
     at_kv.advance();
+    int left = tile.num_visits() * group_size;
+    allow_draw(s, left, left);
     for (int g = 0; g < group_size; ++g) {
       const int head = tile.head * group_size + g;
       for (TileCounter counter; counter.n[0] < tile.visits[0].count; counter.advance(tile)) {
+        allow_draw(s, --left, left + 1);
         int first[3];
         uint32_t tests = box_fills_block ? 0 : kTestBox;
 #pragma unroll
@@ -155,28 +148,14 @@ __device__ void bwd_load(typename Traits::Storage& s, const BwdMaps& maps, const
         at_q.advance();
       }
     }
-  }
-  s.ring_rows.wait_empty(at_rows);
-  if (lane == 0) {
-    s.rows[at_rows.stage].num_tiles = 0;
-    s.ring_rows.arrive_full(at_rows);
-  }
+  });
 }
 
-// Calls visit(tile, head, first query of the box) for every query tile of every work item that bwd_load announces.
-template <class Traits, class Visit>
-__device__ __forceinline__ void follow(typename Traits::Storage& s, const BwdKernelParams& p, const Visit& visit) {
+// Calls visit(tile, head, first query of the box) for every query tile that bwd_load loads.
+template <class Storage, class Visit>
+__device__ __forceinline__ void follow_queries(Storage& s, const BwdKernelParams& p, const Visit& visit) {
   const int group_size = static_cast<int>(p.problem.heads_per_kv());
-  RingIndex<2> at_rows;
-  while (true) {
-    s.ring_rows.wait_full(at_rows);
-    const int num_tiles = s.rows[at_rows.stage].num_tiles;
-    const int work = s.work[at_rows.stage];
-    __syncwarp();
-    s.ring_rows.release(at_rows);
-    at_rows.advance();
-    if (num_tiles == 0) return;
-    const StayingTile tile = p.schedule.decode<Direction::kBackward>(p.problem, p.kv_box, p.q_box, work);
+  follow_plan(s, [&](const StayingTile& tile) {
     for (int g = 0; g < group_size; ++g) {
       for (TileCounter counter; counter.n[0] < tile.visits[0].count; counter.advance(tile)) {
         int first[3];
@@ -185,7 +164,7 @@ __device__ __forceinline__ void follow(typename Traits::Storage& s, const BwdKer
         visit(tile, tile.head * group_size + g, first);
       }
     }
-  }
+  });
 }
 
 template <class Traits>
@@ -193,7 +172,7 @@ __device__ void bwd_gather_stats(typename Traits::Storage& s, const BwdKernelPar
   constexpr int kM = Traits::kBlockM;
   const int lane = threadIdx.x % 32;
   RingIndex<Traits::kStages> at;
-  follow<Traits>(s, p, [&](const StayingTile& tile, int head, const int (&first)[3]) {
+  follow_queries(s, p, [&](const StayingTile& tile, int head, const int (&first)[3]) {
     RowStats value[kM / 32];
 #pragma unroll
     for (int i = 0; i < kM / 32; ++i) {
@@ -225,17 +204,16 @@ template <class Traits>
 __device__ void bwd_add_dq(typename Traits::Storage& s, const BwdMaps& maps, const BwdKernelParams& p) {
   constexpr int kChunk = 32;  // floats in a 128-byte swizzle span
   RingIndex<1> at;
-  follow<Traits>(s, p, [&](const StayingTile& tile, int head, const int (&first)[3]) {
-    if (!p.with_dq) return;
+  follow_queries(s, p, [&](const StayingTile& tile, int head, const int (&first)[3]) {
     s.ring_dq.wait_full(at);
-    if (threadIdx.x % 32 == 0) {
+    if (p.with_dq && threadIdx.x % 32 == 0) {
       // The buffer is [batch, head, group] x [group grid] x [features]: see DqBuffer.
       const int groups = p.problem.dilation[0] * p.problem.dilation[1] * p.problem.dilation[2];
       const int group = (tile.group[0] * p.problem.dilation[1] + tile.group[1]) * p.problem.dilation[2] + tile.group[2];
       const int outer = static_cast<int>((tile.batch * p.problem.heads + head) * groups) + group;
 #pragma unroll
       for (int c = 0; c < Traits::kHeadDim / kChunk; ++c) {
-        if (c * kChunk < p.problem.dim) {
+        if (c * kChunk < p.problem.dim) {  // features that the compiled head dim adds do not exist
           cute::SM90_TMA_REDUCE_ADD_5D::copy(&maps.dq, s.dq + c * Traits::kBlockM * kChunk, c * kChunk, first[2], first[1],
                                              first[0], outer);
         }
@@ -264,8 +242,9 @@ __device__ void bwd_multiply(typename Traits::Storage& s, const BwdKernelParams&
   Tensor sDout = make_tensor(make_smem_ptr(s.dout), typename Traits::LayoutQ{});    // (M, D, stage)
   Tensor sQt = make_tensor(make_smem_ptr(s.q), typename Traits::LayoutQt{});        // (D, M, stage)
   Tensor sDoutT = make_tensor(make_smem_ptr(s.dout), typename Traits::LayoutQt{});  // (D, M, stage)
-  Tensor sKt = make_tensor(make_smem_ptr(s.k), typename Traits::LayoutKt{});        // (D, N)
-  Tensor sDs = make_tensor(make_smem_ptr(s.ds), typename Traits::LayoutDs{});       // (M, N), M contiguous
+  // One chunk of K seen as (features, N), from this warpgroup's first feature on.
+  Tensor sKt = make_tensor(make_smem_ptr(s.k + warpgroup * Traits::kDqOffset), typename Traits::LayoutKt{});
+  Tensor sDs = make_tensor(make_smem_ptr(s.ds[0]), typename Traits::LayoutDs{});    // (M, N, 2), M contiguous
   typename Traits::MmaS mma_s;
   typename Traits::MmaKV mma_kv;
   typename Traits::MmaQ mma_q;
@@ -278,10 +257,9 @@ __device__ void bwd_multiply(typename Traits::Storage& s, const BwdKernelParams&
   Tensor tSrDout = thread_s.partition_fragment_B(sDout);
   Tensor tKrQ = thread_kv.partition_fragment_B(sQt);
   Tensor tVrDout = thread_kv.partition_fragment_B(sDoutT);
-  Tensor sKt_own = local_tile(sKt, cute::Shape<Int<Traits::kDqFeatures>, Int<kN>>{},
-                              make_coord(Traits::kSplitDq ? warpgroup : 0, 0));
   Tensor tQrDs = thread_q.partition_fragment_A(sDs);
-  Tensor tQrK = thread_q.partition_fragment_B(sKt_own);
+  typename Traits::MmaChunk mma_chunk;
+  Tensor tQrK = mma_chunk.get_slice(0).partition_fragment_B(sKt);
   Tensor tSrS = partition_fragment_C(mma_s, cute::Shape<Int<kN>, Int<kM>>{});   // S^T, then P^T
   Tensor tSrDp = partition_fragment_C(mma_s, cute::Shape<Int<kN>, Int<kM>>{});  // dP^T, then dS^T
   Tensor tKrdK = partition_fragment_C(mma_kv, cute::Shape<Int<kN>, Int<kD>>{});
@@ -292,13 +270,13 @@ __device__ void bwd_multiply(typename Traits::Storage& s, const BwdKernelParams&
   Tensor rDs = make_tensor<Element>(accumulator_as_a(tSrS.layout()));
 
   RingIndex<1> at_kv, at_dq;
-  RingIndex<2> at_rows;
+  RingIndex<kPlannedTiles> at_plan;
   RingIndex<Traits::kStages> at_q;
 
   while (true) {
-    s.ring_rows.wait_full(at_rows);
-    const StayingRows<kN>& rows = s.rows[at_rows.stage];
-    const int num_tiles = rows.num_tiles;
+    s.ring_plan.wait_full(at_plan);
+    const PlannedTile<kN>& plan = s.plan[at_plan.stage];
+    const int num_tiles = plan.num_tiles;
     if (num_tiles == 0) break;
     s.ring_kv.wait_full(at_kv);
     clear(tKrdK);
@@ -311,18 +289,18 @@ __device__ void bwd_multiply(typename Traits::Storage& s, const BwdKernelParams&
       issue_gemm<true>(mma_s, tSrV, tSrDout(_, _, _, at_q.stage), tSrDp);
       s.ring_stats.wait_full(at_q);
       const MovingTile tile = s.q_tile[at_q.stage];
-      warpgroup_wait<1>();
+      warpgroup_wait<1>();  // S
 
       // P^T = exp2(scale * S^T - lse)
-      if (tile.tests != 0 || rows.cut) {
+      if (tile.tests != 0 || plan.cut) {
         CUTE_UNROLL
         for (int i = 0; i < 2; ++i) {
           // Rows beyond the grid hold zeros; their P must not become inf, which makes NaN of 0 in dQ.
-          uint32_t visible = rows.row[first_row + 8 * i] < 0 ? 0u : s.mask.columns(p.q_box, quad);
+          uint32_t visible = plan.row[first_row + 8 * i] < 0 ? 0u : s.mask.columns(p.q_box, quad);
           CUTE_UNROLL
           for (int d = 0; d < 3; ++d) {
             if (!(tile.tests & kTestDim0 << d)) continue;
-            const Range seen_by = rows.range[first_row + 8 * i][d];
+            const Range seen_by = plan.range[first_row + 8 * i][d];
             visible &= s.mask.interval(p.q_box, d, seen_by.begin - tile.first[d], seen_by.end - tile.first[d], quad);
           }
           mask_row(scores, i, visible);
@@ -339,11 +317,11 @@ __device__ void bwd_multiply(typename Traits::Storage& s, const BwdKernelParams&
       }
       Tensor p_view = make_tensor(tSrS.data(), rP.layout());
       convert_to(p_view, rP);
-      warpgroup_wait<0>();
-      // dV += P^T dO runs under the next lines.
+      warpgroup_fence_operand(rP);  // keeps the exponentials above the wait, under the product dP
+      warpgroup_wait<0>();          // dP
       issue_gemm<false>(mma_kv, rP, tVrDout(_, _, _, at_q.stage), tVrdV);
 
-      // dS^T = P^T (dP^T - delta); the scale follows at the end.
+      // dS^T = P^T (dP^T - delta), under dV; the scale follows at the end.
       CUTE_UNROLL
       for (int j = 0; j < kM / 8; ++j) {
         const float2 delta = *reinterpret_cast<const float2*>(&s.delta[at_q.stage][8 * j + 2 * quad]);
@@ -356,52 +334,43 @@ __device__ void bwd_multiply(typename Traits::Storage& s, const BwdKernelParams&
       Tensor ds_view = make_tensor(tSrDp.data(), rDs.layout());
       convert_to(ds_view, rDs);
       s.ring_stats.release(at_q);
+      // Two dS buffers: this one was last read two tiles ago, before the barrier of the tile between.
+      store_transposed(s.ds[n % 2], rDs, warp);
+      cutlass::arch::fence_view_async_shared();
+      cutlass::arch::NamedBarrier::sync(Traits::kConsumers * 128, kDsWritten);
 
-      if (p.with_dq) {
-        // All warpgroups have read the dS of the tile before: its dQ was complete when they came here.
-        cutlass::arch::NamedBarrier::sync(Traits::kConsumers * 128, kDsWritten + 1);
-        store_transposed(s.ds, rDs, warp);
-        cutlass::arch::fence_view_async_shared();
-        cutlass::arch::NamedBarrier::sync(Traits::kConsumers * 128, kDsWritten);
-      }
+      Tensor tQrdQ = partition_fragment_C(mma_q, cute::Shape<Int<kM>, Int<Traits::kDqFeatures>>{});
+      issue_gemm<true>(mma_q, tQrDs(_, _, _, n % 2), tQrK, tQrdQ);
       issue_gemm<false>(mma_kv, rDs, tKrQ(_, _, _, at_q.stage), tKrdK);
-      if (p.with_dq && (Traits::kSplitDq || n % 2 == warpgroup)) {
-        Tensor tQrdQ = partition_fragment_C(mma_q, cute::Shape<Int<kM>, Int<Traits::kDqFeatures>>{});
-        issue_gemm<true>(mma_q, tQrDs, tQrK, tQrdQ);
-        warpgroup_wait<1>();  // dV and dK
-        s.ring_q.release(at_q);
-        s.ring_dout.release(at_q);
-        s.ring_dq.wait_empty(at_dq);
-        warpgroup_wait<0>();
-        Tensor dq = make_tensor(tQrdQ.data(), accumulator_rows_cols(tQrdQ.layout()));
-        store_float_rows<kM>(s.dq + (Traits::kSplitDq ? warpgroup * 2 * kM * 32 : 0), dq, warp % 4);
-        cutlass::arch::fence_view_async_shared();
-        __syncwarp();
-        if (lane == 0) s.ring_dq.arrive_full(at_dq);
-      } else {
-        warpgroup_wait<0>();
-        s.ring_q.release(at_q);
-        s.ring_dout.release(at_q);
-      }
+      s.ring_dq.wait_empty(at_dq);
+      warpgroup_wait<1>();  // dV, dQ
+      s.ring_dout.release(at_q);
+      Tensor dq = make_tensor(tQrdQ.data(), accumulator_rows_cols(tQrdQ.layout()));
+      store_float_rows<kM>(s.dq, dq, warp % 4, warpgroup * Traits::kDqFeatures);
+      cutlass::arch::fence_view_async_shared();
+      __syncwarp();
+      if (lane == 0) s.ring_dq.arrive_full(at_dq);
       at_dq.advance();
+      warpgroup_wait<0>();  // dK
+      s.ring_q.release(at_q);
       at_q.advance();
     }
 
     // Epilogue: both go through the V buffer, which nobody reads any more.
-    cutlass::arch::NamedBarrier::sync(Traits::kConsumers * 128, kDsWritten + 1);
+    cutlass::arch::NamedBarrier::sync(Traits::kConsumers * 128, kVRead);
     Element* staging = s.v + warp * 16 * kD;
     Tensor dv = make_tensor(tVrdV.data(), accumulator_rows_cols(tVrdV.layout()));
-    store_rows<kD>(staging, dv, rows.row + warp * 16, static_cast<Element*>(p.dv_data), p.problem.dim_v);
+    store_rows<kD>(staging, dv, plan.row + warp * 16, static_cast<Element*>(p.dv_data), p.problem.dim_v);
     Tensor dk = make_tensor(tKrdK.data(), accumulator_rows_cols(tKrdK.layout()));
     const float factor[2] = {p.scale, p.scale};
     scale_rows(dk, factor);
-    store_rows<kD>(staging, dk, rows.row + warp * 16, static_cast<Element*>(p.dk_data), p.problem.dim);
+    store_rows<kD>(staging, dk, plan.row + warp * 16, static_cast<Element*>(p.dk_data), p.problem.dim);
     cutlass::arch::fence_view_async_shared();  // the next V comes through the async proxy
     __syncwarp();
     s.ring_kv.release(at_kv);
     at_kv.advance();
-    s.ring_rows.release(at_rows);
-    at_rows.advance();
+    s.ring_plan.release(at_plan);
+    at_plan.advance();
   }
 }
 
@@ -418,8 +387,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     s.ring_q.init(1, Traits::kConsumerWarps);
     s.ring_dout.init(1, Traits::kConsumerWarps);
     s.ring_stats.init(1, Traits::kConsumerWarps);
-    s.ring_dq.init(Traits::kSplitDq ? 8 : 4, 1);
-    s.ring_rows.init(1, Traits::kConsumerWarps + 2);  // and the two warps that follow
+    s.ring_dq.init(Traits::kConsumerWarps, 1);
+    s.ring_draw.init(1, 1);
+    s.ring_plan.init(1, Traits::kConsumerWarps + 3);  // and three producer warps
     cutlass::arch::fence_barrier_init();
   }
   s.mask.build(p.q_box, threadIdx.x, Traits::kThreads);
@@ -434,6 +404,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     if (warp == 0) bwd_load<Traits>(s, maps, p);
     if (warp == 1) bwd_add_dq<Traits>(s, maps, p);
     if (warp == 2) bwd_gather_stats<Traits>(s, p);
+    if (warp == 3) {
+      plan_tiles_of_cta<Direction::kBackward>(s, p, p.kv_box, p.q_box, p.kv_rows,
+                                              static_cast<int>(p.problem.heads_per_kv()), 0);
+    }
   } else {
     cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
     bwd_multiply<Traits>(s, p);

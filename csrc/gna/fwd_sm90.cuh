@@ -5,6 +5,7 @@
 // from a counter. Plan, budget and measurements: README.md.
 #pragma once
 
+#include "gna/plan_sm90.cuh"
 #include "gna/staging_sm90.cuh"
 #include "gna/traits_sm90.cuh"
 
@@ -46,10 +47,11 @@ struct FwdTraits : HeadTraits<Tag, kHeadDim_> {
     alignas(1024) Element o[kTile.kOwnOutput ? kBlockM * kHeadDim : 64];
     BoxMask<kBlockN> mask;
     MovingTile key_tile[kStages];
-    StayingRows<kBlockM> rows[2];  // of this and the next query tile
+    PlannedTile<kBlockM> plan[kPlannedTiles];
     Ring<1> ring_q;
     Ring<kStages> ring_k, ring_v;
-    Ring<2> ring_rows;
+    Ring<kPlannedTiles> ring_plan;
+    Ring<1> ring_draw;
   };
   static_assert(sizeof(Storage) <= 227 * 1024 - 1024, "a Hopper CTA has 227 KB of shared memory");
 };
@@ -73,7 +75,7 @@ struct FwdKernelParams {
 // Named barriers; 0 belongs to __syncthreads.
 enum FwdBarrier : int { kTurn0 = 1 };  // kTurn0 + g: warpgroup g may issue to the tensor cores
 
-// ---- Producer: one warp; its first lane issues the copies ----
+// ---- Producer: one thread of warp 0 issues the copies ----
 
 template <class Traits>
 __device__ void load(typename Traits::Storage& s, const FwdMaps& maps, const FwdKernelParams& p) {
@@ -82,26 +84,12 @@ __device__ void load(typename Traits::Storage& s, const FwdMaps& maps, const Fwd
   const int add_tiles = static_cast<int>((p.problem.additional + kN - 1) / kN);
   const int group_size = static_cast<int>(p.problem.heads_per_kv());
   const bool box_fills_block = p.kv_box.volume() == kN;
-  const int lane = threadIdx.x % 32;
   RingIndex<1> at_q;
-  RingIndex<2> at_rows;
   RingIndex<Traits::kStages> at_k, at_v;
 
-  int drawn = static_cast<int>(blockIdx.x - gridDim.x);
-  while (true) {
-    const int work = static_cast<int>(gridDim.x) + __shfl_sync(0xffffffffu, drawn, 0);
-    if (work >= p.schedule.total) break;
-    // Drawn now, needed after this tile: the latency of the atomic hides behind the loads.
-    if (lane == 0) drawn = atomicAdd(p.next_work, 1);
-    const StayingTile tile = p.schedule.decode<Direction::kForward>(p.problem, p.q_box, p.kv_box, work);
-    if (tile.empty()) continue;
+  follow_plan(s, [&](const StayingTile& tile) {
+    if (threadIdx.x != 0) return;
     const int window_tiles = tile.num_visits(), num_tiles = window_tiles + add_tiles;
-    s.ring_rows.wait_empty(at_rows);
-    s.rows[at_rows.stage].template fill<Direction::kForward>(tile, p.problem, p.q_box, tile.batch + p.batch_offset,
-                                                             p.lse, num_tiles, lane);
-    if (lane == 0) s.ring_rows.arrive_full(at_rows);
-    at_rows.advance();
-    if (lane != 0) continue;
     const int head_kv = tile.head / group_size;
 
     const auto load_q = [&] {
@@ -127,7 +115,9 @@ __device__ void load(typename Traits::Storage& s, const FwdMaps& maps, const Fwd
     // V of a tile is needed one step later than its K, so it is requested after the next K.
     TileCounter counter;
     int x_v[3] = {0, 0, 0};
+    allow_draw(s, num_tiles, num_tiles);
     for (int n = 0; n <= num_tiles; ++n) {
+      if (n > 0) allow_draw(s, num_tiles - n, num_tiles - n + 1);
       int x[3] = {0, 0, (n - window_tiles) * kN};
       if (n < num_tiles) s.ring_k.wait_empty(at_k);
       if (n < window_tiles) {
@@ -159,12 +149,7 @@ __device__ void load(typename Traits::Storage& s, const FwdMaps& maps, const Fwd
 #pragma unroll
       for (int d = 0; d < 3; ++d) x_v[d] = x[d];
     }
-  }
-  s.ring_rows.wait_empty(at_rows);
-  if (lane == 0) {
-    s.rows[at_rows.stage].num_tiles = 0;
-    s.ring_rows.arrive_full(at_rows);
-  }
+  });
 }
 
 // ---- Consumers ----
@@ -210,7 +195,7 @@ __device__ void attend(typename Traits::Storage& s, const FwdKernelParams& p) {
   const int first_row = warpgroup * 64 + thread % 128 / 32 * 16 + thread % 32 / 4;  // and first_row + 8
   Range keys[2][3];
   RingIndex<1> at_q;
-  RingIndex<2> at_rows;
+  RingIndex<kPlannedTiles> at_plan;
   RingIndex<Traits::kStages> at_k, at_v;
 
   // Hides what the rows must not see in the key tile of a K stage.
@@ -239,14 +224,14 @@ __device__ void attend(typename Traits::Storage& s, const FwdKernelParams& p) {
   };
 
   while (true) {
-    s.ring_rows.wait_full(at_rows);
-    const StayingRows<kM>& rows = s.rows[at_rows.stage];
-    const int num_tiles = rows.num_tiles;
+    s.ring_plan.wait_full(at_plan);
+    const PlannedTile<kM>& plan = s.plan[at_plan.stage];
+    const int num_tiles = plan.num_tiles;
     if (num_tiles == 0) break;
     CUTE_UNROLL
     for (int i = 0; i < 2; ++i) {
       CUTE_UNROLL
-      for (int d = 0; d < 3; ++d) keys[i][d] = rows.range[first_row + 8 * i][d];
+      for (int d = 0; d < 3; ++d) keys[i][d] = plan.range[first_row + 8 * i][d];
     }
 
     OnlineSoftmax<2> softmax(p.scale_log2);
@@ -294,22 +279,22 @@ __device__ void attend(typename Traits::Storage& s, const FwdKernelParams& p) {
 
     CUTE_UNROLL
     for (int i = 0; i < 2; ++i) {
-      const int64_t row = rows.row[first_row + 8 * i];
+      const int64_t row = plan.row[first_row + 8 * i];
       if (quad == 0 && row >= 0) p.lse.data[row] = lse[i];
     }
     const int warp = thread / 32;
     // Without a buffer of its own the output goes over the Q rows that this warp alone still reads.
     Element* sO = (Traits::kTile.kOwnOutput ? s.o : s.q) + warp * 16 * kD;
     if constexpr (!Traits::kTile.kOwnOutput) cutlass::arch::NamedBarrier::sync(kM * 2, kTurn0 + Traits::kConsumers);
-    store_rows<kD>(sO, outputs, rows.row + warp * 16, static_cast<Element*>(p.out), p.problem.dim_v);
+    store_rows<kD>(sO, outputs, plan.row + warp * 16, static_cast<Element*>(p.out), p.problem.dim_v);
     if constexpr (!Traits::kTile.kOwnOutput) {
       cutlass::arch::fence_view_async_shared();  // the next Q comes through the async proxy
       __syncwarp();
       s.ring_q.release(at_q);
     }
     at_q.advance();
-    s.ring_rows.release(at_rows);
-    at_rows.advance();
+    s.ring_plan.release(at_plan);
+    at_plan.advance();
   }
 }
 
@@ -328,7 +313,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     s.ring_q.init(1, Traits::kConsumerWarps);
     s.ring_k.init(1, Traits::kConsumerWarps);
     s.ring_v.init(1, Traits::kConsumerWarps);
-    s.ring_rows.init(1, Traits::kConsumerWarps);
+    s.ring_draw.init(1, 1);
+    s.ring_plan.init(1, Traits::kConsumerWarps + 1);  // and the loading warp
     cutlass::arch::fence_barrier_init();
   }
   s.mask.build(p.kv_box, threadIdx.x, Traits::kThreads);
@@ -339,7 +325,11 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
 
   if (threadIdx.x < 128) {
     cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
-    if (threadIdx.x < 32) load<Traits>(s, maps, p);
+    if (threadIdx.x / 32 == 0) load<Traits>(s, maps, p);
+    if (threadIdx.x / 32 == 1) {
+      const int add_tiles = static_cast<int>((p.problem.additional + Traits::kBlockN - 1) / Traits::kBlockN);
+      plan_tiles_of_cta<Direction::kForward>(s, p, p.q_box, p.kv_box, p.lse, 1, add_tiles);
+    }
   } else {
     cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
     attend<Traits>(s, p);

@@ -58,16 +58,17 @@ __device__ __forceinline__ void store_transposed(Element* smem, const TensorA& r
   }
 }
 
-// Writes a warp's 16 of kRows rows of a float accumulator view as chunks of 32 floats in the 128-byte swizzle.
+// Writes a warp's 16 of kRows rows of a float accumulator view, whose columns begin at `column`, to chunks of 32 floats
+// in the 128-byte swizzle.
 template <int kRows, class TensorO>
-__device__ __forceinline__ void store_float_rows(float* smem, const TensorO& rO, int warp) {
+__device__ __forceinline__ void store_float_rows(float* smem, const TensorO& rO, int warp, int column) {
   const int lane = fresh_lane();
   CUTE_UNROLL
   for (int i = 0; i < 2; ++i) {
     const int row = warp * 16 + lane / 4 + 8 * i;
     CUTE_UNROLL
     for (int j = 0; j < size<1>(rO) / 2; ++j) {
-      const int chunk = j / 4, piece = j % 4 * 2 + lane % 4 / 2;
+      const int block = column / 8 + j, chunk = block / 4, piece = block % 4 * 2 + lane % 4 / 2;
       float* at = smem + (chunk * kRows + row) * 32 + (piece ^ (row & 7)) * 4 + lane % 2 * 2;
       *reinterpret_cast<float2*>(at) = float2{rO(i, 2 * j), rO(i, 2 * j + 1)};
     }

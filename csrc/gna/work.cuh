@@ -52,33 +52,33 @@ struct TileCounter {
   }
 };
 
-// What the consumers must know about the rows of a staying tile: computed by the producer warp while they still work on
-// the tile before.
+// A planned work item: the tile and what the consumers must know about its rows.
 template <int kRows>
-struct StayingRows {
+struct PlannedTile {
   int num_tiles;           // to visit; 0: no more work
   int cut;                 // some row of the block is no token
+  StayingTile tile;
   Range range[kRows][3];   // visible tokens of the other operand, as indices inside the dilation group
   int64_t row[kRows];      // of the token in a contiguous [B, X, H]; -1: the row is no token
 
   // Filled by one warp. `index` holds the strides of [B, X, H] in rows.
   template <Direction kDirection, class T>
-  __device__ __forceinline__ void fill(const StayingTile& tile, const Problem& p, const Box& box, int64_t batch,
+  __device__ __forceinline__ void fill(const StayingTile& from, const Problem& p, const Box& box, int64_t batch,
                                        const Tokens<T>& index, int tiles, int lane) {
     bool outside = false;
     for (int r = lane; r < kRows; r += 32) {
       const int outer = r / box.side[2];
       const int coordinate[3] = {outer / box.side[1], outer % box.side[1], r % box.side[2]};
       bool inside = coordinate[0] < box.side[0];
-      int64_t at = batch * index.batch + tile.head * index.head;
+      int64_t at = batch * index.batch + from.head * index.head;
 #pragma unroll
       for (int d = 0; d < 3; ++d) {
-        const int i = tile.first[d] + coordinate[d], last = tile.window[d].length - 1;
+        const int i = from.first[d] + coordinate[d], last = from.window[d].length - 1;
         inside &= i <= last;
         // A row beyond the grid repeats the last token; it is not stored.
         const int clipped = min(i, last);
-        range[r][d] = kDirection == Direction::kForward ? tile.window[d].keys(clipped) : tile.window[d].queries(clipped);
-        at += (tile.group[d] + static_cast<int64_t>(p.dilation[d]) * i) * index.x[d];
+        range[r][d] = kDirection == Direction::kForward ? from.window[d].keys(clipped) : from.window[d].queries(clipped);
+        at += (from.group[d] + static_cast<int64_t>(p.dilation[d]) * i) * index.x[d];
       }
       row[r] = inside ? at : -1;
       outside |= !inside;
@@ -87,6 +87,7 @@ struct StayingRows {
     if (lane == 0) {
       num_tiles = tiles;
       cut = outside;
+      tile = from;
     }
     __syncwarp();
   }
