@@ -1,8 +1,9 @@
-// Masks of partial tiles. The neighborhood is a product of one interval per dimension, so whether row r may see
-// column c is the AND of three interval tests. For each dimension a table holds, for every k, the set of columns
-// whose coordinate is below k; an interval [lo, hi) is then table[hi] & ~table[lo]. The tables depend on the box
-// alone, so one is built per CTA, already in the order in which a thread holds its columns: thread `quad` (lane % 4)
-// of a row has columns 8 j + 2 quad + {0, 1}, and bit 2 j + {0, 1} of its word stands for them.
+// Masks of partial tiles. The neighborhood is a product of one interval per dimension, so whether row r may
+// see column c is the AND of three interval tests. For each dimension a table holds, for every k, the set of
+// columns whose coordinate is below k; an interval [lo, hi) is then table[hi] & ~table[lo]. The tables depend
+// on the box alone, so one is built per CTA, already in the order in which a thread holds its columns: thread
+// `quad` (lane % 4) of a row has columns 8 j + 2 quad + {0, 1}, and bit 2 j + {0, 1} of its word stands for
+// them.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +15,8 @@ namespace nearfield::gna {
 template <int kBlockN>
 struct BoxMask {
   static_assert(kBlockN <= 128, "a thread's columns must fit a 32-bit word");
-  // The sides of a box multiply to at most kBlockN, so their sum is at most kBlockN + 2; each side has side + 1 rows.
+  // The sides of a box multiply to at most kBlockN, so their sum is at most kBlockN + 2; each side has side +
+  // 1 rows.
   static constexpr int kRows = kBlockN + 8;
   uint32_t word[kRows][4];
 

@@ -41,8 +41,8 @@ __global__ void prepare_kernel(const Element* dout, const Element* out, const fl
 
 // One thread per piece of a row of dq.
 template <class Element>
-__global__ void finish_kernel(const __grid_constant__ Problem p, const __grid_constant__ DqBuffer from, float scale,
-                              const float* buffer, const __grid_constant__ Tokens<void> dq) {
+__global__ void finish_kernel(const __grid_constant__ Problem p, const __grid_constant__ DqBuffer from,
+                              float scale, const float* buffer, const __grid_constant__ Tokens<void> dq) {
   const int pieces = static_cast<int>(p.dim) / kPiece;
   int64_t rest = static_cast<int64_t>(blockIdx.x) * kEndThreads + threadIdx.x;
   const int piece = static_cast<int>(rest % pieces);
@@ -72,25 +72,31 @@ __global__ void finish_kernel(const __grid_constant__ Problem p, const __grid_co
   cutlass::AlignedArray<Element, kPiece> rounded;
 #pragma unroll
   for (int i = 0; i < kPiece; ++i) rounded[i] = static_cast<Element>(value[i] * scale);
-  *reinterpret_cast<cutlass::AlignedArray<Element, kPiece>*>(static_cast<Element*>(dq.data) + to + piece * kPiece) = rounded;
+  *reinterpret_cast<cutlass::AlignedArray<Element, kPiece>*>(static_cast<Element*>(dq.data) + to +
+                                                             piece * kPiece) = rounded;
 }
 
-inline unsigned blocks_for(int64_t threads) { return static_cast<unsigned>((threads + kEndThreads - 1) / kEndThreads); }
+inline unsigned blocks_for(int64_t threads) {
+  return static_cast<unsigned>((threads + kEndThreads - 1) / kEndThreads);
+}
 
 template <class Tag>
-int bwd_ends_sm80<Tag>::prepare(const void* dout, const void* out, const float* lse, const float* dlse, RowStats* stats,
-                                int64_t rows, int64_t dim_v, void* stream) {
+int bwd_ends_sm80<Tag>::prepare(const void* dout, const void* out, const float* lse, const float* dlse,
+                                RowStats* stats, int64_t rows, int64_t dim_v, void* stream) {
   using Element = end_element_t<Tag>;
   prepare_kernel<Element><<<blocks_for(rows * 8), kEndThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-      static_cast<const Element*>(dout), static_cast<const Element*>(out), lse, dlse, stats, rows, static_cast<int>(dim_v));
+      static_cast<const Element*>(dout), static_cast<const Element*>(out), lse, dlse, stats, rows,
+      static_cast<int>(dim_v));
   return cudaGetLastError();
 }
 
 template <class Tag>
-int bwd_ends_sm80<Tag>::finish(const Problem& p, float scale, const float* buffer, const Tokens<void>& dq, void* stream) {
+int bwd_ends_sm80<Tag>::finish(const Problem& p, float scale, const float* buffer, const Tokens<void>& dq,
+                               void* stream) {
   const int64_t pieces = p.batch * p.tokens() * p.heads * (p.dim / kPiece);
   finish_kernel<end_element_t<Tag>>
-      <<<blocks_for(pieces), kEndThreads, 0, static_cast<cudaStream_t>(stream)>>>(p, DqBuffer(p), scale, buffer, dq);
+      <<<blocks_for(pieces), kEndThreads, 0, static_cast<cudaStream_t>(stream)>>>(p, DqBuffer(p), scale,
+                                                                                  buffer, dq);
   return cudaGetLastError();
 }
 

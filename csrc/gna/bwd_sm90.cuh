@@ -1,11 +1,12 @@
-// Gradients of neighborhood attention on Hopper, keys staying. A CTA holds one box of 128 keys, K and V in shared memory,
-// dK and dV in the registers of two warpgroups (64 keys each), and walks over the boxes of 64 queries whose
-// neighborhoods meet it. All products are transposed, so that P^T and dS^T come out of the tensor cores in the register
-// layout in which they are the left operand of the next product:
+// Gradients of neighborhood attention on Hopper, keys staying. A CTA holds one box of 128 keys, K and V in
+// shared memory, dK and dV in the registers of two warpgroups (64 keys each), and walks over the boxes of 64
+// queries whose neighborhoods meet it. All products are transposed, so that P^T and dS^T come out of the
+// tensor cores in the register layout in which they are the left operand of the next product:
 //   S^T = K Q^T, dP^T = V dO^T, P^T = exp2(S^T - lse), dS^T = P^T (dP^T - delta), dV += P^T dO, dK += dS^T Q.
-// dS^T also goes through shared memory to give dQ = dS K, which is added to a float32 buffer in global memory by the copy
-// engine (reduce-add of a box). Without that last part (deterministic mode) bwd_dq_sm90.cuh computes dQ.
-// Roles of the producer warpgroup: warp 0 loads, warp 1 adds dQ, warp 2 gathers lse and delta, warp 3 plans.
+// dS^T also goes through shared memory to give dQ = dS K, which is added to a float32 buffer in global memory
+// by the copy engine (reduce-add of a box). Without that last part (deterministic mode) bwd_dq_sm90.cuh
+// computes dQ. Roles of the producer warpgroup: warp 0 loads, warp 1 adds dQ, warp 2 gathers lse and delta,
+// warp 3 plans.
 #pragma once
 
 #include "gna/plan_sm90.cuh"
@@ -38,7 +39,8 @@ struct BwdTraits : HeadTraits<Tag, kHeadDim_> {
   using LayoutQ = decltype(tile_to_shape(AtomK{}, cute::Shape<Int<kBlockM>, Int<kHeadDim>, Int<kStages>>{}));
   using LayoutQt = decltype(tile_to_shape(AtomMN{}, cute::Shape<Int<kHeadDim>, Int<kBlockM>, Int<kStages>>{},
                                           Step<_2, _1, _3>{}));
-  using LayoutKt = decltype(tile_to_shape(AtomMN{}, cute::Shape<Int<chunk_of(kHeadDim)>, Int<kBlockN>>{}, Step<_2, _1>{}));
+  using LayoutKt =
+      decltype(tile_to_shape(AtomMN{}, cute::Shape<Int<chunk_of(kHeadDim)>, Int<kBlockN>>{}, Step<_2, _1>{}));
   // dS as left operand, (queries, keys) with queries contiguous.
   using LayoutDs = decltype(tile_to_shape(GMMA::Layout_MN_SW128_Atom<Element>{},
                                           cute::Shape<Int<kBlockM>, Int<kBlockN>, _2>{}));
@@ -46,7 +48,8 @@ struct BwdTraits : HeadTraits<Tag, kHeadDim_> {
   using Rows2 = Layout<cute::Shape<Int<kConsumers>, _1, _1>>;
   // S^T and dP^T: (keys, queries)
   using MmaS = decltype(make_tiled_mma(
-      GMMA::ss_op_selector<Element, Element, float, cute::Shape<Int<kBlockN>, Int<kBlockM>, Int<kHeadDim>>>(), Rows2{}));
+      GMMA::ss_op_selector<Element, Element, float, cute::Shape<Int<kBlockN>, Int<kBlockM>, Int<kHeadDim>>>(),
+      Rows2{}));
   // dK and dV: (keys, features)
   using MmaKV = decltype(make_tiled_mma(
       GMMA::rs_op_selector<Element, Element, float, cute::Shape<Int<kBlockN>, Int<kHeadDim>, Int<kBlockM>>,
@@ -72,7 +75,7 @@ struct BwdTraits : HeadTraits<Tag, kHeadDim_> {
     BoxMask<kBlockM> mask;
     MovingTile q_tile[kStages];
     PlannedTile<kBlockN> plan[kPlannedTiles];
-    alignas(16) float lse[kStages][kBlockM];    // times log2(e)
+    alignas(16) float lse[kStages][kBlockM];  // times log2(e)
     alignas(16) float delta[kStages][kBlockM];
     Ring<1> ring_kv;
     Ring<kStages> ring_q, ring_dout, ring_stats;
@@ -140,11 +143,12 @@ __device__ void bwd_load(typename Traits::Storage& s, const BwdMaps& maps, const
         s.ring_q.wait_empty(at_q);
         s.q_tile[at_q.stage] = {{first[0], first[1], first[2]}, tests};
         s.ring_q.expect_bytes(at_q, q_bytes);
-        load_box<kD, kM>(maps.q, p.fold_q, &s.ring_q.full[at_q.stage], s.q + at_q.stage * kM * kD, x, head, tile.batch);
+        load_box<kD, kM>(maps.q, p.fold_q, &s.ring_q.full[at_q.stage], s.q + at_q.stage * kM * kD, x, head,
+                         tile.batch);
         s.ring_dout.wait_empty(at_q);
         s.ring_dout.expect_bytes(at_q, q_bytes);
-        load_box<kD, kM>(maps.dout, p.fold_dout, &s.ring_dout.full[at_q.stage], s.dout + at_q.stage * kM * kD, x, head,
-                         tile.batch);
+        load_box<kD, kM>(maps.dout, p.fold_dout, &s.ring_dout.full[at_q.stage], s.dout + at_q.stage * kM * kD,
+                         x, head, tile.batch);
         at_q.advance();
       }
     }
@@ -183,7 +187,8 @@ __device__ void bwd_gather_stats(typename Traits::Storage& s, const BwdKernelPar
 #pragma unroll
       for (int d = 0; d < 3; ++d) {
         inside &= first[d] + c[d] < tile.window[d].length;
-        at_token += (tile.group[d] + static_cast<int64_t>(p.problem.dilation[d]) * (first[d] + c[d])) * p.stats.x[d];
+        at_token +=
+            (tile.group[d] + static_cast<int64_t>(p.problem.dilation[d]) * (first[d] + c[d])) * p.stats.x[d];
       }
       // A query beyond the grid: exp2(anything - inf) = 0.
       value[i] = inside ? p.stats.data[at_token] : RowStats{INFINITY, 0.f};
@@ -209,13 +214,14 @@ __device__ void bwd_add_dq(typename Traits::Storage& s, const BwdMaps& maps, con
     if (p.with_dq && threadIdx.x % 32 == 0) {
       // The buffer is [batch, head, group] x [group grid] x [features]: see DqBuffer.
       const int groups = p.problem.dilation[0] * p.problem.dilation[1] * p.problem.dilation[2];
-      const int group = (tile.group[0] * p.problem.dilation[1] + tile.group[1]) * p.problem.dilation[2] + tile.group[2];
+      const int group =
+          (tile.group[0] * p.problem.dilation[1] + tile.group[1]) * p.problem.dilation[2] + tile.group[2];
       const int outer = static_cast<int>((tile.batch * p.problem.heads + head) * groups) + group;
 #pragma unroll
       for (int c = 0; c < Traits::kHeadDim / kChunk; ++c) {
         if (c * kChunk < p.problem.dim) {  // features that the compiled head dim adds do not exist
-          cute::SM90_TMA_REDUCE_ADD_5D::copy(&maps.dq, s.dq + c * Traits::kBlockM * kChunk, c * kChunk, first[2], first[1],
-                                             first[0], outer);
+          cute::SM90_TMA_REDUCE_ADD_5D::copy(&maps.dq, s.dq + c * Traits::kBlockM * kChunk, c * kChunk,
+                                             first[2], first[1], first[0], outer);
         }
       }
       cute::tma_store_arrive();
@@ -233,7 +239,8 @@ template <class Traits>
 __device__ void bwd_multiply(typename Traits::Storage& s, const BwdKernelParams& p) {
   using Element = typename Traits::Element;
   constexpr int kM = Traits::kBlockM, kN = Traits::kBlockN, kD = Traits::kHeadDim;
-  const int thread = threadIdx.x - 128, warpgroup = thread / 128, warp = thread / 32, lane = thread % 32, quad = thread % 4;
+  const int thread = threadIdx.x - 128, warpgroup = thread / 128, warp = thread / 32, lane = thread % 32,
+            quad = thread % 4;
   const int first_row = warp * 16 + lane / 4;  // and first_row + 8
 
   Tensor sK = make_tensor(make_smem_ptr(s.k), typename Traits::LayoutKV{});         // (N, D)
@@ -244,7 +251,7 @@ __device__ void bwd_multiply(typename Traits::Storage& s, const BwdKernelParams&
   Tensor sDoutT = make_tensor(make_smem_ptr(s.dout), typename Traits::LayoutQt{});  // (D, M, stage)
   // One chunk of K seen as (features, N), from this warpgroup's first feature on.
   Tensor sKt = make_tensor(make_smem_ptr(s.k + warpgroup * Traits::kDqOffset), typename Traits::LayoutKt{});
-  Tensor sDs = make_tensor(make_smem_ptr(s.ds[0]), typename Traits::LayoutDs{});    // (M, N, 2), M contiguous
+  Tensor sDs = make_tensor(make_smem_ptr(s.ds[0]), typename Traits::LayoutDs{});  // (M, N, 2), M contiguous
   typename Traits::MmaS mma_s;
   typename Traits::MmaKV mma_kv;
   typename Traits::MmaQ mma_q;
@@ -301,7 +308,8 @@ __device__ void bwd_multiply(typename Traits::Storage& s, const BwdKernelParams&
           for (int d = 0; d < 3; ++d) {
             if (!(tile.tests & kTestDim0 << d)) continue;
             const Range seen_by = plan.range[first_row + 8 * i][d];
-            visible &= s.mask.interval(p.q_box, d, seen_by.begin - tile.first[d], seen_by.end - tile.first[d], quad);
+            visible &=
+                s.mask.interval(p.q_box, d, seen_by.begin - tile.first[d], seen_by.end - tile.first[d], quad);
           }
           mask_row(scores, i, visible);
         }
@@ -379,9 +387,9 @@ __device__ void bwd_multiply(typename Traits::Storage& s, const BwdKernelParams&
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     bwd_kernel(const __grid_constant__ BwdMaps maps, const __grid_constant__ BwdKernelParams p) {
-  extern __shared__ char shared[];
-  auto& s = aligned_storage<typename Traits::Storage>(shared);
+  auto& s = shared_storage<typename Traits::Storage>();
   if (threadIdx.x == 0) {
+    if (cast_smem_ptr_to_uint(&s) % kStorageAlignment != 0) __trap();
     for (const CUtensorMap* map : {&maps.q, &maps.k, &maps.v, &maps.dout, &maps.dq}) prefetch_map(*map);
     s.ring_kv.init(1, Traits::kConsumerWarps);
     s.ring_q.init(1, Traits::kConsumerWarps);
@@ -418,7 +426,7 @@ template <class Tag, int kHeadDim>
 int bwd_sm90<Tag, kHeadDim>::run(const BwdSm90Args& a, void* stream_) {
   using Traits = BwdTraits<Tag, kHeadDim>;
   constexpr bool kBf16 = std::is_same_v<Tag, bf16>;
-  constexpr int kShared = sizeof(typename Traits::Storage) + kStorageAlignment;
+  constexpr int kShared = sizeof(typename Traits::Storage);
   static const cudaError_t attribute = allow_shared_memory(bwd_kernel<Traits>, kShared);
   if (attribute != cudaSuccess) return attribute;
   const auto stream = static_cast<cudaStream_t>(stream_);

@@ -1,9 +1,11 @@
-// Boxes of tokens between global and shared memory. The tensor map of [B, X_1, X_2, X_3, H, D] needs rank 6, the engine
-// has 5, so one of two foldings is used:
+// Boxes of tokens between global and shared memory. The tensor map of [B, X_1, X_2, X_3, H, D] needs rank 6,
+// the engine has 5, so one of two foldings is used:
 //   folded: (head and feature, X_3, X_2, X_1, B)   when the compiled head dim is the tensor's own
-//   split:  (feature, head, X_3, X_2, X_1 or B)    otherwise: features beyond D read as zero. A 3-D problem then has
+//   split:  (feature, head, X_3, X_2, X_1 or B)    otherwise: features beyond D read as zero. A 3-D problem
+//   then has
 //           no mode left for the batch, and the caller launches batch by batch.
-// In shared memory a block is [D / kChunk][rows][kChunk], each row of a chunk one swizzle span: what WGMMA wants.
+// In shared memory a block is [D / kChunk][rows][kChunk], each row of a chunk one swizzle span: what WGMMA
+// wants.
 #pragma once
 
 #include <cute/arch/copy_sm90_tma.hpp>
@@ -26,10 +28,11 @@ __device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
-// Loads one box at token (x[0], x[1], x[2]), all heads dims in chunks. Coordinates outside the tensor read as zero.
+// Loads one box at token (x[0], x[1], x[2]), all heads dims in chunks. Coordinates outside the tensor read as
+// zero.
 template <int kHeadDim, int kRows, class Element>
-__device__ __forceinline__ void load_box(const CUtensorMap& map, const TokenMap& fold, uint64_t* barrier, Element* smem,
-                                         const int (&x)[3], int head, int batch) {
+__device__ __forceinline__ void load_box(const CUtensorMap& map, const TokenMap& fold, uint64_t* barrier,
+                                         Element* smem, const int (&x)[3], int head, int batch) {
   constexpr int kChunk = chunk_of(kHeadDim);
 #pragma unroll
   for (int c = 0; c < kHeadDim / kChunk; ++c) {
@@ -46,8 +49,8 @@ __device__ __forceinline__ void load_box(const CUtensorMap& map, const TokenMap&
 
 // Describes a token tensor and its box. `features` is D or Dv, `x` the spatial sizes, `step` the dilation.
 inline cudaError_t encode_tokens(CUtensorMap* map, TokenMap* fold, const Tokens<const void>& t, bool is_bf16,
-                                 int head_dim, int64_t features, int64_t heads, const int64_t (&x)[3], int64_t batch,
-                                 const Box& box, const int (&step)[3], int rank) {
+                                 int head_dim, int64_t features, int64_t heads, const int64_t (&x)[3],
+                                 int64_t batch, const Box& box, const int (&step)[3], int rank) {
   const int chunk = chunk_of(head_dim);
   fold->split = features != head_dim;
   fold->head_stride = t.head;
@@ -105,18 +108,19 @@ struct TokenEncoder {
     t.data = static_cast<const char*>(t.data) + launch * t.batch * 2;
     return t;
   }
-  cudaError_t operator()(CUtensorMap* map, TokenMap* fold, const Tokens<const void>& t, int64_t features, int64_t heads,
-                         const Box& box) const {
+  cudaError_t operator()(CUtensorMap* map, TokenMap* fold, const Tokens<const void>& t, int64_t features,
+                         int64_t heads, const Box& box) const {
     const int64_t x[3] = {problem.size[0], problem.size[1], problem.size[2]};
     return encode_tokens(map, fold, shifted(t), is_bf16, head_dim, features, heads, x, launches.batch, box,
                          problem.dilation, problem.rank);
   }
   // Additional tokens: a line, `rows` of them in a block.
-  cudaError_t line(CUtensorMap* map, TokenMap* fold, const Tokens<const void>& t, int64_t features, int rows) const {
+  cudaError_t line(CUtensorMap* map, TokenMap* fold, const Tokens<const void>& t, int64_t features,
+                   int rows) const {
     const int64_t x[3] = {1, 1, problem.additional};
     const int step[3] = {1, 1, 1};
-    return encode_tokens(map, fold, shifted(t), is_bf16, head_dim, features, problem.heads_kv, x, launches.batch,
-                         Box{{1, 1, rows}}, step, 1);
+    return encode_tokens(map, fold, shifted(t), is_bf16, head_dim, features, problem.heads_kv, x,
+                         launches.batch, Box{{1, 1, rows}}, step, 1);
   }
 };
 

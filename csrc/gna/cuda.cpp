@@ -61,15 +61,17 @@ const Instance<Args>& pick(const char* op, const std::vector<Instance<Args>>& in
     built << (built.tellp() ? ", " : "") << i.head_dim;
     if (i.head_dim >= dim && (best == nullptr || i.head_dim < best->head_dim)) best = &i;
   }
-  STD_TORCH_CHECK(best != nullptr && p.dim % 8 == 0 && p.dim_v % 8 == 0, op, ": head dims ", p.dim, " of q and k and ",
-                  p.dim_v, " of v; supported on CUDA: multiples of 8 up to the largest built, of ", built.str());
+  STD_TORCH_CHECK(best != nullptr && p.dim % 8 == 0 && p.dim_v % 8 == 0, op, ": head dims ", p.dim,
+                  " of q and k and ", p.dim_v,
+                  " of v; supported on CUDA: multiples of 8 up to the largest built, of ", built.str());
   return *best;
 }
 
 void check_capability(const char* op, const Tensor& q) {
   const DeviceInfo device = device_info(q.get_device_index());
-  STD_TORCH_CHECK(device.capability == 90, op, ": the GPU has compute capability ", device.capability / 10, ".",
-                  device.capability % 10, "; this build (", NEARFIELD_CUDA_ARCHS, ") has kernels for 9.0 (Hopper)");
+  STD_TORCH_CHECK(device.capability == 90, op, ": the GPU has compute capability ", device.capability / 10,
+                  ".", device.capability % 10, "; this build (", NEARFIELD_CUDA_ARCHS,
+                  ") has kernels for 9.0 (Hopper)");
 }
 
 // ---- Tile plan ----
@@ -108,7 +110,8 @@ Boxes plan(const Problem& p, int block_m, int block_n, Direction direction) {
 
 // ---- Tensors ----
 
-// The tensor itself if the copy engine can read it: contiguous features, 16-byte aligned start and strides. Else a copy.
+// The tensor itself if the copy engine can read it: contiguous features, 16-byte aligned start and strides.
+// Else a copy.
 Tensor loadable(const Tensor& t) {
   const int64_t last = t.dim() - 1;
   bool fits = reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0 && t.stride(last) == 1;
@@ -131,8 +134,8 @@ void enter_group(Tokens<T>& t, int d, int r, int64_t step, int element_bytes) {
   t.x[d] *= step;
 }
 
-// The copy engine steps over at most 8 positions and spans at most 256, of which a box on a line holds over 100.
-// A dimension with a larger dilation is launched group by group.
+// The copy engine steps over at most 8 positions and spans at most 256, of which a box on a line holds over
+// 100. A dimension with a larger dilation is launched group by group.
 constexpr int max_step(int rank) { return rank == 1 ? 2 : 8; }
 
 void enter_group(FwdSm90Args& args, int d, int r, int step) {
@@ -162,7 +165,8 @@ std::tuple<Tensor, Tensor> fwd_cuda(Tensor q, Tensor k, Tensor v, OptionalTensor
                                     OptionalTensor additional_v, Ints kernel_size, Ints stride, Ints dilation,
                                     Ints is_causal, double scale) {
   const char* op = "gna_fwd";
-  const Problem p = check_problem(op, q, k, v, additional_k, additional_v, kernel_size, stride, dilation, is_causal);
+  const Problem p =
+      check_problem(op, q, k, v, additional_k, additional_v, kernel_size, stride, dilation, is_causal);
   torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   check_capability(op, q);
   STD_TORCH_CHECK(scale > 0, op, ": scale is ", scale, ", expected a positive number on CUDA");
@@ -217,12 +221,15 @@ void enter_group(BwdLaunch& args, int d, int r, int step) {
   enter_group(args.stats, d, r, step, sizeof(RowStats));
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cuda(Tensor dout, OptionalTensor dlse, Tensor q, Tensor k, Tensor v,
-                                                            Tensor out, Tensor lse, OptionalTensor additional_k,
-                                                            OptionalTensor additional_v, Ints kernel_size, Ints stride,
-                                                            Ints dilation, Ints is_causal, double scale) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cuda(Tensor dout, OptionalTensor dlse, Tensor q,
+                                                            Tensor k, Tensor v, Tensor out, Tensor lse,
+                                                            OptionalTensor additional_k,
+                                                            OptionalTensor additional_v, Ints kernel_size,
+                                                            Ints stride, Ints dilation, Ints is_causal,
+                                                            double scale) {
   const char* op = "gna_bwd";
-  const Problem p = check_problem(op, q, k, v, additional_k, additional_v, kernel_size, stride, dilation, is_causal);
+  const Problem p =
+      check_problem(op, q, k, v, additional_k, additional_v, kernel_size, stride, dilation, is_causal);
   check_gradients(op, p, q, dout, dlse, out, lse);
   torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   check_capability(op, q);
@@ -248,8 +255,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cuda(Tensor dout, Optiona
   Tensor stats = torch::stable::new_empty(q, stats_shape, ScalarType::Float);
   check((is_bf16 ? bwd_ends_sm80<bf16>::prepare : bwd_ends_sm80<fp16>::prepare)(
       dout.data_ptr(), out.data_ptr(), static_cast<const float*>(lse.data_ptr()),
-      defined(dlse) ? static_cast<const float*>(dlse->data_ptr()) : nullptr, static_cast<RowStats*>(stats.data_ptr()),
-      lse.numel(), p.dim_v, stream));
+      defined(dlse) ? static_cast<const float*>(dlse->data_ptr()) : nullptr,
+      static_cast<RowStats*>(stats.data_ptr()), lse.numel(), p.dim_v, stream));
 
   BwdLaunch args{};
   args.problem = p;
@@ -266,7 +273,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cuda(Tensor dout, Optiona
   Tensor next_work = torch::stable::new_empty(q, {1}, ScalarType::Int);
   args.next_work = static_cast<int*>(next_work.data_ptr());
   args.num_sms = device_info(q.get_device_index()).num_sms;
-  // Launches follow each other on one stream, so that they share the buffer; the first dilation group is the longest.
+  // Launches follow each other on one stream, so that they share the buffer; the first dilation group is the
+  // longest.
   Tensor buffer = torch::stable::new_empty(q, {DqBuffer(p).elements}, ScalarType::Float);
   args.dq = static_cast<float*>(buffer.data_ptr());
 
@@ -277,8 +285,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cuda(Tensor dout, Optiona
     launch.kv_box = boxes.kv;
     torch::stable::zero_(buffer);
     check(instance.run(launch, stream));
-    check((is_bf16 ? bwd_ends_sm80<bf16>::finish : bwd_ends_sm80<fp16>::finish)(launch.problem, launch.scale, launch.dq,
-                                                                               launch.dq_out, stream));
+    check((is_bf16 ? bwd_ends_sm80<bf16>::finish : bwd_ends_sm80<fp16>::finish)(
+        launch.problem, launch.scale, launch.dq, launch.dq_out, stream));
   });
   return {dq, dk, dv, add_dk, add_dv};
 }

@@ -1,8 +1,8 @@
-// Neighborhood attention forward on Hopper. One producer warp streams boxes of K and V with the bulk tensor copy
-// engine straight from the natural token layout; two warpgroups of consumers hold 64 query rows each and take turns on
-// the tensor cores (while one multiplies, the other does softmax). Inside a warpgroup the product S of the next key
-// tile is issued before O += P V of the current one, so softmax overlaps both. Persistent CTAs draw query tiles
-// from a counter. Plan, budget and measurements: README.md.
+// Neighborhood attention forward on Hopper. One producer warp streams boxes of K and V with the bulk tensor
+// copy engine straight from the natural token layout; two warpgroups of consumers hold 64 query rows each and
+// take turns on the tensor cores (while one multiplies, the other does softmax). Inside a warpgroup the
+// product S of the next key tile is issued before O += P V of the current one, so softmax overlaps both.
+// Persistent CTAs draw query tiles from a counter. Plan, budget and measurements: README.md.
 #pragma once
 
 #include "gna/plan_sm90.cuh"
@@ -67,8 +67,8 @@ struct FwdKernelParams {
   TokenMap fold_q, fold_k, fold_v, fold_add_k, fold_add_v;
   float scale_log2;
   int64_t batch_offset;  // of a launch that handles one batch entry (split folding of 3-D problems)
-  void* out;          // [B, X, H, Dv], contiguous but for the dilation of a launch per group
-  Tokens<float> lse;  // [B, X, H]: its strides count rows of `out` too
+  void* out;             // [B, X, H, Dv], contiguous but for the dilation of a launch per group
+  Tokens<float> lse;     // [B, X, H]: its strides count rows of `out` too
   int* next_work;
 };
 
@@ -100,13 +100,13 @@ __device__ void load(typename Traits::Storage& s, const FwdMaps& maps, const Fwd
       load_box<kD, kM>(maps.q, p.fold_q, &s.ring_q.full[0], s.q, x, tile.head, tile.batch);
       at_q.advance();
     };
-    const auto describe = [&](const int(&first)[3], uint32_t tests) {
+    const auto describe = [&](const int (&first)[3], uint32_t tests) {
       MovingTile& t = s.key_tile[at_k.stage];
       for (int d = 0; d < 3; ++d) t.first[d] = first[d];
       t.tests = tests;
     };
     const auto load_kv = [&](auto& ring, auto& at, typename Traits::Element* smem, const CUtensorMap& map,
-                             const TokenMap& fold, const int(&x)[3], uint32_t bytes) {
+                             const TokenMap& fold, const int (&x)[3], uint32_t bytes) {
       ring.expect_bytes(at, bytes);
       load_box<kD, kN>(map, fold, &ring.full[at.stage], smem + at.stage * kN * kD, x, head_kv, tile.batch);
       at.advance();
@@ -180,9 +180,11 @@ __device__ void attend(typename Traits::Storage& s, const FwdKernelParams& p) {
     convert_to(p_view, tOrP);
   };
 
-  // Warpgroups take turns at issuing matrix multiplies, so that one's softmax runs under the other's products.
+  // Warpgroups take turns at issuing matrix multiplies, so that one's softmax runs under the other's
+  // products.
   const auto wait_turn = [&] {
-    if constexpr (Traits::kConsumers > 1) cutlass::arch::NamedBarrier::sync(Traits::kConsumers * 128, kTurn0 + warpgroup);
+    if constexpr (Traits::kConsumers > 1)
+      cutlass::arch::NamedBarrier::sync(Traits::kConsumers * 128, kTurn0 + warpgroup);
   };
   const auto pass_turn = [&] {
     if constexpr (Traits::kConsumers > 1) {
@@ -261,6 +263,7 @@ __device__ void attend(typename Traits::Storage& s, const FwdKernelParams& p) {
       at_k.advance();
       mask(key_tile);
       softmax.step(scores, rescale);
+      warpgroup_fence_operand(tSrS);  // keeps the exponentials above the wait, under the product P V
       warpgroup_wait<0>();
       s.ring_v.release(at_v);
       at_v.advance();
@@ -285,7 +288,8 @@ __device__ void attend(typename Traits::Storage& s, const FwdKernelParams& p) {
     const int warp = thread / 32;
     // Without a buffer of its own the output goes over the Q rows that this warp alone still reads.
     Element* sO = (Traits::kTile.kOwnOutput ? s.o : s.q) + warp * 16 * kD;
-    if constexpr (!Traits::kTile.kOwnOutput) cutlass::arch::NamedBarrier::sync(kM * 2, kTurn0 + Traits::kConsumers);
+    if constexpr (!Traits::kTile.kOwnOutput)
+      cutlass::arch::NamedBarrier::sync(kM * 2, kTurn0 + Traits::kConsumers);
     store_rows<kD>(sO, outputs, plan.row + warp * 16, static_cast<Element*>(p.out), p.problem.dim_v);
     if constexpr (!Traits::kTile.kOwnOutput) {
       cutlass::arch::fence_view_async_shared();  // the next Q comes through the async proxy
@@ -303,10 +307,10 @@ __device__ void attend(typename Traits::Storage& s, const FwdKernelParams& p) {
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     fwd_kernel(const __grid_constant__ FwdMaps maps, const __grid_constant__ FwdKernelParams p) {
-  extern __shared__ char shared[];
-  auto& s = aligned_storage<typename Traits::Storage>(shared);
+  auto& s = shared_storage<typename Traits::Storage>();
 
   if (threadIdx.x == 0) {
+    if (cast_smem_ptr_to_uint(&s) % kStorageAlignment != 0) __trap();
     prefetch_map(maps.q);
     prefetch_map(maps.k);
     prefetch_map(maps.v);
@@ -342,7 +346,7 @@ template <class Tag, int kHeadDim>
 int fwd_sm90<Tag, kHeadDim>::run(const FwdSm90Args& a, void* stream_) {
   using Traits = FwdTraits<Tag, kHeadDim>;
   constexpr bool kBf16 = std::is_same_v<Tag, bf16>;
-  constexpr int kShared = sizeof(typename Traits::Storage) + kStorageAlignment;
+  constexpr int kShared = sizeof(typename Traits::Storage);
   static const cudaError_t attribute = allow_shared_memory(fwd_kernel<Traits>, kShared);
   if (attribute != cudaSuccess) return attribute;
   const auto stream = static_cast<cudaStream_t>(stream_);
@@ -367,7 +371,8 @@ int fwd_sm90<Tag, kHeadDim>::run(const FwdSm90Args& a, void* stream_) {
     if (e == cudaSuccess) e = encode(&maps.v, &p.fold_v, a.v, problem.dim_v, problem.heads_kv, a.kv_box);
     if (e == cudaSuccess && problem.additional > 0) {
       e = encode.line(&maps.add_k, &p.fold_add_k, a.add_k, problem.dim, Traits::kBlockN);
-      if (e == cudaSuccess) e = encode.line(&maps.add_v, &p.fold_add_v, a.add_v, problem.dim_v, Traits::kBlockN);
+      if (e == cudaSuccess)
+        e = encode.line(&maps.add_v, &p.fold_add_v, a.add_v, problem.dim_v, Traits::kBlockN);
     }
     if (e != cudaSuccess) return e;
     p.batch_offset = b;

@@ -21,7 +21,9 @@ struct Problem {
   int64_t additional;  // extra keys that every query sees; 0 if none are given
 
   NEARFIELD_HOST_DEVICE int64_t tokens() const { return static_cast<int64_t>(size[0]) * size[1] * size[2]; }
-  NEARFIELD_HOST_DEVICE int64_t groups() const { return static_cast<int64_t>(dilation[0]) * dilation[1] * dilation[2]; }
+  NEARFIELD_HOST_DEVICE int64_t groups() const {
+    return static_cast<int64_t>(dilation[0]) * dilation[1] * dilation[2];
+  }
   NEARFIELD_HOST_DEVICE int64_t heads_per_kv() const { return heads_kv ? heads / heads_kv : 0; }
   // Dimension d inside dilation group r of that dimension.
   NEARFIELD_HOST_DEVICE Window axis(int d, int r) const {

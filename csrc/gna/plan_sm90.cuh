@@ -1,5 +1,6 @@
-// The planning warp: draws work items and computes, while the others still work on the item before, everything about the
-// next one that takes integer divisions. It takes microseconds for one warp and is on nobody's path.
+// The planning warp: draws work items and computes, while the others still work on the item before,
+// everything about the next one that takes integer divisions. It takes microseconds for one warp and is on
+// nobody's path.
 #pragma once
 
 #include "gna/traits_sm90.cuh"
@@ -8,18 +9,19 @@ namespace nearfield::gna {
 
 constexpr int kPlannedTiles = 2;  // being worked on, and the next
 
-// Work is drawn late, so that CTAs stay balanced to the end: when this many visits of the current tile are left to load,
-// which is just longer than planning takes.
+// Work is drawn late, so that CTAs stay balanced to the end: when this many visits of the current tile are
+// left to load, which is just longer than planning takes.
 constexpr int kDrawAhead = 8;
 
-// Called by the loading thread before its first visit and then after each one; `before` is what was left before it.
+// Called by the loading thread before its first visit and then after each one; `before` is what was left
+// before it.
 template <class Storage>
 __device__ __forceinline__ void allow_draw(Storage& s, int left, int before) {
   if (left == kDrawAhead || (left == before && left < kDrawAhead)) s.ring_draw.arrive_full({});
 }
 
-// Plans every work item of this CTA, then announces the end. `visits_per_tile` is how often each visited tile is met
-// (once per query head of a group), `extra` counts visits beyond the neighborhood.
+// Plans every work item of this CTA, then announces the end. `visits_per_tile` is how often each visited tile
+// is met (once per query head of a group), `extra` counts visits beyond the neighborhood.
 template <Direction kDirection, class Storage, class Params, class T>
 __device__ void plan_tiles_of_cta(Storage& s, const Params& p, const Box& staying, const Box& moving,
                                   const Tokens<T>& index, int visits_per_tile, int extra) {

@@ -14,11 +14,11 @@ struct Box {
 
 struct FwdSm90Args {
   Problem problem;
-  float scale;  // > 0: op.py folds other signs into q
-  Tokens<const void> q, k, v;        // [B, X, H, D], [B, X, Hkv, D], [B, X, Hkv, Dv]; strides multiples of 16 bytes
-  Tokens<const void> add_k, add_v;   // [B, M, Hkv, D], [B, M, Hkv, Dv]; unused without additional tokens
-  Tokens<void> out;                  // [B, X, H, Dv]
-  Tokens<float> lse;                 // [B, X, H]
+  float scale;                 // > 0: op.py folds other signs into q
+  Tokens<const void> q, k, v;  // [B, X, H, D], [B, X, Hkv, D], [B, X, Hkv, Dv]; strides multiples of 16 bytes
+  Tokens<const void> add_k, add_v;  // [B, M, Hkv, D], [B, M, Hkv, Dv]; unused without additional tokens
+  Tokens<void> out;                 // [B, X, H, Dv]
+  Tokens<float> lse;                // [B, X, H]
   Box q_box, kv_box;
   int* next_work;  // device memory, one int: the scheduler's counter
   int num_sms;
@@ -53,8 +53,8 @@ struct bwd_sm90 {
   static int run(const BwdSm90Args& args, void* stream);
 };
 
-// The float32 dQ of one launch: [B, H, dilation group] x [grid of the longest group] x [D]. Boxes are added to it, so it is
-// ordered by group: there the tokens of a box are neighbors.
+// The float32 dQ of one launch: [B, H, dilation group] x [grid of the longest group] x [D]. Boxes are added
+// to it, so it is ordered by group: there the tokens of a box are neighbors.
 struct DqBuffer {
   int size[3];
   int64_t elements;
@@ -71,10 +71,11 @@ struct DqBuffer {
 template <class Element>
 struct bwd_ends_sm80 {
   // stats = (lse * log2(e), rowsum(dout * out) - dlse) of `rows` rows; all contiguous; dlse may be null.
-  static int prepare(const void* dout, const void* out, const float* lse, const float* dlse, RowStats* stats, int64_t rows,
-                     int64_t dim_v, void* stream);
+  static int prepare(const void* dout, const void* out, const float* lse, const float* dlse, RowStats* stats,
+                     int64_t rows, int64_t dim_v, void* stream);
   // dq = scale * buffer, rounded.
-  static int finish(const Problem& problem, float scale, const float* buffer, const Tokens<void>& dq, void* stream);
+  static int finish(const Problem& problem, float scale, const float* buffer, const Tokens<void>& dq,
+                    void* stream);
 };
 
 }  // namespace nearfield::gna

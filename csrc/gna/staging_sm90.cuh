@@ -1,22 +1,24 @@
-// Accumulator registers on their way out through shared memory. Pieces of 16 bytes are permuted by the row (XOR), so
-// that neither the writes of a quad nor the row-wise reads meet in one bank.
+// Accumulator registers on their way out through shared memory. Pieces of 16 bytes are permuted by the row
+// (XOR), so that neither the writes of a quad nor the row-wise reads meet in one bank.
 #pragma once
 
 #include "gna/traits_sm90.cuh"
 
 namespace nearfield::gna {
 
-// The lane number, computed where it is asked for: the dozens of addresses that follow from it would otherwise be hoisted
-// out of the loop over tiles and held in registers that the accumulators need.
+// The lane number, computed where it is asked for: the dozens of addresses that follow from it would
+// otherwise be hoisted out of the loop over tiles and held in registers that the accumulators need.
 __device__ __forceinline__ int fresh_lane() {
   int lane;
   asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
   return lane;
 }
 
-// Writes a warp's 16 rows of a (2, D) accumulator view to `out`, where row r is at row[r] * dim; row[r] < 0: none.
+// Writes a warp's 16 rows of a (2, D) accumulator view to `out`, where row r is at row[r] * dim; row[r] < 0:
+// none.
 template <int kHeadDim, class Element, class TensorO>
-__device__ void store_rows(Element* staging, const TensorO& rO, const int64_t* row, Element* out, int64_t dim) {
+__device__ void store_rows(Element* staging, const TensorO& rO, const int64_t* row, Element* out,
+                           int64_t dim) {
   constexpr int kPieces = kHeadDim / 8;  // of 16 bytes in a row
   constexpr int kMask = kPieces < 8 ? kPieces - 1 : 7;
   const int lane = fresh_lane();
@@ -43,23 +45,25 @@ __device__ void store_rows(Element* staging, const TensorO& rO, const int64_t* r
   __syncwarp();
 }
 
-// Writes a warp's 16 rows of a 16-bit (keys, 64 queries) operand, held in accumulator order, as rows of 128 bytes in the
-// 128-byte swizzle: the layout of a left operand whose rows are the queries.
+// Writes a warp's 16 rows of a 16-bit (keys, 64 queries) operand, held in accumulator order, as rows of 128
+// bytes in the 128-byte swizzle: the layout of a left operand whose rows are the queries.
 template <class Element, class TensorA>
 __device__ __forceinline__ void store_transposed(Element* smem, const TensorA& rA, int warp) {
   const int lane = fresh_lane();
-  const uint32_t* words = reinterpret_cast<const uint32_t*>(rA.data());  // word 2 j + i: rows 8 i.., columns 8 j..
+  const uint32_t* words =
+      reinterpret_cast<const uint32_t*>(rA.data());  // word 2 j + i: rows 8 i.., columns 8 j..
   const int row = warp * 16 + lane / 8 % 2 * 8 + lane % 8;
   CUTE_UNROLL
   for (int j = 0; j < 8; j += 2) {
     const int piece = j + lane / 16;
-    cute::SM90_U32x4_STSM_N::copy(words[2 * j], words[2 * j + 1], words[2 * j + 2], words[2 * j + 3],
-                                  *reinterpret_cast<cute::uint128_t*>(smem + row * 64 + (piece ^ (row & 7)) * 8));
+    cute::SM90_U32x4_STSM_N::copy(
+        words[2 * j], words[2 * j + 1], words[2 * j + 2], words[2 * j + 3],
+        *reinterpret_cast<cute::uint128_t*>(smem + row * 64 + (piece ^ (row & 7)) * 8));
   }
 }
 
-// Writes a warp's 16 of kRows rows of a float accumulator view, whose columns begin at `column`, to chunks of 32 floats
-// in the 128-byte swizzle.
+// Writes a warp's 16 of kRows rows of a float accumulator view, whose columns begin at `column`, to chunks of
+// 32 floats in the 128-byte swizzle.
 template <int kRows, class TensorO>
 __device__ __forceinline__ void store_float_rows(float* smem, const TensorO& rO, int warp, int column) {
   const int lane = fresh_lane();

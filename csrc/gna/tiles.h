@@ -24,7 +24,8 @@ struct BwdTile {
   int kStages;  // Q and dO buffers each
 };
 
-// Registers decide: dK and dV take 2 * D / 2 a thread, S, dP and their rounded copies 96 at 64 queries. 176 KB at D = 128.
+// Registers decide: dK and dV take 2 * D / 2 a thread, S, dP and their rounded copies 96 at 64 queries. 176
+// KB at D = 128.
 constexpr BwdTile bwd_tile(int /*head_dim*/) { return {64, 128, 2}; }
 constexpr int kMaxBwdHeadDim = 128;
 

@@ -25,25 +25,27 @@ template <class Tag, int kHeadDim>
 struct HeadTraits {
   using Element = std::conditional_t<std::is_same_v<Tag, bf16>, cutlass::bfloat16_t, cutlass::half_t>;
   // Shared memory as the copy engine writes it: chunks of 64 (32) features, rows, features.
-  using AtomK = std::conditional_t<kHeadDim == 32, GMMA::Layout_K_SW64_Atom<Element>, GMMA::Layout_K_SW128_Atom<Element>>;
-  using AtomMN =
-      std::conditional_t<kHeadDim == 32, GMMA::Layout_MN_SW64_Atom<Element>, GMMA::Layout_MN_SW128_Atom<Element>>;
+  using AtomK = std::conditional_t<kHeadDim == 32, GMMA::Layout_K_SW64_Atom<Element>,
+                                   GMMA::Layout_K_SW128_Atom<Element>>;
+  using AtomMN = std::conditional_t<kHeadDim == 32, GMMA::Layout_MN_SW64_Atom<Element>,
+                                    GMMA::Layout_MN_SW128_Atom<Element>>;
 };
 
-// A CTA hands registers over only among its own warpgroups, out of what it got at launch: 65536 / threads, in steps of 8.
-// Asking for one register more than that waits forever.
+// A CTA hands registers over only among its own warpgroups, out of what it got at launch: 65536 / threads, in
+// steps of 8. Asking for one register more than that waits forever.
 constexpr bool registers_fit(int producer, int consumer, int consumers) {
   const int groups = consumers + 1, at_launch = 65536 / (groups * 128) / 8 * 8;
   return producer + consumers * consumer <= groups * at_launch;
 }
 
-// Dynamic shared memory comes 16-byte aligned; swizzled buffers need 1024.
+// Swizzled buffers need 1024-byte alignment. The declaration asks for it; taking the address as it is keeps
+// it a constant, so that no register holds what follows from it.
 constexpr int kStorageAlignment = 1024;
+extern __shared__ __align__(kStorageAlignment) char dynamic_shared[];
 
 template <class Storage>
-__device__ __forceinline__ Storage& aligned_storage(char* shared) {
-  const uintptr_t address = reinterpret_cast<uintptr_t>(shared);
-  return *reinterpret_cast<Storage*>((address + kStorageAlignment - 1) & ~uintptr_t{kStorageAlignment - 1});
+__device__ __forceinline__ Storage& shared_storage() {
+  return *reinterpret_cast<Storage*>(dynamic_shared);
 }
 
 template <class Kernel>

@@ -1,5 +1,6 @@
-// From a work index to a tile: batch, head, dilation group, position, and the tiles of the other operand it visits.
-// The forward holds a box of queries and visits keys; the gradients of keys and values hold keys and visit queries.
+// From a work index to a tile: batch, head, dilation group, position, and the tiles of the other operand it
+// visits. The forward holds a box of queries and visits keys; the gradients of keys and values hold keys and
+// visit queries.
 #pragma once
 
 #include "gna/sm90.h"
@@ -10,8 +11,8 @@ namespace nearfield::gna {
 // The tile that a CTA holds.
 struct StayingTile {
   int batch, head;
-  int group[3];   // dilation group: position inside the dilation step
-  int first[3];   // first token of the box, as index inside the group
+  int group[3];  // dilation group: position inside the dilation step
+  int first[3];  // first token of the box, as index inside the group
   Window window[3];
   TileRun visits[3];  // tiles of the other operand, per dimension
 
@@ -19,7 +20,9 @@ struct StayingTile {
   __device__ __forceinline__ bool empty() const {
     return first[0] >= window[0].length || first[1] >= window[1].length || first[2] >= window[2].length;
   }
-  __device__ __forceinline__ int num_visits() const { return visits[0].count * visits[1].count * visits[2].count; }
+  __device__ __forceinline__ int num_visits() const {
+    return visits[0].count * visits[1].count * visits[2].count;
+  }
 
   // Index inside the group -> position on the grid.
   __device__ __forceinline__ void position(const Problem& p, const int (&index)[3], int (&x)[3]) const {
@@ -28,9 +31,11 @@ struct StayingTile {
   }
 };
 
-// What a consumer must know about a visited tile: written by the producer, so that the consumers' registers stay free.
+// What a consumer must know about a visited tile: written by the producer, so that the consumers' registers
+// stay free.
 struct MovingTile {
-  int first[3];    // index of the box's first token inside the group; additional tokens: first[0] = valid columns
+  int first[3];    // index of the box's first token inside the group; additional tokens: first[0] = valid
+                   // columns
   uint32_t tests;  // 0: every row sees every column
 };
 enum TileTest : uint32_t {
@@ -55,16 +60,16 @@ struct TileCounter {
 // A planned work item: the tile and what the consumers must know about its rows.
 template <int kRows>
 struct PlannedTile {
-  int num_tiles;           // to visit; 0: no more work
-  int cut;                 // some row of the block is no token
+  int num_tiles;  // to visit; 0: no more work
+  int cut;        // some row of the block is no token
   StayingTile tile;
-  Range range[kRows][3];   // visible tokens of the other operand, as indices inside the dilation group
-  int64_t row[kRows];      // of the token in a contiguous [B, X, H]; -1: the row is no token
+  Range range[kRows][3];  // visible tokens of the other operand, as indices inside the dilation group
+  int64_t row[kRows];     // of the token in a contiguous [B, X, H]; -1: the row is no token
 
   // Filled by one warp. `index` holds the strides of [B, X, H] in rows.
   template <Direction kDirection, class T>
-  __device__ __forceinline__ void fill(const StayingTile& from, const Problem& p, const Box& box, int64_t batch,
-                                       const Tokens<T>& index, int tiles, int lane) {
+  __device__ __forceinline__ void fill(const StayingTile& from, const Problem& p, const Box& box,
+                                       int64_t batch, const Tokens<T>& index, int tiles, int lane) {
     bool outside = false;
     for (int r = lane; r < kRows; r += 32) {
       const int outer = r / box.side[2];
@@ -77,7 +82,8 @@ struct PlannedTile {
         inside &= i <= last;
         // A row beyond the grid repeats the last token; it is not stored.
         const int clipped = min(i, last);
-        range[r][d] = kDirection == Direction::kForward ? from.window[d].keys(clipped) : from.window[d].queries(clipped);
+        range[r][d] = kDirection == Direction::kForward ? from.window[d].keys(clipped)
+                                                        : from.window[d].queries(clipped);
         at += (from.group[d] + static_cast<int64_t>(p.dilation[d]) * i) * index.x[d];
       }
       row[r] = inside ? at : -1;
@@ -107,10 +113,12 @@ struct Schedule {
     }
   }
 
-  // All tiles of one head come before those of the next, so that the CTAs that run together share their operands in the
-  // L2 cache. Within a head the longest rows come first: under a causal mask the last queries and the first keys.
+  // All tiles of one head come before those of the next, so that the CTAs that run together share their
+  // operands in the L2 cache. Within a head the longest rows come first: under a causal mask the last queries
+  // and the first keys.
   template <Direction kDirection>
-  __device__ __forceinline__ StayingTile decode(const Problem& p, const Box& staying, const Box& moving, int work) const {
+  __device__ __forceinline__ StayingTile decode(const Problem& p, const Box& staying, const Box& moving,
+                                                int work) const {
     StayingTile tile;
     const int per_head = tiles[0] * tiles[1] * tiles[2];
     const int outer = work / per_head;
@@ -128,7 +136,8 @@ struct Schedule {
       tile.group[d] = group % p.dilation[d];
       group /= p.dilation[d];
       tile.window[d] = p.axis(d, tile.group[d]);
-      const int last = min(tile.first[d] + staying.side[d], tile.window[d].length) - 1, first = min(tile.first[d], last);
+      const int last = min(tile.first[d] + staying.side[d], tile.window[d].length) - 1,
+                first = min(tile.first[d], last);
       tile.visits[d] = kDirection == Direction::kForward
                            ? key_tiles(tile.window[d], first, last, moving.side[d], Placement::kSpan)
                            : query_tiles(tile.window[d], first, last, moving.side[d], Placement::kSpan);

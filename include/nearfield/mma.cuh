@@ -1,14 +1,16 @@
 // Warpgroup matrix multiply with CuTe: issue, wait, and views of the accumulator.
 #pragma once
 
-#include <cute/tensor.hpp>
 #include <cutlass/numeric_conversion.h>
+#include <cute/tensor.hpp>
 
 namespace nearfield {
 
-// Issues C (+)= A B as one group of asynchronous instructions and commits it; the caller waits with warpgroup_wait.
+// Issues C (+)= A B as one group of asynchronous instructions and commits it; the caller waits with
+// warpgroup_wait.
 template <bool kZeroInit, class Mma, class TensorA, class TensorB, class TensorC>
-__device__ __forceinline__ void issue_gemm(Mma& mma, const TensorA& tCrA, const TensorB& tCrB, TensorC& tCrC) {
+__device__ __forceinline__ void issue_gemm(Mma& mma, const TensorA& tCrA, const TensorB& tCrB,
+                                           TensorC& tCrC) {
   using namespace cute;
   constexpr bool kRegisterA = !is_base_of<GMMA::DescriptorIterator, typename TensorA::iterator>::value;
   if constexpr (kRegisterA) warpgroup_fence_operand(const_cast<TensorA&>(tCrA));
@@ -25,7 +27,8 @@ __device__ __forceinline__ void issue_gemm(Mma& mma, const TensorA& tCrA, const 
   if constexpr (kRegisterA) warpgroup_fence_operand(const_cast<TensorA&>(tCrA));
 }
 
-// ((2, 2, N/8), M, 1) accumulator -> (row, col): each thread holds two rows per 64, and pairs of columns 8 apart.
+// ((2, 2, N/8), M, 1) accumulator -> (row, col): each thread holds two rows per 64, and pairs of columns 8
+// apart.
 template <class Layout>
 __device__ __forceinline__ auto accumulator_rows_cols(Layout acc) {
   using namespace cute;

@@ -35,8 +35,12 @@ struct Ring {
     }
   }
   // Producer: the stage may be overwritten. On a fresh ring this returns at once.
-  __device__ __forceinline__ void wait_empty(RingIndex<kStages> at) { Barrier::wait(&empty[at.stage], at.phase ^ 1); }
-  __device__ __forceinline__ void wait_full(RingIndex<kStages> at) { Barrier::wait(&full[at.stage], at.phase); }
+  __device__ __forceinline__ void wait_empty(RingIndex<kStages> at) {
+    Barrier::wait(&empty[at.stage], at.phase ^ 1);
+  }
+  __device__ __forceinline__ void wait_full(RingIndex<kStages> at) {
+    Barrier::wait(&full[at.stage], at.phase);
+  }
   __device__ __forceinline__ void expect_bytes(RingIndex<kStages> at, uint32_t bytes) {
     Barrier::arrive_and_expect_tx(&full[at.stage], bytes);
   }

@@ -1,5 +1,5 @@
-// Host side of the bulk tensor copy engine: describes an n-dimensional tensor in global memory and the box that
-// one instruction copies. No link against libcuda: the encoder is looked up in the driver at run time.
+// Host side of the bulk tensor copy engine: describes an n-dimensional tensor in global memory and the box
+// that one instruction copies. No link against libcuda: the encoder is looked up in the driver at run time.
 #pragma once
 
 #include <cuda.h>
@@ -9,7 +9,8 @@
 
 namespace nearfield {
 
-// The rank-5 view of a tensor that the kernels use for every problem; mode 0 is contiguous. Unused modes have size 1.
+// The rank-5 view of a tensor that the kernels use for every problem; mode 0 is contiguous. Unused modes have
+// size 1.
 struct TmaTensor {
   const void* data;
   CUtensorMapDataType type;
@@ -42,9 +43,9 @@ inline cudaError_t encode_tma(CUtensorMap* map, const TmaTensor& t) {
     // A mode of size 1 is never stepped along; give it any stride the engine accepts.
     if (i > 0) strides[i - 1] = t.size[i] == 1 ? 16 : static_cast<cuuint64_t>(t.stride[i]) * t.element_bytes;
   }
-  const CUresult result =
-      encode(map, t.type, 5, const_cast<void*>(t.data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             t.swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result = encode(map, t.type, 5, const_cast<void*>(t.data), sizes, strides, box, steps,
+                                 CU_TENSOR_MAP_INTERLEAVE_NONE, t.swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
