@@ -726,6 +726,7 @@ def test_direct_calls_are_checked_too(change: dict[str, Any], words: list[str]) 
     arguments: dict[str, Any] = {"q": zeros(*Q), "k": zeros(*Q), "v": zeros(*Q)}
     arguments |= {"additional_k": None, "additional_v": None} | windows
     backward = {"dout": zeros(*Q), "dlse": None, "out": zeros(*Q), "lse": zeros(*Q[:-1])}
+    backward["deterministic"] = False
     op, arguments = (BWD, arguments | backward) if change.keys() & backward.keys() else (FWD, arguments)
     with pytest.raises(RuntimeError, match=r"gna_(f|b)wd: ") as error:
         op(**arguments | change)
@@ -756,7 +757,7 @@ def test_opcheck(additional: int) -> None:
     tensors = [None if t is None else t.detach() for t in (q, k, v, add_k, add_v)]
     out, lse = FWD(*tensors, *windows)
     for dlse in (None, torch.randn_like(lse)):
-        arguments = (torch.randn_like(out), dlse, *tensors[:3], out, lse, *tensors[3:], *windows)
+        arguments = (torch.randn_like(out), dlse, *tensors[:3], out, lse, *tensors[3:], *windows, False)
         torch.library.opcheck(BWD, arguments)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 pytestmark = pytest.mark.gpu
 
 DTYPES = [torch.bfloat16, torch.float16]
-HAS_BACKWARD = torch._C._dispatch_has_kernel_for_dispatch_key("nearfield::gna_bwd", "CUDA")
+LARGEST_BACKWARD = 128  # head dim
 
 
 def cuda_inputs(case: Case, dtype: torch.dtype) -> list[Tensor]:
@@ -27,7 +27,7 @@ def check(case: Case, dtype: torch.dtype, inputs: list[Tensor] | None = None) ->
     wide = [t.detach().double().requires_grad_() for t in inputs]
     dout = torch.randn(*inputs[0].shape[:-1], case.dim_v, device="cuda").to(dtype)
     dlse = torch.randn(inputs[0].shape[:-1], device="cuda").to(dtype)
-    if HAS_BACKWARD:
+    if max(case.dim, case.dim_v) <= LARGEST_BACKWARD:
         got = run_with_grads(case.run, inputs, [dout, dlse])
         truth = run_with_grads(case.reference, wide, [dout, dlse])
         eager = run_with_grads(case.reference, inputs, [dout, dlse])
@@ -63,6 +63,9 @@ CASES = [
     Case((8, 10, 12), (4, 5, 6), dim=80, dim_v=72, heads=2, batch=3, label="batch-by-batch"),
     Case((1, 24, 30), (1, 9, 5), dim=128, heads=2, label="single-frame"),
     Case((30, 30), (9, 9), additional=77, dim=128, heads=4, heads_kv=2, label="additional"),
+    Case((31, 29), (5, 6), (1, 2), (3, 4), additional=130, dim=64, heads=2, label="additional-dilated"),
+    Case((11, 12, 13), (3, 5, 5), additional=70, dim=72, heads=2, batch=2, label="additional-batch-by-batch"),
+    Case((257,), (9,), dilation=(5,), additional=9, dim=128, heads=2, label="additional-per-group"),
     Case((300,), (64,), additional=256, dim=64, heads=2, batch=2, label="additional-whole-tiles"),
     Case((20, 22), (5, 5), scale=-0.7, dim=64, label="negative-scale"),
     Case((20, 22), (5, 5), scale=0.0, dim=64, label="scale-0"),
@@ -73,6 +76,29 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_values_and_gradients(case: Case, dtype: torch.dtype) -> None:
     check(case, dtype)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if max(c.dim, c.dim_v) <= LARGEST_BACKWARD], ids=str)
+def test_deterministic_mode(case: Case) -> None:
+    """The other way to dQ: right as well, and the same bits every time."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        inputs = cuda_inputs(case, torch.bfloat16)
+        check(case, torch.bfloat16, inputs)
+        grad = torch.randn(*inputs[0].shape[:-1], case.dim_v, device="cuda", dtype=torch.bfloat16)
+        first = torch.autograd.grad(case.run(inputs)[0], inputs, grad)
+        for _ in range(4):
+            again = torch.autograd.grad(case.run(inputs)[0], inputs, grad)
+            assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_backward_of_a_large_head_dim_is_refused() -> None:
+    q = torch.randn(1, 9, 9, 1, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    out = neighborhood_attention(q, q, q, 3)
+    with pytest.raises(RuntimeError, match="head dims 256"):
+        out.sum().backward()
 
 
 def random_case(rng: random.Random, rank: int) -> Case:

@@ -42,7 +42,8 @@ __global__ void prepare_kernel(const Element* dout, const Element* out, const fl
 // One thread per piece of a row of dq.
 template <class Element>
 __global__ void finish_kernel(const __grid_constant__ Problem p, const __grid_constant__ DqBuffer from,
-                              float scale, const float* buffer, const __grid_constant__ Tokens<void> dq) {
+                              float scale, const float* buffer, const __grid_constant__ Tokens<void> dq,
+                              bool accumulate) {
   const int pieces = static_cast<int>(p.dim) / kPiece;
   int64_t rest = static_cast<int64_t>(blockIdx.x) * kEndThreads + threadIdx.x;
   const int piece = static_cast<int>(rest % pieces);
@@ -69,11 +70,15 @@ __global__ void finish_kernel(const __grid_constant__ Problem p, const __grid_co
   const float4 low = *reinterpret_cast<const float4*>(buffer + at);
   const float4 high = *reinterpret_cast<const float4*>(buffer + at + 4);
   const float value[kPiece] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+  auto* target = reinterpret_cast<cutlass::AlignedArray<Element, kPiece>*>(static_cast<Element*>(dq.data) +
+                                                                           to + piece * kPiece);
   cutlass::AlignedArray<Element, kPiece> rounded;
+  if (accumulate) rounded = *target;
 #pragma unroll
-  for (int i = 0; i < kPiece; ++i) rounded[i] = static_cast<Element>(value[i] * scale);
-  *reinterpret_cast<cutlass::AlignedArray<Element, kPiece>*>(static_cast<Element*>(dq.data) + to +
-                                                             piece * kPiece) = rounded;
+  for (int i = 0; i < kPiece; ++i) {
+    rounded[i] = static_cast<Element>(value[i] * scale + (accumulate ? static_cast<float>(rounded[i]) : 0.f));
+  }
+  *target = rounded;
 }
 
 inline unsigned blocks_for(int64_t threads) {
@@ -92,11 +97,11 @@ int bwd_ends_sm80<Tag>::prepare(const void* dout, const void* out, const float* 
 
 template <class Tag>
 int bwd_ends_sm80<Tag>::finish(const Problem& p, float scale, const float* buffer, const Tokens<void>& dq,
-                               void* stream) {
+                               bool accumulate, void* stream) {
   const int64_t pieces = p.batch * p.tokens() * p.heads * (p.dim / kPiece);
   finish_kernel<end_element_t<Tag>>
       <<<blocks_for(pieces), kEndThreads, 0, static_cast<cudaStream_t>(stream)>>>(p, DqBuffer(p), scale,
-                                                                                  buffer, dq);
+                                                                                  buffer, dq, accumulate);
   return cudaGetLastError();
 }
 

@@ -448,14 +448,24 @@ int bwd_sm90<Tag, kHeadDim>::run(const BwdSm90Args& a, void* stream_) {
   p.next_work = a.next_work;
   const Launches launches(problem, kHeadDim);
   p.problem.batch = launches.batch;
-  p.schedule = Schedule(p.problem, a.kv_box, problem.heads_kv);
+  p.schedule = a.to_additional ? Schedule(p.problem, static_cast<int>(problem.additional), Traits::kBlockN,
+                                          problem.heads_kv)
+                               : Schedule(p.problem, a.kv_box, problem.heads_kv);
+  if (p.schedule.total > std::numeric_limits<int>::max() / 2) return cudaErrorInvalidConfiguration;
+  if (a.to_additional) p.kv_box = Box{{1, 1, Traits::kBlockN}};
   const DqBuffer buffer(p.problem);
   for (int64_t b = 0; b < launches.count; ++b) {
     const TokenEncoder encode{launches, b, kBf16, kHeadDim, problem};
     cudaError_t e = encode(&maps.q, &p.fold_q, a.q, problem.dim, problem.heads, a.q_box);
-    if (e == cudaSuccess) e = encode(&maps.k, &p.fold_k, a.k, problem.dim, problem.heads_kv, a.kv_box);
-    if (e == cudaSuccess) e = encode(&maps.v, &p.fold_v, a.v, problem.dim_v, problem.heads_kv, a.kv_box);
     if (e == cudaSuccess) e = encode(&maps.dout, &p.fold_dout, a.dout, problem.dim_v, problem.heads, a.q_box);
+    if (e == cudaSuccess) {
+      e = a.to_additional ? encode.line(&maps.k, &p.fold_k, a.add_k, problem.dim, Traits::kBlockN)
+                          : encode(&maps.k, &p.fold_k, a.k, problem.dim, problem.heads_kv, a.kv_box);
+    }
+    if (e == cudaSuccess) {
+      e = a.to_additional ? encode.line(&maps.v, &p.fold_v, a.add_v, problem.dim_v, Traits::kBlockN)
+                          : encode(&maps.v, &p.fold_v, a.v, problem.dim_v, problem.heads_kv, a.kv_box);
+    }
     if (e == cudaSuccess && p.with_dq) {
       TmaTensor dq{};
       dq.data = a.dq + b * buffer.elements;
@@ -478,7 +488,6 @@ int bwd_sm90<Tag, kHeadDim>::run(const BwdSm90Args& a, void* stream_) {
     if (e == cudaSuccess) e = cudaMemsetAsync(a.next_work, 0, sizeof(int), stream);
     if (e != cudaSuccess) return e;
     p.batch_offset = b;
-    if (p.schedule.total > std::numeric_limits<int>::max() / 2) return cudaErrorInvalidConfiguration;
     const int grid = static_cast<int>(std::min<int64_t>(p.schedule.total, a.num_sms));
     bwd_kernel<Traits><<<grid, Traits::kThreads, kShared, stream>>>(maps, p);
     e = cudaGetLastError();

@@ -31,6 +31,7 @@ const std::vector<Instance<FwdSm90Args>> kForward = {
 #ifdef NEARFIELD_WITH_SM90
 #define USE_fwd_sm90(element, dim) ENTRY(fwd_sm90, element, dim)
 #define USE_bwd_sm90(element, dim)
+#define USE_bwd_dq_sm90(element, dim)
 #define USE_bwd_ends_sm80(element)
 #include "gna/instances.def"
 #undef USE_fwd_sm90
@@ -41,6 +42,15 @@ const std::vector<Instance<BwdSm90Args>> kBackward = {
 #ifdef NEARFIELD_WITH_SM90
 #define USE_fwd_sm90(element, dim)
 #define USE_bwd_sm90(element, dim) ENTRY(bwd_sm90, element, dim)
+#include "gna/instances.def"
+#undef USE_bwd_sm90
+#undef USE_bwd_dq_sm90
+#endif
+};
+const std::vector<Instance<BwdSm90Args>> kQueryGradient = {
+#ifdef NEARFIELD_WITH_SM90
+#define USE_bwd_sm90(element, dim)
+#define USE_bwd_dq_sm90(element, dim) ENTRY(bwd_dq_sm90, element, dim)
 #include "gna/instances.def"
 #endif
 };
@@ -211,11 +221,7 @@ std::tuple<Tensor, Tensor> fwd_cuda(Tensor q, Tensor k, Tensor v, OptionalTensor
 
 // ---- Backward ----
 
-struct BwdLaunch : BwdSm90Args {
-  Tokens<void> dq_out;  // [B, X, H, D]
-};
-
-void enter_group(BwdLaunch& args, int d, int r, int step) {
+void enter_group(BwdSm90Args& args, int d, int r, int step) {
   for (Tokens<const void>* t : {&args.q, &args.k, &args.v, &args.dout}) enter_group(*t, d, r, step, 2);
   for (Tokens<void>* t : {&args.dk, &args.dv, &args.dq_out}) enter_group(*t, d, r, step, 2);
   enter_group(args.stats, d, r, step, sizeof(RowStats));
@@ -226,7 +232,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cuda(Tensor dout, Optiona
                                                             OptionalTensor additional_k,
                                                             OptionalTensor additional_v, Ints kernel_size,
                                                             Ints stride, Ints dilation, Ints is_causal,
-                                                            double scale) {
+                                                            double scale, bool deterministic) {
   const char* op = "gna_bwd";
   const Problem p =
       check_problem(op, q, k, v, additional_k, additional_v, kernel_size, stride, dilation, is_causal);
@@ -235,11 +241,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cuda(Tensor dout, Optiona
   check_capability(op, q);
   STD_TORCH_CHECK(scale > 0, op, ": scale is ", scale, ", expected a positive number on CUDA");
   const Instance<BwdSm90Args>& instance = pick(op, kBackward, q, p);
-  STD_TORCH_CHECK(p.additional == 0, op, ": additional tokens have no gradients on CUDA in this build");
+  const Instance<BwdSm90Args>& query_gradient = pick(op, kQueryGradient, q, p);
+  const bool with_additional = p.additional > 0;
 
   Tensor dq = torch::stable::new_empty(q, shape_of(q)), dk = torch::stable::new_empty(q, shape_of(k));
   Tensor dv = torch::stable::new_empty(q, shape_of(v));
-  Tensor add_dk = torch::stable::new_empty(q, Ints{0}), add_dv = torch::stable::new_empty(q, Ints{0});
+  Tensor add_dk = torch::stable::new_empty(q, with_additional ? shape_of(*additional_k) : Ints{0});
+  Tensor add_dv = torch::stable::new_empty(q, with_additional ? shape_of(*additional_v) : Ints{0});
   if (lse.numel() == 0) return {dq, dk, dv, add_dk, add_dv};
 
   void* stream = current_stream(q);
@@ -258,7 +266,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cuda(Tensor dout, Optiona
       defined(dlse) ? static_cast<const float*>(dlse->data_ptr()) : nullptr,
       static_cast<RowStats*>(stats.data_ptr()), lse.numel(), p.dim_v, stream));
 
-  BwdLaunch args{};
+  BwdSm90Args args{};
   args.problem = p;
   args.scale = static_cast<float>(scale);
   args.q = untyped(tokens_of<const char>(q, p.rank));
@@ -273,21 +281,61 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cuda(Tensor dout, Optiona
   Tensor next_work = torch::stable::new_empty(q, {1}, ScalarType::Int);
   args.next_work = static_cast<int*>(next_work.data_ptr());
   args.num_sms = device_info(q.get_device_index()).num_sms;
+  if (with_additional) {
+    additional_k = loadable(*additional_k), additional_v = loadable(*additional_v);
+    args.add_k = untyped(tokens_of<const char>(*additional_k, 1));
+    args.add_v = untyped(tokens_of<const char>(*additional_v, 1));
+  }
   // Launches follow each other on one stream, so that they share the buffer; the first dilation group is the
   // longest.
-  Tensor buffer = torch::stable::new_empty(q, {DqBuffer(p).elements}, ScalarType::Float);
-  args.dq = static_cast<float*>(buffer.data_ptr());
-
-  const BwdTile tile = bwd_tile(instance.head_dim);
-  for_each_launch(args, 0, [&](BwdLaunch launch) {
-    const Boxes boxes = plan(launch.problem, tile.kBlockM, tile.kBlockN, Direction::kBackward);
+  Tensor buffer;
+  if (!deterministic) {
+    buffer = torch::stable::new_empty(q, {DqBuffer(p).elements}, ScalarType::Float);
+    args.dq = static_cast<float*>(buffer.data_ptr());
+  }
+  const auto finish = [&](const BwdSm90Args& launch, bool accumulate) {
+    check((is_bf16 ? bwd_ends_sm80<bf16>::finish : bwd_ends_sm80<fp16>::finish)(
+        launch.problem, launch.scale, launch.dq, launch.dq_out, accumulate, stream));
+  };
+  const auto run = [&](const Instance<BwdSm90Args>& kernel, BwdSm90Args launch, int block_m, int block_n,
+                       Direction direction) {
+    const Boxes boxes = plan(launch.problem, block_m, block_n, direction);
     launch.q_box = boxes.q;
     launch.kv_box = boxes.kv;
-    torch::stable::zero_(buffer);
-    check(instance.run(launch, stream));
-    check((is_bf16 ? bwd_ends_sm80<bf16>::finish : bwd_ends_sm80<fp16>::finish)(
-        launch.problem, launch.scale, launch.dq, launch.dq_out, stream));
+    check(kernel.run(launch, stream));
+  };
+
+  // The additional tokens as staying keys that the whole grid sees, without dilation.
+  BwdSm90Args extra = args;
+  extra.to_additional = true;
+  for (int d = 0; d < 3; ++d) {
+    extra.problem.window[d] = p.size[d];
+    extra.problem.stride[d] = extra.problem.dilation[d] = 1;
+    extra.problem.causal[d] = false;
+  }
+  if (with_additional) {
+    extra.dk = tokens_of<void>(add_dk, 1);
+    extra.dv = tokens_of<void>(add_dv, 1);
+  }
+  const BwdTile tile = bwd_tile(instance.head_dim);
+  const FwdTile query_tile = dq_tile(query_gradient.head_dim);
+  // One buffer takes both shares of dQ if its order, by dilation group, is the same for both.
+  const bool undilated = p.groups() == 1;
+  for_each_launch(args, 0, [&](const BwdSm90Args& launch) {
+    if (!deterministic) torch::stable::zero_(buffer);
+    run(instance, launch, tile.kBlockM, tile.kBlockN, Direction::kBackward);
+    if (deterministic) {
+      run(query_gradient, launch, query_tile.kBlockM, query_tile.kBlockN, Direction::kForward);
+      return;
+    }
+    if (with_additional && undilated) run(instance, extra, tile.kBlockM, tile.kBlockN, Direction::kBackward);
+    finish(launch, false);
   });
+  if (with_additional && (deterministic || !undilated)) {
+    if (!deterministic) torch::stable::zero_(buffer);
+    run(instance, extra, tile.kBlockM, tile.kBlockN, Direction::kBackward);
+    if (!deterministic) finish(extra, true);
+  }
   return {dq, dk, dv, add_dk, add_dv};
 }
 

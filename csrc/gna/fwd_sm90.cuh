@@ -5,9 +5,8 @@
 // Persistent CTAs draw query tiles from a counter. Plan, budget and measurements: README.md.
 #pragma once
 
-#include "gna/plan_sm90.cuh"
+#include "gna/query_stationary_sm90.cuh"
 #include "gna/staging_sm90.cuh"
-#include "gna/traits_sm90.cuh"
 
 namespace nearfield::gna {
 
@@ -20,6 +19,7 @@ struct FwdTraits : HeadTraits<Tag, kHeadDim_> {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr FwdTile kTile = fwd_tile(kHeadDim);
   static constexpr int kBlockM = kTile.kBlockM, kBlockN = kTile.kBlockN, kStages = kTile.kStages;
+  static constexpr bool kWithDout = false;
   static constexpr int kConsumers = kBlockM / 64;
   static constexpr int kThreads = (kConsumers + 1) * 128;
   static constexpr int kConsumerWarps = kConsumers * 4;
@@ -56,106 +56,13 @@ struct FwdTraits : HeadTraits<Tag, kHeadDim_> {
   static_assert(sizeof(Storage) <= 227 * 1024 - 1024, "a Hopper CTA has 227 KB of shared memory");
 };
 
-struct FwdMaps {
-  CUtensorMap q, k, v, add_k, add_v;
-};
-
-struct FwdKernelParams {
-  Problem problem;
-  Schedule schedule;
-  Box q_box, kv_box;
-  TokenMap fold_q, fold_k, fold_v, fold_add_k, fold_add_v;
-  float scale_log2;
-  int64_t batch_offset;  // of a launch that handles one batch entry (split folding of 3-D problems)
-  void* out;             // [B, X, H, Dv], contiguous but for the dilation of a launch per group
-  Tokens<float> lse;     // [B, X, H]: its strides count rows of `out` too
-  int* next_work;
-};
-
 // Named barriers; 0 belongs to __syncthreads.
 enum FwdBarrier : int { kTurn0 = 1 };  // kTurn0 + g: warpgroup g may issue to the tensor cores
-
-// ---- Producer: one thread of warp 0 issues the copies ----
-
-template <class Traits>
-__device__ void load(typename Traits::Storage& s, const FwdMaps& maps, const FwdKernelParams& p) {
-  constexpr int kD = Traits::kHeadDim, kM = Traits::kBlockM, kN = Traits::kBlockN;
-  const uint32_t q_bytes = p.q_box.volume() * kD * 2, kv_bytes = p.kv_box.volume() * kD * 2;
-  const int add_tiles = static_cast<int>((p.problem.additional + kN - 1) / kN);
-  const int group_size = static_cast<int>(p.problem.heads_per_kv());
-  const bool box_fills_block = p.kv_box.volume() == kN;
-  RingIndex<1> at_q;
-  RingIndex<Traits::kStages> at_k, at_v;
-
-  follow_plan(s, [&](const StayingTile& tile) {
-    if (threadIdx.x != 0) return;
-    const int window_tiles = tile.num_visits(), num_tiles = window_tiles + add_tiles;
-    const int head_kv = tile.head / group_size;
-
-    const auto load_q = [&] {
-      int x[3];
-      tile.position(p.problem, tile.first, x);
-      s.ring_q.wait_empty(at_q);
-      s.ring_q.expect_bytes(at_q, q_bytes);
-      load_box<kD, kM>(maps.q, p.fold_q, &s.ring_q.full[0], s.q, x, tile.head, tile.batch);
-      at_q.advance();
-    };
-    const auto describe = [&](const int (&first)[3], uint32_t tests) {
-      MovingTile& t = s.key_tile[at_k.stage];
-      for (int d = 0; d < 3; ++d) t.first[d] = first[d];
-      t.tests = tests;
-    };
-    const auto load_kv = [&](auto& ring, auto& at, typename Traits::Element* smem, const CUtensorMap& map,
-                             const TokenMap& fold, const int (&x)[3], uint32_t bytes) {
-      ring.expect_bytes(at, bytes);
-      load_box<kD, kN>(map, fold, &ring.full[at.stage], smem + at.stage * kN * kD, x, head_kv, tile.batch);
-      at.advance();
-    };
-
-    // V of a tile is needed one step later than its K, so it is requested after the next K.
-    TileCounter counter;
-    int x_v[3] = {0, 0, 0};
-    allow_draw(s, num_tiles, num_tiles);
-    for (int n = 0; n <= num_tiles; ++n) {
-      if (n > 0) allow_draw(s, num_tiles - n, num_tiles - n + 1);
-      int x[3] = {0, 0, (n - window_tiles) * kN};
-      if (n < num_tiles) s.ring_k.wait_empty(at_k);
-      if (n < window_tiles) {
-        int first[3];
-        uint32_t tests = box_fills_block ? 0 : kTestBox;
-#pragma unroll
-        for (int d = 0; d < 3; ++d) {
-          first[d] = tile.visits[d].origin + counter.n[d] * p.kv_box.side[d];
-          if (!tile.visits[d].is_full(counter.n[d])) tests |= kTestDim0 << d;
-        }
-        tile.position(p.problem, first, x);
-        counter.advance(tile);
-        describe(first, tests);
-        load_kv(s.ring_k, at_k, s.k, maps.k, p.fold_k, x, kv_bytes);
-      } else if (n < num_tiles) {
-        const int valid = static_cast<int>(p.problem.additional) - x[2];
-        describe({valid, 0, 0}, valid < kN ? kTestTail : 0);
-        load_kv(s.ring_k, at_k, s.k, maps.add_k, p.fold_add_k, x, kN * kD * 2);
-      }
-      if (n == 0) load_q();
-      if (n > 0) {
-        s.ring_v.wait_empty(at_v);
-        if (n <= window_tiles) {
-          load_kv(s.ring_v, at_v, s.v, maps.v, p.fold_v, x_v, kv_bytes);
-        } else {
-          load_kv(s.ring_v, at_v, s.v, maps.add_v, p.fold_add_v, x_v, kN * kD * 2);
-        }
-      }
-#pragma unroll
-      for (int d = 0; d < 3; ++d) x_v[d] = x[d];
-    }
-  });
-}
 
 // ---- Consumers ----
 
 template <class Traits>
-__device__ void attend(typename Traits::Storage& s, const FwdKernelParams& p) {
+__device__ void attend(typename Traits::Storage& s, const QueryParams& p) {
   using Element = typename Traits::Element;
   constexpr int kM = Traits::kBlockM, kN = Traits::kBlockN, kD = Traits::kHeadDim;
   const int thread = threadIdx.x - 128, warpgroup = thread / 128, quad = thread % 4;
@@ -200,31 +107,6 @@ __device__ void attend(typename Traits::Storage& s, const FwdKernelParams& p) {
   RingIndex<kPlannedTiles> at_plan;
   RingIndex<Traits::kStages> at_k, at_v;
 
-  // Hides what the rows must not see in the key tile of a K stage.
-  const auto mask = [&](const MovingTile& tile) {
-    if (tile.tests == 0) return;
-    if (tile.tests & kTestTail) {
-      CUTE_UNROLL
-      for (int j = 0; j < size<1>(scores); ++j) {
-        if (8 * (j / 2) + 2 * quad + j % 2 >= tile.first[0]) scores(0, j) = scores(1, j) = -INFINITY;
-      }
-      return;
-    }
-    uint32_t visible[2];
-    visible[0] = visible[1] = s.mask.columns(p.kv_box, quad);
-    CUTE_UNROLL
-    for (int d = 0; d < 3; ++d) {
-      if (!(tile.tests & kTestDim0 << d)) continue;
-      CUTE_UNROLL
-      for (int i = 0; i < 2; ++i) {
-        const Range& k = keys[i][d];
-        visible[i] &= s.mask.interval(p.kv_box, d, k.begin - tile.first[d], k.end - tile.first[d], quad);
-      }
-    }
-    CUTE_UNROLL
-    for (int i = 0; i < 2; ++i) mask_row(scores, i, visible[i]);
-  };
-
   while (true) {
     s.ring_plan.wait_full(at_plan);
     const PlannedTile<kM>& plan = s.plan[at_plan.stage];
@@ -245,7 +127,7 @@ __device__ void attend(typename Traits::Storage& s, const FwdKernelParams& p) {
     warpgroup_wait<0>();
     s.ring_k.release(at_k);
     at_k.advance();
-    mask(key_tile);
+    mask_keys(scores, s.mask, p.kv_box, key_tile, keys, quad);
     softmax.step(scores, rescale);
     round_p();
     clear(tOrO);
@@ -261,7 +143,7 @@ __device__ void attend(typename Traits::Storage& s, const FwdKernelParams& p) {
       warpgroup_wait<1>();
       s.ring_k.release(at_k);
       at_k.advance();
-      mask(key_tile);
+      mask_keys(scores, s.mask, p.kv_box, key_tile, keys, quad);
       softmax.step(scores, rescale);
       warpgroup_fence_operand(tSrS);  // keeps the exponentials above the wait, under the product P V
       warpgroup_wait<0>();
@@ -302,89 +184,36 @@ __device__ void attend(typename Traits::Storage& s, const FwdKernelParams& p) {
   }
 }
 
-// ---- Kernel ----
+// ---- Kernel and launch ----
 
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
-    fwd_kernel(const __grid_constant__ FwdMaps maps, const __grid_constant__ FwdKernelParams p) {
+    fwd_kernel(const __grid_constant__ QueryMaps maps, const __grid_constant__ QueryParams p) {
   auto& s = shared_storage<typename Traits::Storage>();
-
-  if (threadIdx.x == 0) {
-    if (cast_smem_ptr_to_uint(&s) % kStorageAlignment != 0) __trap();
-    prefetch_map(maps.q);
-    prefetch_map(maps.k);
-    prefetch_map(maps.v);
-    s.ring_q.init(1, Traits::kConsumerWarps);
-    s.ring_k.init(1, Traits::kConsumerWarps);
-    s.ring_v.init(1, Traits::kConsumerWarps);
-    s.ring_draw.init(1, 1);
-    s.ring_plan.init(1, Traits::kConsumerWarps + 1);  // and the loading warp
-    cutlass::arch::fence_barrier_init();
-  }
-  s.mask.build(p.kv_box, threadIdx.x, Traits::kThreads);
-  if (p.q_box.volume() != Traits::kBlockM || p.kv_box.volume() != Traits::kBlockN) {
-    fill_zero(&s, offsetof(typename Traits::Storage, o), Traits::kThreads);
-  }
-  __syncthreads();
-
+  prepare_storage<Traits>(s, maps, p, offsetof(typename Traits::Storage, o));
   if (threadIdx.x < 128) {
     cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
-    if (threadIdx.x / 32 == 0) load<Traits>(s, maps, p);
-    if (threadIdx.x / 32 == 1) {
-      const int add_tiles = static_cast<int>((p.problem.additional + Traits::kBlockN - 1) / Traits::kBlockN);
-      plan_tiles_of_cta<Direction::kForward>(s, p, p.q_box, p.kv_box, p.lse, 1, add_tiles);
-    }
+    produce<Traits>(s, maps, p);
   } else {
     cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
     attend<Traits>(s, p);
   }
 }
 
-// ---- Launch ----
-
 template <class Tag, int kHeadDim>
 int fwd_sm90<Tag, kHeadDim>::run(const FwdSm90Args& a, void* stream_) {
   using Traits = FwdTraits<Tag, kHeadDim>;
-  constexpr bool kBf16 = std::is_same_v<Tag, bf16>;
   constexpr int kShared = sizeof(typename Traits::Storage);
   static const cudaError_t attribute = allow_shared_memory(fwd_kernel<Traits>, kShared);
   if (attribute != cudaSuccess) return attribute;
   const auto stream = static_cast<cudaStream_t>(stream_);
-
-  FwdMaps maps;
-  FwdKernelParams p;
-  p.problem = a.problem;
-  p.q_box = a.q_box;
-  p.kv_box = a.kv_box;
-  p.scale_log2 = a.scale * 1.44269504088896341f;
-  p.out = a.out.data;
-  p.lse = a.lse;
-  p.next_work = a.next_work;
-  const Problem& problem = a.problem;
-  const Launches launches(problem, kHeadDim);
-  p.problem.batch = launches.batch;
-  p.schedule = Schedule(p.problem, a.q_box, problem.heads);
-  for (int64_t b = 0; b < launches.count; ++b) {
-    const TokenEncoder encode{launches, b, kBf16, kHeadDim, problem};
-    cudaError_t e = encode(&maps.q, &p.fold_q, a.q, problem.dim, problem.heads, a.q_box);
-    if (e == cudaSuccess) e = encode(&maps.k, &p.fold_k, a.k, problem.dim, problem.heads_kv, a.kv_box);
-    if (e == cudaSuccess) e = encode(&maps.v, &p.fold_v, a.v, problem.dim_v, problem.heads_kv, a.kv_box);
-    if (e == cudaSuccess && problem.additional > 0) {
-      e = encode.line(&maps.add_k, &p.fold_add_k, a.add_k, problem.dim, Traits::kBlockN);
-      if (e == cudaSuccess)
-        e = encode.line(&maps.add_v, &p.fold_add_v, a.add_v, problem.dim_v, Traits::kBlockN);
-    }
-    if (e != cudaSuccess) return e;
-    p.batch_offset = b;
-    e = cudaMemsetAsync(a.next_work, 0, sizeof(int), stream);
-    if (e != cudaSuccess) return e;
-    if (p.schedule.total > std::numeric_limits<int>::max() / 2) return cudaErrorInvalidConfiguration;
-    const int grid = static_cast<int>(std::min<int64_t>(p.schedule.total, a.num_sms));
-    fwd_kernel<Traits><<<grid, Traits::kThreads, kShared, stream>>>(maps, p);
-    e = cudaGetLastError();
-    if (e != cudaSuccess) return e;
-  }
-  return cudaSuccess;
+  QueryParams params{};
+  params.out = a.out.data;
+  return launch_query_stationary<Traits>(
+      a, std::is_same_v<Tag, bf16>, a.lse, params, stream,
+      [&](const QueryMaps& maps, const QueryParams& p, int grid) {
+        fwd_kernel<Traits><<<grid, Traits::kThreads, kShared, stream>>>(maps, p);
+      });
 }
 
 }  // namespace nearfield::gna

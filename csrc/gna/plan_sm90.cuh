@@ -34,7 +34,8 @@ __device__ void plan_tiles_of_cta(Storage& s, const Params& p, const Box& stayin
     if (!tile.empty()) {
       s.ring_plan.wait_empty(at);
       s.plan[at.stage].template fill<kDirection>(tile, p.problem, staying, tile.batch + p.batch_offset, index,
-                                                 tile.num_visits() * visits_per_tile + extra, lane);
+                                                 tile.num_visits() * visits_per_tile + extra,
+                                                 p.schedule.line > 0, lane);
       if (lane == 0) s.ring_plan.arrive_full(at);
       at.advance();
       s.ring_draw.wait_full(at_draw);

@@ -42,7 +42,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cpu(Tensor dout, Optional
                                                            OptionalTensor additional_k,
                                                            OptionalTensor additional_v, Ints kernel_size,
                                                            Ints stride, Ints dilation, Ints is_causal,
-                                                           double scale) {
+                                                           double scale,
+                                                           bool /*deterministic: always*/) {
   const char* op = "gna_bwd";
   const Problem p =
       check_problem(op, q, k, v, additional_k, additional_v, kernel_size, stride, dilation, is_causal);
@@ -100,7 +101,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(nearfield, m) {
   m.def(
       "gna_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
       "Tensor? additional_k, Tensor? additional_v, int[] kernel_size, int[] stride, int[] dilation, "
-      "int[] is_causal, float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "int[] is_causal, float scale, bool deterministic) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(nearfield, CPU, m) {

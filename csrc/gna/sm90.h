@@ -39,10 +39,12 @@ struct RowStats {
 struct BwdSm90Args {
   Problem problem;
   float scale;
-  Tokens<const void> q, k, v, dout;
+  Tokens<const void> q, k, v, dout, add_k, add_v;
   Tokens<const RowStats> stats;  // [B, X, H]
   Tokens<void> dk, dv;           // [B, X, Hkv, D], [B, X, Hkv, Dv], contiguous
-  float* dq;                     // DqBuffer, zeroed; null: leave dQ to bwd_dq_sm90
+  bool to_additional;            // the keys that stay are the additional tokens; dk and dv are theirs
+  float* dq;                     // bwd_sm90 adds to this DqBuffer; null: dQ is left to bwd_dq_sm90
+  Tokens<void> dq_out;           // [B, X, H, D]: of bwd_dq_sm90
   Box q_box, kv_box;
   int* next_work;
   int num_sms;
@@ -50,6 +52,11 @@ struct BwdSm90Args {
 
 template <class Element, int kHeadDim>
 struct bwd_sm90 {
+  static int run(const BwdSm90Args& args, void* stream);
+};
+
+template <class Element, int kHeadDim>
+struct bwd_dq_sm90 {
   static int run(const BwdSm90Args& args, void* stream);
 };
 
@@ -73,9 +80,9 @@ struct bwd_ends_sm80 {
   // stats = (lse * log2(e), rowsum(dout * out) - dlse) of `rows` rows; all contiguous; dlse may be null.
   static int prepare(const void* dout, const void* out, const float* lse, const float* dlse, RowStats* stats,
                      int64_t rows, int64_t dim_v, void* stream);
-  // dq = scale * buffer, rounded.
+  // dq = scale * buffer (+ dq), rounded.
   static int finish(const Problem& problem, float scale, const float* buffer, const Tokens<void>& dq,
-                    void* stream);
+                    bool accumulate, void* stream);
 };
 
 }  // namespace nearfield::gna

@@ -18,6 +18,9 @@ constexpr FwdTile fwd_tile(int head_dim) {
   return {128, 64, 2, false};                       // 192 KB; O needs 128 registers a thread
 }
 
+// The deterministic gradient of the queries: S and dP at once in registers, Q and dO in shared memory. 128 KB at D = 128.
+constexpr FwdTile dq_tile(int /*head_dim*/) { return {128, 64, 2, false}; }
+
 struct BwdTile {
   int kBlockM;  // queries of a visited tile
   int kBlockN;  // keys that a CTA holds; 64 per consumer warpgroup

@@ -13,12 +13,13 @@ struct StayingTile {
   int batch, head;
   int group[3];  // dilation group: position inside the dilation step
   int first[3];  // first token of the box, as index inside the group
+  int extent[3];  // tokens of the staying operand in the group
   Window window[3];
   TileRun visits[3];  // tiles of the other operand, per dimension
 
   // Groups differ in length by one, so the last tile of a shorter group can be empty.
   __device__ __forceinline__ bool empty() const {
-    return first[0] >= window[0].length || first[1] >= window[1].length || first[2] >= window[2].length;
+    return first[0] >= extent[0] || first[1] >= extent[1] || first[2] >= extent[2];
   }
   __device__ __forceinline__ int num_visits() const {
     return visits[0].count * visits[1].count * visits[2].count;
@@ -69,7 +70,8 @@ struct PlannedTile {
   // Filled by one warp. `index` holds the strides of [B, X, H] in rows.
   template <Direction kDirection, class T>
   __device__ __forceinline__ void fill(const StayingTile& from, const Problem& p, const Box& box,
-                                       int64_t batch, const Tokens<T>& index, int tiles, int lane) {
+                                       int64_t batch, const Tokens<T>& index, int tiles,
+                                       bool all_see_all, int lane) {
     bool outside = false;
     for (int r = lane; r < kRows; r += 32) {
       const int outer = r / box.side[2];
@@ -78,12 +80,13 @@ struct PlannedTile {
       int64_t at = batch * index.batch + from.head * index.head;
 #pragma unroll
       for (int d = 0; d < 3; ++d) {
-        const int i = from.first[d] + coordinate[d], last = from.window[d].length - 1;
+        const int i = from.first[d] + coordinate[d], last = from.extent[d] - 1;
         inside &= i <= last;
         // A row beyond the grid repeats the last token; it is not stored.
         const int clipped = min(i, last);
-        range[r][d] = kDirection == Direction::kForward ? from.window[d].keys(clipped)
-                                                        : from.window[d].queries(clipped);
+        range[r][d] = all_see_all                         ? Range{0, from.window[d].length}
+                      : kDirection == Direction::kForward ? from.window[d].keys(clipped)
+                                                          : from.window[d].queries(clipped);
         at += (from.group[d] + static_cast<int64_t>(p.dilation[d]) * i) * index.x[d];
       }
       row[r] = inside ? at : -1;
@@ -102,7 +105,8 @@ struct PlannedTile {
 struct Schedule {
   int heads;
   int tiles[3];   // staying tiles per dimension of the longest dilation group
-  int64_t total;  // work items; the launcher refuses 2^31 and more
+  int64_t total;  // work items; the launcher refuses 2^30 and more
+  int line = 0;   // > 0: the staying operand is a line of so many additional tokens, seen by the whole grid
 
   Schedule() = default;
   Schedule(const Problem& p, const Box& staying, int64_t num_heads) : heads(static_cast<int>(num_heads)) {
@@ -111,6 +115,11 @@ struct Schedule {
       tiles[d] = (group_length(p.size[d], p.dilation[d], 0) + staying.side[d] - 1) / staying.side[d];
       total *= tiles[d];
     }
+  }
+
+  Schedule(const Problem& p, int additional, int block, int64_t num_heads)
+      : heads(static_cast<int>(num_heads)), tiles{1, 1, (additional + block - 1) / block}, line(additional) {
+    total = p.batch * heads * tiles[2];
   }
 
   // All tiles of one head come before those of the next, so that the CTAs that run together share their
@@ -136,8 +145,15 @@ struct Schedule {
       tile.group[d] = group % p.dilation[d];
       group /= p.dilation[d];
       tile.window[d] = p.axis(d, tile.group[d]);
-      const int last = min(tile.first[d] + staying.side[d], tile.window[d].length) - 1,
-                first = min(tile.first[d], last);
+      const Range all{0, tile.window[d].length};
+      if (line > 0) {
+        tile.extent[d] = d == 2 ? line : 1;
+        tile.visits[d] = cover(all, all, moving.side[d], Placement::kSpan);
+        continue;
+      }
+      tile.extent[d] = tile.window[d].length;
+      const int last = min(tile.first[d] + staying.side[d], tile.extent[d]) - 1;
+      const int first = min(tile.first[d], last);
       tile.visits[d] = kDirection == Direction::kForward
                            ? key_tiles(tile.window[d], first, last, moving.side[d], Placement::kSpan)
                            : query_tiles(tile.window[d], first, last, moving.side[d], Placement::kSpan);

@@ -227,7 +227,7 @@ def _fwd_fake(
 def _bwd_fake(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     additional_k: Tensor | None, additional_v: Tensor | None,
-    kernel_size: list[int], stride: list[int], dilation: list[int], is_causal: list[int], scale: float,
+    kernel_size: list[int], stride: list[int], dilation: list[int], is_causal: list[int], scale: float, deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     shapes = [t.shape if t is not None else (0,) for t in (q, k, v, additional_k, additional_v)]
     dq, dk, dv, add_dk, add_dv = (q.new_empty(shape) for shape in shapes)
@@ -247,8 +247,9 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tenso
             return (None,) * 10
         dout = torch.zeros_like(out)
     dq, dk, dv, add_dk, add_dv = torch.ops.nearfield.gna_bwd(
-        dout, dlse, q, k, v, out, lse, additional_k, additional_v, *ctx.parameters
-    )
+        dout, dlse, q, k, v, out, lse, additional_k, additional_v, *ctx.parameters,
+        torch.are_deterministic_algorithms_enabled(),
+    )  # fmt: skip
     if additional_k is None:
         return dq, dk, dv, *(None,) * 7
     return dq, dk, dv, add_dk, add_dv, *(None,) * 5

@@ -1,0 +1,212 @@
+// What the kernels that hold queries and walk over keys share: the forward and the deterministic gradient of the queries.
+#pragma once
+
+#include "gna/plan_sm90.cuh"
+#include "gna/traits_sm90.cuh"
+
+namespace nearfield::gna {
+
+struct QueryMaps {
+  CUtensorMap q, k, v, add_k, add_v;
+  CUtensorMap dout;  // for the gradient of the queries only
+};
+
+struct QueryParams {
+  Problem problem;
+  Schedule schedule;
+  Box q_box, kv_box;
+  TokenMap fold_q, fold_k, fold_v, fold_add_k, fold_add_v, fold_dout;
+  float scale, scale_log2;
+  int64_t batch_offset;  // of a launch that handles one batch entry (split folding of 3-D problems)
+  void* out;             // O or dQ, [B, X, H, features], contiguous but for the dilation of a launch per group
+  Tokens<float> lse;     // [B, X, H]: its strides count rows of `out` and of the statistics too
+  const RowStats* stats;  // for the gradient of the queries only
+  int* next_work;
+};
+
+// ---- Producers: one thread of warp 0 issues the copies, warp 1 plans ----
+
+template <class Traits>
+__device__ void load(typename Traits::Storage& s, const QueryMaps& maps, const QueryParams& p) {
+  constexpr int kD = Traits::kHeadDim, kM = Traits::kBlockM, kN = Traits::kBlockN;
+  const uint32_t q_bytes = p.q_box.volume() * kD * 2, kv_bytes = p.kv_box.volume() * kD * 2;
+  const int add_tiles = static_cast<int>((p.problem.additional + kN - 1) / kN);
+  const int group_size = static_cast<int>(p.problem.heads_per_kv());
+  const bool box_fills_block = p.kv_box.volume() == kN;
+  RingIndex<1> at_q;
+  RingIndex<Traits::kStages> at_k, at_v;
+
+  follow_plan(s, [&](const StayingTile& tile) {
+    if (threadIdx.x != 0) return;
+    const int window_tiles = tile.num_visits(), num_tiles = window_tiles + add_tiles;
+    const int head_kv = tile.head / group_size;
+
+    const auto load_q = [&] {
+      int x[3];
+      tile.position(p.problem, tile.first, x);
+      s.ring_q.wait_empty(at_q);
+      s.ring_q.expect_bytes(at_q, q_bytes * (Traits::kWithDout ? 2 : 1));
+      load_box<kD, kM>(maps.q, p.fold_q, &s.ring_q.full[0], s.q, x, tile.head, tile.batch);
+      if constexpr (Traits::kWithDout) {
+        load_box<kD, kM>(maps.dout, p.fold_dout, &s.ring_q.full[0], s.dout, x, tile.head, tile.batch);
+      }
+      at_q.advance();
+    };
+    const auto describe = [&](const int (&first)[3], uint32_t tests) {
+      MovingTile& t = s.key_tile[at_k.stage];
+      for (int d = 0; d < 3; ++d) t.first[d] = first[d];
+      t.tests = tests;
+    };
+    const auto load_kv = [&](auto& ring, auto& at, typename Traits::Element* smem, const CUtensorMap& map,
+                             const TokenMap& fold, const int (&x)[3], uint32_t bytes) {
+      ring.expect_bytes(at, bytes);
+      load_box<kD, kN>(map, fold, &ring.full[at.stage], smem + at.stage * kN * kD, x, head_kv, tile.batch);
+      at.advance();
+    };
+
+    // V of a tile is needed one step later than its K, so it is requested after the next K.
+    TileCounter counter;
+    int x_v[3] = {0, 0, 0};
+    allow_draw(s, num_tiles, num_tiles);
+    for (int n = 0; n <= num_tiles; ++n) {
+      if (n > 0) allow_draw(s, num_tiles - n, num_tiles - n + 1);
+      int x[3] = {0, 0, (n - window_tiles) * kN};
+      if (n < num_tiles) s.ring_k.wait_empty(at_k);
+      if (n < window_tiles) {
+        int first[3];
+        uint32_t tests = box_fills_block ? 0 : kTestBox;
+#pragma unroll
+        for (int d = 0; d < 3; ++d) {
+          first[d] = tile.visits[d].origin + counter.n[d] * p.kv_box.side[d];
+          if (!tile.visits[d].is_full(counter.n[d])) tests |= kTestDim0 << d;
+        }
+        tile.position(p.problem, first, x);
+        counter.advance(tile);
+        describe(first, tests);
+        load_kv(s.ring_k, at_k, s.k, maps.k, p.fold_k, x, kv_bytes);
+      } else if (n < num_tiles) {
+        const int valid = static_cast<int>(p.problem.additional) - x[2];
+        describe({valid, 0, 0}, valid < kN ? kTestTail : 0);
+        load_kv(s.ring_k, at_k, s.k, maps.add_k, p.fold_add_k, x, kN * kD * 2);
+      }
+      if (n == 0) load_q();
+      if (n > 0) {
+        s.ring_v.wait_empty(at_v);
+        if (n <= window_tiles) {
+          load_kv(s.ring_v, at_v, s.v, maps.v, p.fold_v, x_v, kv_bytes);
+        } else {
+          load_kv(s.ring_v, at_v, s.v, maps.add_v, p.fold_add_v, x_v, kN * kD * 2);
+        }
+      }
+#pragma unroll
+      for (int d = 0; d < 3; ++d) x_v[d] = x[d];
+    }
+  });
+}
+
+template <class Traits>
+__device__ __forceinline__ void produce(typename Traits::Storage& s, const QueryMaps& maps, const QueryParams& p) {
+  const int warp = threadIdx.x / 32;
+  if (warp == 0) load<Traits>(s, maps, p);
+  if (warp == 1) {
+    const int add_tiles = static_cast<int>((p.problem.additional + Traits::kBlockN - 1) / Traits::kBlockN);
+    plan_tiles_of_cta<Direction::kForward>(s, p, p.q_box, p.kv_box, p.lse, 1, add_tiles);
+  }
+}
+
+// Barriers, mask tables and empty rows, before the roles part.
+template <class Traits>
+__device__ __forceinline__ void prepare_storage(typename Traits::Storage& s, const QueryMaps& maps, const QueryParams& p,
+                                                int zeroed_bytes) {
+  if (threadIdx.x == 0) {
+    if (cast_smem_ptr_to_uint(&s) % kStorageAlignment != 0) __trap();
+    prefetch_map(maps.q);
+    prefetch_map(maps.k);
+    prefetch_map(maps.v);
+    s.ring_q.init(1, Traits::kConsumerWarps);
+    s.ring_k.init(1, Traits::kConsumerWarps);
+    s.ring_v.init(1, Traits::kConsumerWarps);
+    s.ring_draw.init(1, 1);
+    s.ring_plan.init(1, Traits::kConsumerWarps + 1);  // and the loading warp
+    cutlass::arch::fence_barrier_init();
+  }
+  s.mask.build(p.kv_box, threadIdx.x, Traits::kThreads);
+  if (p.q_box.volume() != Traits::kBlockM || p.kv_box.volume() != Traits::kBlockN) {
+    fill_zero(&s, zeroed_bytes, Traits::kThreads);
+  }
+  __syncthreads();
+}
+
+// ---- Consumers ----
+
+// Hides what a thread's two rows must not see in a key tile. Each dimension in which the tile is full drops out.
+template <int kBlockN, class Tensor>
+__device__ __forceinline__ void mask_keys(Tensor& scores, const BoxMask<kBlockN>& table, const Box& box,
+                                          const MovingTile& tile, const Range (&keys)[2][3], int quad) {
+  if (tile.tests == 0) return;
+  if (tile.tests & kTestTail) {
+    CUTE_UNROLL
+    for (int j = 0; j < size<1>(scores); ++j) {
+      if (8 * (j / 2) + 2 * quad + j % 2 >= tile.first[0]) scores(0, j) = scores(1, j) = -INFINITY;
+    }
+    return;
+  }
+  uint32_t visible[2];
+  visible[0] = visible[1] = table.columns(box, quad);
+  CUTE_UNROLL
+  for (int d = 0; d < 3; ++d) {
+    if (!(tile.tests & kTestDim0 << d)) continue;
+    CUTE_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      const Range& k = keys[i][d];
+      visible[i] &= table.interval(box, d, k.begin - tile.first[d], k.end - tile.first[d], quad);
+    }
+  }
+  CUTE_UNROLL
+  for (int i = 0; i < 2; ++i) mask_row(scores, i, visible[i]);
+}
+
+// ---- Launch ----
+
+// Encodes the tensors of `args` (FwdSm90Args or BwdSm90Args) and calls launch(maps, params, grid) once, or once per batch
+// entry where the folding asks for it.
+template <class Traits, class Args, class Launch>
+cudaError_t launch_query_stationary(const Args& a, bool is_bf16, const Tokens<float>& lse, QueryParams p,
+                                    cudaStream_t stream, const Launch& launch) {
+  constexpr int kHeadDim = Traits::kHeadDim;
+  const Problem& problem = a.problem;
+  QueryMaps maps{};
+  p.problem = problem;
+  p.q_box = a.q_box;
+  p.kv_box = a.kv_box;
+  p.scale = a.scale;
+  p.scale_log2 = a.scale * 1.44269504088896341f;
+  p.lse = lse;
+  p.next_work = a.next_work;
+  const Launches launches(problem, kHeadDim);
+  p.problem.batch = launches.batch;
+  p.schedule = Schedule(p.problem, a.q_box, problem.heads);
+  if (p.schedule.total > std::numeric_limits<int>::max() / 2) return cudaErrorInvalidConfiguration;
+  for (int64_t b = 0; b < launches.count; ++b) {
+    const TokenEncoder encode{launches, b, is_bf16, kHeadDim, problem};
+    cudaError_t e = encode(&maps.q, &p.fold_q, a.q, problem.dim, problem.heads, a.q_box);
+    if (e == cudaSuccess) e = encode(&maps.k, &p.fold_k, a.k, problem.dim, problem.heads_kv, a.kv_box);
+    if (e == cudaSuccess) e = encode(&maps.v, &p.fold_v, a.v, problem.dim_v, problem.heads_kv, a.kv_box);
+    if constexpr (Traits::kWithDout) {
+      if (e == cudaSuccess) e = encode(&maps.dout, &p.fold_dout, a.dout, problem.dim_v, problem.heads, a.q_box);
+    }
+    if (e == cudaSuccess && problem.additional > 0) {
+      e = encode.line(&maps.add_k, &p.fold_add_k, a.add_k, problem.dim, Traits::kBlockN);
+      if (e == cudaSuccess) e = encode.line(&maps.add_v, &p.fold_add_v, a.add_v, problem.dim_v, Traits::kBlockN);
+    }
+    if (e == cudaSuccess) e = cudaMemsetAsync(a.next_work, 0, sizeof(int), stream);
+    if (e != cudaSuccess) return e;
+    p.batch_offset = b;
+    launch(maps, p, static_cast<int>(std::min<int64_t>(p.schedule.total, a.num_sms)));
+    e = cudaGetLastError();
+    if (e != cudaSuccess) return e;
+  }
+  return cudaSuccess;
+}
+
+}  // namespace nearfield::gna
