@@ -154,6 +154,12 @@ void enter_group(FwdSm90Args& args, int d, int r, int step) {
   enter_group(args.lse, d, r, step, 4);
 }
 
+void enter_group(BwdSm90Args& args, int d, int r, int step) {
+  for (Tokens<const void>* t : {&args.q, &args.k, &args.v, &args.dout}) enter_group(*t, d, r, step, 2);
+  for (Tokens<void>* t : {&args.dk, &args.dv, &args.dq_out}) enter_group(*t, d, r, step, 2);
+  enter_group(args.stats, d, r, step, sizeof(RowStats));
+}
+
 // Calls run(args) for every launch that the dilation asks for.
 template <class Args, class Run>
 void for_each_launch(const Args& args, int d, const Run& run) {
@@ -220,12 +226,6 @@ std::tuple<Tensor, Tensor> fwd_cuda(Tensor q, Tensor k, Tensor v, OptionalTensor
 }
 
 // ---- Backward ----
-
-void enter_group(BwdSm90Args& args, int d, int r, int step) {
-  for (Tokens<const void>* t : {&args.q, &args.k, &args.v, &args.dout}) enter_group(*t, d, r, step, 2);
-  for (Tokens<void>* t : {&args.dk, &args.dv, &args.dq_out}) enter_group(*t, d, r, step, 2);
-  enter_group(args.stats, d, r, step, sizeof(RowStats));
-}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cuda(Tensor dout, OptionalTensor dlse, Tensor q,
                                                             Tensor k, Tensor v, Tensor out, Tensor lse,
