@@ -39,7 +39,9 @@ def check(case: Case, dtype: torch.dtype, inputs: list[Tensor] | None = None) ->
         # lse is a float32 result of exact 16-bit inputs: hold it to the error of float32 arithmetic.
         if name == "lse":
             e = case.reference([i.detach().float() for i in inputs])[1]
-        assert_accurate(f"{name} of {case} in {dtype}", g, t, e, factor=8.0 if name == "lse" else 2.0)
+        # The logarithm makes an absolute error of the sum's relative one, and that is a few units of ex2.approx.
+        extra = {"factor": 8.0, "scale": 8.0} if name == "lse" else {}
+        assert_accurate(f"{name} of {case} in {dtype}", g, t, e, **extra)
 
 
 CASES = [
