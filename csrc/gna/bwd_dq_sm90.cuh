@@ -1,5 +1,5 @@
-// Gradient of the queries on Hopper, queries staying: the deterministic mode. It recomputes S and dP instead of adding up
-// what the keys' kernel knows, so that every dQ is summed by one warpgroup in a fixed order:
+// Gradient of the queries on Hopper, queries staying: the deterministic mode. It recomputes S and dP instead
+// of adding up what the keys' kernel knows, so that every dQ is summed by one warpgroup in a fixed order:
 //   S = Q K^T, dP = dO V^T, dS = exp2(S - lse) (dP - delta), dQ += dS K.
 // The producers are the forward's.
 #pragma once
@@ -29,7 +29,8 @@ struct DqTraits : HeadTraits<Tag, kHeadDim_> {
                                           Step<_2, _1, _3>{}));
   using Rows = Layout<cute::Shape<Int<kConsumers>, _1, _1>>;
   using MmaS = decltype(make_tiled_mma(
-      GMMA::ss_op_selector<Element, Element, float, cute::Shape<Int<kBlockM>, Int<kBlockN>, Int<kHeadDim>>>(), Rows{}));
+      GMMA::ss_op_selector<Element, Element, float, cute::Shape<Int<kBlockM>, Int<kBlockN>, Int<kHeadDim>>>(),
+      Rows{}));
   using MmaQ = decltype(make_tiled_mma(
       GMMA::rs_op_selector<Element, Element, float, cute::Shape<Int<kBlockM>, Int<kHeadDim>, Int<kBlockN>>,
                            GMMA::Major::K, GMMA::Major::MN>(),
@@ -55,7 +56,8 @@ template <class Traits>
 __device__ void differentiate_queries(typename Traits::Storage& s, const QueryParams& p) {
   using Element = typename Traits::Element;
   constexpr int kM = Traits::kBlockM, kN = Traits::kBlockN, kD = Traits::kHeadDim;
-  const int thread = threadIdx.x - 128, warpgroup = thread / 128, warp = thread / 32, lane = thread % 32, quad = thread % 4;
+  const int thread = threadIdx.x - 128, warpgroup = thread / 128, warp = thread / 32, lane = thread % 32,
+            quad = thread % 4;
   const int first_row = warp * 16 + lane / 4;  // and first_row + 8
 
   Tensor sQ = make_tensor(make_smem_ptr(s.q), typename Traits::LayoutQ{});        // (M, D)
@@ -120,7 +122,8 @@ __device__ void differentiate_queries(typename Traits::Storage& s, const QueryPa
       CUTE_UNROLL
       for (int i = 0; i < 2; ++i) {
         CUTE_UNROLL
-        for (int j = 0; j < size<1>(scores); ++j) dprobs(i, j) = scores(i, j) * (dprobs(i, j) - stats[i].delta);
+        for (int j = 0; j < size<1>(scores); ++j)
+          dprobs(i, j) = scores(i, j) * (dprobs(i, j) - stats[i].delta);
       }
       Tensor ds_view = make_tensor(tSrDp.data(), rDs.layout());
       convert_to(ds_view, rDs);
@@ -134,7 +137,8 @@ __device__ void differentiate_queries(typename Traits::Storage& s, const QueryPa
     const float factor[2] = {p.scale, p.scale};
     scale_rows(dq, factor);
     cutlass::arch::NamedBarrier::sync(128, 1 + warpgroup);
-    store_rows<kD>(s.q + warp * 16 * kD, dq, plan.row + warp * 16, static_cast<Element*>(p.out), p.problem.dim);
+    store_rows<kD>(s.q + warp * 16 * kD, dq, plan.row + warp * 16, static_cast<Element*>(p.out),
+                   p.problem.dim);
     cutlass::arch::fence_view_async_shared();  // the next Q comes through the async proxy
     __syncwarp();
     s.ring_q.release(at_q);
@@ -169,11 +173,11 @@ int bwd_dq_sm90<Tag, kHeadDim>::run(const BwdSm90Args& a, void* stream_) {
   params.out = a.dq_out.data;
   params.stats = a.stats.data;
   const Tokens<float> rows{nullptr, a.stats.batch, {a.stats.x[0], a.stats.x[1], a.stats.x[2]}, a.stats.head};
-  return launch_query_stationary<Traits>(
-      a, std::is_same_v<Tag, bf16>, rows, params, stream,
-      [&](const QueryMaps& maps, const QueryParams& p, int grid) {
-        bwd_dq_kernel<Traits><<<grid, Traits::kThreads, kShared, stream>>>(maps, p);
-      });
+  return launch_query_stationary<Traits>(a, std::is_same_v<Tag, bf16>, rows, params, stream,
+                                         [&](const QueryMaps& maps, const QueryParams& p, int grid) {
+                                           bwd_dq_kernel<Traits>
+                                               <<<grid, Traits::kThreads, kShared, stream>>>(maps, p);
+                                         });
 }
 
 }  // namespace nearfield::gna

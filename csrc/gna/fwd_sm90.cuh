@@ -1,7 +1,7 @@
 // Neighborhood attention forward on Hopper. One producer warp streams boxes of K and V with the bulk tensor
-// copy engine straight from the natural token layout; two warpgroups of consumers hold 64 query rows each and
-// take turns on the tensor cores (while one multiplies, the other does softmax). Inside a warpgroup the
-// product S of the next key tile is issued before O += P V of the current one, so softmax overlaps both.
+// copy engine straight from the natural token layout; two warpgroups of consumers hold 64 query rows each.
+// Inside a warpgroup the product S of the next key tile is issued before O += P V of the current one, so that
+// softmax overlaps both.
 // Persistent CTAs draw query tiles from a counter. Plan, budget and measurements: README.md.
 #pragma once
 
@@ -56,9 +56,6 @@ struct FwdTraits : HeadTraits<Tag, kHeadDim_> {
   static_assert(sizeof(Storage) <= 227 * 1024 - 1024, "a Hopper CTA has 227 KB of shared memory");
 };
 
-// Named barriers; 0 belongs to __syncthreads.
-enum FwdBarrier : int { kTurn0 = 1 };  // kTurn0 + g: warpgroup g may issue to the tensor cores
-
 // ---- Consumers ----
 
 template <class Traits>
@@ -86,20 +83,6 @@ __device__ void attend(typename Traits::Storage& s, const QueryParams& p) {
     Tensor p_view = make_tensor(tSrS.data(), tOrP.layout());
     convert_to(p_view, tOrP);
   };
-
-  // Warpgroups take turns at issuing matrix multiplies, so that one's softmax runs under the other's
-  // products.
-  const auto wait_turn = [&] {
-    if constexpr (Traits::kConsumers > 1)
-      cutlass::arch::NamedBarrier::sync(Traits::kConsumers * 128, kTurn0 + warpgroup);
-  };
-  const auto pass_turn = [&] {
-    if constexpr (Traits::kConsumers > 1) {
-      const int next = warpgroup + 1 == Traits::kConsumers ? 0 : warpgroup + 1;
-      cutlass::arch::NamedBarrier::arrive(Traits::kConsumers * 128, kTurn0 + next);
-    }
-  };
-  if (warpgroup == Traits::kConsumers - 1) pass_turn();
 
   const int first_row = warpgroup * 64 + thread % 128 / 32 * 16 + thread % 32 / 4;  // and first_row + 8
   Range keys[2][3];
@@ -134,11 +117,9 @@ __device__ void attend(typename Traits::Storage& s, const QueryParams& p) {
 
     for (int n = 1; n < num_tiles; ++n) {
       s.ring_k.wait_full(at_k);
-      wait_turn();
       issue_gemm<true>(mma_qk, tSrQ, tSrK(_, _, _, at_k.stage), tSrS);
       s.ring_v.wait_full(at_v);
       issue_gemm<false>(mma_pv, tOrP, tOrV(_, _, _, at_v.stage), tOrO);
-      pass_turn();
       key_tile = s.key_tile[at_k.stage];
       warpgroup_wait<1>();
       s.ring_k.release(at_k);
@@ -168,10 +149,9 @@ __device__ void attend(typename Traits::Storage& s, const QueryParams& p) {
       if (quad == 0 && row >= 0) p.lse.data[row] = lse[i];
     }
     const int warp = thread / 32;
-    // Without a buffer of its own the output goes over the Q rows that this warp alone still reads.
+    // Without a buffer of its own the output goes over the Q rows, once its warpgroup has read them.
     Element* sO = (Traits::kTile.kOwnOutput ? s.o : s.q) + warp * 16 * kD;
-    if constexpr (!Traits::kTile.kOwnOutput)
-      cutlass::arch::NamedBarrier::sync(kM * 2, kTurn0 + Traits::kConsumers);
+    if constexpr (!Traits::kTile.kOwnOutput) cutlass::arch::NamedBarrier::sync(128, 1 + warpgroup);
     store_rows<kD>(sO, outputs, plan.row + warp * 16, static_cast<Element*>(p.out), p.problem.dim_v);
     if constexpr (!Traits::kTile.kOwnOutput) {
       cutlass::arch::fence_view_async_shared();  // the next Q comes through the async proxy
@@ -209,11 +189,11 @@ int fwd_sm90<Tag, kHeadDim>::run(const FwdSm90Args& a, void* stream_) {
   const auto stream = static_cast<cudaStream_t>(stream_);
   QueryParams params{};
   params.out = a.out.data;
-  return launch_query_stationary<Traits>(
-      a, std::is_same_v<Tag, bf16>, a.lse, params, stream,
-      [&](const QueryMaps& maps, const QueryParams& p, int grid) {
-        fwd_kernel<Traits><<<grid, Traits::kThreads, kShared, stream>>>(maps, p);
-      });
+  return launch_query_stationary<Traits>(a, std::is_same_v<Tag, bf16>, a.lse, params, stream,
+                                         [&](const QueryMaps& maps, const QueryParams& p, int grid) {
+                                           fwd_kernel<Traits>
+                                               <<<grid, Traits::kThreads, kShared, stream>>>(maps, p);
+                                         });
 }
 
 }  // namespace nearfield::gna

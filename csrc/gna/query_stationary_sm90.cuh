@@ -1,4 +1,5 @@
-// What the kernels that hold queries and walk over keys share: the forward and the deterministic gradient of the queries.
+// What the kernels that hold queries and walk over keys share: the forward and the deterministic gradient of
+// the queries.
 #pragma once
 
 #include "gna/plan_sm90.cuh"
@@ -18,8 +19,8 @@ struct QueryParams {
   TokenMap fold_q, fold_k, fold_v, fold_add_k, fold_add_v, fold_dout;
   float scale, scale_log2;
   int64_t batch_offset;  // of a launch that handles one batch entry (split folding of 3-D problems)
-  void* out;             // O or dQ, [B, X, H, features], contiguous but for the dilation of a launch per group
-  Tokens<float> lse;     // [B, X, H]: its strides count rows of `out` and of the statistics too
+  void* out;          // O or dQ, [B, X, H, features], contiguous but for the dilation of a launch per group
+  Tokens<float> lse;  // [B, X, H]: its strides count rows of `out` and of the statistics too
   const RowStats* stats;  // for the gradient of the queries only
   int* next_work;
 };
@@ -105,7 +106,8 @@ __device__ void load(typename Traits::Storage& s, const QueryMaps& maps, const Q
 }
 
 template <class Traits>
-__device__ __forceinline__ void produce(typename Traits::Storage& s, const QueryMaps& maps, const QueryParams& p) {
+__device__ __forceinline__ void produce(typename Traits::Storage& s, const QueryMaps& maps,
+                                        const QueryParams& p) {
   const int warp = threadIdx.x / 32;
   if (warp == 0) load<Traits>(s, maps, p);
   if (warp == 1) {
@@ -116,8 +118,8 @@ __device__ __forceinline__ void produce(typename Traits::Storage& s, const Query
 
 // Barriers, mask tables and empty rows, before the roles part.
 template <class Traits>
-__device__ __forceinline__ void prepare_storage(typename Traits::Storage& s, const QueryMaps& maps, const QueryParams& p,
-                                                int zeroed_bytes) {
+__device__ __forceinline__ void prepare_storage(typename Traits::Storage& s, const QueryMaps& maps,
+                                                const QueryParams& p, int zeroed_bytes) {
   if (threadIdx.x == 0) {
     if (cast_smem_ptr_to_uint(&s) % kStorageAlignment != 0) __trap();
     prefetch_map(maps.q);
@@ -139,7 +141,8 @@ __device__ __forceinline__ void prepare_storage(typename Traits::Storage& s, con
 
 // ---- Consumers ----
 
-// Hides what a thread's two rows must not see in a key tile. Each dimension in which the tile is full drops out.
+// Hides what a thread's two rows must not see in a key tile. Each dimension in which the tile is full drops
+// out.
 template <int kBlockN, class Tensor>
 __device__ __forceinline__ void mask_keys(Tensor& scores, const BoxMask<kBlockN>& table, const Box& box,
                                           const MovingTile& tile, const Range (&keys)[2][3], int quad) {
@@ -168,8 +171,8 @@ __device__ __forceinline__ void mask_keys(Tensor& scores, const BoxMask<kBlockN>
 
 // ---- Launch ----
 
-// Encodes the tensors of `args` (FwdSm90Args or BwdSm90Args) and calls launch(maps, params, grid) once, or once per batch
-// entry where the folding asks for it.
+// Encodes the tensors of `args` (FwdSm90Args or BwdSm90Args) and calls launch(maps, params, grid) once, or
+// once per batch entry where the folding asks for it.
 template <class Traits, class Args, class Launch>
 cudaError_t launch_query_stationary(const Args& a, bool is_bf16, const Tokens<float>& lse, QueryParams p,
                                     cudaStream_t stream, const Launch& launch) {
@@ -193,11 +196,13 @@ cudaError_t launch_query_stationary(const Args& a, bool is_bf16, const Tokens<fl
     if (e == cudaSuccess) e = encode(&maps.k, &p.fold_k, a.k, problem.dim, problem.heads_kv, a.kv_box);
     if (e == cudaSuccess) e = encode(&maps.v, &p.fold_v, a.v, problem.dim_v, problem.heads_kv, a.kv_box);
     if constexpr (Traits::kWithDout) {
-      if (e == cudaSuccess) e = encode(&maps.dout, &p.fold_dout, a.dout, problem.dim_v, problem.heads, a.q_box);
+      if (e == cudaSuccess)
+        e = encode(&maps.dout, &p.fold_dout, a.dout, problem.dim_v, problem.heads, a.q_box);
     }
     if (e == cudaSuccess && problem.additional > 0) {
       e = encode.line(&maps.add_k, &p.fold_add_k, a.add_k, problem.dim, Traits::kBlockN);
-      if (e == cudaSuccess) e = encode.line(&maps.add_v, &p.fold_add_v, a.add_v, problem.dim_v, Traits::kBlockN);
+      if (e == cudaSuccess)
+        e = encode.line(&maps.add_v, &p.fold_add_v, a.add_v, problem.dim_v, Traits::kBlockN);
     }
     if (e == cudaSuccess) e = cudaMemsetAsync(a.next_work, 0, sizeof(int), stream);
     if (e != cudaSuccess) return e;

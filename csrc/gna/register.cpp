@@ -42,8 +42,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cpu(Tensor dout, Optional
                                                            OptionalTensor additional_k,
                                                            OptionalTensor additional_v, Ints kernel_size,
                                                            Ints stride, Ints dilation, Ints is_causal,
-                                                           double scale,
-                                                           bool /*deterministic: always*/) {
+                                                           double scale, bool /*deterministic: always*/) {
   const char* op = "gna_bwd";
   const Problem p =
       check_problem(op, q, k, v, additional_k, additional_v, kernel_size, stride, dilation, is_causal);

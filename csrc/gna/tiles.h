@@ -18,7 +18,8 @@ constexpr FwdTile fwd_tile(int head_dim) {
   return {128, 64, 2, false};                       // 192 KB; O needs 128 registers a thread
 }
 
-// The deterministic gradient of the queries: S and dP at once in registers, Q and dO in shared memory. 128 KB at D = 128.
+// The deterministic gradient of the queries: S and dP at once in registers, Q and dO in shared memory. 128 KB
+// at D = 128.
 constexpr FwdTile dq_tile(int /*head_dim*/) { return {128, 64, 2, false}; }
 
 struct BwdTile {

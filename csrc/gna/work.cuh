@@ -11,8 +11,8 @@ namespace nearfield::gna {
 // The tile that a CTA holds.
 struct StayingTile {
   int batch, head;
-  int group[3];  // dilation group: position inside the dilation step
-  int first[3];  // first token of the box, as index inside the group
+  int group[3];   // dilation group: position inside the dilation step
+  int first[3];   // first token of the box, as index inside the group
   int extent[3];  // tokens of the staying operand in the group
   Window window[3];
   TileRun visits[3];  // tiles of the other operand, per dimension
@@ -70,8 +70,8 @@ struct PlannedTile {
   // Filled by one warp. `index` holds the strides of [B, X, H] in rows.
   template <Direction kDirection, class T>
   __device__ __forceinline__ void fill(const StayingTile& from, const Problem& p, const Box& box,
-                                       int64_t batch, const Tokens<T>& index, int tiles,
-                                       bool all_see_all, int lane) {
+                                       int64_t batch, const Tokens<T>& index, int tiles, bool all_see_all,
+                                       int lane) {
     bool outside = false;
     for (int r = lane; r < kRows; r += 32) {
       const int outer = r / box.side[2];
