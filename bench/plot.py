@@ -26,7 +26,7 @@ def main(results: Path) -> None:
         speedups = [row[f"{name}_speedup"] for row in rows]
         axis.barh(at, speedups, height=0.5, color="#2f6fb2", label="nearfield")
         for y, speedup in zip(at, speedups, strict=True):
-            axis.text(speedup, y, f" {speedup:.1f}×", va="center", fontsize=8)
+            axis.text(speedup, y, f" {speedup:.1f}x", va="center", fontsize=8)
         axis.axvline(1, color="#444444", linewidth=0.8)
         axis.set_xscale("log")
         axis.set_title({"fwd": "forward", "bwd": "backward"}[name], loc="left")
