@@ -19,7 +19,9 @@ def main(results: Path) -> None:
     data = json.loads(results.read_text())
     rows = [row for row in data["rows"] if "cudnn_fwd_ms" in row]
     passes = [name for name in ("fwd", "bwd") if all(f"{name}_speedup" in row for row in rows)]
-    figure, axes = plt.subplots(1, len(passes), figsize=(6.5 * len(passes), 0.38 * len(rows) + 1.4), sharey=True)
+    figure, axes = plt.subplots(
+        1, len(passes), figsize=(6.5 * len(passes), 0.38 * len(rows) + 1.4), sharey=True
+    )
     for axis, name in zip([axes] if len(passes) == 1 else axes, passes, strict=True):
         at = range(len(rows))
         axis.barh(at, [row["flop_bound"] for row in rows], color="#e4e7eb", label="bound by arithmetic")
@@ -36,7 +38,9 @@ def main(results: Path) -> None:
     first.set_yticks(range(len(rows)), [row["case"] for row in rows])
     first.invert_yaxis()
     first.legend(loc="lower right", frameon=False, fontsize=8)
-    figure.suptitle(f"Neighborhood attention, bfloat16, {data['gpu']}, commit {data['commit']}", x=0.01, ha="left")
+    figure.suptitle(
+        f"Neighborhood attention, bfloat16, {data['gpu']}, commit {data['commit']}", x=0.01, ha="left"
+    )
     figure.tight_layout()
     figure.savefig(results.with_suffix(".png"), dpi=130)
 
