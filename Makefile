@@ -19,7 +19,7 @@ MAKEFLAGS += --no-print-directory
 
 STAMPS := build/stamps
 # The environment and the switches are part of the name: another torch or switch means another build.
-BUILT := $(STAMPS)/build$(subst /,-,$(VENV))$(NEARFIELD_CUDA)$(subst ;,-,$(NEARFIELD_CUDA_ARCHS))
+BUILT := $(STAMPS)/build$(subst /,-,$(VENV))$(NEARFIELD_CUDA)$(subst ;,-,$(NEARFIELD_CUDA_ARCHS))$(subst ;,-,$(NEARFIELD_FAMILIES))
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cuh csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.def \
                   include/nearfield/*.h include/nearfield/*.cuh)
 PYTHON_FILES := $(shell find python tests bench setup.py -name '*.py' -o -name '*.pyi' 2>/dev/null)

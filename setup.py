@@ -3,6 +3,7 @@
 Environment:
   NEARFIELD_CUDA        1: fail without nvcc; 0: CPU operators only; unset: use nvcc if it is there
   NEARFIELD_CUDA_ARCHS  e.g. "90a" or "80;90a;100a"; unset: the GPUs of this machine, else 90a
+  NEARFIELD_FAMILIES    whose kernels to build, e.g. "delta" or "gna;lla"; unset: all
   CUDA_HOME             where nvcc is, if not in the usual place
   CUTLASS_INCLUDE_DIR   see third_party/README.md
   MAX_JOBS              parallel compile jobs
@@ -61,6 +62,14 @@ def cuda_archs() -> str:
     )
 
 
+def families() -> str:
+    known = sorted(path.parent.name for path in (ROOT / "csrc").glob("*/instances.def"))
+    asked = os.environ.get("NEARFIELD_FAMILIES", "all").replace(",", ";")
+    if unknown := set(asked.split(";")) - {*known, "all"}:
+        sys.exit(f"NEARFIELD_FAMILIES names {', '.join(sorted(unknown))}; known: {', '.join(known)}, all")
+    return asked
+
+
 def cutlass_include() -> Path:
     candidates = [ROOT / "third_party" / "cutlass" / "include"]
     if custom := os.environ.get("CUTLASS_INCLUDE_DIR"):
@@ -104,7 +113,7 @@ class Build(BuildExtension):
         subprocess.check_call([
             "cmake", "-S", str(ROOT), "-B", str(out), "-G", "Ninja",
             f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DCMAKE_CUDA_COMPILER={NVCC}",
-            f"-DNEARFIELD_CUDA_ARCHS={cuda_archs()}", f"-DCUTLASS_INCLUDE_DIR={cutlass_include()}",
+            f"-DNEARFIELD_CUDA_ARCHS={cuda_archs()}", f"-DNEARFIELD_FAMILIES={families()}", f"-DCUTLASS_INCLUDE_DIR={cutlass_include()}",
         ])  # fmt: skip
         subprocess.check_call(["cmake", "--build", str(out), "--target", "nearfield_kernels", "-j", JOBS])
         ext = next(e for e in self.extensions if e.name == "nearfield._C")

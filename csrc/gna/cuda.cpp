@@ -1,5 +1,8 @@
 // nearfield::gna_fwd on CUDA: picks the kernel instance, plans the tiles, splits what one launch cannot do.
 #ifdef NEARFIELD_WITH_CUDA
+#include "nearfield_build.h"
+#endif
+#ifdef NEARFIELD_GNA
 #include <cstring>
 #include <map>
 #include <mutex>
@@ -9,7 +12,6 @@
 #include "gna/tiles.h"
 #include "nearfield/device.h"
 #include "nearfield/tile_plan.h"
-#include "nearfield_build.h"
 
 namespace nearfield::gna {
 namespace {
@@ -28,7 +30,7 @@ struct Instance {
 #define ENTRY(kernel, element, dim) {std::is_same_v<element, bf16>, dim, &kernel<element, dim>::run},
 
 const std::vector<Instance<FwdSm90Args>> kForward = {
-#ifdef NEARFIELD_WITH_SM90
+#ifdef NEARFIELD_GNA_SM90
 #define USE_fwd_sm90(element, dim) ENTRY(fwd_sm90, element, dim)
 #define USE_bwd_sm90(element, dim)
 #define USE_bwd_dq_sm90(element, dim)
@@ -39,7 +41,7 @@ const std::vector<Instance<FwdSm90Args>> kForward = {
 #endif
 };
 const std::vector<Instance<BwdSm90Args>> kBackward = {
-#ifdef NEARFIELD_WITH_SM90
+#ifdef NEARFIELD_GNA_SM90
 #define USE_fwd_sm90(element, dim)
 #define USE_bwd_sm90(element, dim) ENTRY(bwd_sm90, element, dim)
 #include "gna/instances.def"
@@ -48,7 +50,7 @@ const std::vector<Instance<BwdSm90Args>> kBackward = {
 #endif
 };
 const std::vector<Instance<BwdSm90Args>> kQueryGradient = {
-#ifdef NEARFIELD_WITH_SM90
+#ifdef NEARFIELD_GNA_SM90
 #define USE_bwd_sm90(element, dim)
 #define USE_bwd_dq_sm90(element, dim) ENTRY(bwd_dq_sm90, element, dim)
 #include "gna/instances.def"
