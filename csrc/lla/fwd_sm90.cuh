@@ -3,78 +3,10 @@
 // Plan, budgets and measurements: README.md.
 #pragma once
 
-#include <cuda_bf16.h>
-
+#include "lla/rows_sm90.cuh"
 #include "lla/solve_sm90.cuh"
 
 namespace nearfield::lla {
-
-constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
-
-// Two neighboring elements of an output row.
-__device__ __forceinline__ void store_pair(float* at, float a, float b) {
-  *reinterpret_cast<float2*>(at) = float2{a, b};
-}
-__device__ __forceinline__ void store_pair(__nv_bfloat16* at, float a, float b) {
-  *reinterpret_cast<__nv_bfloat162*>(at) = __floats2bfloat162_rn(a, b);
-}
-__device__ __forceinline__ void store_pair(__half* at, float a, float b) {
-  *reinterpret_cast<__half2*>(at) = __floats2half2_rn(a, b);
-}
-
-// Rows of a (64, D) accumulator times a factor to [B, m, Hq, features]; features are a multiple of 8.
-template <class T, class Tile, class Sum>
-__device__ __forceinline__ void store_rows(const Tile& tile, T* out, int features, const Sum& v,
-                                           const float (&factor)[2]) {
-  CUTE_UNROLL
-  for (int i = 0; i < 2; ++i) {
-    if (!tile.inside[i]) continue;
-    T* row = out + tile.output_row(i) * features;
-    CUTE_UNROLL
-    for (int j = 0; j < Tile::kQuads; ++j) {
-      if (8 * j < features)
-        store_pair(row + 8 * j + 2 * tile.quad, v(4 * j + 2 * i) * factor[i], v(4 * j + 2 * i + 1) * factor[i]);
-    }
-  }
-}
-
-template <class Tile, class Sum>
-__device__ __forceinline__ void store_rows_16bit(const Tile& tile, bool is_bf16, void* out, int features,
-                                                 const Sum& v, const float (&factor)[2]) {
-  if (is_bf16) {
-    store_rows(tile, static_cast<__nv_bfloat16*>(out), features, v, factor);
-  } else {
-    store_rows(tile, static_cast<__half*>(out), features, v, factor);
-  }
-}
-
-// The mean keys of a thread's rows in operand units: kept, or read back from the output.
-template <class Traits>
-struct MeanKeys {
-  const QueryTile<Traits>& tile;
-  const float* saved;  // [B, m, Hq, d]
-  float inverse_unit;
-
-  __device__ __forceinline__ float4* kept(int j) const {
-    return &tile.s.kbar[tile.warpgroup][j * 128 + tile.thread % 128];
-  }
-  __device__ __forceinline__ float4 operator()(int j) const {
-    if constexpr (Traits::kSizes.kKeepKbar) {
-      return *kept(j);
-    } else {
-      return load(j);
-    }
-  }
-  __device__ __forceinline__ float4 load(int j) const {
-    float2 v[2] = {};
-    CUTE_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      if (tile.inside[i] && 8 * j < tile.p.d)
-        v[i] = *reinterpret_cast<const float2*>(saved + tile.output_row(i) * tile.p.d + 8 * j + 2 * tile.quad);
-    }
-    return {v[0].x * inverse_unit, v[0].y * inverse_unit, v[1].x * inverse_unit, v[1].y * inverse_unit};
-  }
-};
 
 template <class Traits>
 __device__ __forceinline__ void fwd_consume(typename Traits::Storage& s, const FwdSm90Args& a, const QueryBlock& block) {
@@ -87,10 +19,7 @@ __device__ __forceinline__ void fwd_consume(typename Traits::Storage& s, const F
               v_unit = operand_unit(p.v.largest[kv_head]);
   tile.scale_log2 = p.scale * q_unit * k_unit * kLog2e;
   half* sQ = s.q[tile.warpgroup];
-  tile.copy_tile(sQ, static_cast<const half*>(p.q.tiles) +
-                         (static_cast<int64_t>(q_head) * p.q.tiles_per_head + block.first_row / kTileRows +
-                          tile.warpgroup) *
-                             Traits::kElements);
+  tile.copy_tile(sQ, tile.tile_of(p.q));
   tile.sync();
 
   Tensor v = tile.make_sum();
@@ -157,12 +86,10 @@ __device__ __forceinline__ void fwd_consume(typename Traits::Storage& s, const F
   if (a.solve) {
     // g = q - kbar
     const float q_factor = q_unit / k_unit;
-    const int lane_row = tile.thread % 128 / 32 * 16 + tile.thread % 32 / 4;
     CUTE_UNROLL
     for (int e = 0; e < 4 * kQuads; e += 2) {
       const int i = tile.row_of(e);
-      const float2 q = __half22float2(*reinterpret_cast<const __half2*>(
-          sQ + tile_offset<kD>(lane_row + 8 * i, e / 4 * 8) + 2 * tile.quad));
+      const float2 q = operand_pair(tile, sQ, e);
       const bool sees = omega[i] != 0.f;
       v(e) = sees ? q.x * q_factor - v(e) : 0.f;
       v(e + 1) = sees ? q.y * q_factor - v(e + 1) : 0.f;
@@ -184,46 +111,22 @@ __device__ __forceinline__ void fwd_consume(typename Traits::Storage& s, const F
       a.ratio[tile.output_row(i)] = cg.ratio[i];
     }
   } else {
-    CUTE_UNROLL
-    for (int e = 0; e < 4 * kQuads; ++e) {
-      const int i = tile.row_of(e), column = tile.column_of(e);
-      v(e) = tile.inside[i] && column < p.d ? a.given.row(block.batch, tile.row[i], block.head)[column] * k_unit : 0.f;
-    }
+    load_rows(tile, a.given, k_unit, v);
   }
 
   // ---- Readout: o = sum_j w_ij (1 + x.(k_j - kbar)) v_j / omega, with x in two terms ----
-  float x_unit[2] = {0.f, 0.f}, x_inverse[2], xbar[2] = {0.f, 0.f};
-  CUTE_UNROLL
-  for (int e = 0; e < 4 * kQuads; ++e) x_unit[tile.row_of(e)] = fmaxf(x_unit[tile.row_of(e)], fabsf(v(e)));
-  tile.max_over_row(x_unit);
-  CUTE_UNROLL
-  for (int i = 0; i < 2; ++i) {
-    x_unit[i] = operand_unit(x_unit[i]);
-    x_inverse[i] = 1.f / x_unit[i];
-  }
-  CUTE_UNROLL
-  for (int j = 0; j < kQuads; ++j) {
-    const float4 mean = kbar(j);
-    CUTE_UNROLL
-    for (int e = 4 * j; e < 4 * j + 4; ++e) {
-      const int i = tile.row_of(e);
-      const float x = v(e) * x_inverse[i], high = __half2float(__float2half_rn(x));
-      const float both = high + __half2float(__float2half_rn(x - high));
-      xbar[i] += both * (e % 4 == 0 ? mean.x : e % 4 == 1 ? mean.y : e % 4 == 2 ? mean.z : mean.w);
-    }
-  }
-  tile.add_over_row(xbar);
+  const SplitRows x(tile, v, kbar);
   half *high = reinterpret_cast<half*>(s.r[tile.warpgroup]), *low = high + Traits::kElements;
   tile.sync();  // everyone has read its part of r
-  tile.store_split(high, low, v, x_inverse);
+  x.store(tile, high, low, v);
   tile.sync();
 
   // The weights are divided by the unit of x where that is above one, so that they stay inside the range of fp16.
   float one[2], slope[2], factor[2];
   CUTE_UNROLL
   for (int i = 0; i < 2; ++i) {
-    one[i] = fminf(x_inverse[i], 1.f);
-    slope[i] = x_unit[i] * one[i];
+    one[i] = fminf(x.inverse[i], 1.f);
+    slope[i] = x.unit[i] * one[i];
     factor[i] = v_unit * inverse_omega[i] / one[i];
   }
   Tensor tSrT = tile.make_scores();
@@ -240,7 +143,7 @@ __device__ __forceinline__ void fwd_consume(typename Traits::Storage& s, const F
         CUTE_UNROLL
         for (int e = 0; e < tile.kScores; ++e) {
           const int i = tile.row_of(e);
-          tSrS(e) *= fmaf(tSrT(e) - xbar[i], slope[i], one[i]);
+          tSrS(e) *= fmaf(tSrT(e) - x.mean[i], slope[i], one[i]);
         }
       },
       [] {});
@@ -257,17 +160,6 @@ __device__ __forceinline__ void fwd_produce(typename Traits::Storage& s, const F
   producer.load_keys(block.tiles.begin, block.tiles.end);
   if (a.solve) stream_solve(producer, block.tiles, a.max_iters);
   producer.load_pairs(block.tiles);
-}
-
-template <class Traits>
-__device__ __forceinline__ void prepare_barriers(typename Traits::Storage& s) {
-  if (threadIdx.x == 0) {
-    if (cast_smem_ptr_to_uint(&s) % kStorageAlignment != 0) __trap();
-    s.ring.init(1, Traits::kConsumerWarps);
-    cutlass::arch::ClusterTransactionBarrier::init(&s.bar_verdict, Traits::kConsumerWarps + 1);
-    cutlass::arch::fence_barrier_init();
-  }
-  __syncthreads();
 }
 
 template <class Traits>

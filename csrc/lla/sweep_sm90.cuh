@@ -166,7 +166,7 @@ struct QueryTile {
     const int first = block.first_row + warpgroup * kTileRows;
     CUTE_UNROLL
     for (int i = 0; i < 2; ++i) {
-      row[i] = first + thread % 128 / 32 * 16 + thread % 32 / 4 + 8 * i;
+      row[i] = first + tile_row() + 8 * i;
       inside[i] = row[i] < p.m;
       keys[i] = inside[i] ? p.visible.keys(row[i]) : Range{0, 0};
     }
@@ -221,6 +221,15 @@ struct QueryTile {
     return partition_fragment_C(mma_sum, cute::Shape<_64, Int<kD>>{});
   }
 
+  // This warpgroup's tile of an operand of the queries.
+  __device__ __forceinline__ const half* tile_of(const Operand& operand) const {
+    const int64_t head = static_cast<int64_t>(block.batch) * p.heads + block.head;
+    return static_cast<const half*>(operand.tiles) +
+           (head * operand.tiles_per_head + block.first_row / kTileRows + warpgroup) * Traits::kElements;
+  }
+  // Row, inside the tile, of this thread's first row; the second is 8 below.
+  __device__ __forceinline__ int tile_row() const { return thread % 128 / 32 * 16 + thread % 32 / 4; }
+
   // Copies a (64, D) operand tile of this warpgroup to shared memory; visible to matrix multiplies after sync().
   __device__ __forceinline__ void copy_tile(half* to, const half* from) {
     CUTE_UNROLL
@@ -233,22 +242,6 @@ struct QueryTile {
     cutlass::arch::fence_view_async_shared();
     cutlass::arch::NamedBarrier::sync(128, 1 + warpgroup);
   }
-  // Writes values over unit as two fp16 terms, high + low.
-  template <class Vector>
-  __device__ __forceinline__ void store_split(half* high, half* low, const Vector& values,
-                                              const float (&inverse_unit)[2]) {
-    const int lane_row = thread % 128 / 32 * 16 + thread % 32 / 4;
-    CUTE_UNROLL
-    for (int e = 0; e < kQuads * 4; e += 2) {
-      const int i = row_of(e), where = tile_offset<kD>(lane_row + 8 * i, e / 4 * 8) + 2 * quad;
-      const float a = values(e) * inverse_unit[i], b = values(e + 1) * inverse_unit[i];
-      const __half2 h = __floats2half2_rn(a, b);
-      *reinterpret_cast<__half2*>(high + where) = h;
-      *reinterpret_cast<__half2*>(low + where) =
-          __floats2half2_rn(a - __low2float(h), b - __high2float(h));
-    }
-  }
-
   // ---- Rows ----
 
   __device__ __forceinline__ static void add_over_row(float (&v)[2]) {
@@ -354,6 +347,17 @@ struct QueryTile {
     sums[row_of(e)] += f.x + f.y;
   }
 };
+
+template <class Traits>
+__device__ __forceinline__ void prepare_barriers(typename Traits::Storage& s) {
+  if (threadIdx.x == 0) {
+    if (cast_smem_ptr_to_uint(&s) % kStorageAlignment != 0) __trap();
+    s.ring.init(1, Traits::kConsumerWarps);
+    cutlass::arch::ClusterTransactionBarrier::init(&s.bar_verdict, Traits::kConsumerWarps + 1);
+    cutlass::arch::fence_barrier_init();
+  }
+  __syncthreads();
+}
 
 template <class Kernel>
 cudaError_t allow_shared_memory(Kernel kernel, int bytes) {
