@@ -15,8 +15,8 @@ __device__ __forceinline__ void fwd_consume(typename Traits::Storage& s, const F
   const QueryProblem& p = a.problem;
   Tile tile(s, p, block);
   const int q_head = block.batch * p.heads + block.head, kv_head = block.batch * p.kv_heads + block.kv_head;
-  const float q_unit = operand_unit(p.q.largest[q_head]), k_unit = operand_unit(p.k.largest[kv_head]),
-              v_unit = operand_unit(p.v.largest[kv_head]);
+  const float q_unit = operand_unit(p.q, q_head), k_unit = operand_unit(p.k, kv_head),
+              v_unit = operand_unit(p.v, kv_head);
   tile.scale_log2 = p.scale * q_unit * k_unit * kLog2e;
   half* sQ = s.q[tile.warpgroup];
   tile.copy_tile(sQ, tile.tile_of(p.q));
@@ -152,11 +152,7 @@ __device__ __forceinline__ void fwd_consume(typename Traits::Storage& s, const F
 
 template <class Traits>
 __device__ __forceinline__ void fwd_produce(typename Traits::Storage& s, const FwdSm90Args& a, const QueryBlock& block) {
-  const QueryProblem& p = a.problem;
-  const int64_t kv_head = block.batch * p.kv_heads + block.kv_head;
-  Producer<Traits> producer{
-      s, static_cast<const half*>(p.k.tiles) + kv_head * p.k.tiles_per_head * Traits::kElements,
-      static_cast<const half*>(p.v.tiles) + kv_head * p.v.tiles_per_head * Traits::kElements};
+  Producer<Traits> producer(s, a.problem, block);
   producer.load_keys(block.tiles.begin, block.tiles.end);
   if (a.solve) stream_solve(producer, block.tiles, a.max_iters);
   producer.load_pairs(block.tiles);

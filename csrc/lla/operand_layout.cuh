@@ -26,4 +26,8 @@ __device__ __forceinline__ float operand_unit(float largest) {
   return exponent == 0 || exponent >= 0x7f000000u ? 1.f : 2.f * __uint_as_float(exponent);
 }
 
+__device__ __forceinline__ float operand_unit(const Operand& operand, int head) {
+  return fmaxf(operand_unit(operand.largest[head]), operand.least_unit);
+}
+
 }  // namespace nearfield::lla

@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(256) write_tiles(const __grid_constant__ Opera
   const int tile = blockIdx.x, bh = blockIdx.y;
   if (tile >= s.out.tiles_per_head || bh >= args.batch * s.heads) return;
   constexpr int kPieces = kHeadDim / 8;
-  const float inverse = 1.f / operand_unit(s.out.largest[bh]);
+  const float inverse = 1.f / operand_unit(s.out, bh);
   __half* out = static_cast<__half*>(s.out.tiles) +
                 (static_cast<int64_t>(bh) * s.out.tiles_per_head + tile) * tile_elements(kHeadDim);
 #pragma unroll

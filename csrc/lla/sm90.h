@@ -13,11 +13,12 @@ namespace nearfield::lla {
 
 constexpr int kTileRows = 64;
 
-// Tiles [B, heads, tiles_per_head][64 x compiled head dim]; the true values are tiles * operand_unit(largest).
+// Tiles [B, heads, tiles_per_head][64 x compiled head dim]; the true values are tiles times operand_unit.
 struct Operand {
   void* tiles;     // fp16
   float* largest;  // [B, heads]: largest absolute value
   int tiles_per_head;
+  float least_unit = 0.f;  // the unit is at least this
 };
 
 struct OperandSource {
@@ -66,6 +67,49 @@ struct FwdSm90Args {
 template <int kHeadDim>
 struct fwd_sm90 {
   static int run(const FwdSm90Args& args, void* stream);
+};
+
+// What the gradients of the keys need of a query.
+struct alignas(8) RowSums {
+  float gbar, d;
+};
+struct alignas(16) PairRow {
+  float shift, xbar, rbar, d;  // p = exp2(scaled logit - shift), x.kbar, Gbar + y.kbar, D; in units of the operands
+};
+
+// Units of the backward. Gam'_ij = dO'_i.v'_j of operands is Gam_ij over the units of dO and V: "gam units". Slopes
+// are (k' - kbar').z with z = x times the unit of K. y is kept as minus y times the unit of K, in gam units.
+struct BwdSm90Args {
+  QueryProblem problem;
+  bool solve;          // else y = 0, and the gradient of x is h
+  Ridge<float> ridge;  // if solve
+  float tol;           // if solve
+  int max_iters;       // if solve
+  bool is_bf16;        // of dq, dk, dv
+  Operand d_o;         // two tiles for each block of 128 queries, as Q, x and minus_y
+  View<const float> x;      // [B, m, Hq, d]
+  const float *kbar, *lse;  // [B, m, Hq, d], [B, m, Hq]
+  float* minus_y;           // [B, m, Hq, d] scratch, in gam units; 0 if not solve
+  RowSums* row_sums;        // [B, m, Hq] scratch: in gam units
+  void* dq;                 // [B, m, Hq, d]
+  float* dx;                // [B, m, Hq, d], if not solve
+  float* dlam;              // [B, m, Hq, channels], if solve
+  // For the gradients of the keys:
+  Operand x_tiles, minus_y_tiles;
+  PairRow* pair_rows;  // [B, Hq, tiles of Q, 64] scratch
+  void *dk, *dv;      // [B, n, Hk, d], [B, n, Hk, dv]
+};
+
+// Query-stationary: h, the second solve, dq, dlam, dx.
+template <int kHeadDim>
+struct bwd_query_sm90 {
+  static int run(const BwdSm90Args& args, void* stream);
+};
+
+// Key-stationary: dk, dv.
+template <int kHeadDim>
+struct bwd_key_sm90 {
+  static int run(const BwdSm90Args& args, void* stream);
 };
 
 }  // namespace nearfield::lla

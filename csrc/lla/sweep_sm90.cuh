@@ -109,6 +109,13 @@ struct Producer {
   const half *keys, *values;  // tiles of this head
   uint32_t position = 0;
 
+  __device__ __forceinline__ Producer(typename Traits::Storage& s_, const QueryProblem& p, const QueryBlock& block)
+      : s(s_) {
+    const int64_t head = static_cast<int64_t>(block.batch) * p.kv_heads + block.kv_head;
+    keys = static_cast<const half*>(p.k.tiles) + head * p.k.tiles_per_head * Traits::kElements;
+    values = static_cast<const half*>(p.v.tiles) + head * p.v.tiles_per_head * Traits::kElements;
+  }
+
   __device__ __forceinline__ void load(const half* tile) {
     constexpr int kStages = Traits::kStages, kBytes = Traits::kElements * 2;
     const RingIndex<kStages> at{static_cast<int>(position % kStages), position / kStages % 2};

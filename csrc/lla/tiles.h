@@ -16,4 +16,16 @@ constexpr QueryTileSizes query_tile(int head_dim) {
   return {4, false};
 }
 
+struct KeyTileSizes {
+  int kStages;   // tiles of 64 queries in flight: Q, X, Y and dO
+  int kQueries;  // multiplied at once
+};
+
+// Registers: dK and dV take d a thread, three score tiles and their rounded copies 2.25 kQueries. Shared memory in KB:
+// K, V 32 + stages 96; or 64 + 128.
+constexpr KeyTileSizes key_tile(int head_dim) {
+  if (head_dim <= 64) return {3, 64};
+  return {2, 32};
+}
+
 }  // namespace nearfield::lla
