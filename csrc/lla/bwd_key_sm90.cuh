@@ -1,12 +1,12 @@
-// Backward on Hopper, the pass that holds keys: dk and dv. A CTA keeps 128 keys of one head, 64 per consumer warpgroup,
-// and streams tiles of 64 queries with everything the pair terms need of them; GQA visits the heads of its group in turn.
-// All products are transposed, keys are rows:
+// Backward on Hopper, the pass that holds keys: dk and dv. A CTA keeps 128 keys of one head, 64 per consumer
+// warpgroup, and streams tiles of 64 queries with everything the pair terms need of them; GQA visits the
+// heads of its group in turn. All products are transposed, keys are rows:
 //
 //   S = K Q^T, T = K X^T, R = [V, -K] [dO, Y]^T        a = 1 + x.(k - kbar), r = Gam - Gbar - y.(k - kbar)
 //   dV += (P o a) dO,  dK += scale dS Q + (P o r) X - (P o a) Y      dS = P o (a r - D)
 //
-// The products of the next queries are issued before the sums of these. Units: BwdSm90Args; what varies with the query
-// comes as one PairRow, what varies with the head is a power of two in HeadUnits.
+// The products of the next queries are issued before the sums of these. Units: BwdSm90Args; what varies with
+// the query comes as one PairRow, what varies with the head is a power of two in HeadUnits.
 #pragma once
 
 #include "lla/rows_sm90.cuh"
@@ -23,7 +23,8 @@ template <int kHeadDim>
 __global__ void __launch_bounds__(256) pair_rows_kernel(const __grid_constant__ BwdSm90Args a) {
   constexpr int kLanes = kHeadDim / 8;  // of a row
   const QueryProblem& p = a.problem;
-  const int row = blockIdx.x * (256 / kLanes) + threadIdx.x / kLanes, lane = threadIdx.x % kLanes, head = blockIdx.y;
+  const int row = blockIdx.x * (256 / kLanes) + threadIdx.x / kLanes, lane = threadIdx.x % kLanes,
+            head = blockIdx.y;
   const int rows = p.q.tiles_per_head * kTileRows;  // a multiple of 128
   const int64_t source = (static_cast<int64_t>(head / p.heads) * p.m + row) * p.heads + head % p.heads;
   const float lse = row < p.m ? a.lse[source] : -INFINITY;
@@ -31,8 +32,9 @@ __global__ void __launch_bounds__(256) pair_rows_kernel(const __grid_constant__ 
   if (lse != -INFINITY) {
     const int kv_head = head / p.heads * p.kv_heads + head % p.heads / (p.heads / p.kv_heads);
     const float k_unit = operand_unit(p.k, kv_head), inverse = 1.f / k_unit;
-    const int64_t at = (static_cast<int64_t>(head) * p.q.tiles_per_head + row / kTileRows) * tile_elements(kHeadDim) +
-                       tile_offset<kHeadDim>(row % kTileRows, lane * 8);
+    const int64_t at =
+        (static_cast<int64_t>(head) * p.q.tiles_per_head + row / kTileRows) * tile_elements(kHeadDim) +
+        tile_offset<kHeadDim>(row % kTileRows, lane * 8);
     const uint4 xs = *reinterpret_cast<const uint4*>(static_cast<const __half*>(a.x_tiles.tiles) + at);
     const uint4 ys = *reinterpret_cast<const uint4*>(static_cast<const __half*>(a.minus_y_tiles.tiles) + at);
     float xbar = 0.f, ybar = 0.f;
@@ -118,9 +120,9 @@ struct KeyBlock {
 // The powers of two (and the scale) of one query head.
 struct HeadUnits {
   float scale_log2;
-  float one, slope;           // a' = one + slope (T - xbar), one * a
-  float share, ds, r;         // factors of W = w a', of w (a' r' - d) and of w r'
-  float v_scale;              // of V, so that products with it are in the units of Y
+  float one, slope;            // a' = one + slope (T - xbar), one * a
+  float share, ds, r;          // factors of W = w a', of w (a' r' - d) and of w r'
+  float v_scale;               // of V, so that products with it are in the units of Y
   float dv_factor, dk_factor;  // of the accumulators
 
   __device__ __forceinline__ HeadUnits(const BwdSm90Args& a, int head, int kv_head) {
@@ -160,7 +162,8 @@ __device__ __forceinline__ void bwd_key_produce(typename Traits::Storage& s, con
       for (int i = 0; i < 4; ++i)
         SM90_BULK_COPY_G2S::copy(static_cast<const half*>(operands[i]) + tile * Traits::kElements,
                                  &s.ring.full[at.stage], s.stage[at.stage][i], kBytes);
-      SM90_BULK_COPY_G2S::copy(a.pair_rows + tile * kTileRows, &s.ring.full[at.stage], s.rows[at.stage], kRowBytes);
+      SM90_BULK_COPY_G2S::copy(a.pair_rows + tile * kTileRows, &s.ring.full[at.stage], s.rows[at.stage],
+                               kRowBytes);
       at.advance();
     }
   }
@@ -173,7 +176,8 @@ __device__ __forceinline__ void bwd_key_consume(typename Traits::Storage& s, con
                                                 const KeyBlock& block) {
   constexpr int kD = Traits::kHeadDim, kQueries = Traits::kQueries, kParts = Traits::kParts;
   const QueryProblem& p = a.problem;
-  const int thread = threadIdx.x - 128, warpgroup = __shfl_sync(0xffffffffu, thread / 128, 0), quad = thread % 4;
+  const int thread = threadIdx.x - 128, warpgroup = __shfl_sync(0xffffffffu, thread / 128, 0),
+            quad = thread % 4;
   const int first_key = block.first_key + warpgroup * kTileRows;
   const int first_head = block.batch * p.heads + block.kv_head * block.group;
   const int kv_head = block.batch * p.kv_heads + block.kv_head;
@@ -193,9 +197,9 @@ __device__ __forceinline__ void bwd_key_consume(typename Traits::Storage& s, con
   half *sK_data = s.k[warpgroup], *sV_data = s.v[warpgroup];
   const auto load_tile = [&](half* to, const Operand& operand, float factor) {
     const bool there = first_key / kTileRows < operand.tiles_per_head;
-    const half* from = static_cast<const half*>(operand.tiles) +
-                       (static_cast<int64_t>(kv_head) * operand.tiles_per_head + first_key / kTileRows) *
-                           Traits::kElements;
+    const half* from =
+        static_cast<const half*>(operand.tiles) +
+        (static_cast<int64_t>(kv_head) * operand.tiles_per_head + first_key / kTileRows) * Traits::kElements;
     const __half2 factors = __float2half2_rn(factor);
 #pragma unroll 4
     for (int i = thread % 128; i < Traits::kElements / 8; i += 128) {
@@ -212,19 +216,21 @@ __device__ __forceinline__ void bwd_key_consume(typename Traits::Storage& s, con
   load_tile(sK_data, p.k, 1.f);
   load_tile(sV_data, p.v, units.v_scale);  // again when the head changes
 
-  Tensor sK = make_tensor(make_smem_ptr(sK_data), typename Traits::LayoutK{});            // (keys, D)
-  Tensor sV = make_tensor(make_smem_ptr(sV_data), typename Traits::LayoutK{});            // (keys, D)
-  Tensor sQ = make_tensor(make_smem_ptr(s.stage[0][0]), typename Traits::LayoutQ{});      // (64, D, 4 * stage)
-  Tensor sQt = make_tensor(make_smem_ptr(s.stage[0][0]), typename Traits::LayoutQt{});    // (D, 64, 4 * stage)
-  Tensor sQpart = local_tile(sQ, cute::Shape<Int<kQueries>, Int<kD>>{}, make_coord(_, 0));    // (M, D, part, 4 * stage)
-  Tensor sQtPart = local_tile(sQt, cute::Shape<Int<kD>, Int<kQueries>>{}, make_coord(0, _));  // (D, M, part, 4 * stage)
+  Tensor sK = make_tensor(make_smem_ptr(sK_data), typename Traits::LayoutK{});          // (keys, D)
+  Tensor sV = make_tensor(make_smem_ptr(sV_data), typename Traits::LayoutK{});          // (keys, D)
+  Tensor sQ = make_tensor(make_smem_ptr(s.stage[0][0]), typename Traits::LayoutQ{});    // (64, D, 4 * stage)
+  Tensor sQt = make_tensor(make_smem_ptr(s.stage[0][0]), typename Traits::LayoutQt{});  // (D, 64, 4 * stage)
+  Tensor sQpart =
+      local_tile(sQ, cute::Shape<Int<kQueries>, Int<kD>>{}, make_coord(_, 0));  // (M, D, part, 4 * stage)
+  Tensor sQtPart =
+      local_tile(sQt, cute::Shape<Int<kD>, Int<kQueries>>{}, make_coord(0, _));  // (D, M, part, 4 * stage)
   typename Traits::MmaS mma_s;
   typename Traits::MmaSum mma_sum;
   auto thread_s = mma_s.get_slice(0);
   auto thread_sum = mma_sum.get_slice(0);
   Tensor tSrK = thread_s.partition_fragment_A(sK);
   Tensor tSrV = thread_s.partition_fragment_A(sV);
-  Tensor tSrQ = thread_s.partition_fragment_B(sQpart);      // (MMA, 1, D/16, part, 4 * stage)
+  Tensor tSrQ = thread_s.partition_fragment_B(sQpart);     // (MMA, 1, D/16, part, 4 * stage)
   Tensor tGrQ = thread_sum.partition_fragment_B(sQtPart);  // (MMA, 1, M/16, part, 4 * stage)
   Tensor tSrS = partition_fragment_C(mma_s, cute::Shape<_64, Int<kQueries>>{});
   Tensor tSrT = partition_fragment_C(mma_s, cute::Shape<_64, Int<kQueries>>{});
@@ -317,7 +323,8 @@ __device__ __forceinline__ void bwd_key_consume(typename Traits::Storage& s, con
     issue_products(part);
     issue_sums(part_of_sum);
     warpgroup_wait<4>();
-    weigh((block.tiles.begin + tile) * kTileRows + part * kQueries, s.rows[at_product.stage] + part * kQueries);
+    weigh((block.tiles.begin + tile) * kTileRows + part * kQueries,
+          s.rows[at_product.stage] + part * kQueries);
     warpgroup_fence_operand(tSrS);  // keeps the weights above the wait, under the sums
     warpgroup_fence_operand(tSrT);
     warpgroup_fence_operand(tSrR);
@@ -343,7 +350,8 @@ __device__ __forceinline__ void bwd_key_consume(typename Traits::Storage& s, con
     CUTE_UNROLL
     for (int i = 0; i < 2; ++i) {
       if (key[i] >= p.n) continue;
-      auto* row = out + ((static_cast<int64_t>(block.batch) * p.n + key[i]) * p.kv_heads + block.kv_head) * features;
+      auto* row =
+          out + ((static_cast<int64_t>(block.batch) * p.n + key[i]) * p.kv_heads + block.kv_head) * features;
       CUTE_UNROLL
       for (int j = 0; j < kD / 8; ++j) {
         if (8 * j < features)

@@ -1,6 +1,6 @@
-// Backward on Hopper, the passes that hold queries: h = sum_j p_ij (Gam_ij - Gbar_i) k_j, the second solve y = A^-1 h,
-// and dq. Every row is written by its own CTA, so there is nothing to reduce and the result is the same bit for bit.
-// The roles, the storage and the sweeps are those of the forward. Units: BwdSm90Args.
+// Backward on Hopper, the passes that hold queries: h = sum_j p_ij (Gam_ij - Gbar_i) k_j, the second solve y
+// = A^-1 h, and dq. Every row is written by its own CTA, so there is nothing to reduce and the result is the
+// same bit for bit. The roles, the storage and the sweeps are those of the forward. Units: BwdSm90Args.
 #pragma once
 
 #include "lla/rows_sm90.cuh"
@@ -8,7 +8,8 @@
 
 namespace nearfield::lla {
 
-// The row maximum is not saved. Weights are p times this, so that rows of up to 2^16 keys stay above the underflow of fp16.
+// The row maximum is not saved. Weights are p times this, so that rows of up to 2^16 keys stay above the
+// underflow of fp16.
 constexpr float kWeightUnit = 64.f, kWeightLog2 = 6.f;
 
 template <class Traits>
@@ -19,11 +20,14 @@ __device__ __forceinline__ void bwd_query_consume(typename Traits::Storage& s, c
   const QueryProblem& p = a.problem;
   Tile tile(s, p, block);
   const int q_head = block.batch * p.heads + block.head, kv_head = block.batch * p.kv_heads + block.kv_head;
-  const float k_unit = operand_unit(p.k, kv_head), gam_unit = operand_unit(a.d_o, q_head) * operand_unit(p.v, kv_head);
+  const float k_unit = operand_unit(p.k, kv_head),
+              gam_unit = operand_unit(a.d_o, q_head) * operand_unit(p.v, kv_head);
   tile.scale_log2 = p.scale * operand_unit(p.q, q_head) * k_unit * kLog2e;
   half* sQ = s.q[tile.warpgroup];
-  half *sX = reinterpret_cast<half*>(s.r[tile.warpgroup]), *sXlow = sX + Traits::kElements;  // of the last sweep
-  half *sY = reinterpret_cast<half*>(s.x[tile.warpgroup]), *sDo = sY + Traits::kElements;    // dO of the first as well
+  half *sX = reinterpret_cast<half*>(s.r[tile.warpgroup]),
+       *sXlow = sX + Traits::kElements;  // of the last sweep
+  half *sY = reinterpret_cast<half*>(s.x[tile.warpgroup]),
+       *sDo = sY + Traits::kElements;  // dO of the first as well
   tile.copy_tile(sQ, tile.tile_of(p.q));
   tile.copy_tile(sDo, tile.tile_of(a.d_o));
   tile.sync();
@@ -79,7 +83,8 @@ __device__ __forceinline__ void bwd_query_consume(typename Traits::Storage& s, c
       [] {});
   tile.add_over_row(gbar);
   tile.add_over_row(row_sum);
-  // sum_j E_ij (k_j - kbar) is h whatever constant is taken off Gam. It is solved for over a power of two per row.
+  // sum_j E_ij (k_j - kbar) is h whatever constant is taken off Gam. It is solved for over a power of two per
+  // row.
   CUTE_UNROLL
   for (int j = 0; j < kQuads; ++j) {
     const float4 mean = kbar(j);
@@ -105,7 +110,8 @@ __device__ __forceinline__ void bwd_query_consume(typename Traits::Storage& s, c
 
   // ---- y; D_i = lam_i x_i.y_i + x_i.e_i, or x_i.h_i for a given x ----
   const RowRidge ridge = a.solve ? load_ridge(tile, a.ridge, lse, k_unit) : RowRidge{};
-  ConjugateGradient<Traits, MeanKeys<Traits>> cg{tile, kbar, ridge, {1.f / kWeightUnit, 1.f / kWeightUnit}, 0.f};
+  ConjugateGradient<Traits, MeanKeys<Traits>> cg{
+      tile, kbar, ridge, {1.f / kWeightUnit, 1.f / kWeightUnit}, 0.f};
   if (a.solve) {
     solve(tile, cg, v, a.tol, a.max_iters);
   } else {
@@ -152,7 +158,8 @@ __device__ __forceinline__ void bwd_query_consume(typename Traits::Storage& s, c
     a.row_sums[tile.output_row(i)] = {gbar[i] * d_unit[i], d_sum[i] * d_unit[i]};
   }
 
-  // ---- dq = scale sum_j dS_ij k_j + y; dS = p (a r - D), where r is one chain of products [dO, -y] [V, K]^T ----
+  // ---- dq = scale sum_j dS_ij k_j + y; dS = p (a r - D), where r is one chain of products [dO, -y] [V, K]^T
+  // ----
   const SplitRows x(tile, v, kbar);
   tile.sync();  // everyone has read its part of the residual
   x.store(tile, sX, sXlow, v);
@@ -240,7 +247,8 @@ __device__ __forceinline__ void bwd_query_consume(typename Traits::Storage& s, c
       const int i = tile.row_of(e);
       float2 minus_y{0.f, 0.f};
       if (tile.inside[i] && 8 * j < p.d)
-        minus_y = *reinterpret_cast<const float2*>(a.minus_y + tile.output_row(i) * p.d + 8 * j + 2 * tile.quad);
+        minus_y =
+            *reinterpret_cast<const float2*>(a.minus_y + tile.output_row(i) * p.d + 8 * j + 2 * tile.quad);
       v(e) = (v(e) - row_sum[i] * (i == 0 ? mean.x : mean.z)) * dq_factor[i] + minus_y.x * y_factor;
       v(e + 1) = (v(e + 1) - row_sum[i] * (i == 0 ? mean.y : mean.w)) * dq_factor[i] + minus_y.y * y_factor;
     }

@@ -25,7 +25,7 @@ T* data_of(const Tensor& t) {
 }
 
 inline void check_inputs(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
-                  const std::optional<int64_t>& window) {
+                         const std::optional<int64_t>& window) {
   check_shape(op, "q", q, {-1, -1, -1, -1});
   check_shape(op, "k", k, {q.sizes()[0], -1, -1, q.sizes()[3]});
   check_shape(op, "v", v, {q.sizes()[0], k.sizes()[1], k.sizes()[2], -1});
@@ -43,7 +43,7 @@ inline void check_inputs(const char* op, const Tensor& q, const Tensor& k, const
 
 // A float tensor of the computation, of the given shape.
 inline void check_statistic(const char* op, const char* name, const Tensor& t, const Tensor& q,
-                     const std::vector<int64_t>& shape) {
+                            const std::vector<int64_t>& shape) {
   check_shape(op, name, t, shape);
   check_dtype(op, name, t, q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float);
   check_same_device(op, name, t, q);

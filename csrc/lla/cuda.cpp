@@ -95,10 +95,14 @@ class Operands {
     memory_.push_back(new_empty(like_, {size[0], size[2]}, ScalarType::Float));
     const Operand out{memory_[memory_.size() - 2].mutable_data_ptr(), data_of<float>(memory_.back()),
                       static_cast<int>(tiles), least_unit};
-    args_.source[args_.count++] = {t.const_data_ptr(),           stride[0],
-                                   stride[1],                    stride[2],
-                                   static_cast<int>(size[1]),    static_cast<int>(size[2]),
-                                   static_cast<int>(size[3]),    out};
+    args_.source[args_.count++] = {t.const_data_ptr(),
+                                   stride[0],
+                                   stride[1],
+                                   stride[2],
+                                   static_cast<int>(size[1]),
+                                   static_cast<int>(size[2]),
+                                   static_cast<int>(size[3]),
+                                   out};
     return out;
   }
 
@@ -118,8 +122,9 @@ class Operands {
   std::vector<Tensor> memory_;
 };
 
-QueryProblem make_query_problem(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, double scale,
-                                bool is_causal, const std::optional<int64_t>& window, Operands& operands) {
+QueryProblem make_query_problem(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
+                                double scale, bool is_causal, const std::optional<int64_t>& window,
+                                Operands& operands) {
   const auto s = q.sizes();
   QueryProblem p{};
   p.batch = static_cast<int>(s[0]), p.m = static_cast<int>(s[1]), p.heads = static_cast<int>(s[2]);
@@ -220,19 +225,21 @@ ProbeFwd probe_fwd_cuda(const Tensor& q_, const Tensor& x_, const Tensor& k_, co
 // Both backwards; lam is null for the readout alone. Returns dq, dx (if not solve), dk, dv, dlam (if solve).
 std::array<Tensor, 5> backward(const char* op, const Tensor& d_o_, const Tensor& q_, const Tensor& k_,
                                const Tensor& v_, const Tensor* lam, const Tensor& x_, const Tensor& kbar_,
-                               const Tensor& lse_, double scale, bool is_causal, std::optional<int64_t> window,
-                               bool absolute, double tol, int64_t max_iters) {
+                               const Tensor& lse_, double scale, bool is_causal,
+                               std::optional<int64_t> window, bool absolute, double tol, int64_t max_iters) {
   check_inputs(op, q_, k_, v_, window);
   check_saved(op, q_, v_, d_o_, x_, kbar_, lse_);
   if (lam) check_lam(op, *lam, q_);
   torch::stable::accelerator::DeviceGuard guard(q_.get_device_index());
   const Instance<BwdSm90Args>& of_queries = pick(op, kBackwardOfQueries, q_, v_);
   const Instance<BwdSm90Args>& of_keys = pick(op, kBackwardOfKeys, q_, v_);
-  const Tensor q = dense_rows(q_), k = dense_rows(k_), v = dense_rows(v_), d_o = dense_rows(d_o_), x = dense_rows(x_);
+  const Tensor q = dense_rows(q_), k = dense_rows(k_), v = dense_rows(v_), d_o = dense_rows(d_o_),
+               x = dense_rows(x_);
   const Tensor kbar = torch::stable::contiguous(kbar_), lse = torch::stable::contiguous(lse_);
   const auto s = q.sizes();
   const auto dtype = q.scalar_type();
-  std::array<Tensor, 5> out{new_empty(q, shape_of(q)), new_empty(q, lam ? std::vector<int64_t>{0} : shape_of(q), ScalarType::Float),
+  std::array<Tensor, 5> out{new_empty(q, shape_of(q)),
+                            new_empty(q, lam ? std::vector<int64_t>{0} : shape_of(q), ScalarType::Float),
                             new_empty(q, shape_of(k)), new_empty(q, shape_of(v)),
                             new_empty(q, lam ? shape_of(*lam) : std::vector<int64_t>{0}, ScalarType::Float)};
   auto& [dq, dx, dk, dv, dlam] = out;
@@ -279,8 +286,8 @@ using Grads = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 Grads bwd_cuda(const Tensor& d_o, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lam,
                const Tensor& x, const Tensor& kbar, const Tensor& lse, double scale, bool is_causal,
                std::optional<int64_t> window, bool absolute, double tol, int64_t max_iters) {
-  auto [dq, none, dk, dv, dlam] =
-      backward("lla_bwd", d_o, q, k, v, &lam, x, kbar, lse, scale, is_causal, window, absolute, tol, max_iters);
+  auto [dq, none, dk, dv, dlam] = backward("lla_bwd", d_o, q, k, v, &lam, x, kbar, lse, scale, is_causal,
+                                           window, absolute, tol, max_iters);
   return {dq, dk, dv, dlam};
 }
 

@@ -1,6 +1,6 @@
-// Forward on Hopper: statistics, solve (or a given x), readout, for 128 queries of one head per CTA. Two consumer
-// warpgroups hold 64 queries each and all their vectors; one producer thread streams the keys once per pass.
-// Plan, budgets and measurements: README.md.
+// Forward on Hopper: statistics, solve (or a given x), readout, for 128 queries of one head per CTA. Two
+// consumer warpgroups hold 64 queries each and all their vectors; one producer thread streams the keys once
+// per pass. Plan, budgets and measurements: README.md.
 #pragma once
 
 #include "lla/rows_sm90.cuh"
@@ -9,7 +9,8 @@
 namespace nearfield::lla {
 
 template <class Traits>
-__device__ __forceinline__ void fwd_consume(typename Traits::Storage& s, const FwdSm90Args& a, const QueryBlock& block) {
+__device__ __forceinline__ void fwd_consume(typename Traits::Storage& s, const FwdSm90Args& a,
+                                            const QueryBlock& block) {
   constexpr int kD = Traits::kHeadDim, kQuads = Traits::kQuads;
   using Tile = QueryTile<Traits>;
   const QueryProblem& p = a.problem;
@@ -95,7 +96,8 @@ __device__ __forceinline__ void fwd_consume(typename Traits::Storage& s, const F
       v(e + 1) = sees ? q.y * q_factor - v(e + 1) : 0.f;
     }
     const RowRidge ridge = load_ridge(tile, a.ridge, lse, k_unit);
-    ConjugateGradient<Traits, MeanKeys<Traits>> cg{tile, kbar, ridge, {inverse_omega[0], inverse_omega[1]}, 1.f};
+    ConjugateGradient<Traits, MeanKeys<Traits>> cg{
+        tile, kbar, ridge, {inverse_omega[0], inverse_omega[1]}, 1.f};
     solve(tile, cg, v, a.tol, a.max_iters);
     CUTE_UNROLL
     for (int j = 0; j < kQuads; ++j) {
@@ -121,7 +123,8 @@ __device__ __forceinline__ void fwd_consume(typename Traits::Storage& s, const F
   x.store(tile, high, low, v);
   tile.sync();
 
-  // The weights are divided by the unit of x where that is above one, so that they stay inside the range of fp16.
+  // The weights are divided by the unit of x where that is above one, so that they stay inside the range of
+  // fp16.
   float one[2], slope[2], factor[2];
   CUTE_UNROLL
   for (int i = 0; i < 2; ++i) {
@@ -151,7 +154,8 @@ __device__ __forceinline__ void fwd_consume(typename Traits::Storage& s, const F
 }
 
 template <class Traits>
-__device__ __forceinline__ void fwd_produce(typename Traits::Storage& s, const FwdSm90Args& a, const QueryBlock& block) {
+__device__ __forceinline__ void fwd_produce(typename Traits::Storage& s, const FwdSm90Args& a,
+                                            const QueryBlock& block) {
   Producer<Traits> producer(s, a.problem, block);
   producer.load_keys(block.tiles.begin, block.tiles.end);
   if (a.solve) stream_solve(producer, block.tiles, a.max_iters);

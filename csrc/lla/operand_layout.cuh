@@ -1,5 +1,6 @@
-// The layout of one operand tile, 64 rows x kHeadDim fp16: chunks of 64 (32) features, each [64 rows][one swizzle span].
-// Inside a span pieces of 16 bytes are permuted by the row. It is what WGMMA reads as K-major rows, or transposed.
+// The layout of one operand tile, 64 rows x kHeadDim fp16: chunks of 64 (32) features, each [64 rows][one
+// swizzle span]. Inside a span pieces of 16 bytes are permuted by the row. It is what WGMMA reads as K-major
+// rows, or transposed.
 #pragma once
 
 #include <cuda_fp16.h>

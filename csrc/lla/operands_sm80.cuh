@@ -1,4 +1,5 @@
-// Writes the operands of the Hopper kernels: the largest value of each head, then fp16 tiles over a power of two.
+// Writes the operands of the Hopper kernels: the largest value of each head, then fp16 tiles over a power of
+// two.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -17,8 +18,8 @@ using source_t = std::conditional_t<std::is_same_v<Tag, bf16>, __nv_bfloat16,
 template <class T>
 __device__ __forceinline__ void load_piece(const OperandSource& s, int b, int row, int h, int column,
                                            float (&out)[8]) {
-  const T* at = static_cast<const T*>(s.data) + b * s.batch_stride + row * s.row_stride +
-                h * s.head_stride + column;
+  const T* at =
+      static_cast<const T*>(s.data) + b * s.batch_stride + row * s.row_stride + h * s.head_stride + column;
   const bool inside = row < s.rows;
   if (inside && column + 8 <= s.features && reinterpret_cast<uintptr_t>(at) % 16 == 0) {
     constexpr int kWords = sizeof(T) / 2;
@@ -29,8 +30,7 @@ __device__ __forceinline__ void load_piece(const OperandSource& s, int b, int ro
     for (int i = 0; i < 8; ++i) out[i] = static_cast<float>(reinterpret_cast<const T*>(words)[i]);
   } else {
 #pragma unroll
-    for (int i = 0; i < 8; ++i)
-      out[i] = inside && column + i < s.features ? static_cast<float>(at[i]) : 0.f;
+    for (int i = 0; i < 8; ++i) out[i] = inside && column + i < s.features ? static_cast<float>(at[i]) : 0.f;
   }
 }
 
@@ -49,7 +49,8 @@ __global__ void __launch_bounds__(256) find_largest(const __grid_constant__ Oper
     float v[8];
     load_piece<T>(s, bh / s.heads, first + i / kPieces, bh % s.heads, i % kPieces * 8, v);
 #pragma unroll
-    for (int e = 0; e < 8; ++e) largest = fmaxf(largest, fabsf(v[e]));  // NaN drops out here, not from the tiles
+    for (int e = 0; e < 8; ++e)
+      largest = fmaxf(largest, fabsf(v[e]));  // NaN drops out here, not from the tiles
   }
   for (int o = 16; o > 0; o /= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, o));
   // Non-negative floats are ordered as integers.

@@ -31,7 +31,8 @@ __device__ __forceinline__ void store_rows(const Tile& tile, T* out, int feature
     CUTE_UNROLL
     for (int j = 0; j < Tile::kQuads; ++j) {
       if (8 * j < features)
-        store_pair(row + 8 * j + 2 * tile.quad, v(4 * j + 2 * i) * factor[i], v(4 * j + 2 * i + 1) * factor[i]);
+        store_pair(row + 8 * j + 2 * tile.quad, v(4 * j + 2 * i) * factor[i],
+                   v(4 * j + 2 * i + 1) * factor[i]);
     }
   }
 }
@@ -55,7 +56,8 @@ __device__ __forceinline__ float2 operand_pair(const Tile& tile, const half* ope
 
 // Rows of a [B, m, Hq, d] tensor times a factor, 0 beyond it, in the order of an accumulator.
 template <class Tile, class Sum>
-__device__ __forceinline__ void load_rows(const Tile& tile, const View<const float>& from, float factor, Sum& v) {
+__device__ __forceinline__ void load_rows(const Tile& tile, const View<const float>& from, float factor,
+                                          Sum& v) {
   CUTE_UNROLL
   for (int i = 0; i < 2; ++i) {
     const float* row = tile.inside[i] ? from.row(tile.block.batch, tile.row[i], tile.block.head) : nullptr;
@@ -91,14 +93,15 @@ struct MeanKeys {
     CUTE_UNROLL
     for (int i = 0; i < 2; ++i) {
       if (tile.inside[i] && 8 * j < tile.p.d)
-        v[i] = *reinterpret_cast<const float2*>(saved + tile.output_row(i) * tile.p.d + 8 * j + 2 * tile.quad);
+        v[i] =
+            *reinterpret_cast<const float2*>(saved + tile.output_row(i) * tile.p.d + 8 * j + 2 * tile.quad);
     }
     return {v[0].x * inverse_unit, v[0].y * inverse_unit, v[1].x * inverse_unit, v[1].y * inverse_unit};
   }
 };
 
-// A (64, D) vector as a left operand in two fp16 terms over a power of two per row, and its product with kbar, taken
-// from what was rounded.
+// A (64, D) vector as a left operand in two fp16 terms over a power of two per row, and its product with
+// kbar, taken from what was rounded.
 struct SplitRows {
   float unit[2], inverse[2], mean[2];
 
@@ -144,8 +147,7 @@ struct SplitRows {
       const float a = v(e) * inverse[i], b = v(e + 1) * inverse[i];
       const __half2 h = __floats2half2_rn(a, b);
       *reinterpret_cast<__half2*>(high + where) = h;
-      *reinterpret_cast<__half2*>(low + where) =
-          __floats2half2_rn(a - __low2float(h), b - __high2float(h));
+      *reinterpret_cast<__half2*>(low + where) = __floats2half2_rn(a - __low2float(h), b - __high2float(h));
     }
   }
 };

@@ -1,9 +1,9 @@
 // The contract between cuda.cpp, which knows tensors, and the Hopper kernels, which do not.
 //
-// The kernels never see the caller's q, k, v and dO. A first kernel writes each of them as 16-bit operands: fp16
-// times one power of two per head, rows in tiles of 64 that already have the layout of shared memory, features
-// padded with zeros to the compiled head dim. A tile is one contiguous block, and the other kernels need
-// neither element types nor strides.
+// The kernels never see the caller's q, k, v and dO. A first kernel writes each of them as 16-bit operands:
+// fp16 times one power of two per head, rows in tiles of 64 that already have the layout of shared memory,
+// features padded with zeros to the compiled head dim. A tile is one contiguous block, and the other kernels
+// need neither element types nor strides.
 #pragma once
 
 #include "lla/lla.h"
@@ -74,19 +74,21 @@ struct alignas(8) RowSums {
   float gbar, d;
 };
 struct alignas(16) PairRow {
-  float shift, xbar, rbar, d;  // p = exp2(scaled logit - shift), x.kbar, Gbar + y.kbar, D; in units of the operands
+  float shift, xbar, rbar,
+      d;  // p = exp2(scaled logit - shift), x.kbar, Gbar + y.kbar, D; in units of the operands
 };
 
-// Units of the backward. Gam'_ij = dO'_i.v'_j of operands is Gam_ij over the units of dO and V: "gam units". Slopes
-// are (k' - kbar').z with z = x times the unit of K. y is kept as minus y times the unit of K, in gam units.
+// Units of the backward. Gam'_ij = dO'_i.v'_j of operands is Gam_ij over the units of dO and V: "gam units".
+// Slopes are (k' - kbar').z with z = x times the unit of K. y is kept as minus y times the unit of K, in gam
+// units.
 struct BwdSm90Args {
   QueryProblem problem;
-  bool solve;          // else y = 0, and the gradient of x is h
-  Ridge<float> ridge;  // if solve
-  float tol;           // if solve
-  int max_iters;       // if solve
-  bool is_bf16;        // of dq, dk, dv
-  Operand d_o;         // two tiles for each block of 128 queries, as Q, x and minus_y
+  bool solve;               // else y = 0, and the gradient of x is h
+  Ridge<float> ridge;       // if solve
+  float tol;                // if solve
+  int max_iters;            // if solve
+  bool is_bf16;             // of dq, dk, dv
+  Operand d_o;              // two tiles for each block of 128 queries, as Q, x and minus_y
   View<const float> x;      // [B, m, Hq, d]
   const float *kbar, *lse;  // [B, m, Hq, d], [B, m, Hq]
   float* minus_y;           // [B, m, Hq, d] scratch, in gam units; 0 if not solve
@@ -97,7 +99,7 @@ struct BwdSm90Args {
   // For the gradients of the keys:
   Operand x_tiles, minus_y_tiles;
   PairRow* pair_rows;  // [B, Hq, tiles of Q, 64] scratch
-  void *dk, *dv;      // [B, n, Hk, d], [B, n, Hk, dv]
+  void *dk, *dv;       // [B, n, Hk, d], [B, n, Hk, dv]
 };
 
 // Query-stationary: h, the second solve, dq, dlam, dx.

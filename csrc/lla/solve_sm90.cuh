@@ -1,8 +1,10 @@
-// Conjugate gradients for the 64 rows of a consumer warpgroup, each row a system of its own (README.md, cpu_solve.h).
+// Conjugate gradients for the 64 rows of a consumer warpgroup, each row a system of its own (README.md,
+// cpu_solve.h).
 //
-// The direction is rounded to fp16 (over a power of two per row) and *is* that rounded vector: x and r take steps along
-// what the matrix product saw, so r stays the residual of x, and the step alpha = r.p / p.A p is the best along it. It
-// lives in registers as the left operand of its products; r and x live in shared memory.
+// The direction is rounded to fp16 (over a power of two per row) and *is* that rounded vector: x and r take
+// steps along what the matrix product saw, so r stays the residual of x, and the step alpha = r.p / p.A p is
+// the best along it. It lives in registers as the left operand of its products; r and x live in shared
+// memory.
 #pragma once
 
 #include "lla/sweep_sm90.cuh"
@@ -26,9 +28,10 @@ struct RowRidge {
 
 // lam_i, or lam_i exp(-lse_i) for an absolute ridge, over key_unit^2. A row without keys gets 1.
 template <class Tile>
-__device__ __forceinline__ RowRidge load_ridge(const Tile& tile, const Ridge<float>& ridge, const float (&lse)[2],
-                                               float key_unit) {
-  constexpr float kLargest = 1e25f;  // exp(-lse) may overflow; a ridge this large already is softmax attention
+__device__ __forceinline__ RowRidge load_ridge(const Tile& tile, const Ridge<float>& ridge,
+                                               const float (&lse)[2], float key_unit) {
+  constexpr float kLargest =
+      1e25f;  // exp(-lse) may overflow; a ridge this large already is softmax attention
   RowRidge out;
   out.per_channel = ridge.channels > 1;
   out.channel_stride = ridge.stride[3];
@@ -61,17 +64,21 @@ struct ConjugateGradient {
   float unit_of_acc;       // 1: error relative to the size of the weights, 0: to x itself
 
   Direction direction;
-  float unit[2];   // the direction is unit * direction
-  float pbar[2];   // direction . kbar
-  float rp[2];     // r . direction
+  float unit[2];  // the direction is unit * direction
+  float pbar[2];  // direction . kbar
+  float rp[2];    // r . direction
   float rz[2], acc[2], ratio[2];
   int iterations[2];
   bool live[2];
 
   static constexpr float kExhausted = 1.1754944e-38f / 1.1920929e-7f;
 
-  __device__ __forceinline__ float4& r(int j) { return tile.s.r[tile.warpgroup][j * 128 + tile.thread % 128]; }
-  __device__ __forceinline__ float4& x(int j) { return tile.s.x[tile.warpgroup][j * 128 + tile.thread % 128]; }
+  __device__ __forceinline__ float4& r(int j) {
+    return tile.s.r[tile.warpgroup][j * 128 + tile.thread % 128];
+  }
+  __device__ __forceinline__ float4& x(int j) {
+    return tile.s.x[tile.warpgroup][j * 128 + tile.thread % 128];
+  }
   static __device__ __forceinline__ float get(const float4& v, int e) {
     return e == 0 ? v.x : e == 1 ? v.y : e == 2 ? v.z : v.w;
   }
@@ -102,7 +109,8 @@ struct ConjugateGradient {
 
   __device__ __forceinline__ bool any_live() const { return __any_sync(0xffffffffu, live[0] || live[1]); }
 
-  // v = sum_j E_ij k_j of the direction and row_sum = sum_j E_ij; takes the step and forms the next direction.
+  // v = sum_j E_ij k_j of the direction and row_sum = sum_j E_ij; takes the step and forms the next
+  // direction.
   __device__ __forceinline__ void step(Sum& v, const float (&row_sum)[2], float tol2) {
     float pap[2] = {0.f, 0.f};
     CUTE_UNROLL
@@ -169,7 +177,8 @@ struct ConjugateGradient {
   __device__ __forceinline__ void round_direction(const Sum& v) {
     float largest[2] = {0.f, 0.f}, inverse[2];
     CUTE_UNROLL
-    for (int e = 0; e < 4 * kQuads; ++e) largest[Tile::row_of(e)] = fmaxf(largest[Tile::row_of(e)], fabsf(v(e)));
+    for (int e = 0; e < 4 * kQuads; ++e)
+      largest[Tile::row_of(e)] = fmaxf(largest[Tile::row_of(e)], fabsf(v(e)));
     Tile::max_over_row(largest);
     CUTE_UNROLL
     for (int i = 0; i < 2; ++i) {
@@ -197,7 +206,8 @@ struct ConjugateGradient {
 
 // Solves in place of x: sweeps until every row of the CTA has stopped. The producer's side is stream_solve.
 template <class Traits, class Cg>
-__device__ __forceinline__ void solve(QueryTile<Traits>& tile, Cg& cg, typename Cg::Sum& v, float tol, int max_iters) {
+__device__ __forceinline__ void solve(QueryTile<Traits>& tile, Cg& cg, typename Cg::Sum& v, float tol,
+                                      int max_iters) {
   using Barrier = cutlass::arch::ClusterTransactionBarrier;
   auto& s = tile.s;
   const int ahead = min(Traits::kStages, tile.block.tiles.end - tile.block.tiles.begin);

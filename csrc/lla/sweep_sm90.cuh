@@ -1,13 +1,13 @@
-// One sweep of 64 resident queries over the key tiles they see: the motion that every pass of the forward and of the
-// backward makes.
+// One sweep of 64 resident queries over the key tiles they see: the motion that every pass of the forward and
+// of the backward makes.
 //
 //   products:  one tile of scores S, and what else the pass multiplies with the same keys
 //   weigh:     S -> rounded weights E, in registers
 //   sum:       out += E K, or E V
 //
-// The products of the next tile are issued before the sum of this one, so that weighing (exponentials) runs under the
-// sum; the other warpgroup fills the rest. A producer thread streams the tiles through one ring, in an order that both
-// sides count in positions: K of every tile, or K and V of every tile in turn.
+// The products of the next tile are issued before the sum of this one, so that weighing (exponentials) runs
+// under the sum; the other warpgroup fills the rest. A producer thread streams the tiles through one ring, in
+// an order that both sides count in positions: K of every tile, or K and V of every tile in turn.
 #pragma once
 
 #include <cutlass/arch/barrier.h>
@@ -39,7 +39,8 @@ struct QueryTraits {
   static constexpr int kStages = kSizes.kStages;
   static constexpr int kConsumers = 2, kThreads = (kConsumers + 1) * 128, kConsumerWarps = kConsumers * 4;
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
-  static constexpr int kQuads = kHeadDim / 8;  // float4 of a thread in a (64, D) accumulator: 2 rows x 2 columns
+  static constexpr int kQuads =
+      kHeadDim / 8;  // float4 of a thread in a (64, D) accumulator: 2 rows x 2 columns
 
   using AtomK =
       std::conditional_t<kHeadDim == 32, GMMA::Layout_K_SW64_Atom<half>, GMMA::Layout_K_SW128_Atom<half>>;
@@ -48,8 +49,8 @@ struct QueryTraits {
   using LayoutQ = decltype(tile_to_shape(AtomK{}, cute::Shape<_64, Int<kHeadDim>>{}));
   using LayoutK = decltype(tile_to_shape(AtomK{}, cute::Shape<_64, Int<kHeadDim>, Int<kStages>>{}));
   // A tile as the B operand of a sum over its rows: (D, rows), D contiguous.
-  using LayoutKt = decltype(tile_to_shape(AtomMN{}, cute::Shape<Int<kHeadDim>, _64, Int<kStages>>{},
-                                          Step<_2, _1, _3>{}));
+  using LayoutKt =
+      decltype(tile_to_shape(AtomMN{}, cute::Shape<Int<kHeadDim>, _64, Int<kStages>>{}, Step<_2, _1, _3>{}));
 
   using ShapeS = cute::Shape<_64, Int<kKeys>, Int<kHeadDim>>;
   using MmaS = decltype(make_tiled_mma(GMMA::ss_op_selector<half, half, float, ShapeS>()));
@@ -58,14 +59,15 @@ struct QueryTraits {
       decltype(make_tiled_mma(GMMA::rs_op_selector<half, half, float, cute::Shape<_64, Int<kHeadDim>, _64>,
                                                    GMMA::Major::K, GMMA::Major::MN>()));
 
-  // A (64, D) float vector per warpgroup that only its own threads touch, each its own elements: quad j of a thread is
-  // at [j * 128 + thread].
+  // A (64, D) float vector per warpgroup that only its own threads touch, each its own elements: quad j of a
+  // thread is at [j * 128 + thread].
   static constexpr int kPrivate = kQuads * 128;  // float4
 
   struct alignas(1024) Storage {
     alignas(1024) half q[kConsumers][kElements];
     alignas(1024) half stage[kStages][kElements];
-    // Private vectors of the solver; later each holds two (64, D) operands, the high and the low part of a vector.
+    // Private vectors of the solver; later each holds two (64, D) operands, the high and the low part of a
+    // vector.
     alignas(1024) float4 r[kConsumers][kPrivate];
     alignas(1024) float4 x[kConsumers][kPrivate];
     float4 kbar[kConsumers][kSizes.kKeepKbar ? kPrivate : 1];
@@ -109,7 +111,8 @@ struct Producer {
   const half *keys, *values;  // tiles of this head
   uint32_t position = 0;
 
-  __device__ __forceinline__ Producer(typename Traits::Storage& s_, const QueryProblem& p, const QueryBlock& block)
+  __device__ __forceinline__ Producer(typename Traits::Storage& s_, const QueryProblem& p,
+                                      const QueryBlock& block)
       : s(s_) {
     const int64_t head = static_cast<int64_t>(block.batch) * p.kv_heads + block.kv_head;
     keys = static_cast<const half*>(p.k.tiles) + head * p.k.tiles_per_head * Traits::kElements;
@@ -143,7 +146,8 @@ enum class Stream { kKeys, kPairsSumKeys, kPairsSumValues };
 template <class Traits>
 struct QueryTile {
   static constexpr int kD = Traits::kHeadDim, kStages = Traits::kStages, kQuads = Traits::kQuads;
-  static constexpr int kScores = kKeys / 2;  // scores of a thread, as of an accumulator: element e is in row e / 2 % 2
+  static constexpr int kScores =
+      kKeys / 2;  // scores of a thread, as of an accumulator: element e is in row e / 2 % 2
 
   typename Traits::Storage& s;
   const QueryProblem& p;
@@ -237,7 +241,8 @@ struct QueryTile {
   // Row, inside the tile, of this thread's first row; the second is 8 below.
   __device__ __forceinline__ int tile_row() const { return thread % 128 / 32 * 16 + thread % 32 / 4; }
 
-  // Copies a (64, D) operand tile of this warpgroup to shared memory; visible to matrix multiplies after sync().
+  // Copies a (64, D) operand tile of this warpgroup to shared memory; visible to matrix multiplies after
+  // sync().
   __device__ __forceinline__ void copy_tile(half* to, const half* from) {
     CUTE_UNROLL
     for (int i = 0; i < Traits::kElements / 8 / 128; ++i) {
@@ -290,11 +295,13 @@ struct QueryTile {
 
   // ---- The sweep ----
 
-  // issue(key stage, value stage) starts the products of a tile; weigh(tile) turns `scores` into weights; rescale() may
-  // change what was summed so far. The weights are rounded only when the sum before has read its own: registers of a
-  // multiply in flight must not be written, and ptxas serializes all multiplies if it cannot prove that.
+  // issue(key stage, value stage) starts the products of a tile; weigh(tile) turns `scores` into weights;
+  // rescale() may change what was summed so far. The weights are rounded only when the sum before has read
+  // its own: registers of a multiply in flight must not be written, and ptxas serializes all multiplies if it
+  // cannot prove that.
   template <Stream kStream, class Sum, class Scores, class Issue, class Weigh, class Rescale>
-  __device__ __forceinline__ void sweep(Sum& out, Scores& scores, Issue&& issue, Weigh&& weigh, Rescale&& rescale) {
+  __device__ __forceinline__ void sweep(Sum& out, Scores& scores, Issue&& issue, Weigh&& weigh,
+                                        Rescale&& rescale) {
     constexpr int kPer = kStream == Stream::kKeys ? 1 : 2;
     constexpr bool kSumsValues = kStream == Stream::kPairsSumValues;
     constexpr bool kNeedsPair = kStream == Stream::kPairsSumKeys;  // the products read V as well
@@ -344,8 +351,8 @@ struct QueryTile {
     skip(static_cast<int>(begin + (block.tiles.end - block.tiles.begin) * kPer - position));
   }
 
-  // Rounds scores e and e + 1 to fp16 and adds what became of them to the sums, so that a sum of weights and a matrix
-  // product with them agree exactly.
+  // Rounds scores e and e + 1 to fp16 and adds what became of them to the sums, so that a sum of weights and
+  // a matrix product with them agree exactly.
   template <class Scores>
   __device__ __forceinline__ static void round_pair(Scores& scores, int e, float (&sums)[2]) {
     const float2 f = __half22float2(__floats2half2_rn(scores(e), scores(e + 1)));
