@@ -1,0 +1,355 @@
+// Decode: one pass over the state. A warp owns 16 value columns of one head's state in registers, all K keys of
+// them, from the load to the store; so the two sums over the keys, S'^T k and S'^T q, stay inside the warp, and
+// the output comes from the same pass as the error, by o = s (S'^T q + (k.q) beta r) with the decayed old state.
+// A block is one to four such warps, which share the token rows: normalised and activated once, in shared
+// memory, while the state is on its way.
+//
+// Eight lanes share the keys of a column and four lanes the columns. An index of the pool that is out of range
+// can't be reported without waiting for the device; such a row reads and writes nothing and gives NaN.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "delta/step.h"
+#include "nearfield/element.cuh"
+
+namespace nearfield::delta {
+
+constexpr int kStepWarps = 4;    // at most, per block
+constexpr int kWarpValues = 16;  // columns of the state that a warp owns
+
+template <class Tag>
+struct PoolElement {
+  using type = float;
+};
+template <>
+struct PoolElement<bf16> {
+  using type = __nv_bfloat16;
+};
+
+__device__ __forceinline__ int64_t index_at(const SlotIndex& index, int64_t b, int t) {
+  if (index.data == nullptr) return b;
+  const int64_t i = b * index.row + t * index.token;
+  return index.is_int64 ? static_cast<const int64_t*>(index.data)[i] : static_cast<const int32_t*>(index.data)[i];
+}
+
+__device__ __forceinline__ float at(const Operand& x, int64_t b, int t, int h, int c) {
+  return load_element(x.data, x.type, b * x.batch + t * x.token + h * x.head + c * x.channel);
+}
+
+__device__ __forceinline__ float sigmoid(float x) { return 1.f / (1.f + expf(-x)); }
+
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+  return x;
+}
+
+// The log decay of README.md, "Preprocessing".
+__device__ __forceinline__ float log_decay(const StepArgs& args, int64_t b, int t, int hv, int c) {
+  const float raw = at(args.g, b, t, hv, c);
+  if (args.gate == Gate::kLog) return raw;
+  const float x = args.dt_bias.data ? raw + at(args.dt_bias, 0, 0, hv, c) : raw;
+  const float rate = args.A_log.data ? expf(at(args.A_log, 0, 0, hv, 0)) : 1.f;
+  if (args.gate == Gate::kSoftplus) return -rate * (fmaxf(x, 0.f) + log1pf(expf(-fabsf(x))));
+  return args.gate_bound * sigmoid(rate * x);
+}
+
+// What the warps of a block need of one token, float32.
+template <int kKeyDim>
+struct alignas(16) TokenRow {
+  float q[kKeyDim], k[kKeyDim];           // 0 beyond K
+  float alpha[kKeyDim];                   // e^g, 1 beyond K
+  float v[kStepWarps * kWarpValues];      // replay: u
+  float beta, kq;                         // write strength, k.q
+};
+
+// Which elements of a warp's columns a thread holds, and how they lie in memory: runs of four along V or K.
+template <class Pool, bool kVFirst, int kKeyDim>
+struct StateTile {
+  static constexpr int kKeyLanes = 8, kValueLanes = 4;
+  static constexpr int kKeys = kKeyDim / kKeyLanes;  // per thread
+  static constexpr int kValues = 4;                  // per thread
+  static_assert(kValueLanes * kValues == kWarpValues && kKeyLanes * kValueLanes == 32);
+
+  float S[kKeys][kValues];
+  int key_lane, value_lane;
+
+  __device__ __forceinline__ explicit StateTile(int lane)
+      : key_lane(kVFirst ? lane % kKeyLanes : lane / kValueLanes),
+        value_lane(kVFirst ? lane / kKeyLanes : lane % kValueLanes) {}
+
+  __device__ __forceinline__ int key(int i) const { return i / 4 * 4 * kKeyLanes + 4 * key_lane + i % 4; }
+  __device__ __forceinline__ int value(int j) const {
+    return kVFirst ? value_lane + kValueLanes * j : kValues * value_lane + j;
+  }
+
+  // Visits the runs of four: f(element of the first, its offset in the slot, lies inside). `first` is the
+  // warp's first column.
+  template <class F>
+  __device__ __forceinline__ void for_each_run(int K, int V, int first, F&& f) {
+    if constexpr (kVFirst) {
+#pragma unroll
+      for (int j = 0; j < kValues; ++j) {
+#pragma unroll
+        for (int i = 0; i < kKeys; i += 4) {
+          f(i, j, static_cast<int64_t>(first + value(j)) * K + key(i), first + value(j) < V && key(i) < K);
+        }
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kKeys; ++i) {
+        f(i, 0, static_cast<int64_t>(key(i)) * V + first + value(0), first + value(0) < V && key(i) < K);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void load(const Pool* slot, int K, int V, int first) {
+    for_each_run(K, V, first, [&](int i, int j, int64_t offset, bool inside) {
+      const float4 x = inside ? load4(slot + offset) : float4{0.f, 0.f, 0.f, 0.f};
+      const float run[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+      for (int e = 0; e < 4; ++e) (kVFirst ? S[i + e * kVFirst][j] : S[i][j + e * !kVFirst]) = run[e];
+    });
+  }
+
+  __device__ __forceinline__ void store(Pool* slot, int K, int V, int first) {
+    for_each_run(K, V, first, [&](int i, int j, int64_t offset, bool inside) {
+      if (!inside) return;
+      if constexpr (kVFirst) {
+        store4(slot + offset, float4{S[i][j], S[i + 1][j], S[i + 2][j], S[i + 3][j]});
+      } else {
+        store4(slot + offset, float4{S[i][j], S[i][j + 1], S[i][j + 2], S[i][j + 3]});
+      }
+    });
+  }
+
+  // S <- alpha . S
+  __device__ __forceinline__ void decay(const float* alpha) {
+#pragma unroll
+    for (int i = 0; i < kKeys; i += 4) {
+      const float4 run = load4(alpha + key(i));
+      const float a[4] = {run.x, run.y, run.z, run.w};
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+#pragma unroll
+        for (int j = 0; j < kValues; ++j) S[i + e][j] *= a[e];
+      }
+    }
+  }
+
+  // S^T row, whole in every lane of the column.
+  __device__ __forceinline__ void read(const float* row, float (&sum)[kValues]) const {
+#pragma unroll
+    for (int j = 0; j < kValues; ++j) sum[j] = 0.f;
+#pragma unroll
+    for (int i = 0; i < kKeys; i += 4) {
+      const float4 run = load4(row + key(i));
+      const float x[4] = {run.x, run.y, run.z, run.w};
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+#pragma unroll
+        for (int j = 0; j < kValues; ++j) sum[j] += x[e] * S[i + e][j];
+      }
+    }
+    constexpr int kStride = kVFirst ? 1 : kValueLanes;
+#pragma unroll
+    for (int step = kStride; step < kStride * kKeyLanes; step *= 2) {
+#pragma unroll
+      for (int j = 0; j < kValues; ++j) sum[j] += __shfl_xor_sync(0xffffffffu, sum[j], step);
+    }
+  }
+
+  // S <- S + k u^T
+  __device__ __forceinline__ void write(const float* k, const float (&u)[kValues]) {
+#pragma unroll
+    for (int i = 0; i < kKeys; i += 4) {
+      const float4 run = load4(k + key(i));
+      const float x[4] = {run.x, run.y, run.z, run.w};
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+#pragma unroll
+        for (int j = 0; j < kValues; ++j) S[i + e][j] += x[e] * u[j];
+      }
+    }
+  }
+};
+
+// Token rows of the T new tokens, preprocessed; also what `next` keeps of k and g. The block calls it together.
+template <int kKeyDim>
+__device__ __forceinline__ void prepare_tokens(const StepArgs& args, int64_t b, int hv, int first_value,
+                                               int num_values, bool is_first_block, TokenRow<kKeyDim>* rows) {
+  const int lane = threadIdx.x % 32, K = args.key_dim, T = args.tokens;
+  const int group = args.value_heads / args.heads, h = hv / group;
+  for (int t = threadIdx.x / 32; t < T; t += blockDim.x / 32) {
+    constexpr int kPerLane = kKeyDim / 32;
+    float q[kPerLane], k[kPerLane], qq = 0.f, kk = 0.f, kq = 0.f;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      const int c = lane + 32 * i;
+      q[i] = c < K ? at(args.q, b, t, h, c) : 0.f;
+      k[i] = c < K ? at(args.k, b, t, h, c) : 0.f;
+      qq += q[i] * q[i], kk += k[i] * k[i], kq += k[i] * q[i];
+    }
+    const float norm_q = args.qk_l2norm ? rsqrtf(warp_sum(qq) + static_cast<float>(kNormEps)) : 1.f;
+    const float norm_k = args.qk_l2norm ? rsqrtf(warp_sum(kk) + static_cast<float>(kNormEps)) : 1.f;
+    kq = warp_sum(kq) * norm_q * norm_k;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      const int c = lane + 32 * i;
+      rows[t].q[c] = q[i] * norm_q;
+      rows[t].k[c] = k[i] * norm_k;
+      if (args.next.tokens > 0 && is_first_block && hv % group == 0 && c < K)
+        args.next.k[((b * T + t) * args.heads + h) * K + c] = k[i] * norm_k;
+    }
+    if (lane == 0) {
+      const float raw = at(args.beta, b, t, hv, 0);
+      rows[t].kq = kq;
+      rows[t].beta = args.beta_activation == BetaActivation::kNone
+                         ? raw
+                         : sigmoid(raw) * (args.beta_activation == BetaActivation::kSigmoid2 ? 2.f : 1.f);
+    }
+  }
+  for (int i = threadIdx.x; i < T * kKeyDim; i += blockDim.x) {
+    const int t = i / kKeyDim, c = i % kKeyDim;
+    const float g = args.gate_dim > 0 && c < K ? log_decay(args, b, t, hv, c) : 0.f;
+    rows[t].alpha[c] = expf(g);
+    if (args.next.tokens > 0 && is_first_block && c < args.gate_dim)
+      args.next.g[((b * T + t) * args.value_heads + hv) * args.gate_dim + c] = g;
+  }
+  for (int i = threadIdx.x; i < T * num_values; i += blockDim.x) {
+    const int t = i / num_values, j = i % num_values;
+    rows[t].v[j] = first_value + j < args.value_dim ? at(args.v, b, t, hv, first_value + j) : 0.f;
+  }
+}
+
+// Token rows of the first `count` pending tokens.
+template <int kKeyDim>
+__device__ __forceinline__ void prepare_pending(const StepArgs& args, int64_t b, int hv, int first_value,
+                                                int num_values, int count, TokenRow<kKeyDim>* rows) {
+  const Pending& from = args.pending;
+  const int K = args.key_dim, V = args.value_dim, h = hv / (args.value_heads / args.heads);
+  for (int i = threadIdx.x; i < count * kKeyDim; i += blockDim.x) {
+    const int t = i / kKeyDim, c = i % kKeyDim;
+    const int64_t row = b * from.tokens + t;
+    const int gate_channel = args.gate_dim == 1 ? 0 : c;
+    rows[t].k[c] = c < K ? from.k[(row * args.heads + h) * K + c] : 0.f;
+    rows[t].alpha[c] =
+        args.gate_dim > 0 && c < K
+            ? expf(from.g[(row * args.value_heads + hv) * args.gate_dim + gate_channel])
+            : 1.f;
+  }
+  for (int i = threadIdx.x; i < count * num_values; i += blockDim.x) {
+    const int t = i / num_values, j = i % num_values;
+    rows[t].v[j] = first_value + j < V
+                       ? from.u[((b * from.tokens + t) * args.value_heads + hv) * V + first_value + j]
+                       : 0.f;
+  }
+}
+
+template <class Pool, bool kVFirst, int kKeyDim>
+__global__ void __launch_bounds__(kStepWarps * 32, kKeyDim <= 128 ? 4 : 2)
+    step_kernel(const __grid_constant__ StepArgs args) {
+  using Tile = StateTile<Pool, kVFirst, kKeyDim>;
+  __shared__ TokenRow<kKeyDim> rows[kMaxStep];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int K = args.key_dim, V = args.value_dim, HV = args.value_heads, T = args.tokens;
+  const int num_values = blockDim.x / 32 * kWarpValues;
+  const int v_blocks = (V + num_values - 1) / num_values;
+  const int v_block = blockIdx.x % v_blocks, hv = blockIdx.x / v_blocks % HV;
+  const int64_t b = blockIdx.x / v_blocks / HV;
+  const int first_value = v_block * num_values, warp_value = first_value + warp * kWarpValues;
+
+  Tile tile(lane);
+  Pool* head = static_cast<Pool*>(args.state) + static_cast<int64_t>(hv) * K * V;
+  const int64_t from = index_at(args.read, b, 0);
+  const bool active = from >= 0;
+  bool valid = from < args.slots;
+  if (active && valid) tile.load(head + from * args.slot_stride, K, V, warp_value);
+
+  const int num_writes = args.state_per_token ? T : 1;
+  for (int t = 0; t < num_writes; ++t) valid &= index_at(args.write, b, t) < args.slots;
+  const int64_t accepted = args.pending.tokens > 0 ? index_at(args.accepted, b, 0) : 0;
+  valid &= 0 <= accepted && accepted <= args.pending.tokens;
+
+  // The columns that this thread reports: each is known to all key lanes.
+  const auto for_each_value = [&](auto&& f) {
+#pragma unroll
+    for (int j = 0; j < Tile::kValues; ++j) {
+      if (tile.key_lane == 0 && warp_value + tile.value(j) < V) f(j, warp_value + tile.value(j));
+    }
+  };
+  const auto row_of = [&](int t) { return ((b * T + t) * HV + hv) * V; };
+
+  if (!active || !valid) {
+    const float fill = active ? NAN : 0.f;
+    const int h = hv / (HV / args.heads);
+    for (int t = 0; t < T; ++t) {
+      for_each_value([&](int, int column) { store_element(args.o, args.out_type, row_of(t) + column, fill); });
+      if (args.next.tokens == 0) continue;
+      for_each_value([&](int, int column) { args.next.u[row_of(t) + column] = fill; });
+      if (v_block > 0) continue;
+      for (int c = threadIdx.x; c < K; c += blockDim.x) {
+        if (hv % (HV / args.heads) == 0) args.next.k[((b * T + t) * args.heads + h) * K + c] = fill;
+        if (c < args.gate_dim) args.next.g[((b * T + t) * HV + hv) * args.gate_dim + c] = fill;
+      }
+    }
+    return;
+  }
+
+  const auto save = [&](int t) {
+    const int64_t to = index_at(args.write, b, t);
+    if (to >= 0) tile.store(head + to * args.slot_stride, K, V, warp_value);
+  };
+
+  if (accepted > 0) {
+    prepare_pending(args, b, hv, first_value, num_values, static_cast<int>(accepted), rows);
+    __syncthreads();
+    for (int t = 0; t < accepted; ++t) {
+      float u[Tile::kValues];
+#pragma unroll
+      for (int j = 0; j < Tile::kValues; ++j) u[j] = rows[t].v[warp * kWarpValues + tile.value(j)];
+      tile.decay(rows[t].alpha);
+      tile.write(rows[t].k, u);
+    }
+    __syncthreads();
+  }
+  if (args.write_after_replay) save(0);
+
+  prepare_tokens(args, b, hv, first_value, num_values, v_block == 0, rows);
+  __syncthreads();
+  for (int t = 0; t < T; ++t) {
+    const TokenRow<kKeyDim>& row = rows[t];
+    float answer[Tile::kValues], out[Tile::kValues], u[Tile::kValues];
+    tile.decay(row.alpha);
+    tile.read(row.k, answer);
+    tile.read(row.q, out);
+#pragma unroll
+    for (int j = 0; j < Tile::kValues; ++j) {
+      u[j] = row.beta * (row.v[warp * kWarpValues + tile.value(j)] - answer[j]);
+      out[j] = args.scale * (out[j] + row.kq * u[j]);
+    }
+    tile.write(row.k, u);
+    for_each_value([&](int j, int column) {
+      store_element(args.o, args.out_type, row_of(t) + column, out[j]);
+      if (args.next.tokens > 0) args.next.u[row_of(t) + column] = u[j];
+    });
+    if (!args.write_after_replay && (args.state_per_token || t + 1 == T)) save(t);
+  }
+}
+
+template <class Tag, bool kVFirst, int kKeyDim>
+int step_sm80<Tag, kVFirst, kKeyDim>::run(const StepArgs& args, void* stream) {
+  using Pool = typename PoolElement<Tag>::type;
+  // Small batches: one warp a block, so that they reach as many SMs as they can.
+  int warps = kStepWarps;
+  const auto blocks = [&] {
+    return args.batch * args.value_heads * ((args.value_dim + warps * kWarpValues - 1) / (warps * kWarpValues));
+  };
+  while (warps > 1 && blocks() < 2 * args.num_sms) warps /= 2;
+  step_kernel<Pool, kVFirst, kKeyDim>
+      <<<static_cast<unsigned>(blocks()), warps * 32, 0, static_cast<cudaStream_t>(stream)>>>(args);
+  return cudaGetLastError();
+}
+
+}  // namespace nearfield::delta
