@@ -78,10 +78,11 @@ inline void check_cu_seqlens(const char* op, const Tensor& cu_seqlens, int64_t t
                   " tokens");
 }
 
-inline Inputs check_inputs(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
-                           const Tensor& beta, const OptTensor& g, const OptTensor& initial_state,
-                           const OptTensor& A_log, const OptTensor& dt_bias, const OptTensor& cu_seqlens,
-                           const Options& options) {
+// Shapes, types and devices. The tensors are left as they were given, except cu_seqlens.
+inline Inputs check_given(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
+                          const Tensor& beta, const OptTensor& g, const OptTensor& initial_state,
+                          const OptTensor& A_log, const OptTensor& dt_bias, const OptTensor& cu_seqlens,
+                          const Options& options) {
   check_shape(op, "q", q, {-1, -1, -1, -1});
   check_shape(op, "v", v, {-1, -1, -1, -1});
   Inputs x{};
@@ -125,6 +126,17 @@ inline Inputs check_inputs(const char* op, const Tensor& q, const Tensor& k, con
     check_dtype(op, "initial_state", *initial_state, state_dtype(q));
     check_same_device(op, "initial_state", *initial_state, q);
   }
+  x.q = q, x.k = k, x.v = v, x.beta = beta;
+  x.g = g, x.A_log = A_log, x.dt_bias = dt_bias, x.initial_state = initial_state;
+  return x;
+}
+
+// The same, and every tensor in the layout and type that a kernel reads.
+inline Inputs check_inputs(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
+                           const Tensor& beta, const OptTensor& g, const OptTensor& initial_state,
+                           const OptTensor& A_log, const OptTensor& dt_bias, const OptTensor& cu_seqlens,
+                           const Options& options) {
+  Inputs x = check_given(op, q, k, v, beta, g, initial_state, A_log, dt_bias, cu_seqlens, options);
   const ScalarType dtype = state_dtype(q);
   x.q = unit_stride(q), x.k = unit_stride(k), x.v = unit_stride(v);
   x.beta = dense_as(beta, dtype), x.g = dense_as(g, dtype), x.A_log = dense_as(A_log, dtype);
@@ -160,6 +172,35 @@ DeltaInputs<In, F> kernel_inputs(const Inputs& x, const Options& options) {
 inline Tensor token_rows(const Tensor& like, const Inputs& x, const std::vector<int64_t>& shape,
                          ScalarType dtype) {
   return defined(x.cu_seqlens) ? new_zeros(like, shape, dtype) : new_empty(like, shape, dtype);
+}
+
+// The pool of states of a decode step: dense but for its first stride.
+inline void check_pool(const char* op, const Tensor& state, const Inputs& x, bool state_v_first) {
+  auto shape = x.state_shape(state_v_first);
+  shape[0] = -1;
+  check_shape(op, "state", state, shape);
+  check_same_device(op, "state", state, x.q);
+  if (state.scalar_type() != ScalarType::BFloat16 || x.q.scalar_type() == ScalarType::Double)
+    check_dtype(op, "state", state, state_dtype(x.q));
+  const auto strides = state.strides();
+  int64_t dense = 1;  // strides of dimensions of size 1 do not matter
+  for (int64_t d = 3; d >= 1; dense *= shape[d--])
+    STD_TORCH_CHECK(shape[d] == 1 || strides[d] == dense, op, ": state has strides ",
+                    shape_text(strides.data(), 4), "; only the first may be padded");
+  STD_TORCH_CHECK(state.sizes()[0] <= 1 || strides[0] >= dense, op, ": state has overlapping slots, strides ",
+                  shape_text(strides.data(), 4));
+}
+
+inline bool is_per_token(const OptTensor& index) { return defined(index) && index->sizes().size() == 2; }
+
+// An index per row of the batch or, with T > 0, per row and token.
+inline void check_slots(const char* op, const char* name, const OptTensor& index, const Inputs& x,
+                        int64_t T) {
+  if (!defined(index)) return;
+  const bool per_token = T > 0 && is_per_token(index);
+  check_shape(op, name, *index, per_token ? std::vector<int64_t>{x.B, T} : std::vector<int64_t>{x.B});
+  if (index->scalar_type() != ScalarType::Int) check_dtype(op, name, *index, ScalarType::Long);
+  check_same_device(op, name, *index, x.q);
 }
 
 // The gradients that arrive from behind, made readable.

@@ -85,16 +85,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> delta
           defined(dt_bias) ? like(ddt_bias, *dt_bias) : ddt_bias};
 }
 
-// An index per row of the batch (or, with T > 0, per row and token); absent: row b uses slot b.
+// The slots that an index names; absent: row b uses slot b.
 std::vector<int64_t> slot_indices(const char* op, const char* name, const OptTensor& index, int64_t B,
-                                  int64_t T, int64_t slots) {
+                                  int64_t slots) {
   std::vector<int64_t> out;
   if (!defined(index)) {
     for (int64_t b = 0; b < B; ++b) out.push_back(b);
   } else {
-    const bool per_token = T > 0 && index->sizes().size() == 2;
-    check_shape(op, name, *index, per_token ? std::vector<int64_t>{B, T} : std::vector<int64_t>{B});
-    if (index->scalar_type() != ScalarType::Int) check_dtype(op, name, *index, ScalarType::Long);
     const Tensor dense = dense_as(*index, ScalarType::Long);
     const auto* data = static_cast<const int64_t*>(dense.const_data_ptr());
     out.assign(data, data + dense.numel());
@@ -112,32 +109,21 @@ Tensor delta_step_cpu(Tensor q, Tensor k, Tensor v, Tensor beta, OptTensor g, Te
   const Options options{scale, qk_l2norm, beta_activation, gate, gate_bound, state_v_first};
   const Inputs x = check_inputs(op, q, k, v, beta, g, std::nullopt, A_log, dt_bias, std::nullopt, options);
   STD_TORCH_CHECK(x.T >= 1 && x.T <= kMaxStep, op, ": q has ", x.T, " tokens, expected 1 to ", kMaxStep);
-  auto pool_shape = x.state_shape(state_v_first);
-  pool_shape[0] = -1;
-  check_shape(op, "state", state, pool_shape);
-  check_same_device(op, "state", state, q);
-  if (state.scalar_type() != ScalarType::BFloat16 || q.scalar_type() == ScalarType::Double)
-    check_dtype(op, "state", state, state_dtype(q));
-  const auto strides = state.strides();
+  check_pool(op, state, x, state_v_first);
+  check_slots(op, "read_idx", read_idx, x, 0);
+  check_slots(op, "write_idx", write_idx, x, x.T);
   const int64_t slots = state.sizes()[0];
-  int64_t dense = 1;  // strides of dimensions of size 1 do not matter
-  for (int64_t d = 3; d >= 1; dense *= pool_shape[d--])
-    STD_TORCH_CHECK(pool_shape[d] == 1 || strides[d] == dense, op, ": state has strides ",
-                    shape_text(strides.data(), 4), "; only the first may be padded");
-  STD_TORCH_CHECK(slots <= 1 || strides[0] >= dense, op, ": state has overlapping slots, strides ",
-                  shape_text(strides.data(), 4));
-  const auto read = slot_indices(op, "read_idx", read_idx, x.B, 0, slots);
-  const auto write = defined(write_idx) ? slot_indices(op, "write_idx", write_idx, x.B, x.T, slots) : read;
+  const auto read = slot_indices(op, "read_idx", read_idx, x.B, slots);
+  const auto write = defined(write_idx) ? slot_indices(op, "write_idx", write_idx, x.B, slots) : read;
   Tensor o = new_empty(q, {x.B, x.T, x.HV, x.V}, q.scalar_type());
-  const bool per_token = defined(write_idx) && write_idx->sizes().size() == 2;
   dispatch_cpu_dtype(op, "q", q.scalar_type(), [&](auto element) {
     using In = decltype(element);
     using F = compute_t<In>;
     const auto run = [&](auto pool_element) {
       using Pool = decltype(pool_element);
       run_delta_step_cpu(DeltaStepParams<In, F, Pool>{
-          kernel_inputs<In, F>(x, options), static_cast<Pool*>(state.mutable_data_ptr()), strides[0],
-          read.data(), write.data(), per_token, static_cast<In*>(o.mutable_data_ptr())});
+          kernel_inputs<In, F>(x, options), static_cast<Pool*>(state.mutable_data_ptr()), state.strides()[0],
+          read.data(), write.data(), is_per_token(write_idx), static_cast<In*>(o.mutable_data_ptr())});
     };
     if constexpr (std::is_same_v<F, float>) {
       if (state.scalar_type() == ScalarType::BFloat16) return run(torch::headeronly::BFloat16{});

@@ -6,7 +6,8 @@
 
 namespace nearfield::delta {
 
-// A [B, T, heads, channels] tensor as it lies in memory: any of the three types, any strides (0 where shared).
+// A [B, T, heads, channels] tensor as it lies in memory: any of the three types, any strides (0 where
+// shared).
 struct Operand {
   const void* data;  // null: absent
   Element type;
@@ -34,11 +35,11 @@ struct Pending {
 struct StepArgs {
   int64_t batch;
   int tokens, heads, value_heads, key_dim, value_dim, gate_dim;  // gate_dim: 0 without a gate, 1 or key_dim
-  Operand q, k;            // [B, T, H, K]
-  Operand v;               // [B, T, HV, V]
-  Operand beta;            // [B, T, HV]
-  Operand g;               // [B, T, HV, G]
-  Operand A_log, dt_bias;  // [HV], [HV, G]
+  Operand q, k;                                                  // [B, T, H, K]
+  Operand v;                                                     // [B, T, HV, V]
+  Operand beta;                                                  // [B, T, HV]
+  Operand g;                                                     // [B, T, HV, G]
+  Operand A_log, dt_bias;                                        // [HV], [HV, G]
   Element out_type;
   void* o;  // [B, T, HV, V] contiguous
   float scale, gate_bound;
@@ -46,14 +47,14 @@ struct StepArgs {
   Gate gate;
   bool qk_l2norm;
 
-  void* state;                   // [slots, HV, K, V] or [slots, HV, V, K]; rows aligned to four elements
-  int64_t slots, slot_stride;    // slot_stride in elements
-  SlotIndex read, write;         // write [B, T]: the state after each token
+  void* state;                 // [slots, HV, K, V] or [slots, HV, V, K]; rows aligned to four elements
+  int64_t slots, slot_stride;  // slot_stride in elements
+  SlotIndex read, write;       // write [B, T]: the state after each token
   bool state_per_token;
-  bool write_after_replay;       // the state to write is the one before the T tokens
-  Pending pending;               // read
-  SlotIndex accepted;            // [B], 0 to P
-  Pending next;                  // written if next.tokens == T > 0
+  bool write_after_replay;  // the state to write is the one before the T tokens
+  Pending pending;          // read
+  SlotIndex accepted;       // [B], 0 to P
+  Pending next;             // written if next.tokens == T > 0
 
   int num_sms;
 };

@@ -1,11 +1,11 @@
-// Decode: one pass over the state. A warp owns 16 value columns of one head's state in registers, all K keys of
-// them, from the load to the store; so the two sums over the keys, S'^T k and S'^T q, stay inside the warp, and
-// the output comes from the same pass as the error, by o = s (S'^T q + (k.q) beta r) with the decayed old state.
-// A block is one to four such warps, which share the token rows: normalised and activated once, in shared
-// memory, while the state is on its way.
+// Decode: one pass over the state. A warp owns 16 value columns of one head's state in registers, all K keys
+// of them, from the load to the store; so the two sums over the keys, S'^T k and S'^T q, stay inside the
+// warp, and the output comes from the same pass as the error, by o = s (S'^T q + (k.q) beta r) with the
+// decayed old state. A block is one to four such warps, which share the token rows: normalised and activated
+// once, in shared memory, while the state is on its way.
 //
-// Eight lanes share the keys of a column and four lanes the columns. An index of the pool that is out of range
-// can't be reported without waiting for the device; such a row reads and writes nothing and gives NaN.
+// Eight lanes share the keys of a column and four lanes the columns. An index of the pool that is out of
+// range can't be reported without waiting for the device; such a row reads and writes nothing and gives NaN.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -30,7 +30,8 @@ struct PoolElement<bf16> {
 __device__ __forceinline__ int64_t index_at(const SlotIndex& index, int64_t b, int t) {
   if (index.data == nullptr) return b;
   const int64_t i = b * index.row + t * index.token;
-  return index.is_int64 ? static_cast<const int64_t*>(index.data)[i] : static_cast<const int32_t*>(index.data)[i];
+  return index.is_int64 ? static_cast<const int64_t*>(index.data)[i]
+                        : static_cast<const int32_t*>(index.data)[i];
 }
 
 __device__ __forceinline__ float at(const Operand& x, int64_t b, int t, int h, int c) {
@@ -58,10 +59,10 @@ __device__ __forceinline__ float log_decay(const StepArgs& args, int64_t b, int 
 // What the warps of a block need of one token, float32.
 template <int kKeyDim>
 struct alignas(16) TokenRow {
-  float q[kKeyDim], k[kKeyDim];           // 0 beyond K
-  float alpha[kKeyDim];                   // e^g, 1 beyond K
-  float v[kStepWarps * kWarpValues];      // replay: u
-  float beta, kq;                         // write strength, k.q
+  float q[kKeyDim], k[kKeyDim];       // 0 beyond K
+  float alpha[kKeyDim];               // e^g, 1 beyond K
+  float v[kStepWarps * kWarpValues];  // replay: u
+  float beta, kq;                     // write strength, k.q
 };
 
 // Which elements of a warp's columns a thread holds, and how they lie in memory: runs of four along V or K.
@@ -175,7 +176,8 @@ struct StateTile {
   }
 };
 
-// Token rows of the T new tokens, preprocessed; also what `next` keeps of k and g. The block calls it together.
+// Token rows of the T new tokens, preprocessed; also what `next` keeps of k and g. The block calls it
+// together.
 template <int kKeyDim>
 __device__ __forceinline__ void prepare_tokens(const StepArgs& args, int64_t b, int hv, int first_value,
                                                int num_values, bool is_first_block, TokenRow<kKeyDim>* rows) {
@@ -234,10 +236,9 @@ __device__ __forceinline__ void prepare_pending(const StepArgs& args, int64_t b,
     const int64_t row = b * from.tokens + t;
     const int gate_channel = args.gate_dim == 1 ? 0 : c;
     rows[t].k[c] = c < K ? from.k[(row * args.heads + h) * K + c] : 0.f;
-    rows[t].alpha[c] =
-        args.gate_dim > 0 && c < K
-            ? expf(from.g[(row * args.value_heads + hv) * args.gate_dim + gate_channel])
-            : 1.f;
+    rows[t].alpha[c] = args.gate_dim > 0 && c < K
+                           ? expf(from.g[(row * args.value_heads + hv) * args.gate_dim + gate_channel])
+                           : 1.f;
   }
   for (int i = threadIdx.x; i < count * num_values; i += blockDim.x) {
     const int t = i / num_values, j = i % num_values;
@@ -285,7 +286,8 @@ __global__ void __launch_bounds__(kStepWarps * 32, kKeyDim <= 128 ? 4 : 2)
     const float fill = active ? NAN : 0.f;
     const int h = hv / (HV / args.heads);
     for (int t = 0; t < T; ++t) {
-      for_each_value([&](int, int column) { store_element(args.o, args.out_type, row_of(t) + column, fill); });
+      for_each_value(
+          [&](int, int column) { store_element(args.o, args.out_type, row_of(t) + column, fill); });
       if (args.next.tokens == 0) continue;
       for_each_value([&](int, int column) { args.next.u[row_of(t) + column] = fill; });
       if (v_block > 0) continue;
@@ -344,7 +346,8 @@ int step_sm80<Tag, kVFirst, kKeyDim>::run(const StepArgs& args, void* stream) {
   // Small batches: one warp a block, so that they reach as many SMs as they can.
   int warps = kStepWarps;
   const auto blocks = [&] {
-    return args.batch * args.value_heads * ((args.value_dim + warps * kWarpValues - 1) / (warps * kWarpValues));
+    return args.batch * args.value_heads *
+           ((args.value_dim + warps * kWarpValues - 1) / (warps * kWarpValues));
   };
   while (warps > 1 && blocks() < 2 * args.num_sms) warps /= 2;
   step_kernel<Pool, kVFirst, kKeyDim>
