@@ -12,9 +12,11 @@ from typing import Any
 import torch
 import typer
 from nearfield.delta import delta_rule_step
+from nearfield.lla import local_linear_attention_step
 from rich.console import Console
 from rich.table import Table
-from timing import header, save, time_ms
+from timing import header, host_us, save, time_ms
+from torch.nn.functional import scaled_dot_product_attention
 
 
 def copy_gb_per_s(num_bytes: int) -> float:
@@ -29,9 +31,11 @@ def delta_row(B: int, HV: int, T: int, pool_dtype: torch.dtype, v_first: bool, c
     q, k, v = (torch.randn(B, T, HV, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     beta, g = torch.rand(B, T, HV, device="cuda"), -torch.rand(B, T, HV, device="cuda")
     pool = torch.randn(B, H, K, V, device="cuda").to(pool_dtype)
-    ms = time_ms(
-        lambda: delta_rule_step(q, k, v, beta, g, state=pool, use_qk_l2norm=True, state_v_first=v_first)
-    )
+
+    def step() -> object:
+        return delta_rule_step(q, k, v, beta, g, state=pool, use_qk_l2norm=True, state_v_first=v_first)
+
+    ms = time_ms(step)
     state_bytes = 2 * pool.numel() * pool.element_size()
     moved = state_bytes + (4 * q.numel() + 4 * beta.numel()) * 2
     return {
@@ -43,6 +47,35 @@ def delta_row(B: int, HV: int, T: int, pool_dtype: torch.dtype, v_first: bool, c
         "GB/s": moved / ms / 1e6,
         "of copy": moved / ms / 1e6 / copy,
         "of same-size copy": moved / ms / 1e6 / copy_gb_per_s(state_bytes),
+        "host us": host_us(step),
+    }
+
+
+def lla_row(B: int, H: int, Hk: int, n: int, d: int, copy: float) -> dict[str, Any]:
+    """SDPA, softmax attention over the same cache, reads the same bytes."""
+    q = torch.randn(B, 1, H, d, device="cuda", dtype=torch.bfloat16)
+    k, v = (torch.randn(B, n, Hk, d, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    lam = torch.tensor(1.0, device="cuda")
+    heads_first = [t.transpose(1, 2) for t in (q, k, v)]
+
+    def step() -> object:
+        return local_linear_attention_step(q, k, v, lam=lam)
+
+    ms = time_ms(step)
+    softmax = time_ms(lambda: scaled_dot_product_attention(*heads_first, enable_gqa=H != Hk))
+    moved = 2 * k.numel() * 2
+    roof = moved / copy / 1e6
+    return {
+        "B": B,
+        "H": f"{H}/{Hk}",
+        "n": n,
+        "d": d,
+        "us": ms * 1e3,
+        "GB/s": moved / ms / 1e6,
+        "times roof": ms / roof,
+        "SDPA us": softmax * 1e3,
+        "times SDPA": ms / softmax,
+        "host us": host_us(step),
     }
 
 
@@ -69,8 +102,20 @@ def main(store: bool = False, commit: str = "", quick: bool = False) -> None:
     for T in (2, 4, 8):
         run(delta, lambda T=T: delta_row(32, 32, T, torch.float32, True, copy))
     show("delta_rule_step, K = V = 128, HV = 32", delta)
+    lla: list[dict[str, Any]] = []
+    shapes = [(1, 32, 32, 4096, 64), (8, 32, 32, 4096, 64), (32, 32, 32, 4096, 64), (64, 32, 32, 1024, 64)]
+    if not quick:
+        shapes += [
+            (1, 32, 32, 32768, 64),
+            (8, 32, 32, 4096, 128),
+            (16, 32, 32, 4096, 32),
+            (8, 32, 8, 8192, 64),
+        ]
+    for shape in shapes:
+        run(lla, lambda s=shape: lla_row(*s, copy))
+    show("local_linear_attention_step, one query", lla)
     if store:
-        print(save("decode-delta", delta, commit or None))
+        print(save("decode-delta", delta, commit or None), save("decode-lla", lla, commit or None))
 
 
 if __name__ == "__main__":

@@ -47,9 +47,7 @@ __device__ __forceinline__ float warp_sum(float x) {
 }
 
 // The log decay of README.md, "Preprocessing".
-__device__ __forceinline__ float log_decay(const StepArgs& args, int64_t b, int t, int hv, int c) {
-  const float raw = at(args.g, b, t, hv, c);
-  if (args.gate == Gate::kLog) return raw;
+__device__ __forceinline__ float log_decay(const StepArgs& args, float raw, int hv, int c) {
   const float x = args.dt_bias.data ? raw + at(args.dt_bias, 0, 0, hv, c) : raw;
   const float rate = args.A_log.data ? expf(at(args.A_log, 0, 0, hv, 0)) : 1.f;
   if (args.gate == Gate::kSoftplus) return -rate * (fmaxf(x, 0.f) + log1pf(expf(-fabsf(x))));
@@ -105,6 +103,13 @@ struct StateTile {
     }
   }
 
+  // One lane per piece of memory that eight (four) lanes will load.
+  __device__ __forceinline__ void prefetch(const Pool* slot, int K, int V, int first) {
+    for_each_run(K, V, first, [&](int, int, int64_t offset, bool inside) {
+      if (inside && (kVFirst ? key_lane : value_lane) == 0) nearfield::prefetch(slot + offset);
+    });
+  }
+
   __device__ __forceinline__ void load(const Pool* slot, int K, int V, int first) {
     for_each_run(K, V, first, [&](int i, int j, int64_t offset, bool inside) {
       const float4 x = inside ? load4(slot + offset) : float4{0.f, 0.f, 0.f, 0.f};
@@ -125,34 +130,35 @@ struct StateTile {
     });
   }
 
+  // Calls f(i, row[key(i)] ..) for each run of four keys of the rows.
+  template <class F, class... Row>
+  __device__ __forceinline__ void for_each_key(F&& f, const Row*... rows) {
+#pragma unroll
+    for (int i = 0; i < kKeys; i += 4) f(i, *reinterpret_cast<const float4*>(rows + key(i))...);
+  }
+
   // S <- alpha . S
-  __device__ __forceinline__ void decay(const float* alpha) {
+  __device__ __forceinline__ void decay(int i, float4 alpha) {
+    const float a[4] = {alpha.x, alpha.y, alpha.z, alpha.w};
 #pragma unroll
-    for (int i = 0; i < kKeys; i += 4) {
-      const float4 run = load4(alpha + key(i));
-      const float a[4] = {run.x, run.y, run.z, run.w};
+    for (int e = 0; e < 4; ++e) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-#pragma unroll
-        for (int j = 0; j < kValues; ++j) S[i + e][j] *= a[e];
-      }
+      for (int j = 0; j < kValues; ++j) S[i + e][j] *= a[e];
     }
   }
 
-  // S^T row, whole in every lane of the column.
-  __device__ __forceinline__ void read(const float* row, float (&sum)[kValues]) const {
+  // sum += S^T row over four keys
+  __device__ __forceinline__ void read(int i, float4 row, float (&sum)[kValues]) const {
+    const float x[4] = {row.x, row.y, row.z, row.w};
 #pragma unroll
-    for (int j = 0; j < kValues; ++j) sum[j] = 0.f;
+    for (int e = 0; e < 4; ++e) {
 #pragma unroll
-    for (int i = 0; i < kKeys; i += 4) {
-      const float4 run = load4(row + key(i));
-      const float x[4] = {run.x, run.y, run.z, run.w};
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-#pragma unroll
-        for (int j = 0; j < kValues; ++j) sum[j] += x[e] * S[i + e][j];
-      }
+      for (int j = 0; j < kValues; ++j) sum[j] += x[e] * S[i + e][j];
     }
+  }
+
+  // Adds up over the key lanes.
+  __device__ __forceinline__ void reduce(float (&sum)[kValues]) const {
     constexpr int kStride = kVFirst ? 1 : kValueLanes;
 #pragma unroll
     for (int step = kStride; step < kStride * kKeyLanes; step *= 2) {
@@ -162,73 +168,70 @@ struct StateTile {
   }
 
   // S <- S + k u^T
-  __device__ __forceinline__ void write(const float* k, const float (&u)[kValues]) {
+  __device__ __forceinline__ void write(int i, float4 k, const float (&u)[kValues]) {
+    const float x[4] = {k.x, k.y, k.z, k.w};
 #pragma unroll
-    for (int i = 0; i < kKeys; i += 4) {
-      const float4 run = load4(k + key(i));
-      const float x[4] = {run.x, run.y, run.z, run.w};
+    for (int e = 0; e < 4; ++e) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-#pragma unroll
-        for (int j = 0; j < kValues; ++j) S[i + e][j] += x[e] * u[j];
-      }
+      for (int j = 0; j < kValues; ++j) S[i + e][j] += x[e] * u[j];
     }
   }
 };
 
-// Token rows of the T new tokens, preprocessed; also what `next` keeps of k and g. The block calls it
-// together.
+// One token row, preprocessed by one warp; also what `next` keeps of its k and g.
 template <int kKeyDim>
-__device__ __forceinline__ void prepare_tokens(const StepArgs& args, int64_t b, int hv, int first_value,
-                                               int num_values, bool is_first_block, TokenRow<kKeyDim>* rows) {
-  const int lane = threadIdx.x % 32, K = args.key_dim, T = args.tokens;
+__device__ __forceinline__ void prepare_token(const StepArgs& args, int64_t b, int t, int hv, int first_value,
+                                              bool is_first_block, TokenRow<kKeyDim>& row) {
+  constexpr int kPerLane = kKeyDim / 32, kValuesPerLane = kStepWarps * kWarpValues / 32;
+  const int lane = threadIdx.x % 32, K = args.key_dim;
   const int group = args.value_heads / args.heads, h = hv / group;
-  for (int t = threadIdx.x / 32; t < T; t += blockDim.x / 32) {
-    constexpr int kPerLane = kKeyDim / 32;
-    float q[kPerLane], k[kPerLane], qq = 0.f, kk = 0.f, kq = 0.f;
+  float q[kPerLane], k[kPerLane], g[kPerLane], v[kValuesPerLane];
+  const float beta = at(args.beta, b, t, hv, 0);
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      const int c = lane + 32 * i;
-      q[i] = c < K ? at(args.q, b, t, h, c) : 0.f;
-      k[i] = c < K ? at(args.k, b, t, h, c) : 0.f;
-      qq += q[i] * q[i], kk += k[i] * k[i], kq += k[i] * q[i];
-    }
-    const float norm_q = args.qk_l2norm ? rsqrtf(warp_sum(qq) + static_cast<float>(kNormEps)) : 1.f;
-    const float norm_k = args.qk_l2norm ? rsqrtf(warp_sum(kk) + static_cast<float>(kNormEps)) : 1.f;
-    kq = warp_sum(kq) * norm_q * norm_k;
+  for (int i = 0; i < kPerLane; ++i) {
+    const int c = lane + 32 * i;
+    q[i] = c < K ? at(args.q, b, t, h, c) : 0.f;
+    k[i] = c < K ? at(args.k, b, t, h, c) : 0.f;
+    g[i] = c < K && args.gate_dim > 0 ? at(args.g, b, t, hv, c) : 0.f;
+  }
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      const int c = lane + 32 * i;
-      rows[t].q[c] = q[i] * norm_q;
-      rows[t].k[c] = k[i] * norm_k;
-      if (args.next.tokens > 0 && is_first_block && hv % group == 0 && c < K)
-        args.next.k[((b * T + t) * args.heads + h) * K + c] = k[i] * norm_k;
-    }
-    if (lane == 0) {
-      const float raw = at(args.beta, b, t, hv, 0);
-      rows[t].kq = kq;
-      rows[t].beta = args.beta_activation == BetaActivation::kNone
-                         ? raw
-                         : sigmoid(raw) * (args.beta_activation == BetaActivation::kSigmoid2 ? 2.f : 1.f);
-    }
+  for (int i = 0; i < kValuesPerLane; ++i) {
+    const int column = first_value + lane + 32 * i;
+    v[i] = column < args.value_dim ? at(args.v, b, t, hv, column) : 0.f;
   }
-  for (int i = threadIdx.x; i < T * kKeyDim; i += blockDim.x) {
-    const int t = i / kKeyDim, c = i % kKeyDim;
-    const float g = args.gate_dim > 0 && c < K ? log_decay(args, b, t, hv, c) : 0.f;
-    rows[t].alpha[c] = expf(g);
-    if (args.next.tokens > 0 && is_first_block && c < args.gate_dim)
-      args.next.g[((b * T + t) * args.value_heads + hv) * args.gate_dim + c] = g;
+
+  float qq = 0.f, kk = 0.f, kq = 0.f;
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) qq += q[i] * q[i], kk += k[i] * k[i], kq += k[i] * q[i];
+  qq = warp_sum(qq), kk = warp_sum(kk), kq = warp_sum(kq);
+  const float norm_q = args.qk_l2norm ? rsqrtf(qq + static_cast<float>(kNormEps)) : 1.f;
+  const float norm_k = args.qk_l2norm ? rsqrtf(kk + static_cast<float>(kNormEps)) : 1.f;
+  if (lane == 0) {
+    row.kq = kq * norm_q * norm_k;
+    row.beta = args.beta_activation == BetaActivation::kNone
+                   ? beta
+                   : sigmoid(beta) * (args.beta_activation == BetaActivation::kSigmoid2 ? 2.f : 1.f);
   }
-  for (int i = threadIdx.x; i < T * num_values; i += blockDim.x) {
-    const int t = i / num_values, j = i % num_values;
-    rows[t].v[j] = first_value + j < args.value_dim ? at(args.v, b, t, hv, first_value + j) : 0.f;
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    const int c = lane + 32 * i;
+    if (c < K && args.gate != Gate::kLog) g[i] = log_decay(args, g[i], hv, c);
+    row.q[c] = q[i] * norm_q;
+    row.k[c] = k[i] * norm_k;
+    row.alpha[c] = expf(g[i]);
+    if (args.next.tokens == 0 || !is_first_block) continue;
+    const int64_t at_token = b * args.tokens + t;
+    if (c < K && hv % group == 0) args.next.k[(at_token * args.heads + h) * K + c] = row.k[c];
+    if (c < args.gate_dim) args.next.g[(at_token * args.value_heads + hv) * args.gate_dim + c] = g[i];
   }
+#pragma unroll
+  for (int i = 0; i < kValuesPerLane; ++i) row.v[lane + 32 * i] = v[i];
 }
 
 // Token rows of the first `count` pending tokens.
 template <int kKeyDim>
 __device__ __forceinline__ void prepare_pending(const StepArgs& args, int64_t b, int hv, int first_value,
-                                                int num_values, int count, TokenRow<kKeyDim>* rows) {
+                                                int count, TokenRow<kKeyDim>* rows) {
   const Pending& from = args.pending;
   const int K = args.key_dim, V = args.value_dim, h = hv / (args.value_heads / args.heads);
   for (int i = threadIdx.x; i < count * kKeyDim; i += blockDim.x) {
@@ -240,8 +243,9 @@ __device__ __forceinline__ void prepare_pending(const StepArgs& args, int64_t b,
                            ? expf(from.g[(row * args.value_heads + hv) * args.gate_dim + gate_channel])
                            : 1.f;
   }
-  for (int i = threadIdx.x; i < count * num_values; i += blockDim.x) {
-    const int t = i / num_values, j = i % num_values;
+  constexpr int kColumns = kStepWarps * kWarpValues;
+  for (int i = threadIdx.x; i < count * kColumns; i += blockDim.x) {
+    const int t = i / kColumns, j = i % kColumns;
     rows[t].v[j] = first_value + j < V
                        ? from.u[((b * from.tokens + t) * args.value_heads + hv) * V + first_value + j]
                        : 0.f;
@@ -252,7 +256,8 @@ template <class Pool, bool kVFirst, int kKeyDim>
 __global__ void __launch_bounds__(kStepWarps * 32, kKeyDim <= 128 ? 4 : 2)
     step_kernel(const __grid_constant__ StepArgs args) {
   using Tile = StateTile<Pool, kVFirst, kKeyDim>;
-  __shared__ TokenRow<kKeyDim> rows[kMaxStep];
+  extern __shared__ __align__(16) unsigned char storage[];
+  auto* rows = reinterpret_cast<TokenRow<kKeyDim>*>(storage);  // T new tokens, then the pending ones
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int K = args.key_dim, V = args.value_dim, HV = args.value_heads, T = args.tokens;
   const int num_values = blockDim.x / 32 * kWarpValues;
@@ -261,17 +266,15 @@ __global__ void __launch_bounds__(kStepWarps * 32, kKeyDim <= 128 ? 4 : 2)
   const int64_t b = blockIdx.x / v_blocks / HV;
   const int first_value = v_block * num_values, warp_value = first_value + warp * kWarpValues;
 
+  const int64_t from = index_at(args.read, b, 0);
+  const int64_t accepted = args.pending.tokens > 0 ? index_at(args.accepted, b, 0) : 0;
+  bool valid = from < args.slots && 0 <= accepted && accepted <= args.pending.tokens;
+  for (int t = 0; t < (args.state_per_token ? T : 1); ++t) valid &= index_at(args.write, b, t) < args.slots;
+  const bool active = from >= 0;
+
   Tile tile(lane);
   Pool* head = static_cast<Pool*>(args.state) + static_cast<int64_t>(hv) * K * V;
-  const int64_t from = index_at(args.read, b, 0);
-  const bool active = from >= 0;
-  bool valid = from < args.slots;
-  if (active && valid) tile.load(head + from * args.slot_stride, K, V, warp_value);
-
-  const int num_writes = args.state_per_token ? T : 1;
-  for (int t = 0; t < num_writes; ++t) valid &= index_at(args.write, b, t) < args.slots;
-  const int64_t accepted = args.pending.tokens > 0 ? index_at(args.accepted, b, 0) : 0;
-  valid &= 0 <= accepted && accepted <= args.pending.tokens;
+  if (active && valid) tile.prefetch(head + from * args.slot_stride, K, V, warp_value);
 
   // The columns that this thread reports: each is known to all key lanes.
   const auto for_each_value = [&](auto&& f) {
@@ -304,34 +307,43 @@ __global__ void __launch_bounds__(kStepWarps * 32, kKeyDim <= 128 ? 4 : 2)
     if (to >= 0) tile.store(head + to * args.slot_stride, K, V, warp_value);
   };
 
-  if (accepted > 0) {
-    prepare_pending(args, b, hv, first_value, num_values, static_cast<int>(accepted), rows);
-    __syncthreads();
-    for (int t = 0; t < accepted; ++t) {
-      float u[Tile::kValues];
+  for (int t = warp; t < T; t += blockDim.x / 32)
+    prepare_token(args, b, t, hv, first_value, v_block == 0, rows[t]);
+  TokenRow<kKeyDim>* replayed = rows + T;
+  if (accepted > 0) prepare_pending(args, b, hv, first_value, static_cast<int>(accepted), replayed);
+  tile.load(head + from * args.slot_stride, K, V, warp_value);
+  __syncthreads();
+
+  for (int t = 0; t < accepted; ++t) {
+    float u[Tile::kValues];
 #pragma unroll
-      for (int j = 0; j < Tile::kValues; ++j) u[j] = rows[t].v[warp * kWarpValues + tile.value(j)];
-      tile.decay(rows[t].alpha);
-      tile.write(rows[t].k, u);
-    }
-    __syncthreads();
+    for (int j = 0; j < Tile::kValues; ++j) u[j] = replayed[t].v[warp * kWarpValues + tile.value(j)];
+    tile.for_each_key(
+        [&](int i, float4 alpha, float4 k) {
+          tile.decay(i, alpha);
+          tile.write(i, k, u);
+        },
+        replayed[t].alpha, replayed[t].k);
   }
   if (args.write_after_replay) save(0);
-
-  prepare_tokens(args, b, hv, first_value, num_values, v_block == 0, rows);
-  __syncthreads();
   for (int t = 0; t < T; ++t) {
     const TokenRow<kKeyDim>& row = rows[t];
-    float answer[Tile::kValues], out[Tile::kValues], u[Tile::kValues];
-    tile.decay(row.alpha);
-    tile.read(row.k, answer);
-    tile.read(row.q, out);
+    float answer[Tile::kValues] = {}, out[Tile::kValues] = {}, u[Tile::kValues];
+    tile.for_each_key(
+        [&](int i, float4 alpha, float4 k, float4 q) {
+          tile.decay(i, alpha);
+          tile.read(i, k, answer);
+          tile.read(i, q, out);
+        },
+        row.alpha, row.k, row.q);
+    tile.reduce(answer);
+    tile.reduce(out);
 #pragma unroll
     for (int j = 0; j < Tile::kValues; ++j) {
       u[j] = row.beta * (row.v[warp * kWarpValues + tile.value(j)] - answer[j]);
       out[j] = args.scale * (out[j] + row.kq * u[j]);
     }
-    tile.write(row.k, u);
+    tile.for_each_key([&](int i, float4 k) { tile.write(i, k, u); }, row.k);
     for_each_value([&](int j, int column) {
       store_element(args.o, args.out_type, row_of(t) + column, out[j]);
       if (args.next.tokens > 0) args.next.u[row_of(t) + column] = u[j];
@@ -350,8 +362,14 @@ int step_sm80<Tag, kVFirst, kKeyDim>::run(const StepArgs& args, void* stream) {
            ((args.value_dim + warps * kWarpValues - 1) / (warps * kWarpValues));
   };
   while (warps > 1 && blocks() < 2 * args.num_sms) warps /= 2;
-  step_kernel<Pool, kVFirst, kKeyDim>
-      <<<static_cast<unsigned>(blocks()), warps * 32, 0, static_cast<cudaStream_t>(stream)>>>(args);
+  const auto kernel = step_kernel<Pool, kVFirst, kKeyDim>;
+  const int bytes = (args.tokens + args.pending.tokens) * static_cast<int>(sizeof(TokenRow<kKeyDim>));
+  if (bytes > 48 << 10) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (error != cudaSuccess) return error;
+  }
+  kernel<<<static_cast<unsigned>(blocks()), warps * 32, bytes, static_cast<cudaStream_t>(stream)>>>(args);
   return cudaGetLastError();
 }
 

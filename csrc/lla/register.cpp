@@ -1,61 +1,8 @@
 // Operator schemas, safety checks, allocation and dispatch: the only file of the family that sees tensors.
-#include "lla/lla.h"
-#include "tensor_checks.h"
+#include "lla/checks.h"
 
 namespace nearfield::lla {
 namespace {
-
-using torch::stable::new_empty;
-
-// The kernels read any strides, as long as the last dimension is dense.
-Tensor dense_rows(const Tensor& t) {
-  return t.sizes().back() > 1 && t.strides().back() != 1 ? torch::stable::contiguous(t) : t;
-}
-
-template <class T>
-View<const T> view_of(const Tensor& t) {
-  const auto stride = t.strides();
-  return {static_cast<const T*>(t.const_data_ptr()), stride[0], stride[1], stride[2]};
-}
-
-template <class T>
-T* data_of(const Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
-}
-
-void check_inputs(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
-                  const std::optional<int64_t>& window) {
-  check_shape(op, "q", q, {-1, -1, -1, -1});
-  check_shape(op, "k", k, {q.sizes()[0], -1, -1, q.sizes()[3]});
-  check_shape(op, "v", v, {q.sizes()[0], k.sizes()[1], k.sizes()[2], -1});
-  const int64_t heads = q.sizes()[2], kv_heads = k.sizes()[2];
-  STD_TORCH_CHECK(kv_heads > 0 ? heads % kv_heads == 0 : heads == 0, op, ": q has ", heads,
-                  " heads, not a multiple of the ", kv_heads, " heads of k and v");
-  STD_TORCH_CHECK(q.sizes()[1] < INT32_MAX / 2 && k.sizes()[1] < INT32_MAX / 2, op,
-                  ": sequences are limited to 2^30");
-  STD_TORCH_CHECK(!window || *window >= 1, op, ": window is ", window.value_or(0), ", expected at least 1");
-  for (const auto& [name, t] : {std::pair<const char*, const Tensor&>{"k", k}, {"v", v}}) {
-    check_dtype(op, name, t, q.scalar_type());
-    check_same_device(op, name, t, q);
-  }
-}
-
-// A float tensor of the computation, of the given shape.
-void check_statistic(const char* op, const char* name, const Tensor& t, const Tensor& q,
-                     const std::vector<int64_t>& shape) {
-  check_shape(op, name, t, shape);
-  check_dtype(op, name, t, q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float);
-  check_same_device(op, name, t, q);
-}
-
-void check_lam(const char* op, const Tensor& lam, const Tensor& q) {
-  const auto s = q.sizes();
-  check_statistic(op, "lam", lam, q, {s[0], s[1], s[2], -1});
-  STD_TORCH_CHECK(lam.sizes()[3] == 1 || lam.sizes()[3] == s[3], op, ": lam has ", lam.sizes()[3],
-                  " channels, expected 1 or ", s[3]);
-}
-
-int64_t window_or_all(const std::optional<int64_t>& window, int64_t n) { return window ? *window : n; }
 
 template <class T>
 Problem<T> make_problem(const Tensor& q, const Tensor& k, const Tensor& v, double scale, bool is_causal,
@@ -66,13 +13,6 @@ Problem<T> make_problem(const Tensor& q, const Tensor& k, const Tensor& v, doubl
           s[2],          k.sizes()[2],  s[3],
           v.sizes()[3],  view_of<T>(q), view_of<T>(k),
           view_of<T>(v), scale,         Visibility::make(s[1], n, window, is_causal)};
-}
-
-template <class F>
-Ridge<F> make_ridge(const Tensor& lam, bool absolute) {
-  const auto st = lam.strides();
-  return {
-      static_cast<const F*>(lam.const_data_ptr()), {st[0], st[1], st[2], st[3]}, lam.sizes()[3], absolute};
 }
 
 }  // namespace
@@ -145,12 +85,7 @@ std::array<Tensor, 5> backward(const char* op, const Tensor& d_o_, const Tensor&
   const Tensor kbar = torch::stable::contiguous(kbar_), lse = torch::stable::contiguous(lse_);
   const auto s = q.sizes();
   const int64_t n = k.sizes()[1], kv_heads = k.sizes()[2], dv = v.sizes()[3];
-  check_shape(op, "d_o", d_o, {s[0], s[1], s[2], dv});
-  check_dtype(op, "d_o", d_o, q.scalar_type());
-  check_same_device(op, "d_o", d_o, q);
-  check_statistic(op, "x", x, q, {s[0], s[1], s[2], s[3]});
-  check_statistic(op, "kbar", kbar, q, {s[0], s[1], s[2], s[3]});
-  check_statistic(op, "lse", lse, q, {s[0], s[1], s[2]});
+  check_saved(op, q, v, d_o, x, kbar, lse);
   if (lam) check_lam(op, *lam, q);
   std::array<Tensor, 5> out;
   dispatch_cpu_dtype(op, "q", q.scalar_type(), [&](auto tag) {
@@ -193,26 +128,28 @@ Grads probe_bwd_cpu(const Tensor& d_o, const Tensor& q, const Tensor& x, const T
   return {dq, dx, dk, dv};
 }
 
-Tensor step_cpu(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& lengths_,
+Tensor step_cpu(const Tensor& q_, const Tensor& k_, const Tensor& v_, std::optional<Tensor> cache_seqlens,
                 const Tensor& lam, double scale, std::optional<int64_t> window, bool absolute) {
   const char* op = "lla_step";
   check_inputs(op, q_, k_, v_, window);
   check_lam(op, lam, q_);
-  check_shape(op, "cache_seqlens", lengths_, {q_.sizes()[0]});
-  check_dtype(op, "cache_seqlens", lengths_, ScalarType::Long);
-  check_same_device(op, "cache_seqlens", lengths_, q_);
-  const Tensor q = dense_rows(q_), k = dense_rows(k_), v = dense_rows(v_),
-               lengths = torch::stable::contiguous(lengths_);
-  const auto* length = static_cast<const int64_t*>(lengths.const_data_ptr());
-  for (int64_t b = 0; b < q.sizes()[0]; ++b)
-    STD_TORCH_CHECK(0 <= length[b] && length[b] <= k.sizes()[1], op, ": cache_seqlens[", b, "] is ",
-                    length[b], ", expected 0 to ", k.sizes()[1], ", the size of the cache");
+  check_lengths(op, cache_seqlens, q_);
+  const Tensor q = dense_rows(q_), k = dense_rows(k_), v = dense_rows(v_);
+  const int64_t batch = q.sizes()[0], size = k.sizes()[1];
+  std::vector<int64_t> length(batch, size);
+  if (defined(cache_seqlens)) {
+    const Tensor wide = torch::stable::contiguous(torch::stable::to(*cache_seqlens, ScalarType::Long));
+    std::copy_n(static_cast<const int64_t*>(wide.const_data_ptr()), batch, length.begin());
+  }
+  for (int64_t b = 0; b < batch; ++b)
+    STD_TORCH_CHECK(0 <= length[b] && length[b] <= size, op, ": cache_seqlens[", b, "] is ", length[b],
+                    ", expected 0 to ", size, ", the size of the cache");
   const Tensor o = new_empty(q, {q.sizes()[0], q.sizes()[1], q.sizes()[2], v.sizes()[3]});
   dispatch_cpu_dtype(op, "q", q.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     const int64_t all = window_or_all(window, k.sizes()[1]);
-    run_step_cpu<T>({make_problem<T>(q, k, v, scale, true, all), make_ridge<acc_t<T>>(lam, absolute), length,
-                     all, data_of<T>(o)});
+    run_step_cpu<T>({make_problem<T>(q, k, v, scale, true, all), make_ridge<acc_t<T>>(lam, absolute),
+                     length.data(), all, data_of<T>(o)});
   });
   return o;
 }
@@ -236,7 +173,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(nearfield, m) {
       "scale, "
       "bool is_causal, int? window) -> (Tensor dq, Tensor dx, Tensor dk, Tensor dv)");
   m.def(
-      "lla_step(Tensor q, Tensor k, Tensor v, Tensor cache_seqlens, Tensor lam, float scale, int? window, "
+      "lla_step(Tensor q, Tensor k, Tensor v, Tensor? cache_seqlens, Tensor lam, float scale, int? window, "
       "bool absolute) -> Tensor");
 }
 

@@ -1,0 +1,89 @@
+// What both devices ask of the operators' tensors, and views of them for the kernels.
+#pragma once
+
+#include "lla/lla.h"
+#include "tensor_checks.h"
+
+namespace nearfield::lla {
+
+using torch::stable::new_empty;
+
+// The kernels read any strides, as long as the last dimension is dense.
+inline Tensor dense_rows(const Tensor& t) {
+  return t.sizes().back() > 1 && t.strides().back() != 1 ? torch::stable::contiguous(t) : t;
+}
+
+template <class T>
+View<const T> view_of(const Tensor& t) {
+  const auto stride = t.strides();
+  return {static_cast<const T*>(t.const_data_ptr()), stride[0], stride[1], stride[2]};
+}
+
+template <class T>
+T* data_of(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+inline void check_inputs(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
+                         const std::optional<int64_t>& window) {
+  check_shape(op, "q", q, {-1, -1, -1, -1});
+  check_shape(op, "k", k, {q.sizes()[0], -1, -1, q.sizes()[3]});
+  check_shape(op, "v", v, {q.sizes()[0], k.sizes()[1], k.sizes()[2], -1});
+  const int64_t heads = q.sizes()[2], kv_heads = k.sizes()[2];
+  STD_TORCH_CHECK(kv_heads > 0 ? heads % kv_heads == 0 : heads == 0, op, ": q has ", heads,
+                  " heads, not a multiple of the ", kv_heads, " heads of k and v");
+  STD_TORCH_CHECK(q.sizes()[1] < INT32_MAX / 2 && k.sizes()[1] < INT32_MAX / 2, op,
+                  ": sequences are limited to 2^30");
+  STD_TORCH_CHECK(!window || *window >= 1, op, ": window is ", window.value_or(0), ", expected at least 1");
+  for (const auto& [name, t] : {std::pair<const char*, const Tensor&>{"k", k}, {"v", v}}) {
+    check_dtype(op, name, t, q.scalar_type());
+    check_same_device(op, name, t, q);
+  }
+}
+
+// A float tensor of the computation, of the given shape.
+inline void check_statistic(const char* op, const char* name, const Tensor& t, const Tensor& q,
+                            const std::vector<int64_t>& shape) {
+  check_shape(op, name, t, shape);
+  check_dtype(op, name, t, q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float);
+  check_same_device(op, name, t, q);
+}
+
+inline void check_lam(const char* op, const Tensor& lam, const Tensor& q) {
+  const auto s = q.sizes();
+  check_statistic(op, "lam", lam, q, {s[0], s[1], s[2], -1});
+  STD_TORCH_CHECK(lam.sizes()[3] == 1 || lam.sizes()[3] == s[3], op, ": lam has ", lam.sizes()[3],
+                  " channels, expected 1 or ", s[3]);
+}
+
+inline int64_t window_or_all(const std::optional<int64_t>& window, int64_t n) { return window ? *window : n; }
+
+template <class F>
+Ridge<F> make_ridge(const Tensor& lam, bool absolute) {
+  const auto st = lam.strides();
+  return {
+      static_cast<const F*>(lam.const_data_ptr()), {st[0], st[1], st[2], st[3]}, lam.sizes()[3], absolute};
+}
+
+// What the backwards get besides the inputs of the forward.
+inline void check_saved(const char* op, const Tensor& q, const Tensor& v, const Tensor& d_o, const Tensor& x,
+                        const Tensor& kbar, const Tensor& lse) {
+  const auto s = q.sizes();
+  check_shape(op, "d_o", d_o, {s[0], s[1], s[2], v.sizes()[3]});
+  check_dtype(op, "d_o", d_o, q.scalar_type());
+  check_same_device(op, "d_o", d_o, q);
+  check_statistic(op, "x", x, q, {s[0], s[1], s[2], s[3]});
+  check_statistic(op, "kbar", kbar, q, {s[0], s[1], s[2], s[3]});
+  check_statistic(op, "lse", lse, q, {s[0], s[1], s[2]});
+}
+
+// The filled length of each sequence of a cache.
+inline void check_lengths(const char* op, const std::optional<Tensor>& cache_seqlens, const Tensor& q) {
+  if (!defined(cache_seqlens)) return;
+  check_shape(op, "cache_seqlens", *cache_seqlens, {q.sizes()[0]});
+  if (cache_seqlens->scalar_type() != ScalarType::Int)
+    check_dtype(op, "cache_seqlens", *cache_seqlens, ScalarType::Long);
+  check_same_device(op, "cache_seqlens", *cache_seqlens, q);
+}
+
+}  // namespace nearfield::lla
