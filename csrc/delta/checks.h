@@ -35,6 +35,7 @@ struct Inputs {
   std::vector<int64_t> gate_shape() const {
     return channel_gate ? std::vector<int64_t>{B, T, HV, K} : std::vector<int64_t>{B, T, HV};
   }
+  int64_t gate_dim() const { return defined(g) ? (channel_gate ? K : 1) : 0; }  // of pending tokens
 };
 
 inline Tensor unit_stride(const Tensor& t) {
@@ -201,6 +202,75 @@ inline void check_slots(const char* op, const char* name, const OptTensor& index
   check_shape(op, name, *index, per_token ? std::vector<int64_t>{x.B, T} : std::vector<int64_t>{x.B});
   if (index->scalar_type() != ScalarType::Int) check_dtype(op, name, *index, ScalarType::Long);
   check_same_device(op, name, *index, x.q);
+}
+
+// The pending tokens of delta_verify and delta_commit, dense.
+struct PendingTensors {
+  Tensor k, u, g, accepted;
+  int64_t tokens = 0;
+
+  template <class F>
+  Pending<F> view() const {
+    if (tokens == 0) return {};
+    const auto data = [](const Tensor& t) { return static_cast<F*>(t.mutable_data_ptr()); };
+    return {tokens, data(k), data(u), data(g)};
+  }
+};
+
+inline PendingTensors check_pending(const char* op, const OptTensor& k, const OptTensor& u,
+                                    const OptTensor& g, const OptTensor& accepted, const Inputs& x) {
+  const bool given = defined(k);
+  STD_TORCH_CHECK(defined(u) == given && defined(g) == given && defined(accepted) == given, op,
+                  ": pending k, u and g and accepted belong together, but some are absent");
+  if (!given) return {};
+  check_shape(op, "pending k", *k, {x.B, -1, x.H, x.K});
+  const int64_t tokens = k->sizes()[1];
+  STD_TORCH_CHECK(tokens >= 1 && tokens <= kMaxStep, op, ": pending has ", tokens, " tokens, expected 1 to ",
+                  kMaxStep);
+  check_shape(op, "pending u", *u, {x.B, tokens, x.HV, x.V});
+  check_shape(op, "pending g", *g, {x.B, tokens, x.HV, x.gate_dim()});
+  for (const auto& [name, t] :
+       {std::pair<const char*, const Tensor&>{"pending k", *k}, {"pending u", *u}, {"pending g", *g}}) {
+    check_dtype(op, name, t, state_dtype(x.q));
+    check_same_device(op, name, t, x.q);
+  }
+  check_slots(op, "accepted", accepted, x, 0);
+  return {contiguous(*k), contiguous(*u), contiguous(*g), *accepted, tokens};
+}
+
+// The problem of delta_commit, as far as the pending tokens tell it: no tokens to run.
+inline Inputs commit_inputs(const char* op, const Tensor& k, const Tensor& u, const Tensor& g) {
+  for (const auto& [name, t] :
+       {std::pair<const char*, const Tensor&>{"pending k", k}, {"pending u", u}, {"pending g", g}})
+    check_shape(op, name, t, {-1, -1, -1, -1});
+  Inputs x{};
+  x.q = x.k = k, x.v = x.beta = u;
+  x.B = x.N = k.sizes()[0], x.H = k.sizes()[2], x.K = k.sizes()[3];
+  x.HV = u.sizes()[2], x.V = u.sizes()[3];
+  STD_TORCH_CHECK(x.H > 0 && x.HV > 0 && x.HV % x.H == 0 && x.K > 0 && x.V > 0, op, ": pending k has ", x.H,
+                  " heads of ", x.K, " channels and pending u ", x.HV, " heads of ", x.V,
+                  ", expected at least one channel and a multiple of k's heads");
+  const int64_t gate_dim = g.sizes()[3];
+  STD_TORCH_CHECK(gate_dim == 0 || gate_dim == 1 || gate_dim == x.K, op, ": pending g has ", gate_dim,
+                  " channels, expected 0, 1 or ", x.K);
+  if (gate_dim > 0) x.g = g;
+  x.channel_gate = gate_dim == x.K;
+  return x;
+}
+
+// The new tokens of delta_verify, to be written by a kernel.
+inline PendingTensors new_pending(const Inputs& x) {
+  const ScalarType dtype = state_dtype(x.q);
+  PendingTensors p;
+  p.k = new_empty(x.q, {x.B, x.T, x.H, x.K}, dtype);
+  p.u = new_empty(x.q, {x.B, x.T, x.HV, x.V}, dtype);
+  p.g = new_empty(x.q, {x.B, x.T, x.HV, x.gate_dim()}, dtype);
+  p.tokens = x.T;
+  return p;
+}
+
+inline void check_step_tokens(const char* op, const Inputs& x) {
+  STD_TORCH_CHECK(x.T >= 1 && x.T <= kMaxStep, op, ": q has ", x.T, " tokens, expected 1 to ", kMaxStep);
 }
 
 // The gradients that arrive from behind, made readable.

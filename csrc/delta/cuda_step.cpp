@@ -1,4 +1,5 @@
-// nearfield::delta_step on CUDA: checks, and the choice of the kernel instance.
+// nearfield::delta_step, delta_verify and delta_commit on CUDA: checks, and the choice of the kernel
+// instance.
 #ifdef NEARFIELD_WITH_CUDA
 #include "nearfield_build.h"
 #endif
@@ -86,6 +87,55 @@ void check_alignment(const char* op, const Tensor& state) {
                   " bytes and a first stride that is a multiple of 4, got ", state.strides()[0]);
 }
 
+// One step over the pool: of delta_step, of delta_verify (`next` given) and of delta_commit (no tokens).
+// Returns o.
+Tensor run_step(const char* op, const Inputs& x, const Options& options, const Tensor& state,
+                const OptTensor& read_idx, const OptTensor& write_idx, const PendingTensors& pending,
+                const PendingTensors* next) {
+  check_pool(op, state, x, options.state_v_first);
+  check_slots(op, "read_idx", read_idx, x, 0);
+  check_slots(op, "write_idx", write_idx, x, next ? 0 : x.T);
+  torch::stable::accelerator::DeviceGuard guard(x.q.get_device_index());
+  const Instance& instance = pick(op, state, x, options.state_v_first);
+  StepArgs args{};
+  args.out_type = element_of(op, "q", x.q);
+  Tensor o = new_empty(x.q, {x.B, x.T, x.HV, x.V}, x.q.scalar_type());
+  if (x.B == 0) return o;
+  STD_TORCH_CHECK(defined(read_idx) || state.sizes()[0] >= x.B, op, ": state has ", state.sizes()[0],
+                  " slots, but without read_idx ", x.B, " rows need ", x.B);
+  check_alignment(op, state);
+
+  args.batch = x.B, args.tokens = static_cast<int>(x.T);
+  args.heads = static_cast<int>(x.H), args.value_heads = static_cast<int>(x.HV);
+  args.key_dim = static_cast<int>(x.K), args.value_dim = static_cast<int>(x.V);
+  args.gate_dim = static_cast<int>(x.gate_dim());
+  if (x.T > 0) {
+    args.q = operand(op, "q", x.q), args.k = operand(op, "k", x.k), args.v = operand(op, "v", x.v);
+    args.beta = operand(op, "beta", x.beta);
+    if (defined(x.g)) args.g = operand(op, "g", *x.g);
+    args.A_log = parameter(op, "A_log", x.A_log, 1);
+    args.dt_bias = parameter(op, "dt_bias", x.dt_bias, x.channel_gate ? x.K : 1);
+  }
+  args.o = o.mutable_data_ptr();
+  args.scale = static_cast<float>(options.scale), args.gate_bound = static_cast<float>(options.gate_bound);
+  args.beta_activation = static_cast<BetaActivation>(options.beta_activation);
+  args.gate = static_cast<Gate>(options.gate);
+  args.qk_l2norm = options.qk_l2norm;
+  args.state = state.mutable_data_ptr();
+  args.slots = state.sizes()[0], args.slot_stride = state.strides()[0];
+  args.read = slot_index(read_idx);
+  args.write = defined(write_idx) ? slot_index(write_idx) : args.read;
+  args.state_per_token = is_per_token(write_idx);
+  args.pending = pending.view<float>();
+  if (pending.tokens > 0) args.accepted = slot_index(pending.accepted);
+  args.write_replayed = pending.tokens > 0, args.write_tokens = !next;
+  if (next) args.next = next->view<float>();
+  args.num_sms = device_info(x.q.get_device_index()).num_sms;
+  const int error = instance.run(args, current_stream(x.q));
+  STD_TORCH_CHECK(error == 0, op, ": ", cuda_error_string(error));
+  return o;
+}
+
 Tensor delta_step_cuda(Tensor q, Tensor k, Tensor v, Tensor beta, OptTensor g, Tensor state,
                        OptTensor read_idx, OptTensor write_idx, OptTensor A_log, OptTensor dt_bias,
                        double scale, bool qk_l2norm, int64_t beta_activation, int64_t gate, double gate_bound,
@@ -93,49 +143,40 @@ Tensor delta_step_cuda(Tensor q, Tensor k, Tensor v, Tensor beta, OptTensor g, T
   const char* op = "delta_step";
   const Options options{scale, qk_l2norm, beta_activation, gate, gate_bound, state_v_first};
   const Inputs x = check_given(op, q, k, v, beta, g, std::nullopt, A_log, dt_bias, std::nullopt, options);
-  STD_TORCH_CHECK(x.T >= 1 && x.T <= kMaxStep, op, ": q has ", x.T, " tokens, expected 1 to ", kMaxStep);
-  check_pool(op, state, x, state_v_first);
-  check_slots(op, "read_idx", read_idx, x, 0);
-  check_slots(op, "write_idx", write_idx, x, x.T);
-  torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
-  const Element type = element_of(op, "q", q);
-  const Instance& instance = pick(op, state, x, state_v_first);
-  Tensor o = new_empty(q, {x.B, x.T, x.HV, x.V}, q.scalar_type());
-  if (x.B == 0) return o;
-  STD_TORCH_CHECK(defined(read_idx) || state.sizes()[0] >= x.B, op, ": state has ", state.sizes()[0],
-                  " slots, but without read_idx ", x.B, " rows need ", x.B);
-  check_alignment(op, state);
+  check_step_tokens(op, x);
+  return run_step(op, x, options, state, read_idx, write_idx, {}, nullptr);
+}
 
-  StepArgs args{};
-  args.batch = x.B, args.tokens = static_cast<int>(x.T);
-  args.heads = static_cast<int>(x.H), args.value_heads = static_cast<int>(x.HV);
-  args.key_dim = static_cast<int>(x.K), args.value_dim = static_cast<int>(x.V);
-  args.gate_dim = defined(g) ? (x.channel_gate ? args.key_dim : 1) : 0;
-  args.q = operand(op, "q", q), args.k = operand(op, "k", k), args.v = operand(op, "v", v);
-  args.beta = operand(op, "beta", beta);
-  if (defined(g)) args.g = operand(op, "g", *g);
-  args.A_log = parameter(op, "A_log", A_log, 1);
-  args.dt_bias = parameter(op, "dt_bias", dt_bias, x.channel_gate ? x.K : 1);
-  args.out_type = type;
-  args.o = o.mutable_data_ptr();
-  args.scale = static_cast<float>(scale), args.gate_bound = static_cast<float>(gate_bound);
-  args.beta_activation = static_cast<BetaActivation>(beta_activation);
-  args.gate = static_cast<Gate>(gate);
-  args.qk_l2norm = qk_l2norm;
-  args.state = state.mutable_data_ptr();
-  args.slots = state.sizes()[0], args.slot_stride = state.strides()[0];
-  args.read = slot_index(read_idx);
-  args.write = defined(write_idx) ? slot_index(write_idx) : args.read;
-  args.state_per_token = is_per_token(write_idx);
-  args.num_sms = device_info(q.get_device_index()).num_sms;
-  const int error = instance.run(args, current_stream(q));
-  STD_TORCH_CHECK(error == 0, op, ": ", cuda_error_string(error));
-  return o;
+std::tuple<Tensor, Tensor, Tensor, Tensor> delta_verify_cuda(
+    Tensor q, Tensor k, Tensor v, Tensor beta, OptTensor g, Tensor state, OptTensor read_idx,
+    OptTensor write_idx, OptTensor pending_k, OptTensor pending_u, OptTensor pending_g, OptTensor accepted,
+    OptTensor A_log, OptTensor dt_bias, double scale, bool qk_l2norm, int64_t beta_activation, int64_t gate,
+    double gate_bound, bool state_v_first) {
+  const char* op = "delta_verify";
+  const Options options{scale, qk_l2norm, beta_activation, gate, gate_bound, state_v_first};
+  const Inputs x = check_given(op, q, k, v, beta, g, std::nullopt, A_log, dt_bias, std::nullopt, options);
+  check_step_tokens(op, x);
+  const PendingTensors pending = check_pending(op, pending_k, pending_u, pending_g, accepted, x);
+  const PendingTensors next = new_pending(x);
+  Tensor o = run_step(op, x, options, state, read_idx, write_idx, pending, &next);
+  return {o, next.k, next.u, next.g};
+}
+
+void delta_commit_cuda(Tensor state, Tensor pending_k, Tensor pending_u, Tensor pending_g, Tensor accepted,
+                       OptTensor read_idx, OptTensor write_idx, bool state_v_first) {
+  const char* op = "delta_commit";
+  const Inputs x = commit_inputs(op, pending_k, pending_u, pending_g);
+  const PendingTensors pending = check_pending(op, pending_k, pending_u, pending_g, accepted, x);
+  run_step(op, x, Options{1, false, 0, 0, 0, state_v_first}, state, read_idx, write_idx, pending, nullptr);
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(nearfield, CUDA, m) { m.impl("delta_step", TORCH_BOX(&delta_step_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(nearfield, CUDA, m) {
+  m.impl("delta_step", TORCH_BOX(&delta_step_cuda));
+  m.impl("delta_verify", TORCH_BOX(&delta_verify_cuda));
+  m.impl("delta_commit", TORCH_BOX(&delta_commit_cuda));
+}
 
 }  // namespace nearfield::delta
 #endif

@@ -101,29 +101,42 @@ std::vector<int64_t> slot_indices(const char* op, const char* name, const OptTen
   return out;
 }
 
-Tensor delta_step_cpu(Tensor q, Tensor k, Tensor v, Tensor beta, OptTensor g, Tensor state,
-                      OptTensor read_idx, OptTensor write_idx, OptTensor A_log, OptTensor dt_bias,
-                      double scale, bool qk_l2norm, int64_t beta_activation, int64_t gate, double gate_bound,
-                      bool state_v_first) {
-  const char* op = "delta_step";
-  const Options options{scale, qk_l2norm, beta_activation, gate, gate_bound, state_v_first};
-  const Inputs x = check_inputs(op, q, k, v, beta, g, std::nullopt, A_log, dt_bias, std::nullopt, options);
-  STD_TORCH_CHECK(x.T >= 1 && x.T <= kMaxStep, op, ": q has ", x.T, " tokens, expected 1 to ", kMaxStep);
-  check_pool(op, state, x, state_v_first);
+// One step over the pool: of delta_step, of delta_verify (`next` given) and of delta_commit (no tokens).
+// Returns o.
+Tensor run_step(const char* op, const Inputs& x, const Options& options, const Tensor& state,
+                const OptTensor& read_idx, const OptTensor& write_idx, const PendingTensors& pending,
+                const PendingTensors* next) {
+  check_pool(op, state, x, options.state_v_first);
   check_slots(op, "read_idx", read_idx, x, 0);
-  check_slots(op, "write_idx", write_idx, x, x.T);
+  check_slots(op, "write_idx", write_idx, x, next ? 0 : x.T);
   const int64_t slots = state.sizes()[0];
   const auto read = slot_indices(op, "read_idx", read_idx, x.B, slots);
   const auto write = defined(write_idx) ? slot_indices(op, "write_idx", write_idx, x.B, slots) : read;
-  Tensor o = new_empty(q, {x.B, x.T, x.HV, x.V}, q.scalar_type());
-  dispatch_cpu_dtype(op, "q", q.scalar_type(), [&](auto element) {
+  std::vector<int64_t> accepted;
+  if (pending.tokens > 0) {
+    const Tensor dense = dense_as(pending.accepted, ScalarType::Long);
+    const auto* data = static_cast<const int64_t*>(dense.const_data_ptr());
+    accepted.assign(data, data + x.B);
+    for (const int64_t a : accepted)
+      STD_TORCH_CHECK(0 <= a && a <= pending.tokens, op, ": accepted has ", a, ", but there are ",
+                      pending.tokens, " pending tokens");
+  }
+  Tensor o = new_empty(x.q, {x.B, x.T, x.HV, x.V}, x.q.scalar_type());
+  dispatch_cpu_dtype(op, "q", x.q.scalar_type(), [&](auto element) {
     using In = decltype(element);
     using F = compute_t<In>;
     const auto run = [&](auto pool_element) {
       using Pool = decltype(pool_element);
-      run_delta_step_cpu(DeltaStepParams<In, F, Pool>{
-          kernel_inputs<In, F>(x, options), static_cast<Pool*>(state.mutable_data_ptr()), state.strides()[0],
-          read.data(), write.data(), is_per_token(write_idx), static_cast<In*>(o.mutable_data_ptr())});
+      DeltaStepParams<In, F, Pool> p{};
+      p.in = kernel_inputs<In, F>(x, options);
+      p.state = static_cast<Pool*>(state.mutable_data_ptr()), p.slot_stride = state.strides()[0];
+      p.read_idx = read.data(), p.write_idx = write.data();
+      p.state_per_token = is_per_token(write_idx);
+      p.o = static_cast<In*>(o.mutable_data_ptr());
+      p.pending = pending.view<F>(), p.accepted = pending.tokens > 0 ? accepted.data() : nullptr;
+      p.write_replayed = pending.tokens > 0, p.write_tokens = !next;
+      if (next) p.next = next->view<F>();
+      run_delta_step_cpu(p);
     };
     if constexpr (std::is_same_v<F, float>) {
       if (state.scalar_type() == ScalarType::BFloat16) return run(torch::headeronly::BFloat16{});
@@ -131,6 +144,40 @@ Tensor delta_step_cpu(Tensor q, Tensor k, Tensor v, Tensor beta, OptTensor g, Te
     run(F{});
   });
   return o;
+}
+
+Tensor delta_step_cpu(Tensor q, Tensor k, Tensor v, Tensor beta, OptTensor g, Tensor state,
+                      OptTensor read_idx, OptTensor write_idx, OptTensor A_log, OptTensor dt_bias,
+                      double scale, bool qk_l2norm, int64_t beta_activation, int64_t gate, double gate_bound,
+                      bool state_v_first) {
+  const char* op = "delta_step";
+  const Options options{scale, qk_l2norm, beta_activation, gate, gate_bound, state_v_first};
+  const Inputs x = check_inputs(op, q, k, v, beta, g, std::nullopt, A_log, dt_bias, std::nullopt, options);
+  check_step_tokens(op, x);
+  return run_step(op, x, options, state, read_idx, write_idx, {}, nullptr);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> delta_verify_cpu(
+    Tensor q, Tensor k, Tensor v, Tensor beta, OptTensor g, Tensor state, OptTensor read_idx,
+    OptTensor write_idx, OptTensor pending_k, OptTensor pending_u, OptTensor pending_g, OptTensor accepted,
+    OptTensor A_log, OptTensor dt_bias, double scale, bool qk_l2norm, int64_t beta_activation, int64_t gate,
+    double gate_bound, bool state_v_first) {
+  const char* op = "delta_verify";
+  const Options options{scale, qk_l2norm, beta_activation, gate, gate_bound, state_v_first};
+  const Inputs x = check_inputs(op, q, k, v, beta, g, std::nullopt, A_log, dt_bias, std::nullopt, options);
+  check_step_tokens(op, x);
+  const PendingTensors pending = check_pending(op, pending_k, pending_u, pending_g, accepted, x);
+  const PendingTensors next = new_pending(x);
+  Tensor o = run_step(op, x, options, state, read_idx, write_idx, pending, &next);
+  return {o, next.k, next.u, next.g};
+}
+
+void delta_commit_cpu(Tensor state, Tensor pending_k, Tensor pending_u, Tensor pending_g, Tensor accepted,
+                      OptTensor read_idx, OptTensor write_idx, bool state_v_first) {
+  const char* op = "delta_commit";
+  const Inputs x = commit_inputs(op, pending_k, pending_u, pending_g);
+  const PendingTensors pending = check_pending(op, pending_k, pending_u, pending_g, accepted, x);
+  run_step(op, x, Options{1, false, 0, 0, 0, state_v_first}, state, read_idx, write_idx, pending, nullptr);
 }
 
 }  // namespace
@@ -155,12 +202,25 @@ STABLE_TORCH_LIBRARY_FRAGMENT(nearfield, m) {
       "Tensor? write_idx, Tensor? A_log, Tensor? dt_bias, float scale, bool qk_l2norm, int beta_activation, "
       "int gate, "
       "float gate_bound, bool state_v_first) -> Tensor");
+  // The tokens are run but not written; pending k, u, g (of an earlier call, with accepted) are written
+  // first.
+  m.def(
+      "delta_verify(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, Tensor(a!) state, Tensor? "
+      "read_idx, "
+      "Tensor? write_idx, Tensor? pending_k, Tensor? pending_u, Tensor? pending_g, Tensor? accepted, Tensor? "
+      "A_log, Tensor? dt_bias, float scale, bool qk_l2norm, int beta_activation, int gate, float gate_bound, "
+      "bool state_v_first) -> (Tensor o, Tensor k, Tensor u, Tensor g)");
+  m.def(
+      "delta_commit(Tensor(a!) state, Tensor pending_k, Tensor pending_u, Tensor pending_g, Tensor accepted, "
+      "Tensor? read_idx, Tensor? write_idx, bool state_v_first) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(nearfield, CPU, m) {
   m.impl("delta_fwd", TORCH_BOX(&delta_fwd_cpu));
   m.impl("delta_bwd", TORCH_BOX(&delta_bwd_cpu));
   m.impl("delta_step", TORCH_BOX(&delta_step_cpu));
+  m.impl("delta_verify", TORCH_BOX(&delta_verify_cpu));
+  m.impl("delta_commit", TORCH_BOX(&delta_commit_cpu));
 }
 
 }  // namespace nearfield::delta

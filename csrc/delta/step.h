@@ -21,17 +21,7 @@ struct SlotIndex {
   int64_t row, token;  // strides
 };
 
-// Tokens whose effect on the state is known but not yet written to the pool, all float32 and contiguous:
-// S <- e^g S + k u^T replays one.
-struct Pending {
-  int tokens;  // P, 0 to kMaxStep
-  float* k;    // [B, P, H, K], normalised
-  float* u;    // [B, P, HV, V], beta (v - S'^T k)
-  float* g;    // [B, P, HV, G], log decay
-};
-
-// Row b reads slot read[b], replays the first accepted[b] tokens of `pending`, runs T tokens, writes its
-// slots.
+// What DeltaStepParams says, for operands as they lie in memory.
 struct StepArgs {
   int64_t batch;
   int tokens, heads, value_heads, key_dim, value_dim, gate_dim;  // gate_dim: 0 without a gate, 1 or key_dim
@@ -51,10 +41,10 @@ struct StepArgs {
   int64_t slots, slot_stride;  // slot_stride in elements
   SlotIndex read, write;       // write [B, T]: the state after each token
   bool state_per_token;
-  bool write_after_replay;  // the state to write is the one before the T tokens
-  Pending pending;          // read
-  SlotIndex accepted;       // [B], 0 to P
-  Pending next;             // written if next.tokens == T > 0
+  bool write_replayed, write_tokens;
+  Pending<float> pending;
+  SlotIndex accepted;  // [B], 0 to P
+  Pending<float> next;
 
   int num_sms;
 };

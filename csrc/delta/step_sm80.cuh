@@ -232,7 +232,7 @@ __device__ __forceinline__ void prepare_token(const StepArgs& args, int64_t b, i
 template <int kKeyDim>
 __device__ __forceinline__ void prepare_pending(const StepArgs& args, int64_t b, int hv, int first_value,
                                                 int count, TokenRow<kKeyDim>* rows) {
-  const Pending& from = args.pending;
+  const Pending<float>& from = args.pending;
   const int K = args.key_dim, V = args.value_dim, h = hv / (args.value_heads / args.heads);
   for (int i = threadIdx.x; i < count * kKeyDim; i += blockDim.x) {
     const int t = i / kKeyDim, c = i % kKeyDim;
@@ -325,7 +325,7 @@ __global__ void __launch_bounds__(kStepWarps * 32, kKeyDim <= 128 ? 4 : 2)
         },
         replayed[t].alpha, replayed[t].k);
   }
-  if (args.write_after_replay) save(0);
+  if (args.write_replayed) save(0);
   for (int t = 0; t < T; ++t) {
     const TokenRow<kKeyDim>& row = rows[t];
     float answer[Tile::kValues] = {}, out[Tile::kValues] = {}, u[Tile::kValues];
@@ -348,7 +348,7 @@ __global__ void __launch_bounds__(kStepWarps * 32, kKeyDim <= 128 ? 4 : 2)
       store_element(args.o, args.out_type, row_of(t) + column, out[j]);
       if (args.next.tokens > 0) args.next.u[row_of(t) + column] = u[j];
     });
-    if (!args.write_after_replay && (args.state_per_token || t + 1 == T)) save(t);
+    if (args.write_tokens && (args.state_per_token || t + 1 == T)) save(t);
   }
 }
 
@@ -363,7 +363,7 @@ int step_sm80<Tag, kVFirst, kKeyDim>::run(const StepArgs& args, void* stream) {
   };
   while (warps > 1 && blocks() < 2 * args.num_sms) warps /= 2;
   const auto kernel = step_kernel<Pool, kVFirst, kKeyDim>;
-  const int bytes = (args.tokens + args.pending.tokens) * static_cast<int>(sizeof(TokenRow<kKeyDim>));
+  const int bytes = static_cast<int>((args.tokens + args.pending.tokens) * sizeof(TokenRow<kKeyDim>));
   if (bytes > 48 << 10) {
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
