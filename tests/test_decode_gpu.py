@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from compare import assert_accurate
-from nearfield.delta import delta_rule_reference, delta_rule_step
+from nearfield.delta import delta_rule_reference, delta_rule_step, delta_rule_verify
 from nearfield.lla import local_linear_attention_step
 from nearfield.lla import reference as lla
-from test_delta import make, name_of, one_step
+from test_delta import GATE_KINDS, check_speculation, make, name_of, one_step
 from test_lla import HOSTILE, LAMS, Case, draw
 from torch import Tensor
 
@@ -301,16 +301,12 @@ def test_step_graph_and_side_stream() -> None:
         assert torch.equal(pool, want_pool)
 
     pool = states.clone()
+    read, write = (torch.tensor(slots).cuda() for slots in rounds[0])
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         torch.cuda._sleep(200_000_000)
-        o = delta_rule_step(
-            **tokens,
-            state=pool,
-            read_idx=torch.arange(3, device="cuda"),
-            write_idx=torch.arange(3, 6, device="cuda"),
-        )
+        o = delta_rule_step(**tokens, state=pool, read_idx=read, write_idx=write)
         assert not stream.query(), "the launch waited for the stream"
     torch.cuda.current_stream().wait_stream(stream)
     assert torch.equal(o, want[0][0])
@@ -335,6 +331,41 @@ def test_step_opcheck_and_compile() -> None:
     got = torch.compile(f, fullgraph=True)(compiled)
     assert torch.equal(got, want)
     assert torch.equal(plain, compiled)
+
+
+@LAYOUTS
+@POOLS
+@pytest.mark.parametrize("gate", [*GATE_KINDS, "head-softplus", "channel-bounded"])
+def test_speculation(gate: str, pool_dtype: torch.dtype, v_first: bool) -> None:
+    check_speculation("cuda", torch.bfloat16, pool_dtype, gate, v_first)
+
+
+def test_speculation_graph_and_range() -> None:
+    """Captured once, replayed with other numbers of accepted tokens; an impossible number gives NaN."""
+    args = on_gpu(make(B=3, T=4, H=1, HV=2, K=64, V=64, dtype=torch.bfloat16))
+    draft, pool = one_step(args, slice(None)), args["initial_state"]
+    _, pending = delta_rule_verify(**draft, state=pool)
+    accepted = torch.tensor([0, 0, 0]).cuda()
+    captured = pool.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o, after = delta_rule_verify(**draft, state=captured, pending=pending, accepted=accepted)
+    for numbers in ([0, 1, 4], [3, 2, 0], [4, 5, -1]):
+        captured.copy_(pool)
+        accepted.copy_(torch.tensor(numbers))
+        graph.replay()
+        plain = pool.clone()
+        possible = [b for b, a in enumerate(numbers) if 0 <= a <= 4]
+        for b in possible:
+            if numbers[b]:
+                prefix = {n: t[b : b + 1, : numbers[b]] for n, t in draft.items()}
+                delta_rule_step(**prefix, state=plain, read_idx=torch.tensor([b]).cuda())
+        assert torch.equal(captured, plain)
+        want = delta_rule_step(**draft, state=plain)
+        assert torch.equal(o[possible], want[possible])
+        for b in {0, 1, 2} - set(possible):
+            assert o[b].isnan().all()
+            assert after.u[b].isnan().all()
 
 
 def test_step_refuses() -> None:
@@ -378,7 +409,9 @@ def check_lla(
     wide = lam.double() if isinstance(lam, Tensor) else lam
     truth = lla.local_linear_attention(q.double(), k.double(), v.double(), lam=wide, **options)[0]
     narrow = lam.to(q.dtype) if isinstance(lam, Tensor) else lam
-    assert_accurate(what, got, truth, same_dtype(q, k, v, narrow, **options))
+    eager = same_dtype(q, k, v, narrow, **options)
+    if eager.isfinite().all():  # products of large keys overflow float16 there
+        assert_accurate(what, got, truth, eager)
     error, size = float((got.double() - truth).norm()), float(truth.norm())
     assert error <= limit * size, f"{what}: relative error {error / size:.3g} > {limit}"
 
@@ -435,11 +468,13 @@ def test_lla_step_hostile(name: str, n: int, lam: float, dtype: torch.dtype) -> 
     check_lla("o", got, q, k, v, lam, L2_16BIT[lam], scale=inputs.scale)
 
 
-@LLA_DTYPES
-@pytest.mark.parametrize("factor", [1e-3, 1e3])
+@pytest.mark.parametrize(
+    "dtype, factor",
+    [(torch.bfloat16, 1e-6), (torch.bfloat16, 1e6), (torch.float16, 0.05), (torch.float16, 30.0)],
+)
 @pytest.mark.parametrize("outlier", [None, 0, 500])
-def test_lla_step_magnitudes(outlier: int | None, factor: float, dtype: torch.dtype) -> None:
-    """Keys and values far from one, and one key and value a hundred times the others, seen first or late."""
+def test_lla_step_magnitudes(outlier: int | None, dtype: torch.dtype, factor: float) -> None:
+    """Keys and values far from one, and one key and value 20 times the others, seen first or late."""
     q, k, v, scale = draw(Case(B=1, m=1, n=700, Hq=2, Hk=2, d=64, dv=64))
     k, v = k * factor, v / factor
     if outlier is not None:

@@ -727,21 +727,19 @@ def check_speculation(
         )  # fmt: skip
         if pending is not None:
             read = write
-        # The pool rounds after the accepted tokens, but the draft is run on the state before it was rounded.
         slots = index(0, 1, 2)
         rows = plain.clone()
         want = delta_rule_step(**draft, **options, state=rows, read_idx=torch.where(read < 0, read, slots))
         assert torch.equal(o, want)
-        plain = plain.to(pool_dtype).to(plain.dtype)
         for b, a in enumerate(keep):
             if a > 0 and read[b] >= 0:
                 one = {n: t[b : b + 1, :a] for n, t in draft.items()}
                 delta_rule_step(**one, **options, state=plain, read_idx=index(b))
+        plain = plain.to(pool_dtype).to(plain.dtype)
         pending, kept = after, index(*keep)
         start += m
         if m == 1:  # commit, and go on without pending tokens, with row 2 from here on
             delta_rule_commit(pending, kept.int(), state=pool, read_idx=read, state_v_first=v_first)
-            plain = plain.to(pool_dtype).to(plain.dtype)
             pending, kept = None, None
             read = index(0, int(read[1]), 2)
     delta_rule_commit(pending, kept, state=pool, read_idx=read, state_v_first=v_first)  # type: ignore[arg-type]

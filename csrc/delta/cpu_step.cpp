@@ -89,7 +89,11 @@ void run_delta_step_cpu(const DeltaStepParams<In, F, Pool>& p) {
       };
       for (int64_t t = 0; p.accepted && t < p.accepted[b]; ++t)
         replay(p.pending, b * p.pending.tokens + t, dims, hv, S.data());
-      if (p.write_replayed) save(p.write_idx[b]);
+      if (p.write_replayed) {
+        save(p.write_idx[b]);
+        // To what the pool can hold: the new tokens will be replayed on that.
+        for (F& x : S) x = static_cast<F>(static_cast<Pool>(x));
+      }
       for (int64_t t = 0; t < T; ++t) {
         recurrence(rows, t, static_cast<F>(in.scale), S.data(), r.data(), o.data());
         for (int64_t j = 0; j < V; ++j) out[t * HV * V + j] = static_cast<In>(o[j]);

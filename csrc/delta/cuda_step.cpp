@@ -38,7 +38,7 @@ const Instance& pick(const char* op, const Tensor& state, const Inputs& x, bool 
     largest = std::max<int64_t>(largest, i.key_dim);
     if (i.key_dim >= x.K && (best == nullptr || i.key_dim < best->key_dim)) best = &i;
   }
-  STD_TORCH_CHECK(best != nullptr && x.K % 4 == 0 && x.V % 4 == 0, op, ": head dims ", x.K,
+  STD_TORCH_CHECK(best != nullptr && x.K % 4 == 0 && x.V % 4 == 0 && x.V <= 1 << 20, op, ": head dims ", x.K,
                   " of q and k and ", x.V, " of v; supported on CUDA: multiples of 4, keys up to ", largest);
   return *best;
 }
@@ -96,9 +96,9 @@ Tensor run_step(const char* op, const Inputs& x, const Options& options, const T
   check_slots(op, "read_idx", read_idx, x, 0);
   check_slots(op, "write_idx", write_idx, x, next ? 0 : x.T);
   torch::stable::accelerator::DeviceGuard guard(x.q.get_device_index());
-  const Instance& instance = pick(op, state, x, options.state_v_first);
   StepArgs args{};
   args.out_type = element_of(op, "q", x.q);
+  const Instance& instance = pick(op, state, x, options.state_v_first);
   Tensor o = new_empty(x.q, {x.B, x.T, x.HV, x.V}, x.q.scalar_type());
   if (x.B == 0) return o;
   STD_TORCH_CHECK(defined(read_idx) || state.sizes()[0] >= x.B, op, ": state has ", state.sizes()[0],
@@ -112,7 +112,7 @@ Tensor run_step(const char* op, const Inputs& x, const Options& options, const T
   if (x.T > 0) {
     args.q = operand(op, "q", x.q), args.k = operand(op, "k", x.k), args.v = operand(op, "v", x.v);
     args.beta = operand(op, "beta", x.beta);
-    if (defined(x.g)) args.g = operand(op, "g", *x.g);
+    args.g = defined(x.g) ? operand(op, "g", *x.g) : Operand{args.beta.data, args.beta.type, 0, 0, 0, 0};
     args.A_log = parameter(op, "A_log", x.A_log, 1);
     args.dt_bias = parameter(op, "dt_bias", x.dt_bias, x.channel_gate ? x.K : 1);
   }

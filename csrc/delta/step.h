@@ -28,8 +28,8 @@ struct StepArgs {
   Operand q, k;                                                  // [B, T, H, K]
   Operand v;                                                     // [B, T, HV, V]
   Operand beta;                                                  // [B, T, HV]
-  Operand g;                                                     // [B, T, HV, G]
-  Operand A_log, dt_bias;                                        // [HV], [HV, G]
+  Operand g;               // [B, T, HV, G]; without a gate anything that can be read
+  Operand A_log, dt_bias;  // [HV], [HV, G]
   Element out_type;
   void* o;  // [B, T, HV, V] contiguous
   float scale, gate_bound;

@@ -10,6 +10,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include <type_traits>
+
 #include "delta/step.h"
 #include "nearfield/element.cuh"
 
@@ -92,26 +94,32 @@ struct StateTile {
       for (int j = 0; j < kValues; ++j) {
 #pragma unroll
         for (int i = 0; i < kKeys; i += 4) {
-          f(i, j, static_cast<int64_t>(first + value(j)) * K + key(i), first + value(j) < V && key(i) < K);
+          f(i, j, (first + value(j)) * K + key(i), first + value(j) < V && key(i) < K);
         }
       }
     } else {
 #pragma unroll
       for (int i = 0; i < kKeys; ++i) {
-        f(i, 0, static_cast<int64_t>(key(i)) * V + first + value(0), first + value(0) < V && key(i) < K);
+        f(i, 0, key(i) * V + first + value(0), first + value(0) < V && key(i) < K);
       }
     }
   }
 
-  // One lane per piece of memory that eight (four) lanes will load.
-  __device__ __forceinline__ void prefetch(const Pool* slot, int K, int V, int first) {
-    for_each_run(K, V, first, [&](int, int, int64_t offset, bool inside) {
-      if (inside && (kVFirst ? key_lane : value_lane) == 0) nearfield::prefetch(slot + offset);
-    });
+  // Starts bringing the columns to the L2 cache, a line per lane.
+  __device__ __forceinline__ static void prefetch(const Pool* slot, int K, int V, int first) {
+    const int lane = threadIdx.x % 32;
+    if constexpr (kVFirst) {
+      const int size = min(kWarpValues, V - first) * K, line = 128 / sizeof(Pool);
+#pragma unroll 1
+      for (int i = lane * line; i < size; i += 32 * line) nearfield::prefetch(slot + first * K + i);
+    } else if (first < V) {
+#pragma unroll 1
+      for (int key = lane; key < K; key += 32) nearfield::prefetch(slot + key * V + first);
+    }
   }
 
   __device__ __forceinline__ void load(const Pool* slot, int K, int V, int first) {
-    for_each_run(K, V, first, [&](int i, int j, int64_t offset, bool inside) {
+    for_each_run(K, V, first, [&](int i, int j, int offset, bool inside) {
       const float4 x = inside ? load4(slot + offset) : float4{0.f, 0.f, 0.f, 0.f};
       const float run[4] = {x.x, x.y, x.z, x.w};
 #pragma unroll
@@ -120,7 +128,7 @@ struct StateTile {
   }
 
   __device__ __forceinline__ void store(Pool* slot, int K, int V, int first) {
-    for_each_run(K, V, first, [&](int i, int j, int64_t offset, bool inside) {
+    for_each_run(K, V, first, [&](int i, int j, int offset, bool inside) {
       if (!inside) return;
       if constexpr (kVFirst) {
         store4(slot + offset, float4{S[i][j], S[i + 1][j], S[i + 2][j], S[i + 3][j]});
@@ -128,6 +136,17 @@ struct StateTile {
         store4(slot + offset, float4{S[i][j], S[i][j + 1], S[i][j + 2], S[i][j + 3]});
       }
     });
+  }
+
+  // To what the pool can hold.
+  __device__ __forceinline__ void round() {
+    if constexpr (std::is_same_v<Pool, __nv_bfloat16>) {
+#pragma unroll
+      for (int i = 0; i < kKeys; ++i) {
+#pragma unroll
+        for (int j = 0; j < kValues; ++j) S[i][j] = __bfloat162float(__float2bfloat16_rn(S[i][j]));
+      }
+    }
   }
 
   // Calls f(i, row[key(i)] ..) for each run of four keys of the rows.
@@ -185,19 +204,24 @@ __device__ __forceinline__ void prepare_token(const StepArgs& args, int64_t b, i
   constexpr int kPerLane = kKeyDim / 32, kValuesPerLane = kStepWarps * kWarpValues / 32;
   const int lane = threadIdx.x % 32, K = args.key_dim;
   const int group = args.value_heads / args.heads, h = hv / group;
+  // Loads without branches, channels past the end clamped, so that one wait suffices for all.
   float q[kPerLane], k[kPerLane], g[kPerLane], v[kValuesPerLane];
   const float beta = at(args.beta, b, t, hv, 0);
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
-    const int c = lane + 32 * i;
-    q[i] = c < K ? at(args.q, b, t, h, c) : 0.f;
-    k[i] = c < K ? at(args.k, b, t, h, c) : 0.f;
-    g[i] = c < K && args.gate_dim > 0 ? at(args.g, b, t, hv, c) : 0.f;
+    const int c = min(lane + 32 * i, K - 1);
+    q[i] = at(args.q, b, t, h, c);
+    k[i] = at(args.k, b, t, h, c);
+    g[i] = at(args.g, b, t, hv, c);
   }
 #pragma unroll
-  for (int i = 0; i < kValuesPerLane; ++i) {
-    const int column = first_value + lane + 32 * i;
-    v[i] = column < args.value_dim ? at(args.v, b, t, hv, column) : 0.f;
+  for (int i = 0; i < kValuesPerLane; ++i)
+    v[i] = at(args.v, b, t, hv, min(first_value + lane + 32 * i, args.value_dim - 1));
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    const bool inside = lane + 32 * i < K;
+    q[i] = inside ? q[i] : 0.f, k[i] = inside ? k[i] : 0.f;
+    g[i] = inside && args.gate_dim > 0 ? g[i] : 0.f;
   }
 
   float qq = 0.f, kk = 0.f, kq = 0.f;
@@ -269,6 +293,7 @@ __global__ void __launch_bounds__(kStepWarps * 32, kKeyDim <= 128 ? 4 : 2)
   const int64_t from = index_at(args.read, b, 0);
   const int64_t accepted = args.pending.tokens > 0 ? index_at(args.accepted, b, 0) : 0;
   bool valid = from < args.slots && 0 <= accepted && accepted <= args.pending.tokens;
+#pragma unroll 1
   for (int t = 0; t < (args.state_per_token ? T : 1); ++t) valid &= index_at(args.write, b, t) < args.slots;
   const bool active = from >= 0;
 
@@ -325,7 +350,10 @@ __global__ void __launch_bounds__(kStepWarps * 32, kKeyDim <= 128 ? 4 : 2)
         },
         replayed[t].alpha, replayed[t].k);
   }
-  if (args.write_replayed) save(0);
+  if (args.write_replayed) {
+    save(0);
+    tile.round();  // the new tokens will be replayed on the state in the pool
+  }
   for (int t = 0; t < T; ++t) {
     const TokenRow<kKeyDim>& row = rows[t];
     float answer[Tile::kValues] = {}, out[Tile::kValues] = {}, u[Tile::kValues];

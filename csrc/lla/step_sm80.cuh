@@ -3,8 +3,9 @@
 // keys twice.
 //
 // A block treats one query of one head and one split of its keys. Tiles of 64 keys arrive through a ring of
-// stages. Per tile: scores from the raw keys; keys become k' = (k - c) 2^e in float16, in place, values v
-// 2^f; then the tensor cores add (w k')^T [k' | v]. Warp i owns rows 16 i .. 16 i + 15 of the sums.
+// stages. Per tile: scores from the raw keys; keys become w^1/2 (k - c) 2^e and values w^1/2 v 2^f in
+// float16, in place; then the tensor cores multiply the tile by itself. Warp i owns rows 16 i .. 16 i + 15 of
+// the sums.
 //
 // The reference c is the key with the highest score (or within 2^kSlack of it), and w is relative to its
 // score. As that key has a large share of the weight, |k'| is then hardly larger than the spread of the keys,
@@ -12,8 +13,9 @@
 // has all the weight, k' is exactly 0 there. Where a higher score turns up, the sums are moved to the new
 // reference: seldom, since the maximum of n scores exceeds its predecessors by a factor only a few times.
 //
-// Rounding is consistent: the same rounded w and k' enter all sums, and e and f are powers of two that
-// follow the largest key and value, so that any bfloat16 input fits float16.
+// The same rounded w^1/2, w^1/2 k' and w^1/2 v enter all sums, so what is solved is exactly the fit to
+// slightly different keys and values: C is positive semidefinite whatever the rounding. e and f follow the
+// largest key and value, so that any bfloat16 input fits float16.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -36,6 +38,11 @@ struct StepElement<bf16> {
   __device__ __forceinline__ static float2 unpack(uint32_t pair) {
     return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
   }
+  __device__ __forceinline__ static uint32_t largest(uint32_t x, uint32_t y) {
+    const auto z =
+        __hmax2(reinterpret_cast<const __nv_bfloat162&>(x), reinterpret_cast<const __nv_bfloat162&>(y));
+    return reinterpret_cast<const uint32_t&>(z);
+  }
   __device__ __forceinline__ static float widen(type x) { return __bfloat162float(x); }
   __device__ __forceinline__ static type round(float x) { return __float2bfloat16_rn(x); }
 };
@@ -44,6 +51,10 @@ struct StepElement<fp16> {
   using type = __half;
   __device__ __forceinline__ static float2 unpack(uint32_t pair) {
     return __half22float2(reinterpret_cast<const __half2&>(pair));
+  }
+  __device__ __forceinline__ static uint32_t largest(uint32_t x, uint32_t y) {
+    const auto z = __hmax2(reinterpret_cast<const __half2&>(x), reinterpret_cast<const __half2&>(y));
+    return reinterpret_cast<const uint32_t&>(z);
   }
   __device__ __forceinline__ static float widen(type x) { return __half2float(x); }
   __device__ __forceinline__ static type round(float x) { return __float2half_rn(x); }
@@ -75,13 +86,12 @@ constexpr float kKeyLimit = 2048.f, kValueLimit = 16384.f;
 template <int kD, int kDv>
 struct StepShape {
   static constexpr int kWarps = kD / 16, kThreads = 32 * kWarps;
-  static constexpr int kBlocks = kD + kDv <= 64 ? 5 : kD + kDv <= 128 ? 3 : kD < 128 ? 2 : 1;  // per SM
+  static constexpr int kBlocks = kD + kDv <= 64 ? 4 : kD + kDv <= 128 ? 3 : kD < 128 ? 2 : 1;  // per SM
   static constexpr int kKeyRow = kD + 8,
                        kValueRow = kDv + 8;  // 16-bit elements; padded against bank conflicts
   static constexpr int kStage = kStepTile * (kKeyRow + kValueRow);
-  static constexpr int kMatrixRow = kD + 1;  // of the system in shared memory
   static constexpr int kStagesBytes = kStepStages * kStage * 2;
-  static constexpr int kSystemBytes = (kD + 1) * kMatrixRow * 4;
+  static constexpr int kSystemBytes = kD * (kD + 2) * 4;
   static constexpr int kBytes = kStagesBytes > kSystemBytes ? kStagesBytes : kSystemBytes;
 };
 
@@ -101,48 +111,99 @@ __device__ __forceinline__ bool visible(const StepSm80Args& args, int64_t b, int
   return possible;
 }
 
-// Solves A x = b for the symmetric positive definite A [d, d] in the lower triangle of `a` (rows of kD + 1),
-// with b as row kD below it. x replaces b. A = L D L^T, columns left to right; b is eliminated along as one
-// more row. NaN if a pivot is not positive. The whole block calls it.
-template <int kD>
-__device__ __forceinline__ void solve(float* a, float* inverse) {
-  constexpr int kRow = kD + 1;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  for (int j = 0; j < kD; ++j) {
-    __syncthreads();
-    const float pivot = a[j * kRow + j];
-    const float r = pivot > 0.f ? 1.f / pivot : NAN;
-    if (threadIdx.x == 0) inverse[j] = r;
-#pragma unroll 4
-    for (int i = j + 1 + warp; i <= kD; i += warps) {
-      const float l = a[i * kRow + j] * r;
+// What a thread holds of sums [kD, kD] and [kD, kDv]: rows 16 warp + lane / 4 and that + 8, columns
+// 8 n + lane % 4 * 2 and the next.
+template <int kD, int kDv>
+struct Sums {
+  float key_key[kD / 8][4], key_value[kDv / 8][4];
+
+  __device__ __forceinline__ void clear() {
 #pragma unroll
-      for (int from = 0; from < kD; from += 32) {
-        const int k = from + lane;
-        if (k > j && k <= i && k < kD) a[i * kRow + k] -= l * a[k * kRow + j];
+    for (int e = 0; e < 4; ++e) {
+#pragma unroll
+      for (int n = 0; n < kD / 8; ++n) key_key[n][e] = 0.f;
+#pragma unroll
+      for (int n = 0; n < kDv / 8; ++n) key_value[n][e] = 0.f;
+    }
+  }
+  __device__ __forceinline__ static int row(int e) {
+    return static_cast<int>(threadIdx.x) / 32 * 16 + threadIdx.x % 32 / 4 + e / 2 * 8;
+  }
+  __device__ __forceinline__ static int column(int n, int e) { return 8 * n + threadIdx.x % 4 * 2 + e % 2; }
+};
+
+// Shared memory of solve(): the columns of the elimination, and the right-hand side, which becomes x.
+template <int kD>
+struct System {
+  static constexpr int kRow = kD + 1;
+  float column[kD * kRow];  // column j of what was left at step j
+  float x[kD];
+};
+
+// Solves A x = b for a symmetric positive definite A, spread over the block like Sums::key_key. Elimination
+// with the matrix in registers: step j publishes column j, which by symmetry is also row j, and everybody
+// subtracts its multiple; elements of finished rows and columns become garbage that nothing reads. NaN if a
+// pivot is not positive.
+template <int kD, int kDv>
+__device__ __forceinline__ void solve(Sums<kD, kDv>& a, System<kD>& s) {
+  using S = Sums<kD, kDv>;
+  constexpr int kRow = System<kD>::kRow;
+  const int lane = threadIdx.x % 32, row0 = S::row(0), row1 = S::row(2);
+  __syncthreads();
+  float b0 = s.x[row0], b1 = s.x[row1];  // every lane of a row keeps its own copy
+  __syncwarp();
+#pragma unroll
+  for (int n = 0; n < kD / 8; ++n) {
+#pragma unroll 1
+    for (int l = 0; l < 4; ++l) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int j = 8 * n + 2 * l + e;
+        float* v = s.column + j * kRow;
+        if (lane % 4 == l) {
+          v[row0] = a.key_key[n][e], v[row1] = a.key_key[n][2 + e];
+          if (row0 == j) s.x[j] = b0;
+          if (row1 == j) s.x[j] = b1;
+        }
+        __syncthreads();
+        const float pivot = v[j], r = pivot > 0.f ? __frcp_rn(pivot) : NAN;
+        const float m0 = v[row0] * r, m1 = v[row1] * r, b = s.x[j];
+        b0 -= m0 * b, b1 -= m1 * b;
+#pragma unroll
+        for (int c = n; c < kD / 8; ++c) {
+          const float low = v[S::column(c, 0)], high = v[S::column(c, 1)];
+          a.key_key[c][0] -= m0 * low, a.key_key[c][1] -= m0 * high;
+          a.key_key[c][2] -= m1 * low, a.key_key[c][3] -= m1 * high;
+        }
       }
     }
   }
   __syncthreads();
-  if (warp == 0) {
+  // Back substitution: x_i = (b_i - sum_{j > i} v_i[j] x_j) / v_i[i].
+  if (threadIdx.x < 32) {
     constexpr int kMine = kD / 32;
-    float z[kMine];
+    float z[kMine], inverse[kMine];
 #pragma unroll
-    for (int c = 0; c < kMine; ++c) z[c] = a[kD * kRow + 32 * c + lane];
+    for (int c = 0; c < kMine; ++c) {
+      const int i = 32 * c + lane;
+      inverse[c] = __frcp_rn(s.column[i * kRow + i]);
+      z[c] = s.x[i] * inverse[c];
+    }
 #pragma unroll
     for (int c = kMine - 1; c >= 0; --c) {
 #pragma unroll 8
       for (int l = 31; l >= 0; --l) {
         const int j = 32 * c + l;
-        const float x = __shfl_sync(0xffffffffu, z[c], l) * inverse[j];
-        if (lane == l) z[c] = x;
+        const float x = __shfl_sync(0xffffffffu, z[c], l);
 #pragma unroll
-        for (int i = 0; i <= c; ++i)
-          if (32 * i + lane < j) z[i] -= a[j * kRow + 32 * i + lane] * x;
+        for (int i = 0; i <= c; ++i) {
+          const int mine = 32 * i + lane;
+          if (mine < j) z[i] -= s.column[mine * kRow + j] * inverse[i] * x;
+        }
       }
     }
 #pragma unroll
-    for (int c = 0; c < kMine; ++c) a[kD * kRow + 32 * c + lane] = z[c];
+    for (int c = 0; c < kMine; ++c) s.x[32 * c + lane] = z[c];
   }
   __syncthreads();
 }
@@ -154,6 +215,65 @@ __device__ __forceinline__ float ridge_at(const StepSm80Args& args, int64_t b, i
   const float lam =
       r.data[b * r.stride[0] + i * r.stride[1] + h * r.stride[2] + (r.channels == 1 ? 0 : c * r.stride[3])];
   return r.absolute ? lam * exp2f(fminf(-top - log2f(sum), 126.f)) : lam;
+}
+
+// From the sums, in units of the inputs and with w relative to 2^top, to the output. key_sum and value_sum
+// (shared memory) are sum w k' and sum w v; `scratch` is shared memory that the block may overwrite.
+template <class Tag, int kD, int kDv>
+__device__ __forceinline__ void answer(const StepSm80Args& args, int64_t b, int64_t i, int64_t h, float top,
+                                       float l, const float* c, const float* key_sum, const float* value_sum,
+                                       Sums<kD, kDv>& sums, unsigned char* scratch) {
+  using S = Sums<kD, kDv>;
+  using E = StepElement<Tag>;
+  using Element = typename E::type;
+  constexpr int kWarps = StepShape<kD, kDv>::kWarps, kThreads = StepShape<kD, kDv>::kThreads;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  auto& system = *reinterpret_cast<System<kD>*>(scratch);
+  const float r = 1.f / l;
+  // A = C + lam I, b = q - c - kbar'
+#pragma unroll
+  for (int e = 0; e < 4; ++e) {
+    const int row = S::row(e);
+    const float mean = key_sum[row] * r;
+#pragma unroll
+    for (int n = 0; n < kD / 8; ++n) {
+      const int column = S::column(n, e);
+      float& x = sums.key_key[n][e];
+      x = x * r - mean * (key_sum[column] * r);
+      if (row == column) x = row < args.d ? x + ridge_at(args, b, i, h, row, top, l) : 1.f;
+    }
+  }
+  const auto* q = static_cast<const Element*>(args.q.data) + b * args.q.batch_stride + i * args.q.row_stride +
+                  h * args.q.head_stride;
+  for (int at = threadIdx.x; at < kD; at += kThreads)
+    system.x[at] = at < args.d ? E::widen(q[at]) - c[at] - key_sum[at] * r : 0.f;
+  solve(sums, system);
+
+  // o = vbar (1 - kbar'.x) + sum_r x_r (sum w k'_r v) / l
+  float slope = 0.f;
+  for (int at = lane; at < kD; at += 32) slope += system.x[at] * key_sum[at] * r;
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) slope += __shfl_xor_sync(0xffffffffu, slope, step);
+  float* parts = system.column;  // [kWarps, kDv]
+  static_assert(kWarps * kDv <= kD * System<kD>::kRow);
+#pragma unroll
+  for (int n = 0; n < kDv / 8; ++n) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      float sum = system.x[S::row(0)] * sums.key_value[n][e] + system.x[S::row(2)] * sums.key_value[n][e + 2];
+#pragma unroll
+      for (int step = 4; step < 32; step *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+      if (lane < 4) parts[warp * kDv + S::column(n, e)] = sum;
+    }
+  }
+  __syncthreads();
+  auto* o = static_cast<Element*>(args.o) + ((b * args.m + i) * args.heads + h) * args.dv;
+  for (int at = threadIdx.x; at < args.dv; at += kThreads) {
+    float sum = 0.f;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) sum += parts[w * kDv + at];
+    o[at] = E::round((sum + value_sum[at] * (1.f - slope)) * r);
+  }
 }
 
 template <class Tag, int kD, int kDv>
@@ -171,11 +291,10 @@ __global__ void __launch_bounds__(StepShape<kD, kDv>::kThreads, StepShape<kD, kD
   extern __shared__ __align__(16) unsigned char storage[];
   auto* stages = reinterpret_cast<uint16_t*>(storage);
   __shared__ float sScore[kStepTile];
-  __shared__ __align__(4) __half sWeight[kStepTile];
-  __shared__ float sLargest[3][kWarps];  // per warp: score, |k|, |v|
+  __shared__ __align__(4) __half sWeight[kStepTile];  // square roots
+  __shared__ float sLargest[3][kWarps];               // per warp: score, |k|, |v|
   __shared__ int sArgmax;
-  __shared__ float sDelta[kD], sKeySum[kD], sValueSum[kDv], sInverse[kD];
-  __shared__ float sOut[kWarps][kDv];
+  __shared__ float sDelta[kD], sKeySum[kD], sValueSum[kDv];
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int group = static_cast<int>(args.heads / args.kv_heads);
@@ -253,21 +372,14 @@ __global__ void __launch_bounds__(StepShape<kD, kDv>::kThreads, StepShape<kD, kD
   }
   if (threadIdx.x == 0) sArgmax = kStepTile;
 
-  // Accumulators: rows 16 warp + lane / 4 and that + 8, columns 8 n + lane % 4 * 2 and the next.
-  float key_key[kD / 8][4], key_value[kDv / 8][4];
+  Sums<kD, kDv> sums;
+  sums.clear();
+  auto& [key_key, key_value] = sums;
   // Sums of w k' and w v of the warp's share of the columns, and of w: row 0, so in lanes 0 to 3.
   constexpr int kKeyShare = kD / 8 / kWarps, kValueShare = kDv / 8 / kWarps;
-  float key_sum[kKeyShare][4], value_sum[kValueShare][4], weight_sum[4] = {0.f, 0.f, 0.f, 0.f};
-#pragma unroll
-  for (int n = 0; n < kD / 8; ++n)
-#pragma unroll
-    for (int e = 0; e < 4; ++e) key_key[n][e] = key_sum[n % kKeyShare][e] = 0.f;
-#pragma unroll
-  for (int n = 0; n < kDv / 8; ++n)
-#pragma unroll
-    for (int e = 0; e < 4; ++e) key_value[n][e] = value_sum[n % kValueShare][e] = 0.f;
+  float key_sum[kKeyShare][4] = {}, value_sum[kValueShare][4] = {}, weight_sum[4] = {};
   float top = -INFINITY, key_scale = 1.f, value_scale = 1.f;
-  const int row0 = 16 * warp + lane / 4, column0 = lane % 4 * 2;
+  const int column0 = lane % 4 * 2;
 
   const auto publish_sums = [&] {
     if (lane >= 4) return;
@@ -287,7 +399,8 @@ __global__ void __launch_bounds__(StepShape<kD, kDv>::kThreads, StepShape<kD, kD
     uint16_t* values = values_of(tile);
 
     // Scores s = log2(e) scale q.k of the thread's rows, and how large keys and values are.
-    float score[kKeySweeps], largest = -INFINITY, largest_k = 0.f, largest_v = 0.f;
+    float score[kKeySweeps], largest = -INFINITY, largest_k = 0.f;
+    uint32_t packed_v = 0;
 #pragma unroll
     for (int s = 0; s < kKeySweeps; ++s) {
       const int row = key_row + s * kKeyRows;
@@ -312,11 +425,10 @@ __global__ void __launch_bounds__(StepShape<kD, kDv>::kThreads, StepShape<kD, kD
           values + (value_row + s * kValueRows) * Shape::kValueRow + 8 * value_chunk);
       const uint32_t pair[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const float2 v = E::unpack(pair[e]);
-        largest_v = fmaxf(largest_v, fmaxf(fabsf(v.x), fabsf(v.y)));
-      }
+      for (int e = 0; e < 4; ++e) packed_v = E::largest(packed_v, pair[e] & 0x7fff7fffu);
     }
+    const float2 unpacked_v = E::unpack(packed_v);
+    float largest_v = fmaxf(unpacked_v.x, unpacked_v.y);
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) {
       largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
@@ -373,7 +485,7 @@ __global__ void __launch_bounds__(StepShape<kD, kDv>::kThreads, StepShape<kD, kD
       if (threadIdx.x == 0) sArgmax = kStepTile;
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const int row = row0 + e / 2 * 8;
+        const int row = Sums<kD, kDv>::row(e);
         const float delta = sDelta[row], m = sKeySum[row];
 #pragma unroll
         for (int n = 0; n < kD / 8; ++n) {
@@ -399,31 +511,34 @@ __global__ void __launch_bounds__(StepShape<kD, kDv>::kThreads, StepShape<kD, kD
       top = new_top, key_scale = new_key_scale, value_scale = new_value_scale;
     }
 
-    // w, k' and v in float16.
+    // w^1/2, w^1/2 k' and w^1/2 v in float16. A value's row may be another thread's score.
+    const auto root = [&](float s) { return exp2f(0.5f * (s - top)); };
 #pragma unroll
     for (int s = 0; s < kKeySweeps; ++s) {
       const int row = key_row + s * kKeyRows;
-      if (key_chunk == 0) sWeight[row] = __float2half_rn(exp2f(score[s] - top));
+      const float w = root(score[s]), factor = w * key_scale;
+      if (key_chunk == 0) sWeight[row] = __float2half_rn(w);
       auto& chunk = *reinterpret_cast<uint4*>(keys + row * Shape::kKeyRow + 8 * key_chunk);
       const uint32_t pair[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
       uint32_t moved[4];
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const float2 k = E::unpack(pair[e]);
-        moved[e] = pack_half((k.x - c0[2 * e]) * key_scale, (k.y - c0[2 * e + 1]) * key_scale);
+        moved[e] = pack_half((k.x - c0[2 * e]) * factor, (k.y - c0[2 * e + 1]) * factor);
       }
       chunk = {moved[0], moved[1], moved[2], moved[3]};
     }
 #pragma unroll
     for (int s = 0; s < kValueSweeps; ++s) {
-      auto& chunk = *reinterpret_cast<uint4*>(values + (value_row + s * kValueRows) * Shape::kValueRow +
-                                              8 * value_chunk);
+      const int row = value_row + s * kValueRows;
+      const float factor = root(kD == kDv ? score[s % kKeySweeps] : sScore[row]) * value_scale;
+      auto& chunk = *reinterpret_cast<uint4*>(values + row * Shape::kValueRow + 8 * value_chunk);
       const uint32_t pair[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
       uint32_t moved[4];
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const float2 v = E::unpack(pair[e]);
-        moved[e] = pack_half(v.x * value_scale, v.y * value_scale);
+        moved[e] = pack_half(v.x * factor, v.y * factor);
       }
       chunk = {moved[0], moved[1], moved[2], moved[3]};
     }
@@ -431,25 +546,17 @@ __global__ void __launch_bounds__(StepShape<kD, kDv>::kThreads, StepShape<kD, kD
 
 #pragma unroll
     for (int step = 0; step < kStepTile / 16; ++step) {
-      // A = (w k')^T: the thread's pairs of keys are 2 (lane % 4) and that + 8.
+      // The thread's pairs of keys are 2 (lane % 4) and that + 8.
       const uint32_t w_low = *reinterpret_cast<const uint32_t*>(sWeight + 16 * step + column0);
       const uint32_t w_high = *reinterpret_cast<const uint32_t*>(sWeight + 16 * step + 8 + column0);
-      const auto times = [](uint32_t x, uint32_t w) {
-        const __half2 product =
-            __hmul2(reinterpret_cast<const __half2&>(x), reinterpret_cast<const __half2&>(w));
-        return reinterpret_cast<const uint32_t&>(product);
-      };
       uint32_t a[4];
       cute::SM75_U16x8_LDSM_T::copy(
           *reinterpret_cast<const cute::uint128_t*>(
               keys + (16 * step + lane / 16 * 8 + lane % 8) * Shape::kKeyRow + 16 * warp + lane / 8 % 2 * 8),
           a[0], a[1], a[2], a[3]);
-      a[0] = times(a[0], w_low), a[1] = times(a[1], w_low);
-      a[2] = times(a[2], w_high), a[3] = times(a[3], w_high);
-      // The weights alone as row 0.
+      // The weights as row 0 of the left operand, and as every column of the right one.
       const uint32_t w[4] = {lane < 4 ? w_low : 0u, 0u, lane < 4 ? w_high : 0u, 0u};
-      constexpr uint32_t kOnes = 0x3c003c00u;
-      multiply(weight_sum, w, kOnes, kOnes);
+      multiply(weight_sum, w, w_low, w_high);
 #pragma unroll
       for (int n = 0; n < kD / 8; n += 2) {
         uint32_t right[4];
@@ -484,110 +591,67 @@ __global__ void __launch_bounds__(StepShape<kD, kDv>::kThreads, StepShape<kD, kD
   // Sums in units of the inputs.
   const float l = __shfl_sync(0xffffffffu, weight_sum[0], 0);
   const float key_unit = 1.f / key_scale, value_unit = 1.f / value_scale;
-  publish_sums();
-  cute::cp_async_wait<0>();
-  __syncthreads();
-  if (args.splits > 1) {
-    if (threadIdx.x == 0) record[Record::kTop] = top, record[Record::kSum] = l;
-    if (key_row == 0) {
-#pragma unroll
-      for (int e = 0; e < 8; ++e) record[Record::kC + 8 * key_chunk + e] = c0[e];
-    }
-    for (int c = threadIdx.x; c < kD; c += kThreads) record[Record::kKey + c] = sKeySum[c] * key_unit;
-    for (int c = threadIdx.x; c < kDv; c += kThreads) record[Record::kValue + c] = sValueSum[c] * value_unit;
-#pragma unroll
-    for (int e = 0; e < 4; e += 2) {
-      const int row = row0 + e / 2 * 8;
-#pragma unroll
-      for (int n = 0; n < kD / 8; ++n)
-        *reinterpret_cast<float2*>(record + Record::kKeyKey + row * kD + 8 * n + column0) = {
-            key_key[n][e] * key_unit * key_unit, key_key[n][e + 1] * key_unit * key_unit};
-#pragma unroll
-      for (int n = 0; n < kDv / 8; ++n)
-        *reinterpret_cast<float2*>(record + Record::kKeyValue + row * kDv + 8 * n + column0) = {
-            key_value[n][e] * key_unit * value_unit, key_value[n][e + 1] * key_unit * value_unit};
-    }
-    return;
-  }
-
-  // A = C + lam I and g = q - c - kbar', in place of the stages.
-  auto* a = reinterpret_cast<float*>(storage);
-  constexpr int kRow = Shape::kMatrixRow;
-  const float inverse_l = 1.f / l, mean = key_unit * inverse_l, square = key_unit * key_unit * inverse_l;
 #pragma unroll
   for (int e = 0; e < 4; ++e) {
-    const int row = row0 + e / 2 * 8;
 #pragma unroll
-    for (int n = 0; n < kD / 8; ++n) {
-      const int column = 8 * n + column0 + e % 2;
-      float x = key_key[n][e] * square - sKeySum[row] * mean * (sKeySum[column] * mean);
-      if (row == column) x = row < args.d ? x + ridge_at(args, b, i, h, row, top, l) : 1.f;
-      a[row * kRow + column] = x;
-    }
+    for (int n = 0; n < kD / 8; ++n) key_key[n][e] *= key_unit * key_unit;
+#pragma unroll
+    for (int n = 0; n < kDv / 8; ++n) key_value[n][e] *= key_unit * value_unit;
+#pragma unroll
+    for (int n = 0; n < kKeyShare; ++n) key_sum[n][e] *= key_unit;
+#pragma unroll
+    for (int n = 0; n < kValueShare; ++n) value_sum[n][e] *= value_unit;
   }
+  cute::cp_async_wait<0>();
+  publish_sums();
   if (key_row == 0) {
-    const auto* q_row = static_cast<const Element*>(args.q.data) + b * args.q.batch_stride +
-                        i * args.q.row_stride + h * args.q.head_stride;
 #pragma unroll
-    for (int e = 0; e < 8; ++e) {
-      const int c = 8 * key_chunk + e;
-      a[kD * kRow + c] = key_inside ? E::widen(q_row[c]) - c0[e] - sKeySum[c] * mean : 0.f;
-    }
-  }
-  solve<kD>(a, sInverse);
-
-  // o = vbar + sum_r x_r (sum w k'_r v / l - kbar'_r vbar)
-  const float* x = a + kD * kRow;
-  const float value_mean = value_unit * inverse_l;
-  float slope = 0.f;  // kbar'.x
-  for (int c = lane; c < kD; c += 32) slope += x[c] * sKeySum[c] * mean;
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) slope += __shfl_xor_sync(0xffffffffu, slope, step);
-#pragma unroll
-  for (int n = 0; n < kDv / 8; ++n) {
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      float sum = x[row0] * key_value[n][e] + x[row0 + 8] * key_value[n][e + 2];
-#pragma unroll
-      for (int step = 4; step < 32; step *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
-      if (lane < 4) sOut[warp][8 * n + column0 + e] = sum;
-    }
+    for (int e = 0; e < 8; ++e) sDelta[8 * key_chunk + e] = c0[e];
   }
   __syncthreads();
-  for (int c = threadIdx.x; c < args.dv; c += kThreads) {
-    float sum = 0.f;
+  if (args.splits == 1) return answer<Tag>(args, b, i, h, top, l, sDelta, sKeySum, sValueSum, sums, storage);
+
+  if (threadIdx.x == 0) record[Record::kTop] = top, record[Record::kSum] = l;
+  for (int c = threadIdx.x; c < kD; c += kThreads) {
+    record[Record::kC + c] = sDelta[c];
+    record[Record::kKey + c] = sKeySum[c];
+  }
+  for (int c = threadIdx.x; c < kDv; c += kThreads) record[Record::kValue + c] = sValueSum[c];
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) sum += sOut[w][c];
-    out[c] = E::round(sum * mean * value_unit + sValueSum[c] * value_mean * (1.f - slope));
+  for (int e = 0; e < 4; e += 2) {
+    const int row = Sums<kD, kDv>::row(e);
+#pragma unroll
+    for (int n = 0; n < kD / 8; ++n)
+      *reinterpret_cast<float2*>(record + Record::kKeyKey + row * kD + 8 * n + column0) = {key_key[n][e],
+                                                                                           key_key[n][e + 1]};
+#pragma unroll
+    for (int n = 0; n < kDv / 8; ++n)
+      *reinterpret_cast<float2*>(record + Record::kKeyValue + row * kDv + 8 * n + column0) = {
+          key_value[n][e], key_value[n][e + 1]};
   }
 }
 
-constexpr int kMergeThreads = 256;
-
-// Adds up the splits of a query, moved to the reference of the one with the highest score; then as above.
+// Adds up the splits of a query, moved to the reference of the one with the highest score.
 template <class Tag, int kD, int kDv>
-__global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_constant__ StepSm80Args args) {
+__global__ void __launch_bounds__(StepShape<kD, kDv>::kThreads)
+    merge_kernel(const __grid_constant__ StepSm80Args args) {
   using Record = Moments<kD, kDv>;
   using E = StepElement<Tag>;
   using Element = typename E::type;
-  constexpr int kRow = kD + 1, kSmall = 2 * kD + kDv;
+  using S = Sums<kD, kDv>;
+  constexpr int kThreads = StepShape<kD, kDv>::kThreads, kSmall = 2 * kD + kDv;
   extern __shared__ __align__(16) unsigned char storage[];
-  auto* a = reinterpret_cast<float*>(storage);  // [kD + 1, kRow]
-  float* small = a + (kD + 1) * kRow;           // [splits][delta, M, sum w v]
-  __shared__ float sKeySum[kD], sValueSum[kDv], sInverse[kD];
-  __shared__ float sTop[kMaxSplits], sSum[kMaxSplits];
-  const int group = static_cast<int>(args.heads / args.kv_heads);
+  auto* small = reinterpret_cast<float*>(storage);  // [splits][delta, sum w k', sum w v]
+  __shared__ float sC[kD], sKeySum[kD], sValueSum[kDv];
+  __shared__ float sTop[kMaxSplits], sSum[kMaxSplits], sFactor[kMaxSplits];
+  const int group = static_cast<int>(args.heads / args.kv_heads), splits = args.splits;
   const int64_t i = blockIdx.x % args.m;
   const int64_t h = blockIdx.x / args.m % args.heads, b = blockIdx.x / args.m / args.heads;
-  const int64_t kv_head = h / group;
   const int64_t stride = static_cast<int64_t>(group) * args.m * Record::kFloats;  // from split to split
   const float* first =
-      args.moments + ((b * args.kv_heads + kv_head) * args.splits * group * args.m + h % group * args.m + i) *
-                         Record::kFloats;
-  auto* out = static_cast<Element*>(args.o) + ((b * args.m + i) * args.heads + h) * args.dv;
-  const int splits = args.splits;
-
-  for (int s = threadIdx.x; s < splits; s += kMergeThreads) {
+      args.moments +
+      ((b * args.kv_heads + h / group) * splits * group * args.m + h % group * args.m + i) * Record::kFloats;
+  for (int s = threadIdx.x; s < splits; s += kThreads) {
     sTop[s] = first[s * stride + Record::kTop];
     sSum[s] = first[s * stride + Record::kSum];
   }
@@ -597,103 +661,70 @@ __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_const
     if (sTop[s] > sTop[best]) best = s;
   const float top = sTop[best];
   if (!(top > -INFINITY)) {  // no visible key; an impossible length has left NaN
-    for (int c = threadIdx.x; c < args.dv; c += kMergeThreads) out[c] = E::round(isnan(top) ? NAN : 0.f);
+    auto* o = static_cast<Element*>(args.o) + ((b * args.m + i) * args.heads + h) * args.dv;
+    for (int c = threadIdx.x; c < args.dv; c += kThreads) o[c] = E::round(isnan(top) ? NAN : 0.f);
     return;
   }
+  for (int s = threadIdx.x; s < splits; s += kThreads) sFactor[s] = exp2f(sTop[s] - top);
   const float* c_best = first + best * stride + Record::kC;
-  for (int at = threadIdx.x; at < splits * kSmall; at += kMergeThreads) {
+  for (int c = threadIdx.x; c < kD; c += kThreads) sC[c] = c_best[c];
+  for (int at = threadIdx.x; at < splits * kSmall; at += kThreads) {
     const int s = at / kSmall, c = at % kSmall;
-    if (sSum[s] == 0.f) continue;
-    float x = first[s * stride + Record::kC + c];
-    if (c < kD) x -= c_best[c];
-    small[at] = x;
+    // A split without keys has only said so.
+    if (sSum[s] != 0.f) small[at] = first[s * stride + Record::kC + c] - (c < kD ? c_best[c] : 0.f);
   }
   __syncthreads();
+
+  S sums;
+  sums.clear();
   float l = 0.f;
-  for (int s = 0; s < splits; ++s) l += sSum[s] == 0.f ? 0.f : exp2f(sTop[s] - top) * sSum[s];
-  for (int c = threadIdx.x; c < kD + kDv; c += kMergeThreads) {
-    float sum = 0.f;
+  for (int s = 0; s < splits; ++s) {
+    const float sum = sSum[s], f = sFactor[s];
+    if (sum == 0.f) continue;
+    l += f * sum;
+    const float* from = first + s * stride;
+    const float *delta = small + s * kSmall, *m = delta + kD, *mv = m + kD;
+#pragma unroll
+    for (int e = 0; e < 4; e += 2) {
+      const int row = S::row(e);
+#pragma unroll
+      for (int n = 0; n < kD / 8; ++n) {
+        const int column = S::column(n, 0);
+        const float2 x = *reinterpret_cast<const float2*>(from + Record::kKeyKey + row * kD + column);
+        const float moved[2] = {x.x, x.y};
+#pragma unroll
+        for (int d = 0; d < 2; ++d)
+          sums.key_key[n][e + d] += f * (moved[d] + delta[row] * (m[column + d] + sum * delta[column + d]) +
+                                         m[row] * delta[column + d]);
+      }
+#pragma unroll
+      for (int n = 0; n < kDv / 8; ++n) {
+        const int column = S::column(n, 0);
+        const float2 x = *reinterpret_cast<const float2*>(from + Record::kKeyValue + row * kDv + column);
+        sums.key_value[n][e] += f * (x.x + delta[row] * mv[column]);
+        sums.key_value[n][e + 1] += f * (x.y + delta[row] * mv[column + 1]);
+      }
+    }
+  }
+  for (int c = threadIdx.x; c < kD + kDv; c += kThreads) {
+    float total = 0.f;
     for (int s = 0; s < splits; ++s) {
       if (sSum[s] == 0.f) continue;
       const float* of = small + s * kSmall;
-      const float x = of[kD + c] + (c < kD ? sSum[s] * of[c] : 0.f);
-      sum += exp2f(sTop[s] - top) * x;
+      total += sFactor[s] * (of[kD + c] + (c < kD ? sSum[s] * of[c] : 0.f));
     }
-    (c < kD ? sKeySum[c] : sValueSum[c - kD]) = sum / l;
+    (c < kD ? sKeySum[c] : sValueSum[c - kD]) = total;
   }
   __syncthreads();
-
-  constexpr int kKeyRuns = kD * kD / 4, kValueRuns = kD * kDv / 4;
-  const float inverse_l = 1.f / l;
-#pragma unroll 1
-  for (int run = threadIdx.x; run < kKeyRuns; run += kMergeThreads) {
-    const int row = run / (kD / 4), column = run % (kD / 4) * 4;
-    float sum[4] = {0.f, 0.f, 0.f, 0.f};
-#pragma unroll 4
-    for (int s = 0; s < splits; ++s) {
-      if (sSum[s] == 0.f) continue;
-      const float4 x = *reinterpret_cast<const float4*>(first + s * stride + Record::kKeyKey + 4 * run);
-      const float from[4] = {x.x, x.y, x.z, x.w}, f = exp2f(sTop[s] - top);
-      const float *delta = small + s * kSmall, *m = delta + kD;
-#pragma unroll
-      for (int e = 0; e < 4; ++e)
-        sum[e] += f * (from[e] + delta[row] * (m[column + e] + sSum[s] * delta[column + e]) +
-                       m[row] * delta[column + e]);
-    }
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      float x = sum[e] * inverse_l - sKeySum[row] * sKeySum[column + e];
-      if (row == column + e) x = row < args.d ? x + ridge_at(args, b, i, h, row, top, l) : 1.f;
-      a[row * kRow + column + e] = x;
-    }
-  }
-  const auto* q_row = static_cast<const Element*>(args.q.data) + b * args.q.batch_stride +
-                      i * args.q.row_stride + h * args.q.head_stride;
-  for (int c = threadIdx.x; c < kD; c += kMergeThreads)
-    a[kD * kRow + c] = c < args.d ? E::widen(q_row[c]) - c_best[c] - sKeySum[c] : 0.f;
-  solve<kD>(a, sInverse);
-
-  // o = vbar (1 - kbar'.x) + sum_s f_s / l (sum w k' v^T + delta (sum w v)^T)^T x
-  float* x = a + kD * kRow;
-  constexpr int kPerRow = kDv / 4, kRowsAtOnce = kMergeThreads / kPerRow;
-  const int column = threadIdx.x % kPerRow * 4;
-  float sum[4] = {0.f, 0.f, 0.f, 0.f};
-  for (int row = threadIdx.x / kPerRow; row < kD; row += kRowsAtOnce) {
-#pragma unroll 4
-    for (int s = 0; s < splits; ++s) {
-      if (sSum[s] == 0.f) continue;
-      const float4 from =
-          *reinterpret_cast<const float4*>(first + s * stride + Record::kKeyValue + row * kDv + column);
-      const float f = exp2f(sTop[s] - top) * x[row];
-      const float delta = small[s * kSmall + row];
-      const float* value = small + s * kSmall + 2 * kD + column;
-      sum[0] += f * (from.x + delta * value[0]), sum[1] += f * (from.y + delta * value[1]);
-      sum[2] += f * (from.z + delta * value[2]), sum[3] += f * (from.w + delta * value[3]);
-    }
-  }
-  static_assert(kValueRuns % kMergeThreads == 0);
-  float slope = 0.f;
-  for (int c = threadIdx.x % 32; c < kD; c += 32) slope += x[c] * sKeySum[c];
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) slope += __shfl_xor_sync(0xffffffffu, slope, step);
-  float* parts = a;  // [kRowsAtOnce, kDv]; x is in the last row of a
-  static_assert(kRowsAtOnce * kDv <= kD * kRow);
-  __syncthreads();
-#pragma unroll
-  for (int e = 0; e < 4; ++e) parts[threadIdx.x / kPerRow * kDv + column + e] = sum[e];
-  __syncthreads();
-  for (int c = threadIdx.x; c < args.dv; c += kMergeThreads) {
-    float total = 0.f;
-    for (int r = 0; r < kRowsAtOnce; ++r) total += parts[r * kDv + c];
-    out[c] = E::round(total * inverse_l + sValueSum[c] * (1.f - slope));
-  }
+  answer<Tag>(args, b, i, h, top, l, sC, sKeySum, sValueSum, sums, storage);
 }
 
 template <class Tag, int kD, int kDv>
 int step_sm80<Tag, kD, kDv>::run(const StepSm80Args& args, void* stream) {
   using Shape = StepShape<kD, kDv>;
   const auto on = static_cast<cudaStream_t>(stream);
-  constexpr int kMergeBytes = ((kD + 1) * (kD + 1) + kMaxSplits * (2 * kD + kDv)) * 4;
+  constexpr int kSmallBytes = kMaxSplits * (2 * kD + kDv) * 4;
+  constexpr int kMergeBytes = kSmallBytes > Shape::kSystemBytes ? kSmallBytes : Shape::kSystemBytes;
   // Per device, so not remembered.
   cudaError_t error = cudaFuncSetAttribute(moments_kernel<Tag, kD, kDv>,
                                            cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kBytes);
@@ -705,7 +736,7 @@ int step_sm80<Tag, kD, kDv>::run(const StepSm80Args& args, void* stream) {
   moments_kernel<Tag, kD, kDv>
       <<<static_cast<unsigned>(queries * args.splits), Shape::kThreads, Shape::kBytes, on>>>(args);
   if (args.splits > 1)
-    merge_kernel<Tag, kD, kDv><<<static_cast<unsigned>(queries), kMergeThreads, kMergeBytes, on>>>(args);
+    merge_kernel<Tag, kD, kDv><<<static_cast<unsigned>(queries), Shape::kThreads, kMergeBytes, on>>>(args);
   return cudaGetLastError();
 }
 
