@@ -21,8 +21,13 @@ struct Instance {
 template <class Tag>
 constexpr ScalarType kScalarType = std::is_same_v<Tag, bf16> ? ScalarType::BFloat16 : ScalarType::Half;
 
+// instances.def also lists the kernels of cuda.cpp, whose lines are dropped here.
 const std::vector<Instance> kSteps = {
 #define INSTANCE(kernel, ...) USE_##kernel(__VA_ARGS__)
+#define USE_operands_sm80(element)
+#define USE_fwd_sm90(dim)
+#define USE_bwd_query_sm90(dim)
+#define USE_bwd_key_sm90(dim)
 #define USE_step_sm80(element, d, dv) \
   {kScalarType<element>, d, dv, step_sm80<element, d, dv>::kFloats, &step_sm80<element, d, dv>::run},
 #include "lla/instances.def"

@@ -27,12 +27,12 @@ struct Visibility {
   }
 
   // Keys that any of the queries [first, last] sees; both ends are non-decreasing in the query.
-  Range any_sees(int64_t first, int64_t last) const {
+  NEARFIELD_HOST_DEVICE Range any_sees(int64_t first, int64_t last) const {
     const Range low = keys(first), high = keys(last);
     return {low.begin, std::max(low.begin, high.end)};
   }
 
-  Range keys(int64_t i) const {
+  NEARFIELD_HOST_DEVICE Range keys(int64_t i) const {
     const Window w{n, window, 1, causal};
     const int position = static_cast<int>(i) + n - m;
     const int begin = w.start(position);
@@ -40,7 +40,7 @@ struct Visibility {
   }
 
   // Queries that see any of the keys [first, last].
-  Range any_seen_by(int64_t first, int64_t last) const {
+  NEARFIELD_HOST_DEVICE Range any_seen_by(int64_t first, int64_t last) const {
     const Window w{n, window, 1, causal};
     const Range position = w.any_seen_by(static_cast<int>(first), static_cast<int>(last));
     const int shift = n - m;
@@ -55,7 +55,7 @@ template <class T>
 struct View {
   T* data;
   int64_t batch_stride, row_stride, head_stride;
-  T* row(int64_t b, int64_t i, int64_t h) const {
+  NEARFIELD_HOST_DEVICE T* row(int64_t b, int64_t i, int64_t h) const {
     return data + b * batch_stride + i * row_stride + h * head_stride;
   }
 };

@@ -1,0 +1,399 @@
+// Backward on Hopper, the pass that holds keys: dk and dv. A CTA keeps 128 keys of one head, 64 per consumer warpgroup,
+// and streams tiles of 64 queries with everything the pair terms need of them; GQA visits the heads of its group in turn.
+// All products are transposed, keys are rows:
+//
+//   S = K Q^T, T = K X^T, R = [V, -K] [dO, Y]^T        a = 1 + x.(k - kbar), r = Gam - Gbar - y.(k - kbar)
+//   dV += (P o a) dO,  dK += scale dS Q + (P o r) X - (P o a) Y      dS = P o (a r - D)
+//
+// The products of the next queries are issued before the sums of these. Units: BwdSm90Args; what varies with the query
+// comes as one PairRow, what varies with the head is a power of two in HeadUnits.
+#pragma once
+
+#include "lla/rows_sm90.cuh"
+
+namespace nearfield::lla {
+
+// A weight is p times this times HeadUnits::share.
+constexpr float kPairUnit = 256.f, kPairLog2 = 8.f;
+
+// ---- Per query: shift of the exponent, x.kbar, r's constant, D's ----
+
+// From the operands as they were rounded, so that x.k - x.kbar and y.k - y.kbar stay exactly centred.
+template <int kHeadDim>
+__global__ void __launch_bounds__(256) pair_rows_kernel(const __grid_constant__ BwdSm90Args a) {
+  constexpr int kLanes = kHeadDim / 8;  // of a row
+  const QueryProblem& p = a.problem;
+  const int row = blockIdx.x * (256 / kLanes) + threadIdx.x / kLanes, lane = threadIdx.x % kLanes, head = blockIdx.y;
+  const int rows = p.q.tiles_per_head * kTileRows;  // a multiple of 128
+  const int64_t source = (static_cast<int64_t>(head / p.heads) * p.m + row) * p.heads + head % p.heads;
+  const float lse = row < p.m ? a.lse[source] : -INFINITY;
+  PairRow out{INFINITY, 0.f, 0.f, 0.f};  // a query that sees nothing: exp2(anything - inf) = 0
+  if (lse != -INFINITY) {
+    const int kv_head = head / p.heads * p.kv_heads + head % p.heads / (p.heads / p.kv_heads);
+    const float k_unit = operand_unit(p.k, kv_head), inverse = 1.f / k_unit;
+    const int64_t at = (static_cast<int64_t>(head) * p.q.tiles_per_head + row / kTileRows) * tile_elements(kHeadDim) +
+                       tile_offset<kHeadDim>(row % kTileRows, lane * 8);
+    const uint4 xs = *reinterpret_cast<const uint4*>(static_cast<const __half*>(a.x_tiles.tiles) + at);
+    const uint4 ys = *reinterpret_cast<const uint4*>(static_cast<const __half*>(a.minus_y_tiles.tiles) + at);
+    float xbar = 0.f, ybar = 0.f;
+    if (lane * 8 < p.d) {
+#pragma unroll
+      for (int e = 0; e < 8; ++e) {
+        const float mean = a.kbar[source * p.d + lane * 8 + e] * inverse;
+        xbar += __half2float(reinterpret_cast<const __half*>(&xs)[e]) * mean;
+        ybar += __half2float(reinterpret_cast<const __half*>(&ys)[e]) * mean;
+      }
+    }
+#pragma unroll
+    for (int o = kLanes / 2; o > 0; o /= 2) {
+      xbar += __shfl_xor_sync(0xffffffffu, xbar, o);
+      ybar += __shfl_xor_sync(0xffffffffu, ybar, o);
+    }
+    const RowSums sums = a.row_sums[source];
+    const float y_inverse = 1.f / operand_unit(a.minus_y_tiles, head);
+    const float one = fminf(1.f / (k_unit * operand_unit(a.x_tiles, head)), 1.f);
+    out = {lse * kLog2e - kPairLog2, xbar, y_inverse * sums.gbar + ybar, one * y_inverse * sums.d};
+  } else {
+#pragma unroll
+    for (int o = kLanes / 2; o > 0; o /= 2) {  // the other rows of the warp shuffle
+      __shfl_xor_sync(0xffffffffu, 0.f, o);
+      __shfl_xor_sync(0xffffffffu, 0.f, o);
+    }
+  }
+  if (lane == 0) a.pair_rows[static_cast<int64_t>(head) * rows + row] = out;
+}
+
+// ---- Layouts and storage ----
+
+template <int kHeadDim_>
+struct KeyTraits {
+  static constexpr int kHeadDim = kHeadDim_, kElements = tile_elements(kHeadDim);
+  static constexpr KeyTileSizes kSizes = key_tile(kHeadDim);
+  static constexpr int kStages = kSizes.kStages, kQueries = kSizes.kQueries, kParts = kTileRows / kQueries;
+  static constexpr int kConsumers = 2, kThreads = (kConsumers + 1) * 128, kConsumerWarps = kConsumers * 4;
+  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+
+  using AtomK = typename QueryTraits<kHeadDim>::AtomK;
+  using AtomMN = typename QueryTraits<kHeadDim>::AtomMN;
+  using LayoutK = typename QueryTraits<kHeadDim>::LayoutQ;  // (64, D)
+  // Stages hold four operands each: Q, X, Y, dO.
+  using LayoutQ = decltype(tile_to_shape(AtomK{}, cute::Shape<_64, Int<kHeadDim>, Int<4 * kStages>>{}));
+  using LayoutQt = decltype(tile_to_shape(AtomMN{}, cute::Shape<Int<kHeadDim>, _64, Int<4 * kStages>>{},
+                                          Step<_2, _1, _3>{}));
+  using MmaS = decltype(make_tiled_mma(
+      GMMA::ss_op_selector<half, half, float, cute::Shape<_64, Int<kQueries>, Int<kHeadDim>>>()));
+  using MmaSum = decltype(make_tiled_mma(
+      GMMA::rs_op_selector<half, half, float, cute::Shape<_64, Int<kHeadDim>, Int<kQueries>>, GMMA::Major::K,
+                           GMMA::Major::MN>()));
+
+  struct alignas(1024) Storage {
+    alignas(1024) half k[kConsumers][kElements];
+    alignas(1024) half v[kConsumers][kElements];
+    alignas(1024) half stage[kStages][4][kElements];
+    alignas(16) PairRow rows[kStages][kTileRows];
+    Ring<kStages> ring;
+  };
+  static_assert(sizeof(Storage) <= 227 * 1024, "a Hopper CTA has 227 KB of shared memory");
+};
+
+enum StagedOperand : int { kStagedQ, kStagedX, kStagedY, kStagedDo };
+
+struct KeyBlock {
+  int batch, kv_head, first_key;
+  Range tiles;  // of queries that see any of the 128 keys; at least one
+  int group;
+  __device__ __forceinline__ KeyBlock(const QueryProblem& p, int index) {
+    const int heads = p.batch * p.kv_heads;
+    first_key = index / heads * 2 * kTileRows;  // the first keys of a causal problem are seen most
+    batch = index % heads / p.kv_heads;
+    kv_head = index % p.kv_heads;
+    group = p.heads / p.kv_heads;
+    const Range queries = p.visible.any_seen_by(first_key, min(first_key + 2 * kTileRows, p.n) - 1);
+    const int begin = min(queries.begin, p.m - 1) / kTileRows;
+    tiles = {begin, max(begin + 1, (queries.end + kTileRows - 1) / kTileRows)};
+  }
+  __device__ __forceinline__ int visits() const { return group * (tiles.end - tiles.begin); }
+};
+
+// The powers of two (and the scale) of one query head.
+struct HeadUnits {
+  float scale_log2;
+  float one, slope;           // a' = one + slope (T - xbar), one * a
+  float share, ds, r;         // factors of W = w a', of w (a' r' - d) and of w r'
+  float v_scale;              // of V, so that products with it are in the units of Y
+  float dv_factor, dk_factor;  // of the accumulators
+
+  __device__ __forceinline__ HeadUnits(const BwdSm90Args& a, int head, int kv_head) {
+    const QueryProblem& p = a.problem;
+    const float k_unit = operand_unit(p.k, kv_head), q_unit = operand_unit(p.q, head);
+    const float d_unit = operand_unit(a.d_o, head), gam_unit = d_unit * operand_unit(p.v, kv_head);
+    const float x_unit = k_unit * operand_unit(a.x_tiles, head), y_unit = operand_unit(a.minus_y_tiles, head);
+    const float qk = p.scale * q_unit * k_unit;
+    scale_log2 = qk * kLog2e;
+    one = fminf(1.f / x_unit, 1.f);
+    slope = x_unit * one;
+    share = fminf(1.f / operand_unit(fabsf(qk)), 1.f);
+    ds = qk * share;
+    r = slope * share;
+    v_scale = 1.f / y_unit;
+    dv_factor = d_unit / (kPairUnit * share * one);
+    dk_factor = gam_unit * y_unit / (k_unit * kPairUnit * share * one);
+  }
+};
+
+// ---- Producer: one thread ----
+
+template <class Traits>
+__device__ __forceinline__ void bwd_key_produce(typename Traits::Storage& s, const BwdSm90Args& a,
+                                                const KeyBlock& block) {
+  constexpr int kBytes = Traits::kElements * 2, kRowBytes = kTileRows * sizeof(PairRow);
+  const QueryProblem& p = a.problem;
+  RingIndex<Traits::kStages> at;
+  for (int g = 0; g < block.group; ++g) {
+    const int64_t head = static_cast<int64_t>(block.batch) * p.heads + block.kv_head * block.group + g;
+    for (int t = block.tiles.begin; t < block.tiles.end; ++t) {
+      const int64_t tile = head * p.q.tiles_per_head + t;
+      s.ring.wait_empty(at);
+      s.ring.expect_bytes(at, 4 * kBytes + kRowBytes);
+      const void* operands[4] = {p.q.tiles, a.x_tiles.tiles, a.minus_y_tiles.tiles, a.d_o.tiles};
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        SM90_BULK_COPY_G2S::copy(static_cast<const half*>(operands[i]) + tile * Traits::kElements,
+                                 &s.ring.full[at.stage], s.stage[at.stage][i], kBytes);
+      SM90_BULK_COPY_G2S::copy(a.pair_rows + tile * kTileRows, &s.ring.full[at.stage], s.rows[at.stage], kRowBytes);
+      at.advance();
+    }
+  }
+}
+
+// ---- Consumers ----
+
+template <class Traits>
+__device__ __forceinline__ void bwd_key_consume(typename Traits::Storage& s, const BwdSm90Args& a,
+                                                const KeyBlock& block) {
+  constexpr int kD = Traits::kHeadDim, kQueries = Traits::kQueries, kParts = Traits::kParts;
+  const QueryProblem& p = a.problem;
+  const int thread = threadIdx.x - 128, warpgroup = __shfl_sync(0xffffffffu, thread / 128, 0), quad = thread % 4;
+  const int first_key = block.first_key + warpgroup * kTileRows;
+  const int first_head = block.batch * p.heads + block.kv_head * block.group;
+  const int kv_head = block.batch * p.kv_heads + block.kv_head;
+  int key[2];
+  Range seen_by[2];
+  CUTE_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    key[i] = first_key + thread % 128 / 32 * 16 + thread % 32 / 4 + 8 * i;
+    seen_by[i] = key[i] < p.n ? p.visible.any_seen_by(key[i], key[i]) : Range{0, 0};
+  }
+  const int last_key = first_key + kTileRows - 1;
+  const Range all_seen_by = last_key < p.n ? Range{p.visible.any_seen_by(last_key, last_key).begin,
+                                                   p.visible.any_seen_by(first_key, first_key).end}
+                                           : Range{0, 0};
+
+  HeadUnits units(a, first_head, kv_head);
+  half *sK_data = s.k[warpgroup], *sV_data = s.v[warpgroup];
+  const auto load_tile = [&](half* to, const Operand& operand, float factor) {
+    const bool there = first_key / kTileRows < operand.tiles_per_head;
+    const half* from = static_cast<const half*>(operand.tiles) +
+                       (static_cast<int64_t>(kv_head) * operand.tiles_per_head + first_key / kTileRows) *
+                           Traits::kElements;
+    const __half2 factors = __float2half2_rn(factor);
+#pragma unroll 4
+    for (int i = thread % 128; i < Traits::kElements / 8; i += 128) {
+      uint4 piece{0, 0, 0, 0};
+      if (there) piece = reinterpret_cast<const uint4*>(from)[i];
+      __half2* pairs = reinterpret_cast<__half2*>(&piece);
+      CUTE_UNROLL
+      for (int e = 0; e < 4; ++e) pairs[e] = __hmul2(pairs[e], factors);
+      reinterpret_cast<uint4*>(to)[i] = piece;
+    }
+    cutlass::arch::fence_view_async_shared();
+    cutlass::arch::NamedBarrier::sync(128, 1 + warpgroup);
+  };
+  load_tile(sK_data, p.k, 1.f);
+  load_tile(sV_data, p.v, units.v_scale);  // again when the head changes
+
+  Tensor sK = make_tensor(make_smem_ptr(sK_data), typename Traits::LayoutK{});            // (keys, D)
+  Tensor sV = make_tensor(make_smem_ptr(sV_data), typename Traits::LayoutK{});            // (keys, D)
+  Tensor sQ = make_tensor(make_smem_ptr(s.stage[0][0]), typename Traits::LayoutQ{});      // (64, D, 4 * stage)
+  Tensor sQt = make_tensor(make_smem_ptr(s.stage[0][0]), typename Traits::LayoutQt{});    // (D, 64, 4 * stage)
+  Tensor sQpart = local_tile(sQ, cute::Shape<Int<kQueries>, Int<kD>>{}, make_coord(_, 0));    // (M, D, part, 4 * stage)
+  Tensor sQtPart = local_tile(sQt, cute::Shape<Int<kD>, Int<kQueries>>{}, make_coord(0, _));  // (D, M, part, 4 * stage)
+  typename Traits::MmaS mma_s;
+  typename Traits::MmaSum mma_sum;
+  auto thread_s = mma_s.get_slice(0);
+  auto thread_sum = mma_sum.get_slice(0);
+  Tensor tSrK = thread_s.partition_fragment_A(sK);
+  Tensor tSrV = thread_s.partition_fragment_A(sV);
+  Tensor tSrQ = thread_s.partition_fragment_B(sQpart);      // (MMA, 1, D/16, part, 4 * stage)
+  Tensor tGrQ = thread_sum.partition_fragment_B(sQtPart);  // (MMA, 1, M/16, part, 4 * stage)
+  Tensor tSrS = partition_fragment_C(mma_s, cute::Shape<_64, Int<kQueries>>{});
+  Tensor tSrT = partition_fragment_C(mma_s, cute::Shape<_64, Int<kQueries>>{});
+  Tensor tSrR = partition_fragment_C(mma_s, cute::Shape<_64, Int<kQueries>>{});
+  Tensor tGrdK = partition_fragment_C(mma_sum, cute::Shape<_64, Int<kD>>{});
+  Tensor tGrdV = partition_fragment_C(mma_sum, cute::Shape<_64, Int<kD>>{});
+  Tensor rA = make_tensor<half>(accumulator_as_a(tSrS.layout()));   // p a
+  Tensor rDs = make_tensor<half>(accumulator_as_a(tSrS.layout()));  // p (a r - D)
+  Tensor rR = make_tensor<half>(accumulator_as_a(tSrS.layout()));   // p r
+
+  RingIndex<Traits::kStages> at_product, at_sum;
+  const auto issue_products = [&](int part) {
+    const int stage = 4 * at_product.stage;
+    issue_gemm<true>(mma_s, tSrK, tSrQ(_, _, _, part, stage + kStagedQ), tSrS);
+    issue_gemm<true>(mma_s, tSrK, tSrQ(_, _, _, part, stage + kStagedX), tSrT);
+    issue_gemm<true>(mma_s, tSrV, tSrQ(_, _, _, part, stage + kStagedDo), tSrR);
+    issue_gemm<false>(mma_s, tSrK, tSrQ(_, _, _, part, stage + kStagedY), tSrR);
+  };
+  const auto issue_sums = [&](int part) {
+    const int stage = 4 * at_sum.stage;
+    issue_gemm<false>(mma_sum, rA, tGrQ(_, _, _, part, stage + kStagedDo), tGrdV);
+    issue_gemm<false>(mma_sum, rA, tGrQ(_, _, _, part, stage + kStagedY), tGrdK);
+    issue_gemm<false>(mma_sum, rDs, tGrQ(_, _, _, part, stage + kStagedQ), tGrdK);
+    issue_gemm<false>(mma_sum, rR, tGrQ(_, _, _, part, stage + kStagedX), tGrdK);
+  };
+  // S, T, R -> p a, p (a r - D), p r in place
+  const auto weigh = [&](int first_query, const PairRow* rows) {
+    const bool masked = first_query < all_seen_by.begin || first_query + kQueries > all_seen_by.end;
+    CUTE_UNROLL
+    for (int j = 0; j < kQueries / 8; ++j) {
+      CUTE_UNROLL
+      for (int c = 0; c < 2; ++c) {
+        const int column = 8 * j + 2 * quad + c;
+        const PairRow row = rows[column];
+        CUTE_UNROLL
+        for (int i = 0; i < 2; ++i) {
+          const int e = 4 * j + 2 * i + c;
+          float exponent = fmaf(tSrS(e), units.scale_log2, -row.shift);
+          if (masked) {
+            const int query = first_query + column;
+            if (query < seen_by[i].begin || query >= seen_by[i].end) exponent = -INFINITY;
+          }
+          const float w = exp2_approx(exponent);
+          const float slopes = fmaf(tSrT(e) - row.xbar, units.slope, units.one), r = tSrR(e) - row.rbar;
+          tSrS(e) = w * units.share * slopes;
+          tSrT(e) = w * units.ds * fmaf(slopes, r, -row.d);
+          tSrR(e) = w * units.r * r;
+        }
+      }
+    }
+  };
+  const auto round_weights = [&] {
+    Tensor a_view = make_tensor(tSrS.data(), rA.layout());
+    Tensor ds_view = make_tensor(tSrT.data(), rDs.layout());
+    Tensor r_view = make_tensor(tSrR.data(), rR.layout());
+    convert_to(a_view, rA);
+    convert_to(ds_view, rDs);
+    convert_to(r_view, rR);
+  };
+
+  const int tiles = block.tiles.end - block.tiles.begin, visits = block.visits() * kParts;
+  s.ring.wait_full(at_product);
+  issue_products(0);
+  warpgroup_wait<0>();
+  weigh(block.tiles.begin * kTileRows, s.rows[at_product.stage]);
+  round_weights();
+  clear(tGrdK);
+  clear(tGrdV);
+  int head = 0, tile = 0;  // of the products, in the group and in the range
+  for (int n = 1; n < visits; ++n) {
+    const int part = n % kParts, part_of_sum = (n + kParts - 1) % kParts;
+    bool next_head = false;
+    if (part == 0) {
+      at_product.advance();
+      if (++tile == tiles) {
+        tile = 0;
+        ++head;
+        next_head = true;
+      }
+      s.ring.wait_full(at_product);
+    }
+    float to_v = 1.f, to_k = 1.f;
+    if (next_head) {
+      const HeadUnits next(a, first_head + head, kv_head);
+      to_v = units.dv_factor / next.dv_factor;
+      to_k = units.dk_factor / next.dk_factor;
+      units = next;
+      load_tile(sV_data, p.v, units.v_scale);  // this warpgroup's products with the last V are done
+    }
+    issue_products(part);
+    issue_sums(part_of_sum);
+    warpgroup_wait<4>();
+    weigh((block.tiles.begin + tile) * kTileRows + part * kQueries, s.rows[at_product.stage] + part * kQueries);
+    warpgroup_fence_operand(tSrS);  // keeps the weights above the wait, under the sums
+    warpgroup_fence_operand(tSrT);
+    warpgroup_fence_operand(tSrR);
+    warpgroup_wait<0>();
+    if (part == 0) {
+      s.ring.release(at_sum);
+      at_sum.advance();
+    }
+    round_weights();
+    if (next_head) {  // the sums so far go over to the units of this head
+      CUTE_UNROLL
+      for (int e = 0; e < kD / 2; ++e) {
+        tGrdV(e) *= to_v;
+        tGrdK(e) *= to_k;
+      }
+    }
+  }
+  issue_sums(kParts - 1);
+  warpgroup_wait<0>();
+  s.ring.release(at_sum);
+
+  const auto store = [&](auto* out, int features, const auto& v, float factor) {
+    CUTE_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      if (key[i] >= p.n) continue;
+      auto* row = out + ((static_cast<int64_t>(block.batch) * p.n + key[i]) * p.kv_heads + block.kv_head) * features;
+      CUTE_UNROLL
+      for (int j = 0; j < kD / 8; ++j) {
+        if (8 * j < features)
+          store_pair(row + 8 * j + 2 * quad, v(4 * j + 2 * i) * factor, v(4 * j + 2 * i + 1) * factor);
+      }
+    }
+  };
+  if (a.is_bf16) {
+    store(static_cast<__nv_bfloat16*>(a.dk), p.d, tGrdK, units.dk_factor);
+    store(static_cast<__nv_bfloat16*>(a.dv), p.dv, tGrdV, units.dv_factor);
+  } else {
+    store(static_cast<__half*>(a.dk), p.d, tGrdK, units.dk_factor);
+    store(static_cast<__half*>(a.dv), p.dv, tGrdV, units.dv_factor);
+  }
+}
+
+// ---- Kernel and launch ----
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1) bwd_key_kernel(const __grid_constant__ BwdSm90Args a) {
+  auto& s = *reinterpret_cast<typename Traits::Storage*>(dynamic_shared);
+  if (threadIdx.x == 0) {
+    if (cast_smem_ptr_to_uint(&s) % kStorageAlignment != 0) __trap();
+    s.ring.init(1, Traits::kConsumerWarps);
+    cutlass::arch::fence_barrier_init();
+  }
+  __syncthreads();
+  const KeyBlock block(a.problem, blockIdx.x);
+  if (threadIdx.x < 128) {
+    cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
+    if (threadIdx.x == 0) bwd_key_produce<Traits>(s, a, block);
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
+    bwd_key_consume<Traits>(s, a, block);
+  }
+}
+
+template <int kHeadDim>
+int bwd_key_sm90<kHeadDim>::run(const BwdSm90Args& a, void* stream_) {
+  using Traits = KeyTraits<kHeadDim>;
+  constexpr int kShared = sizeof(typename Traits::Storage);
+  static const cudaError_t attribute = allow_shared_memory(bwd_key_kernel<Traits>, kShared);
+  if (attribute != cudaSuccess) return attribute;
+  const auto stream = static_cast<cudaStream_t>(stream_);
+  const QueryProblem& p = a.problem;
+  const int rows = p.q.tiles_per_head * kTileRows, rows_per_block = 256 / (kHeadDim / 8);
+  pair_rows_kernel<kHeadDim><<<dim3(rows / rows_per_block, p.batch * p.heads), 256, 0, stream>>>(a);
+  const int grid = (p.n + 2 * kTileRows - 1) / (2 * kTileRows) * p.batch * p.kv_heads;
+  bwd_key_kernel<Traits><<<grid, Traits::kThreads, kShared, stream>>>(a);
+  return cudaGetLastError();
+}
+
+}  // namespace nearfield::lla

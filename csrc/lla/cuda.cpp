@@ -1,0 +1,306 @@
+// nearfield::lla_* on CUDA: allocation of the operands, pick of the kernel instance, dispatch.
+#ifdef NEARFIELD_WITH_CUDA
+#include "nearfield_build.h"
+#endif
+#ifdef NEARFIELD_LLA
+#include "lla/checks.h"
+#include "lla/sm90.h"
+#include "nearfield/device.h"
+
+namespace nearfield::lla {
+namespace {
+
+// ---- Instances: what instances.def lists ----
+
+template <class Args>
+struct Instance {
+  int head_dim;
+  int (*run)(const Args&, void*);
+};
+
+// The list is read once per kernel; each reading drops the lines of the others.
+#define INSTANCE(kernel, ...) USE_##kernel(__VA_ARGS__)
+#define USE_operands_sm80(element)
+#define USE_step_sm80(element, d, dv)
+
+const std::vector<Instance<FwdSm90Args>> kForward = {
+#ifdef NEARFIELD_LLA_SM90
+#define USE_fwd_sm90(dim) {dim, &fwd_sm90<dim>::run},
+#define USE_bwd_query_sm90(dim)
+#define USE_bwd_key_sm90(dim)
+#include "lla/instances.def"
+#undef USE_fwd_sm90
+#undef USE_bwd_query_sm90
+#endif
+};
+const std::vector<Instance<BwdSm90Args>> kBackwardOfQueries = {
+#ifdef NEARFIELD_LLA_SM90
+#define USE_fwd_sm90(dim)
+#define USE_bwd_query_sm90(dim) {dim, &bwd_query_sm90<dim>::run},
+#include "lla/instances.def"
+#undef USE_bwd_query_sm90
+#undef USE_bwd_key_sm90
+#endif
+};
+const std::vector<Instance<BwdSm90Args>> kBackwardOfKeys = {
+#ifdef NEARFIELD_LLA_SM90
+#define USE_bwd_query_sm90(dim)
+#define USE_bwd_key_sm90(dim) {dim, &bwd_key_sm90<dim>::run},
+#include "lla/instances.def"
+#endif
+};
+#undef INSTANCE
+
+template <class Args>
+const Instance<Args>& pick(const char* op, const std::vector<Instance<Args>>& instances, const Tensor& q,
+                           const Tensor& v) {
+  const auto dtype = q.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, op, ": q has dtype ",
+                  torch::headeronly::toString(dtype), "; supported on CUDA: bfloat16, float16");
+  const DeviceInfo device = device_info(q.get_device_index());
+  STD_TORCH_CHECK(device.capability == 90, op, ": the GPU has compute capability ", device.capability / 10,
+                  ".", device.capability % 10, "; this build (", NEARFIELD_CUDA_ARCHS,
+                  ") has kernels for 9.0 (Hopper)");
+  const int64_t d = q.sizes()[3], dv = v.sizes()[3];
+  const Instance<Args>* best = nullptr;
+  std::ostringstream built;
+  for (const auto& i : instances) {
+    built << (built.tellp() ? ", " : "") << i.head_dim;
+    if (i.head_dim >= std::max(d, dv) && (best == nullptr || i.head_dim < best->head_dim)) best = &i;
+  }
+  STD_TORCH_CHECK(best != nullptr && d % 8 == 0 && dv % 8 == 0, op, ": head dims ", d, " of q and k and ", dv,
+                  " of v; supported on CUDA: multiples of 8 up to the largest built, of ", built.str());
+  return *best;
+}
+
+void check_launch(const char* op, int error) {
+  STD_TORCH_CHECK(error == 0, op, ": ", cuda_error_string(error));
+}
+
+// ---- Operands ----
+
+// Tensors of the caller on their way to fp16 tiles; the memory lives as long as this object.
+class Operands {
+ public:
+  Operands(const char* op, const Tensor& like, int head_dim) : op_(op), like_(like) {
+    args_.batch = static_cast<int>(like.sizes()[0]);
+    args_.head_dim = head_dim;
+  }
+
+  // Rows are padded to a multiple of `rows_of_block`.
+  Operand add(const Tensor& t, int64_t rows_of_block = kTileRows, float least_unit = 0.f) {
+    const auto size = t.sizes(), stride = t.strides();
+    const int64_t tiles = (size[1] + rows_of_block - 1) / rows_of_block * (rows_of_block / kTileRows);
+    memory_.push_back(
+        new_empty(like_, {size[0], size[2], tiles * kTileRows, args_.head_dim}, ScalarType::Half));
+    memory_.push_back(new_empty(like_, {size[0], size[2]}, ScalarType::Float));
+    const Operand out{memory_[memory_.size() - 2].mutable_data_ptr(), data_of<float>(memory_.back()),
+                      static_cast<int>(tiles), least_unit};
+    args_.source[args_.count++] = {t.const_data_ptr(),           stride[0],
+                                   stride[1],                    stride[2],
+                                   static_cast<int>(size[1]),    static_cast<int>(size[2]),
+                                   static_cast<int>(size[3]),    out};
+    return out;
+  }
+
+  // Writes what was added since the last call; all of one dtype.
+  void write(ScalarType dtype, void* stream) {
+    const auto run = dtype == ScalarType::BFloat16 ? operands_sm80<bf16>::run
+                     : dtype == ScalarType::Half   ? operands_sm80<fp16>::run
+                                                   : operands_sm80<float>::run;
+    check_launch(op_, run(args_, stream));
+    args_.count = 0;
+  }
+
+ private:
+  const char* op_;
+  const Tensor& like_;
+  OperandsArgs args_{};
+  std::vector<Tensor> memory_;
+};
+
+QueryProblem make_query_problem(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, double scale,
+                                bool is_causal, const std::optional<int64_t>& window, Operands& operands) {
+  const auto s = q.sizes();
+  QueryProblem p{};
+  p.batch = static_cast<int>(s[0]), p.m = static_cast<int>(s[1]), p.heads = static_cast<int>(s[2]);
+  p.n = static_cast<int>(k.sizes()[1]), p.kv_heads = static_cast<int>(k.sizes()[2]);
+  p.d = static_cast<int>(s[3]), p.dv = static_cast<int>(v.sizes()[3]);
+  p.visible = Visibility::make(s[1], p.n, window_or_all(window, p.n), is_causal);
+  p.scale = static_cast<float>(scale);
+  STD_TORCH_CHECK(s[0] * s[2] <= 65535 && int64_t{p.query_blocks()} * s[0] * s[2] <= INT32_MAX, op,
+                  ": batch times heads is ", s[0] * s[2], "; supported on CUDA: up to 65535");
+  p.q = operands.add(q, 2 * kTileRows);
+  p.k = operands.add(k);
+  p.v = operands.add(v);
+  return p;
+}
+
+// No pairs of queries and keys: every output is a constant.
+bool nothing_to_do(const Tensor& q, const Tensor& k) { return q.numel() == 0 || k.numel() == 0; }
+
+// ---- Forward ----
+
+using Fwd = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+Fwd fwd_cuda(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& lam, double scale,
+             bool is_causal, std::optional<int64_t> window, bool absolute, double tol, int64_t max_iters) {
+  const char* op = "lla_fwd";
+  check_inputs(op, q_, k_, v_, window);
+  check_lam(op, lam, q_);
+  torch::stable::accelerator::DeviceGuard guard(q_.get_device_index());
+  const Instance<FwdSm90Args>& instance = pick(op, kForward, q_, v_);
+  const Tensor q = dense_rows(q_), k = dense_rows(k_), v = dense_rows(v_);
+  const auto s = q.sizes();
+  Fwd out{new_empty(q, {s[0], s[1], s[2], v.sizes()[3]}),
+          new_empty(q, {s[0], s[1], s[2], s[3]}, ScalarType::Float),
+          new_empty(q, {s[0], s[1], s[2], s[3]}, ScalarType::Float),
+          new_empty(q, {s[0], s[1], s[2]}, ScalarType::Float),
+          new_empty(q, {s[0], s[1], s[2]}, ScalarType::Int),
+          new_empty(q, {s[0], s[1], s[2]}, ScalarType::Float)};
+  auto& [o, x, kbar, lse, iterations, ratio] = out;
+  if (nothing_to_do(q, k)) {
+    for (Tensor* t : {&o, &x, &kbar, &iterations, &ratio}) torch::stable::zero_(*t);
+    torch::stable::fill_(lse, -INFINITY);
+    return out;
+  }
+  void* stream = current_stream(q);
+  Operands operands(op, q, instance.head_dim);
+  FwdSm90Args args{};
+  args.problem = make_query_problem(op, q, k, v, scale, is_causal, window, operands);
+  operands.write(q.scalar_type(), stream);
+  args.solve = true;
+  args.ridge = make_ridge<float>(lam, absolute);
+  args.tol = static_cast<float>(tol);
+  args.max_iters = static_cast<int>(std::min<int64_t>(max_iters, INT32_MAX));
+  args.is_bf16 = q.scalar_type() == ScalarType::BFloat16;
+  args.o = o.mutable_data_ptr();
+  args.x = data_of<float>(x);
+  args.kbar = data_of<float>(kbar);
+  args.lse = data_of<float>(lse);
+  args.iterations = data_of<int>(iterations);
+  args.ratio = data_of<float>(ratio);
+  check_launch(op, instance.run(args, stream));
+  return out;
+}
+
+using ProbeFwd = std::tuple<Tensor, Tensor, Tensor>;
+ProbeFwd probe_fwd_cuda(const Tensor& q_, const Tensor& x_, const Tensor& k_, const Tensor& v_, double scale,
+                        bool is_causal, std::optional<int64_t> window) {
+  const char* op = "lla_probe_fwd";
+  check_inputs(op, q_, k_, v_, window);
+  torch::stable::accelerator::DeviceGuard guard(q_.get_device_index());
+  const Instance<FwdSm90Args>& instance = pick(op, kForward, q_, v_);
+  const Tensor q = dense_rows(q_), x = dense_rows(x_), k = dense_rows(k_), v = dense_rows(v_);
+  const auto s = q.sizes();
+  check_statistic(op, "x", x, q, {s[0], s[1], s[2], s[3]});
+  ProbeFwd out{new_empty(q, {s[0], s[1], s[2], v.sizes()[3]}),
+               new_empty(q, {s[0], s[1], s[2], s[3]}, ScalarType::Float),
+               new_empty(q, {s[0], s[1], s[2]}, ScalarType::Float)};
+  auto& [o, kbar, lse] = out;
+  if (nothing_to_do(q, k)) {
+    for (Tensor* t : {&o, &kbar}) torch::stable::zero_(*t);
+    torch::stable::fill_(lse, -INFINITY);
+    return out;
+  }
+  void* stream = current_stream(q);
+  Operands operands(op, q, instance.head_dim);
+  FwdSm90Args args{};
+  args.problem = make_query_problem(op, q, k, v, scale, is_causal, window, operands);
+  operands.write(q.scalar_type(), stream);
+  args.given = view_of<float>(x);
+  args.is_bf16 = q.scalar_type() == ScalarType::BFloat16;
+  args.o = o.mutable_data_ptr();
+  args.kbar = data_of<float>(kbar);
+  args.lse = data_of<float>(lse);
+  check_launch(op, instance.run(args, stream));
+  return out;
+}
+
+// ---- Backward ----
+
+// Both backwards; lam is null for the readout alone. Returns dq, dx (if not solve), dk, dv, dlam (if solve).
+std::array<Tensor, 5> backward(const char* op, const Tensor& d_o_, const Tensor& q_, const Tensor& k_,
+                               const Tensor& v_, const Tensor* lam, const Tensor& x_, const Tensor& kbar_,
+                               const Tensor& lse_, double scale, bool is_causal, std::optional<int64_t> window,
+                               bool absolute, double tol, int64_t max_iters) {
+  check_inputs(op, q_, k_, v_, window);
+  check_saved(op, q_, v_, d_o_, x_, kbar_, lse_);
+  if (lam) check_lam(op, *lam, q_);
+  torch::stable::accelerator::DeviceGuard guard(q_.get_device_index());
+  const Instance<BwdSm90Args>& of_queries = pick(op, kBackwardOfQueries, q_, v_);
+  const Instance<BwdSm90Args>& of_keys = pick(op, kBackwardOfKeys, q_, v_);
+  const Tensor q = dense_rows(q_), k = dense_rows(k_), v = dense_rows(v_), d_o = dense_rows(d_o_), x = dense_rows(x_);
+  const Tensor kbar = torch::stable::contiguous(kbar_), lse = torch::stable::contiguous(lse_);
+  const auto s = q.sizes();
+  const auto dtype = q.scalar_type();
+  std::array<Tensor, 5> out{new_empty(q, shape_of(q)), new_empty(q, lam ? std::vector<int64_t>{0} : shape_of(q), ScalarType::Float),
+                            new_empty(q, shape_of(k)), new_empty(q, shape_of(v)),
+                            new_empty(q, lam ? shape_of(*lam) : std::vector<int64_t>{0}, ScalarType::Float)};
+  auto& [dq, dx, dk, dv, dlam] = out;
+  if (nothing_to_do(q, k)) {
+    for (Tensor& t : out) torch::stable::zero_(t);
+    return out;
+  }
+  void* stream = current_stream(q);
+  Operands operands(op, q, of_queries.head_dim);
+  BwdSm90Args args{};
+  args.problem = make_query_problem(op, q, k, v, scale, is_causal, window, operands);
+  args.d_o = operands.add(d_o, 2 * kTileRows);
+  operands.write(dtype, stream);
+  args.solve = lam != nullptr;
+  if (lam) args.ridge = make_ridge<float>(*lam, absolute);
+  args.tol = static_cast<float>(tol);
+  args.max_iters = static_cast<int>(std::min<int64_t>(max_iters, INT32_MAX));
+  args.is_bf16 = dtype == ScalarType::BFloat16;
+  args.x = view_of<float>(x);
+  args.kbar = static_cast<const float*>(kbar.const_data_ptr());
+  args.lse = static_cast<const float*>(lse.const_data_ptr());
+  const Tensor minus_y = new_empty(q, shape_of(q), ScalarType::Float);
+  const Tensor row_sums = new_empty(q, {s[0], s[1], s[2], 2}, ScalarType::Float);
+  args.minus_y = data_of<float>(minus_y);
+  args.row_sums = reinterpret_cast<RowSums*>(data_of<float>(row_sums));
+  args.dq = dq.mutable_data_ptr();
+  args.dx = lam ? nullptr : data_of<float>(dx);
+  args.dlam = lam ? data_of<float>(dlam) : nullptr;
+  check_launch(op, of_queries.run(args, stream));
+
+  args.x_tiles = operands.add(x, 2 * kTileRows);
+  args.minus_y_tiles = operands.add(minus_y, 2 * kTileRows, 1.f);
+  operands.write(ScalarType::Float, stream);
+  const Tensor pair_rows =
+      new_empty(q, {s[0], s[2], int64_t{args.problem.q.tiles_per_head} * kTileRows, 4}, ScalarType::Float);
+  args.pair_rows = reinterpret_cast<PairRow*>(data_of<float>(pair_rows));
+  args.dk = dk.mutable_data_ptr();
+  args.dv = dv.mutable_data_ptr();
+  check_launch(op, of_keys.run(args, stream));
+  return out;
+}
+
+using Grads = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+Grads bwd_cuda(const Tensor& d_o, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lam,
+               const Tensor& x, const Tensor& kbar, const Tensor& lse, double scale, bool is_causal,
+               std::optional<int64_t> window, bool absolute, double tol, int64_t max_iters) {
+  auto [dq, none, dk, dv, dlam] =
+      backward("lla_bwd", d_o, q, k, v, &lam, x, kbar, lse, scale, is_causal, window, absolute, tol, max_iters);
+  return {dq, dk, dv, dlam};
+}
+
+Grads probe_bwd_cuda(const Tensor& d_o, const Tensor& q, const Tensor& x, const Tensor& k, const Tensor& v,
+                     const Tensor& kbar, const Tensor& lse, double scale, bool is_causal,
+                     std::optional<int64_t> window) {
+  auto [dq, dx, dk, dv, none] =
+      backward("lla_probe_bwd", d_o, q, k, v, nullptr, x, kbar, lse, scale, is_causal, window, false, 0, 0);
+  return {dq, dx, dk, dv};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(nearfield, CUDA, m) {
+  m.impl("lla_fwd", TORCH_BOX(&fwd_cuda));
+  m.impl("lla_bwd", TORCH_BOX(&bwd_cuda));
+  m.impl("lla_probe_fwd", TORCH_BOX(&probe_fwd_cuda));
+  m.impl("lla_probe_bwd", TORCH_BOX(&probe_bwd_cuda));
+}
+
+}  // namespace nearfield::lla
+#endif

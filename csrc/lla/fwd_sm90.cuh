@@ -1,0 +1,186 @@
+// Forward on Hopper: statistics, solve (or a given x), readout, for 128 queries of one head per CTA. Two consumer
+// warpgroups hold 64 queries each and all their vectors; one producer thread streams the keys once per pass.
+// Plan, budgets and measurements: README.md.
+#pragma once
+
+#include "lla/rows_sm90.cuh"
+#include "lla/solve_sm90.cuh"
+
+namespace nearfield::lla {
+
+template <class Traits>
+__device__ __forceinline__ void fwd_consume(typename Traits::Storage& s, const FwdSm90Args& a, const QueryBlock& block) {
+  constexpr int kD = Traits::kHeadDim, kQuads = Traits::kQuads;
+  using Tile = QueryTile<Traits>;
+  const QueryProblem& p = a.problem;
+  Tile tile(s, p, block);
+  const int q_head = block.batch * p.heads + block.head, kv_head = block.batch * p.kv_heads + block.kv_head;
+  const float q_unit = operand_unit(p.q, q_head), k_unit = operand_unit(p.k, kv_head),
+              v_unit = operand_unit(p.v, kv_head);
+  tile.scale_log2 = p.scale * q_unit * k_unit * kLog2e;
+  half* sQ = s.q[tile.warpgroup];
+  tile.copy_tile(sQ, tile.tile_of(p.q));
+  tile.sync();
+
+  Tensor v = tile.make_sum();
+  Tensor tSrS = tile.make_scores();
+  const auto tSrQ = tile.resident(sQ);
+
+  // ---- Statistics: row max, omega = sum_j w_ij, kbar = sum_j w_ij k_j / omega ----
+  float top[2] = {-INFINITY, -INFINITY}, omega[2] = {0.f, 0.f}, rounded_omega[2] = {0.f, 0.f}, shrink[2];
+  tile.template sweep<Stream::kKeys>(
+      v, tSrS, [&](int stage, int) { issue_gemm<true>(tile.mma_s, tSrQ, tile.staged_keys(stage), tSrS); },
+      [&](int t) {
+        CUTE_UNROLL
+        for (int e = 0; e < tile.kScores; ++e) tSrS(e) *= tile.scale_log2;
+        tile.mask(tSrS, t);
+        float highest[2] = {top[0], top[1]};
+        CUTE_UNROLL
+        for (int e = 0; e < tile.kScores; ++e)
+          highest[tile.row_of(e)] = fmaxf(highest[tile.row_of(e)], tSrS(e));
+        tile.max_over_row(highest);
+        CUTE_UNROLL
+        for (int i = 0; i < 2; ++i) {
+          // A row that has seen no key has maximum -inf; -inf - -inf would be NaN.
+          tile.shift[i] = highest[i] == -INFINITY ? 0.f : highest[i];
+          shrink[i] = exp2_approx(top[i] - tile.shift[i]);
+          top[i] = highest[i];
+          omega[i] *= shrink[i];
+          rounded_omega[i] *= shrink[i];
+        }
+        CUTE_UNROLL
+        for (int e = 0; e < tile.kScores; e += 2) {
+          const int i = tile.row_of(e);
+          tSrS(e) = exp2_approx(tSrS(e) - tile.shift[i]);
+          tSrS(e + 1) = exp2_approx(tSrS(e + 1) - tile.shift[i]);
+          omega[i] += tSrS(e) + tSrS(e + 1);
+          tile.round_pair(tSrS, e, rounded_omega);
+        }
+      },
+      [&] {
+        CUTE_UNROLL
+        for (int e = 0; e < 4 * kQuads; ++e) v(e) *= shrink[tile.row_of(e)];
+      });
+  tile.add_over_row(omega);
+  tile.add_over_row(rounded_omega);
+  float inverse_omega[2], lse[2];
+  const MeanKeys<Traits> kbar{tile, a.kbar, 1.f / k_unit};
+  CUTE_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    const bool sees = omega[i] != 0.f;
+    inverse_omega[i] = sees ? 1.f / omega[i] : 0.f;
+    lse[i] = sees ? (tile.shift[i] + log2f(omega[i])) * kLn2 : -INFINITY;
+    const float inverse = sees ? 1.f / rounded_omega[i] : 0.f;
+    CUTE_UNROLL
+    for (int e = 0; e < 4 * kQuads; ++e)
+      if (tile.row_of(e) == i) v(e) *= inverse;
+    if (tile.inside[i] && tile.quad == 0) a.lse[tile.output_row(i)] = lse[i];
+  }
+  if constexpr (Traits::kSizes.kKeepKbar) {
+    CUTE_UNROLL
+    for (int j = 0; j < kQuads; ++j) *kbar.kept(j) = {v(4 * j), v(4 * j + 1), v(4 * j + 2), v(4 * j + 3)};
+  }
+  store_rows(tile, a.kbar, p.d, v, {k_unit, k_unit});
+
+  // ---- x, in `v` ----
+  if (a.solve) {
+    // g = q - kbar
+    const float q_factor = q_unit / k_unit;
+    CUTE_UNROLL
+    for (int e = 0; e < 4 * kQuads; e += 2) {
+      const int i = tile.row_of(e);
+      const float2 q = operand_pair(tile, sQ, e);
+      const bool sees = omega[i] != 0.f;
+      v(e) = sees ? q.x * q_factor - v(e) : 0.f;
+      v(e + 1) = sees ? q.y * q_factor - v(e + 1) : 0.f;
+    }
+    const RowRidge ridge = load_ridge(tile, a.ridge, lse, k_unit);
+    ConjugateGradient<Traits, MeanKeys<Traits>> cg{tile, kbar, ridge, {inverse_omega[0], inverse_omega[1]}, 1.f};
+    solve(tile, cg, v, a.tol, a.max_iters);
+    CUTE_UNROLL
+    for (int j = 0; j < kQuads; ++j) {
+      const float4 xj = cg.x(j);
+      v(4 * j) = xj.x, v(4 * j + 1) = xj.y, v(4 * j + 2) = xj.z, v(4 * j + 3) = xj.w;
+    }
+    const float inverse = 1.f / k_unit;
+    store_rows(tile, a.x, p.d, v, {inverse, inverse});
+    CUTE_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      if (!tile.inside[i] || tile.quad != 0) continue;
+      a.iterations[tile.output_row(i)] = cg.iterations[i];
+      a.ratio[tile.output_row(i)] = cg.ratio[i];
+    }
+  } else {
+    load_rows(tile, a.given, k_unit, v);
+  }
+
+  // ---- Readout: o = sum_j w_ij (1 + x.(k_j - kbar)) v_j / omega, with x in two terms ----
+  const SplitRows x(tile, v, kbar);
+  half *high = reinterpret_cast<half*>(s.r[tile.warpgroup]), *low = high + Traits::kElements;
+  tile.sync();  // everyone has read its part of r
+  x.store(tile, high, low, v);
+  tile.sync();
+
+  // The weights are divided by the unit of x where that is above one, so that they stay inside the range of fp16.
+  float one[2], slope[2], factor[2];
+  CUTE_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    one[i] = fminf(x.inverse[i], 1.f);
+    slope[i] = x.unit[i] * one[i];
+    factor[i] = v_unit * inverse_omega[i] / one[i];
+  }
+  Tensor tSrT = tile.make_scores();
+  const auto tSrHigh = tile.resident(high), tSrLow = tile.resident(low);
+  tile.template sweep<Stream::kPairsSumValues>(
+      v, tSrS,
+      [&](int stage, int) {
+        issue_gemm<true>(tile.mma_s, tSrQ, tile.staged_keys(stage), tSrS);
+        issue_gemm<true>(tile.mma_s, tSrHigh, tile.staged_keys(stage), tSrT);
+        issue_gemm<false>(tile.mma_s, tSrLow, tile.staged_keys(stage), tSrT);
+      },
+      [&](int t) {
+        tile.exponentials(tSrS, t);
+        CUTE_UNROLL
+        for (int e = 0; e < tile.kScores; ++e) {
+          const int i = tile.row_of(e);
+          tSrS(e) *= fmaf(tSrT(e) - x.mean[i], slope[i], one[i]);
+        }
+      },
+      [] {});
+  store_rows_16bit(tile, a.is_bf16, a.o, p.dv, v, factor);
+}
+
+template <class Traits>
+__device__ __forceinline__ void fwd_produce(typename Traits::Storage& s, const FwdSm90Args& a, const QueryBlock& block) {
+  Producer<Traits> producer(s, a.problem, block);
+  producer.load_keys(block.tiles.begin, block.tiles.end);
+  if (a.solve) stream_solve(producer, block.tiles, a.max_iters);
+  producer.load_pairs(block.tiles);
+}
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1) fwd_kernel(const __grid_constant__ FwdSm90Args a) {
+  auto& s = *reinterpret_cast<typename Traits::Storage*>(dynamic_shared);
+  prepare_barriers<Traits>(s);
+  const QueryBlock block(a.problem, blockIdx.x);
+  if (threadIdx.x < 128) {
+    cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
+    if (threadIdx.x == 0) fwd_produce<Traits>(s, a, block);
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
+    fwd_consume<Traits>(s, a, block);
+  }
+}
+
+template <int kHeadDim>
+int fwd_sm90<kHeadDim>::run(const FwdSm90Args& a, void* stream) {
+  using Traits = QueryTraits<kHeadDim>;
+  constexpr int kShared = sizeof(typename Traits::Storage);
+  static const cudaError_t attribute = allow_shared_memory(fwd_kernel<Traits>, kShared);
+  if (attribute != cudaSuccess) return attribute;
+  const int grid = a.problem.query_blocks() * a.problem.batch * a.problem.heads;
+  fwd_kernel<Traits><<<grid, Traits::kThreads, kShared, static_cast<cudaStream_t>(stream)>>>(a);
+  return cudaGetLastError();
+}
+
+}  // namespace nearfield::lla

@@ -1,0 +1,153 @@
+// The rows of a consumer thread between registers, shared memory and the tensors of the caller.
+#pragma once
+
+#include <cuda_bf16.h>
+
+#include "lla/sweep_sm90.cuh"
+
+namespace nearfield::lla {
+
+constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
+
+// Two neighboring elements of an output row.
+__device__ __forceinline__ void store_pair(float* at, float a, float b) {
+  *reinterpret_cast<float2*>(at) = float2{a, b};
+}
+__device__ __forceinline__ void store_pair(__nv_bfloat16* at, float a, float b) {
+  *reinterpret_cast<__nv_bfloat162*>(at) = __floats2bfloat162_rn(a, b);
+}
+__device__ __forceinline__ void store_pair(__half* at, float a, float b) {
+  *reinterpret_cast<__half2*>(at) = __floats2half2_rn(a, b);
+}
+
+// Rows of a (64, D) accumulator times a factor to [B, m, Hq, features]; features are a multiple of 8.
+template <class T, class Tile, class Sum>
+__device__ __forceinline__ void store_rows(const Tile& tile, T* out, int features, const Sum& v,
+                                           const float (&factor)[2]) {
+  CUTE_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    if (!tile.inside[i]) continue;
+    T* row = out + tile.output_row(i) * features;
+    CUTE_UNROLL
+    for (int j = 0; j < Tile::kQuads; ++j) {
+      if (8 * j < features)
+        store_pair(row + 8 * j + 2 * tile.quad, v(4 * j + 2 * i) * factor[i], v(4 * j + 2 * i + 1) * factor[i]);
+    }
+  }
+}
+
+template <class Tile, class Sum>
+__device__ __forceinline__ void store_rows_16bit(const Tile& tile, bool is_bf16, void* out, int features,
+                                                 const Sum& v, const float (&factor)[2]) {
+  if (is_bf16) {
+    store_rows(tile, static_cast<__nv_bfloat16*>(out), features, v, factor);
+  } else {
+    store_rows(tile, static_cast<__half*>(out), features, v, factor);
+  }
+}
+
+// Two neighboring elements of row i of an operand tile in shared memory, element e of an accumulator.
+template <class Tile>
+__device__ __forceinline__ float2 operand_pair(const Tile& tile, const half* operand, int e) {
+  const int where = tile_offset<Tile::kD>(tile.tile_row() + 8 * Tile::row_of(e), e / 4 * 8) + 2 * tile.quad;
+  return __half22float2(*reinterpret_cast<const __half2*>(operand + where));
+}
+
+// Rows of a [B, m, Hq, d] tensor times a factor, 0 beyond it, in the order of an accumulator.
+template <class Tile, class Sum>
+__device__ __forceinline__ void load_rows(const Tile& tile, const View<const float>& from, float factor, Sum& v) {
+  CUTE_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    const float* row = tile.inside[i] ? from.row(tile.block.batch, tile.row[i], tile.block.head) : nullptr;
+    CUTE_UNROLL
+    for (int j = 0; j < Tile::kQuads; ++j) {
+      const float* at = row + 8 * j + 2 * tile.quad;
+      const bool there = row != nullptr && 8 * j < tile.p.d;
+      v(4 * j + 2 * i) = there ? at[0] * factor : 0.f;
+      v(4 * j + 2 * i + 1) = there ? at[1] * factor : 0.f;
+    }
+  }
+}
+
+// The mean keys of a thread's rows in operand units: kept, or read back from the output.
+template <class Traits>
+struct MeanKeys {
+  const QueryTile<Traits>& tile;
+  const float* saved;  // [B, m, Hq, d]
+  float inverse_unit;
+
+  __device__ __forceinline__ float4* kept(int j) const {
+    return &tile.s.kbar[tile.warpgroup][j * 128 + tile.thread % 128];
+  }
+  __device__ __forceinline__ float4 operator()(int j) const {
+    if constexpr (Traits::kSizes.kKeepKbar) {
+      return *kept(j);
+    } else {
+      return load(j);
+    }
+  }
+  __device__ __forceinline__ float4 load(int j) const {
+    float2 v[2] = {};
+    CUTE_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      if (tile.inside[i] && 8 * j < tile.p.d)
+        v[i] = *reinterpret_cast<const float2*>(saved + tile.output_row(i) * tile.p.d + 8 * j + 2 * tile.quad);
+    }
+    return {v[0].x * inverse_unit, v[0].y * inverse_unit, v[1].x * inverse_unit, v[1].y * inverse_unit};
+  }
+};
+
+// A (64, D) vector as a left operand in two fp16 terms over a power of two per row, and its product with kbar, taken
+// from what was rounded.
+struct SplitRows {
+  float unit[2], inverse[2], mean[2];
+
+  template <class Tile, class Sum, class Kbar>
+  __device__ __forceinline__ SplitRows(const Tile& tile, const Sum& v, const Kbar& kbar) {
+    largest_of_rows(tile, v, unit);
+    CUTE_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      unit[i] = operand_unit(unit[i]);
+      inverse[i] = 1.f / unit[i];
+      mean[i] = 0.f;
+    }
+    CUTE_UNROLL
+    for (int j = 0; j < Tile::kQuads; ++j) {
+      const float4 m = kbar(j);
+      CUTE_UNROLL
+      for (int e = 4 * j; e < 4 * j + 4; e += 2) {
+        const int i = Tile::row_of(e);
+        const float a = v(e) * inverse[i], b = v(e + 1) * inverse[i];
+        const float2 high = __half22float2(__floats2half2_rn(a, b)),
+                     low = __half22float2(__floats2half2_rn(a - high.x, b - high.y));
+        mean[i] += (high.x + low.x) * (i == 0 ? m.x : m.z) + (high.y + low.y) * (i == 0 ? m.y : m.w);
+      }
+    }
+    Tile::add_over_row(mean);
+  }
+
+  template <class Tile, class Sum>
+  static __device__ __forceinline__ void largest_of_rows(const Tile&, const Sum& v, float (&out)[2]) {
+    out[0] = out[1] = 0.f;
+    CUTE_UNROLL
+    for (int e = 0; e < 4 * Tile::kQuads; ++e)
+      out[Tile::row_of(e)] = fmaxf(out[Tile::row_of(e)], fabsf(v(e)));
+    Tile::max_over_row(out);
+  }
+
+  template <class Tile, class Sum>
+  __device__ __forceinline__ void store(const Tile& tile, half* high, half* low, const Sum& v) const {
+    CUTE_UNROLL
+    for (int e = 0; e < 4 * Tile::kQuads; e += 2) {
+      const int i = Tile::row_of(e);
+      const int where = tile_offset<Tile::kD>(tile.tile_row() + 8 * i, e / 4 * 8) + 2 * tile.quad;
+      const float a = v(e) * inverse[i], b = v(e + 1) * inverse[i];
+      const __half2 h = __floats2half2_rn(a, b);
+      *reinterpret_cast<__half2*>(high + where) = h;
+      *reinterpret_cast<__half2*>(low + where) =
+          __floats2half2_rn(a - __low2float(h), b - __high2float(h));
+    }
+  }
+};
+
+}  // namespace nearfield::lla

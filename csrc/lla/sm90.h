@@ -1,0 +1,115 @@
+// The contract between cuda.cpp, which knows tensors, and the Hopper kernels, which do not.
+//
+// The kernels never see the caller's q, k, v and dO. A first kernel writes each of them as 16-bit operands: fp16
+// times one power of two per head, rows in tiles of 64 that already have the layout of shared memory, features
+// padded with zeros to the compiled head dim. A tile is one contiguous block, and the other kernels need
+// neither element types nor strides.
+#pragma once
+
+#include "lla/lla.h"
+#include "nearfield/dtype.h"
+
+namespace nearfield::lla {
+
+constexpr int kTileRows = 64;
+
+// Tiles [B, heads, tiles_per_head][64 x compiled head dim]; the true values are tiles times operand_unit.
+struct Operand {
+  void* tiles;     // fp16
+  float* largest;  // [B, heads]: largest absolute value
+  int tiles_per_head;
+  float least_unit = 0.f;  // the unit is at least this
+};
+
+struct OperandSource {
+  const void* data;  // [B, rows, heads, features]
+  int64_t batch_stride, row_stride, head_stride;
+  int rows, heads, features;
+  Operand out;
+};
+
+struct OperandsArgs {
+  static constexpr int kMost = 4;
+  int count, batch, head_dim;  // the compiled head dim
+  OperandSource source[kMost];
+};
+
+// Element is bf16, fp16 or float. Each run returns a cudaError_t.
+template <class Element>
+struct operands_sm80 {
+  static int run(const OperandsArgs& args, void* stream);
+};
+
+// What the passes over the keys share.
+struct QueryProblem {
+  int batch, m, n, heads, kv_heads, d, dv;
+  Visibility visible;
+  float scale;
+  Operand q, k, v;  // Q has two tiles for each block of 128 queries
+  NEARFIELD_HOST_DEVICE int query_blocks() const { return (m + 2 * kTileRows - 1) / (2 * kTileRows); }
+};
+
+struct FwdSm90Args {
+  QueryProblem problem;
+  bool solve;               // else x is given
+  View<const float> given;  // [B, m, Hq, d], if not solve
+  Ridge<float> ridge;       // if solve
+  float tol;
+  int max_iters;
+  bool is_bf16;     // of o
+  void* o;          // [B, m, Hq, dv]
+  float *x, *kbar;  // [B, m, Hq, d]; x if solve
+  float* lse;       // [B, m, Hq]
+  int* iterations;  // [B, m, Hq], if solve
+  float* ratio;     // [B, m, Hq], if solve
+};
+
+template <int kHeadDim>
+struct fwd_sm90 {
+  static int run(const FwdSm90Args& args, void* stream);
+};
+
+// What the gradients of the keys need of a query.
+struct alignas(8) RowSums {
+  float gbar, d;
+};
+struct alignas(16) PairRow {
+  float shift, xbar, rbar, d;  // p = exp2(scaled logit - shift), x.kbar, Gbar + y.kbar, D; in units of the operands
+};
+
+// Units of the backward. Gam'_ij = dO'_i.v'_j of operands is Gam_ij over the units of dO and V: "gam units". Slopes
+// are (k' - kbar').z with z = x times the unit of K. y is kept as minus y times the unit of K, in gam units.
+struct BwdSm90Args {
+  QueryProblem problem;
+  bool solve;          // else y = 0, and the gradient of x is h
+  Ridge<float> ridge;  // if solve
+  float tol;           // if solve
+  int max_iters;       // if solve
+  bool is_bf16;        // of dq, dk, dv
+  Operand d_o;         // two tiles for each block of 128 queries, as Q, x and minus_y
+  View<const float> x;      // [B, m, Hq, d]
+  const float *kbar, *lse;  // [B, m, Hq, d], [B, m, Hq]
+  float* minus_y;           // [B, m, Hq, d] scratch, in gam units; 0 if not solve
+  RowSums* row_sums;        // [B, m, Hq] scratch: in gam units
+  void* dq;                 // [B, m, Hq, d]
+  float* dx;                // [B, m, Hq, d], if not solve
+  float* dlam;              // [B, m, Hq, channels], if solve
+  // For the gradients of the keys:
+  Operand x_tiles, minus_y_tiles;
+  PairRow* pair_rows;  // [B, Hq, tiles of Q, 64] scratch
+  void *dk, *dv;      // [B, n, Hk, d], [B, n, Hk, dv]
+};
+
+// Query-stationary: h, the second solve, dq, dlam, dx.
+template <int kHeadDim>
+struct bwd_query_sm90 {
+  static int run(const BwdSm90Args& args, void* stream);
+};
+
+// Key-stationary: dk, dv.
+template <int kHeadDim>
+struct bwd_key_sm90 {
+  static int run(const BwdSm90Args& args, void* stream);
+};
+
+}  // namespace nearfield::lla

@@ -1,0 +1,374 @@
+// One sweep of 64 resident queries over the key tiles they see: the motion that every pass of the forward and of the
+// backward makes.
+//
+//   products:  one tile of scores S, and what else the pass multiplies with the same keys
+//   weigh:     S -> rounded weights E, in registers
+//   sum:       out += E K, or E V
+//
+// The products of the next tile are issued before the sum of this one, so that weighing (exponentials) runs under the
+// sum; the other warpgroup fills the rest. A producer thread streams the tiles through one ring, in an order that both
+// sides count in positions: K of every tile, or K and V of every tile in turn.
+#pragma once
+
+#include <cutlass/arch/barrier.h>
+#include <cutlass/arch/reg_reconfig.h>
+#include <cutlass/half.h>
+
+#include <cute/arch/copy_sm90_tma.hpp>
+#include <cute/tensor.hpp>
+
+#include "lla/operand_layout.cuh"
+#include "lla/sm90.h"
+#include "lla/tiles.h"
+#include "nearfield/mma.cuh"
+#include "nearfield/pipeline.cuh"
+#include "nearfield/softmax.cuh"
+
+namespace nearfield::lla {
+using namespace cute;
+using half = cutlass::half_t;
+
+constexpr int kKeys = kTileRows;  // of a tile
+
+// ---- Layouts and storage ----
+
+template <int kHeadDim_>
+struct QueryTraits {
+  static constexpr int kHeadDim = kHeadDim_, kElements = tile_elements(kHeadDim);
+  static constexpr QueryTileSizes kSizes = query_tile(kHeadDim);
+  static constexpr int kStages = kSizes.kStages;
+  static constexpr int kConsumers = 2, kThreads = (kConsumers + 1) * 128, kConsumerWarps = kConsumers * 4;
+  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+  static constexpr int kQuads = kHeadDim / 8;  // float4 of a thread in a (64, D) accumulator: 2 rows x 2 columns
+
+  using AtomK =
+      std::conditional_t<kHeadDim == 32, GMMA::Layout_K_SW64_Atom<half>, GMMA::Layout_K_SW128_Atom<half>>;
+  using AtomMN =
+      std::conditional_t<kHeadDim == 32, GMMA::Layout_MN_SW64_Atom<half>, GMMA::Layout_MN_SW128_Atom<half>>;
+  using LayoutQ = decltype(tile_to_shape(AtomK{}, cute::Shape<_64, Int<kHeadDim>>{}));
+  using LayoutK = decltype(tile_to_shape(AtomK{}, cute::Shape<_64, Int<kHeadDim>, Int<kStages>>{}));
+  // A tile as the B operand of a sum over its rows: (D, rows), D contiguous.
+  using LayoutKt = decltype(tile_to_shape(AtomMN{}, cute::Shape<Int<kHeadDim>, _64, Int<kStages>>{},
+                                          Step<_2, _1, _3>{}));
+
+  using ShapeS = cute::Shape<_64, Int<kKeys>, Int<kHeadDim>>;
+  using MmaS = decltype(make_tiled_mma(GMMA::ss_op_selector<half, half, float, ShapeS>()));
+  using MmaDirection = decltype(make_tiled_mma(GMMA::rs_op_selector<half, half, float, ShapeS>()));
+  using MmaSum =
+      decltype(make_tiled_mma(GMMA::rs_op_selector<half, half, float, cute::Shape<_64, Int<kHeadDim>, _64>,
+                                                   GMMA::Major::K, GMMA::Major::MN>()));
+
+  // A (64, D) float vector per warpgroup that only its own threads touch, each its own elements: quad j of a thread is
+  // at [j * 128 + thread].
+  static constexpr int kPrivate = kQuads * 128;  // float4
+
+  struct alignas(1024) Storage {
+    alignas(1024) half q[kConsumers][kElements];
+    alignas(1024) half stage[kStages][kElements];
+    // Private vectors of the solver; later each holds two (64, D) operands, the high and the low part of a vector.
+    alignas(1024) float4 r[kConsumers][kPrivate];
+    alignas(1024) float4 x[kConsumers][kPrivate];
+    float4 kbar[kConsumers][kSizes.kKeepKbar ? kPrivate : 1];
+    Ring<kStages> ring;
+    uint64_t bar_verdict;
+    int alive[2][kConsumerWarps];  // per parity of the iteration
+  };
+  static_assert(sizeof(Storage) <= 227 * 1024, "a Hopper CTA has 227 KB of shared memory");
+};
+
+constexpr int kStorageAlignment = 1024;
+extern __shared__ __align__(kStorageAlignment) char dynamic_shared[];
+
+// ---- Work of a CTA ----
+
+// Longest rows first: the last blocks of a causal problem see the most keys.
+struct QueryBlock {
+  int batch, head, kv_head, first_row;
+  Range tiles;  // of keys that any of the 128 queries sees; at least one
+  __device__ __forceinline__ QueryBlock(const QueryProblem& p, int index) {
+    const int heads = p.batch * p.heads;
+    first_row = (p.query_blocks() - 1 - index / heads) * 2 * kTileRows;
+    batch = index % heads / p.heads;
+    head = index % p.heads;
+    kv_head = head / (p.heads / p.kv_heads);
+    tiles = tiles_of(p, first_row, 2 * kTileRows);
+  }
+  static __device__ __forceinline__ Range tiles_of(const QueryProblem& p, int first, int rows) {
+    const int last = min(first + rows, p.m) - 1;
+    const Range keys = p.visible.any_sees(min(first, p.m - 1), max(last, min(first, p.m - 1)));
+    const int begin = min(keys.begin, p.n - 1) / kKeys;
+    return {begin, max(begin + 1, (keys.end + kKeys - 1) / kKeys)};
+  }
+};
+
+// ---- Producer: one thread ----
+
+template <class Traits>
+struct Producer {
+  typename Traits::Storage& s;
+  const half *keys, *values;  // tiles of this head
+  uint32_t position = 0;
+
+  __device__ __forceinline__ Producer(typename Traits::Storage& s_, const QueryProblem& p, const QueryBlock& block)
+      : s(s_) {
+    const int64_t head = static_cast<int64_t>(block.batch) * p.kv_heads + block.kv_head;
+    keys = static_cast<const half*>(p.k.tiles) + head * p.k.tiles_per_head * Traits::kElements;
+    values = static_cast<const half*>(p.v.tiles) + head * p.v.tiles_per_head * Traits::kElements;
+  }
+
+  __device__ __forceinline__ void load(const half* tile) {
+    constexpr int kStages = Traits::kStages, kBytes = Traits::kElements * 2;
+    const RingIndex<kStages> at{static_cast<int>(position % kStages), position / kStages % 2};
+    s.ring.wait_empty(at);
+    s.ring.expect_bytes(at, kBytes);
+    SM90_BULK_COPY_G2S::copy(tile, &s.ring.full[at.stage], s.stage[at.stage], kBytes);
+    ++position;
+  }
+  __device__ __forceinline__ void load_keys(int begin, int end) {
+    for (int t = begin; t < end; ++t) load(keys + static_cast<int64_t>(t) * Traits::kElements);
+  }
+  __device__ __forceinline__ void load_pairs(Range tiles) {
+    for (int t = tiles.begin; t < tiles.end; ++t) {
+      load(keys + static_cast<int64_t>(t) * Traits::kElements);
+      load(values + static_cast<int64_t>(t) * Traits::kElements);
+    }
+  }
+};
+
+// ---- Consumers ----
+
+// Which operands the ring carries, and which of the two the sum reads.
+enum class Stream { kKeys, kPairsSumKeys, kPairsSumValues };
+
+template <class Traits>
+struct QueryTile {
+  static constexpr int kD = Traits::kHeadDim, kStages = Traits::kStages, kQuads = Traits::kQuads;
+  static constexpr int kScores = kKeys / 2;  // scores of a thread, as of an accumulator: element e is in row e / 2 % 2
+
+  typename Traits::Storage& s;
+  const QueryProblem& p;
+  const QueryBlock& block;
+  const int thread, warpgroup, quad;  // of 256, of 2, of 4
+  int row[2];                         // query index; may lie beyond m
+  bool inside[2];
+  Range keys[2];     // that the rows see
+  Range tiles;       // that any row of the warpgroup sees
+  Range all_see;     // keys that every row of the warpgroup sees
+  float scale_log2;  // logits in units of log2(e) from products of operands
+  float shift[2];    // weights are exp2(scale_log2 s - shift)
+  uint32_t position = 0;
+
+  typename Traits::MmaS mma_s;
+  typename Traits::MmaDirection mma_direction;
+  typename Traits::MmaSum mma_sum;
+
+  __device__ __forceinline__ QueryTile(typename Traits::Storage& s_, const QueryProblem& p_,
+                                       const QueryBlock& block_)
+      : s(s_),
+        p(p_),
+        block(block_),
+        thread(threadIdx.x - 128),
+        warpgroup(__shfl_sync(0xffffffffu, thread / 128, 0)),
+        quad(thread % 4) {
+    const int first = block.first_row + warpgroup * kTileRows;
+    CUTE_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      row[i] = first + tile_row() + 8 * i;
+      inside[i] = row[i] < p.m;
+      keys[i] = inside[i] ? p.visible.keys(row[i]) : Range{0, 0};
+    }
+    tiles = first < p.m ? QueryBlock::tiles_of(p, first, kTileRows)
+                        : Range{block.tiles.begin, block.tiles.begin + 1};
+    tiles.begin = max(tiles.begin, block.tiles.begin);
+    tiles.end = max(min(tiles.end, block.tiles.end), tiles.begin + 1);
+    const int last = first + kTileRows - 1;
+    all_see = last < p.m ? Range{p.visible.keys(last).begin, p.visible.keys(first).end} : Range{0, 0};
+  }
+
+  __device__ __forceinline__ static int row_of(int e) { return e / 2 % 2; }
+  __device__ __forceinline__ int column_of(int e) const { return e / 4 * 8 + 2 * quad + e % 2; }
+  // Row of a [B, m, Hq] tensor.
+  __device__ __forceinline__ int64_t output_row(int i) const {
+    return (static_cast<int64_t>(block.batch) * p.m + row[i]) * p.heads + block.head;
+  }
+
+  // ---- Ring ----
+
+  __device__ __forceinline__ RingIndex<kStages> at(uint32_t where) const {
+    return {static_cast<int>(where % kStages), where / kStages % 2};
+  }
+  __device__ __forceinline__ void wait(uint32_t where) { s.ring.wait_full(at(where)); }
+  __device__ __forceinline__ void release(uint32_t where) { s.ring.release(at(where)); }
+  __device__ __forceinline__ void skip(int count) {
+    for (int i = 0; i < count; ++i) {
+      wait(position);
+      release(position);
+      ++position;
+    }
+  }
+
+  // ---- Operands ----
+
+  __device__ __forceinline__ auto staged_keys(int stage) {
+    Tensor sK = make_tensor(make_smem_ptr(s.stage[0]), typename Traits::LayoutK{});  // (keys, D, stage)
+    return mma_s.get_slice(0).partition_fragment_B(sK)(_, _, _, stage);
+  }
+  __device__ __forceinline__ auto staged_sum(int stage) {
+    Tensor sKt = make_tensor(make_smem_ptr(s.stage[0]), typename Traits::LayoutKt{});  // (D, keys, stage)
+    return mma_sum.get_slice(0).partition_fragment_B(sKt)(_, _, _, stage);
+  }
+  __device__ __forceinline__ auto resident(const half* tile) {  // (64, D) of this warpgroup as a left operand
+    Tensor sQ = make_tensor(make_smem_ptr(tile), typename Traits::LayoutQ{});
+    return mma_s.get_slice(0).partition_fragment_A(sQ);
+  }
+  __device__ __forceinline__ auto make_scores() {
+    return partition_fragment_C(mma_s, cute::Shape<_64, Int<kKeys>>{});
+  }
+  __device__ __forceinline__ auto make_sum() {
+    return partition_fragment_C(mma_sum, cute::Shape<_64, Int<kD>>{});
+  }
+
+  // This warpgroup's tile of an operand of the queries.
+  __device__ __forceinline__ const half* tile_of(const Operand& operand) const {
+    const int64_t head = static_cast<int64_t>(block.batch) * p.heads + block.head;
+    return static_cast<const half*>(operand.tiles) +
+           (head * operand.tiles_per_head + block.first_row / kTileRows + warpgroup) * Traits::kElements;
+  }
+  // Row, inside the tile, of this thread's first row; the second is 8 below.
+  __device__ __forceinline__ int tile_row() const { return thread % 128 / 32 * 16 + thread % 32 / 4; }
+
+  // Copies a (64, D) operand tile of this warpgroup to shared memory; visible to matrix multiplies after sync().
+  __device__ __forceinline__ void copy_tile(half* to, const half* from) {
+    CUTE_UNROLL
+    for (int i = 0; i < Traits::kElements / 8 / 128; ++i) {
+      const int at = i * 128 + thread % 128;
+      reinterpret_cast<uint4*>(to)[at] = reinterpret_cast<const uint4*>(from)[at];
+    }
+  }
+  __device__ __forceinline__ void sync() {
+    cutlass::arch::fence_view_async_shared();
+    cutlass::arch::NamedBarrier::sync(128, 1 + warpgroup);
+  }
+  // ---- Rows ----
+
+  __device__ __forceinline__ static void add_over_row(float (&v)[2]) {
+    CUTE_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      v[i] += __shfl_xor_sync(0xffffffffu, v[i], 1);
+      v[i] += __shfl_xor_sync(0xffffffffu, v[i], 2);
+    }
+  }
+  __device__ __forceinline__ static void max_over_row(float (&v)[2]) {
+    CUTE_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      v[i] = fmaxf(v[i], __shfl_xor_sync(0xffffffffu, v[i], 1));
+      v[i] = fmaxf(v[i], __shfl_xor_sync(0xffffffffu, v[i], 2));
+    }
+  }
+
+  // -inf where a query does not see the key.
+  template <class Scores>
+  __device__ __forceinline__ void mask(Scores& scores, int tile) {
+    const int first = tile * kKeys;
+    if (first >= all_see.begin && first + kKeys <= all_see.end) return;
+    CUTE_UNROLL
+    for (int e = 0; e < kScores; ++e) {
+      const int key = first + column_of(e), i = row_of(e);
+      if (key < keys[i].begin || key >= keys[i].end) scores(e) = -INFINITY;
+    }
+  }
+
+  // S -> exp2(scale_log2 S - shift), 0 where not seen.
+  template <class Scores>
+  __device__ __forceinline__ void exponentials(Scores& scores, int tile) {
+    CUTE_UNROLL
+    for (int e = 0; e < kScores; ++e) scores(e) = fmaf(scores(e), scale_log2, -shift[row_of(e)]);
+    mask(scores, tile);
+    CUTE_UNROLL
+    for (int e = 0; e < kScores; ++e) scores(e) = exp2_approx(scores(e));
+  }
+
+  // ---- The sweep ----
+
+  // issue(key stage, value stage) starts the products of a tile; weigh(tile) turns `scores` into weights; rescale() may
+  // change what was summed so far. The weights are rounded only when the sum before has read its own: registers of a
+  // multiply in flight must not be written, and ptxas serializes all multiplies if it cannot prove that.
+  template <Stream kStream, class Sum, class Scores, class Issue, class Weigh, class Rescale>
+  __device__ __forceinline__ void sweep(Sum& out, Scores& scores, Issue&& issue, Weigh&& weigh, Rescale&& rescale) {
+    constexpr int kPer = kStream == Stream::kKeys ? 1 : 2;
+    constexpr bool kSumsValues = kStream == Stream::kPairsSumValues;
+    constexpr bool kNeedsPair = kStream == Stream::kPairsSumKeys;  // the products read V as well
+    Tensor weights = make_tensor<half>(accumulator_as_a(scores.layout()));
+    const auto round_weights = [&] {
+      Tensor view = make_tensor(scores.data(), weights.layout());
+      convert_to(view, weights);
+    };
+    const uint32_t begin = position;
+    skip((tiles.begin - block.tiles.begin) * kPer);
+
+    uint32_t key = position;
+    wait(key);
+    if constexpr (kNeedsPair) wait(key + 1);
+    issue(at(key).stage, at(key + 1).stage);
+    warpgroup_wait<0>();
+    if constexpr (kSumsValues) release(key);
+    if constexpr (kNeedsPair) release(key + 1);
+    weigh(tiles.begin);
+    round_weights();
+    clear(out);
+
+    for (int t = tiles.begin; t + 1 < tiles.end; ++t) {
+      const uint32_t following = key + kPer, summed = kSumsValues ? key + 1 : key;
+      wait(following);
+      if constexpr (kNeedsPair) wait(following + 1);
+      issue(at(following).stage, at(following + 1).stage);
+      if constexpr (kSumsValues) wait(summed);
+      issue_gemm<false>(mma_sum, weights, staged_sum(at(summed).stage), out);
+      warpgroup_wait<1>();
+      if constexpr (kSumsValues) release(following);
+      if constexpr (kNeedsPair) release(following + 1);
+      weigh(t + 1);
+      warpgroup_fence_operand(scores);  // keeps the exponentials above the wait, under the sum
+      warpgroup_wait<0>();
+      release(summed);
+      round_weights();
+      rescale();
+      key = following;
+    }
+    const uint32_t summed = kSumsValues ? key + 1 : key;
+    if constexpr (kSumsValues) wait(summed);
+    issue_gemm<false>(mma_sum, weights, staged_sum(at(summed).stage), out);
+    warpgroup_wait<0>();
+    release(summed);
+    position = key + kPer;
+    skip(static_cast<int>(begin + (block.tiles.end - block.tiles.begin) * kPer - position));
+  }
+
+  // Rounds scores e and e + 1 to fp16 and adds what became of them to the sums, so that a sum of weights and a matrix
+  // product with them agree exactly.
+  template <class Scores>
+  __device__ __forceinline__ static void round_pair(Scores& scores, int e, float (&sums)[2]) {
+    const float2 f = __half22float2(__floats2half2_rn(scores(e), scores(e + 1)));
+    scores(e) = f.x;
+    scores(e + 1) = f.y;
+    sums[row_of(e)] += f.x + f.y;
+  }
+};
+
+template <class Traits>
+__device__ __forceinline__ void prepare_barriers(typename Traits::Storage& s) {
+  if (threadIdx.x == 0) {
+    if (cast_smem_ptr_to_uint(&s) % kStorageAlignment != 0) __trap();
+    s.ring.init(1, Traits::kConsumerWarps);
+    cutlass::arch::ClusterTransactionBarrier::init(&s.bar_verdict, Traits::kConsumerWarps + 1);
+    cutlass::arch::fence_barrier_init();
+  }
+  __syncthreads();
+}
+
+template <class Kernel>
+cudaError_t allow_shared_memory(Kernel kernel, int bytes) {
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+}
+
+}  // namespace nearfield::lla

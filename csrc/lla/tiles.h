@@ -1,0 +1,31 @@
+// Sizes of the Hopper kernels: plain integers, one row per head dimension.
+#pragma once
+
+namespace nearfield::lla {
+
+// A CTA holds 128 queries, 64 per consumer warpgroup, and streams tiles of 64 keys. Registers of a consumer thread at
+// d = 128: the sum 64, two score tiles 32 each, the direction 32, the rounded weights 16.
+struct QueryTileSizes {
+  int kStages;     // tiles of K or V in flight, a power of two
+  bool kKeepKbar;  // the mean keys stay in shared memory; else they are read back from the output
+};
+
+// Shared memory in KB: Q 16 + stages 64 + r, x, kbar 32 each = 176; or Q 32 + stages 64 + r, x 64 each = 224 of 227.
+constexpr QueryTileSizes query_tile(int head_dim) {
+  if (head_dim <= 64) return {8, true};
+  return {4, false};
+}
+
+struct KeyTileSizes {
+  int kStages;   // tiles of 64 queries in flight: Q, X, Y and dO
+  int kQueries;  // multiplied at once
+};
+
+// Registers: dK and dV take d a thread, three score tiles and their rounded copies 2.25 kQueries. Shared memory in KB:
+// K, V 32 + stages 96; or 64 + 128.
+constexpr KeyTileSizes key_tile(int head_dim) {
+  if (head_dim <= 64) return {3, 64};
+  return {2, 32};
+}
+
+}  // namespace nearfield::lla
