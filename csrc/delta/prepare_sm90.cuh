@@ -1,0 +1,256 @@
+// Everything of a chunk that does not depend on the state, for all chunks at once: gates and their cumulative
+// sum, write strengths, norms, N = T - I and P. One warpgroup per (slot, value head); several CTAs share an
+// SM and hide each other's latencies.
+#pragma once
+
+#include "delta/chunk_sm90.cuh"
+#include "nearfield/triangular.cuh"
+
+namespace nearfield::delta {
+
+// ---- Layouts and storage ----
+
+template <class Tag, int kKeyDim_>
+struct PrepareTraits {
+  using Element = element_t<Tag>;
+  static constexpr int kKeyDim = kKeyDim_;
+  static constexpr int kThreads = 128;
+  static constexpr int kTile = kKeyDim * kRows;  // elements
+  using Mma = decltype(make_tiled_mma(
+      GMMA::ss_op_selector<Element, Element, float, cute::Shape<Int<kRows>, Int<kRows>, Int<kKeyDim>>>()));
+
+  // K and Q die with the products K K^T and Q K^T; A, split in halves, takes the place of K, the results that
+  // of Q.
+  struct Storage {
+    union {
+      alignas(1024) Element k[kTile];
+      alignas(1024) cutlass::bfloat16_t a[2][kImage];
+    };
+    union {
+      alignas(1024) Element q[kTile];
+      struct {
+        alignas(1024) Element n[kImage];
+        alignas(1024) Element p[kImage];
+      };
+    };
+    alignas(128) ChunkRows rows;
+    TriangularScratch triangular;
+    uint64_t arrived;
+  };
+};
+
+// ---- Steps ----
+
+// One warp: gates of two tokens per lane, their cumulative sum over the chunk. Tokens past the end have gate
+// 0.
+__device__ __forceinline__ void sum_gates(const InputsSm90& in, ChunkRows& rows, int64_t batch, int64_t token,
+                                          int valid, int64_t head) {
+  const int lane = threadIdx.x % 32;
+  float g[2] = {0.f, 0.f};
+  if (in.gated) {
+    const float rate = in.A_log != nullptr ? expf(in.A_log[head]) : 1.f;
+    const float bias = in.dt_bias != nullptr ? in.dt_bias[head] : 0.f;
+    CUTE_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      if (2 * lane + i < valid) {
+        const int64_t at = (batch * in.tokens + token + 2 * lane + i) * in.value_heads + head;
+        g[i] = log2_decay(in, in.g[at] + bias, rate);
+      }
+    }
+  }
+  float sum = g[0] + g[1];
+  CUTE_UNROLL
+  for (int step = 1; step < 32; step *= 2) {
+    const float below = __shfl_up_sync(0xffffffffu, sum, step);
+    if (lane >= step) sum += below;
+  }
+  rows.G[2 * lane] = sum - g[1];
+  rows.G[2 * lane + 1] = sum;
+}
+
+__device__ __forceinline__ void load_betas(const InputsSm90& in, ChunkRows& rows, int64_t batch,
+                                           int64_t token, int valid, int64_t head) {
+  for (int i = threadIdx.x % 32; i < kRows; i += 32) {
+    const int64_t at = (batch * in.tokens + token + i) * in.value_heads + head;
+    rows.beta[i] = i < valid ? activated_beta(in, in.beta[at]) : 0.f;
+  }
+}
+
+// Two threads per row of an image of kFeatures: 1 / sqrt(sum x^2 + eps).
+template <int kFeatures, class Element>
+__device__ __forceinline__ float inverse_norm(Element* images) {
+  const int row = threadIdx.x / 2, half = threadIdx.x % 2;
+  float sum = 0.f;
+  CUTE_UNROLL
+  for (int p = 0; p < kFeatures / 16; ++p) {
+    const int piece = 2 * p + half;
+    const uint4 words =
+        *reinterpret_cast<const uint4*>(image_piece(images + piece / 8 * kImage, row, piece % 8));
+    for (const uint32_t word : {words.x, words.y, words.z, words.w}) {
+      const float2 x = unpack<Element>(word);
+      sum += x.x * x.x + x.y * x.y;
+    }
+  }
+  sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+  return rsqrtf(sum + static_cast<float>(kNormEps));
+}
+
+// ---- Kernel and launch ----
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 4)
+    prepare_kernel(const __grid_constant__ TokenMaps maps, const __grid_constant__ PrepareArgs args) {
+  using Element = typename Traits::Element;
+  using Barrier = cutlass::arch::ClusterTransactionBarrier;
+  constexpr int kKeyDim = Traits::kKeyDim;
+  auto& s = shared_storage<typename Traits::Storage>();
+  const InputsSm90& in = args.in;
+  const int64_t slot = blockIdx.x / in.value_heads, head = blockIdx.x % in.value_heads;
+  const Sequence sequence = sequence_of(in, sequence_at_slot(in, slot));
+  const int64_t chunk = slot - sequence.first_slot;
+  if (chunk < 0 || chunk * kRows >= sequence.length) return;
+  const int64_t token = sequence.begin + chunk * kRows;
+  const int valid = static_cast<int>(min(static_cast<int64_t>(kRows), sequence.length - chunk * kRows));
+  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, quad = lane % 4;
+
+  if (thread == 0) {
+    Barrier::init(&s.arrived, 1);
+    cutlass::arch::fence_barrier_init();
+    const int head_k = static_cast<int>(head / (in.value_heads / in.heads));
+    Barrier::arrive_and_expect_tx(&s.arrived, 2 * Traits::kTile * 2);
+    load_tokens<kKeyDim>(maps.k, &s.arrived, s.k, 0, token, head_k, sequence.batch);
+    load_tokens<kKeyDim>(maps.q, &s.arrived, s.q, 0, token, head_k, sequence.batch);
+  }
+  if (warp == 1) sum_gates(in, s.rows, sequence.batch, token, valid, head);
+  if (warp == 2) load_betas(in, s.rows, sequence.batch, token, valid, head);
+  __syncthreads();
+  Barrier::wait(&s.arrived, 0);
+  asm volatile("" ::: "memory");
+
+  // K K^T and Q K^T, [64, 64]; thread (warp, lane) holds rows 16 warp + lane / 4 and + 8.
+  typename Traits::Mma mma;
+  auto thread_mma = mma.get_slice(thread);
+  Tensor sK = make_tensor(make_smem_ptr(s.k), LayoutByRow<Element, kKeyDim>{});
+  Tensor sQ = make_tensor(make_smem_ptr(s.q), LayoutByRow<Element, kKeyDim>{});
+  Tensor tK_a = thread_mma.partition_fragment_A(sK), tQ_a = thread_mma.partition_fragment_A(sQ);
+  Tensor tK_b = thread_mma.partition_fragment_B(sK);
+  Tensor kk = partition_fragment_C(mma, cute::Shape<Int<kRows>, Int<kRows>>{});
+  Tensor qk = partition_fragment_C(mma, cute::Shape<Int<kRows>, Int<kRows>>{});
+  issue_gemm<true>(mma, tK_a, tK_b, kk);
+  issue_gemm<true>(mma, tQ_a, tK_b, qk);
+
+  const float k_inverse = in.qk_l2norm ? inverse_norm<kKeyDim>(s.k) : 1.f;
+  const float q_inverse = in.qk_l2norm ? inverse_norm<kKeyDim>(s.q) : 1.f;
+  if (thread % 2 == 0) {
+    const int row = thread / 2;
+    const bool inside = row < valid;
+    const float G = s.rows.G[row], k_norm = inside ? k_inverse : 0.f;
+    const float q_norm = inside ? q_inverse * static_cast<float>(in.scale) : 0.f;
+    s.rows.k_norm[row] = k_norm;
+    s.rows.q_norm[row] = inside ? q_inverse : 0.f;
+    s.rows.k_read[row] = k_norm * exp2_fast(G);
+    s.rows.q_read[row] = q_norm * exp2_fast(G);
+    s.rows.k_write[row] = k_norm * exp2_fast(s.rows.G[kRows - 1] - G);
+  }
+  warpgroup_wait<0>();
+  __syncthreads();  // K and Q are free, the rows complete
+
+  // A = beta_i k_i . k_j e^{G_i - G_j} below the diagonal, P = scale q_i . k_j e^{G_i - G_j} with it.
+  // Selected, not multiplied by 0: rows past the end may hold anything.
+  uint32_t p_words[16];
+  CUTE_UNROLL
+  for (int h = 0; h < 2; ++h) {
+    const int i = 16 * warp + 8 * h + lane / 4;
+    const float G_i = s.rows.G[i], a_row = s.rows.beta[i] * s.rows.k_norm[i];
+    const float p_row = s.rows.q_norm[i] * static_cast<float>(in.scale);
+    CUTE_UNROLL
+    for (int n = 0; n < 8; ++n) {
+      const int j = 8 * n + 2 * quad;
+      const float2 G_j = *reinterpret_cast<const float2*>(&s.rows.G[j]);
+      const float2 k_j = *reinterpret_cast<const float2*>(&s.rows.k_norm[j]);
+      float a[2], p[2];
+      CUTE_UNROLL
+      for (int e = 0; e < 2; ++e) {
+        const float decay = exp2_fast(i >= j + e ? G_i - (e ? G_j.y : G_j.x) : 0.f) * (e ? k_j.y : k_j.x);
+        const int at = 4 * n + 2 * h + e;
+        a[e] = i > j + e && i < valid ? a_row * decay * kk(at) : 0.f;
+        p[e] = i >= j + e && i < valid ? p_row * decay * qk(at) : 0.f;
+      }
+      p_words[2 * n + h] = pack<Element>(p[0], p[1]);
+      if (n / 2 < warp) {
+        uint32_t high, low;
+        split_pair(a[0], a[1], high, low);
+        *reinterpret_cast<uint32_t*>(image_piece(s.a[0], i, n) + 2 * quad) = high;
+        *reinterpret_cast<uint32_t*>(image_piece(s.a[1], i, n) + 2 * quad) = low;
+      } else if (n / 2 == warp) {
+        s.triangular.diagonal[warp][j % 16][i % 16] = a[0];
+        s.triangular.diagonal[warp][j % 16 + 1][i % 16] = a[1];
+      }
+    }
+  }
+  store_rows(s.p, warp, p_words);
+  __syncwarp();
+
+  float column[16];
+  invert_diagonal_block(s.triangular, warp, column);
+  if (lane < 16) {
+    CUTE_UNROLL
+    for (int i = 0; i < 16; ++i) {
+      image_piece(s.n, 16 * warp + i, 2 * warp + lane / 8)[lane % 8] =
+          static_cast<Element>(i > lane ? column[i] : 0.f);
+    }
+  }
+  __syncthreads();
+  if (warp < 3) {
+    const auto load_a = [&](int I, int M) {
+      SplitFragment f;
+      SM75_U32x4_LDSM_N::copy(matrices_at<false>(s.a[0], 16 * I, 2 * M), f.high[0], f.high[1], f.high[2],
+                              f.high[3]);
+      SM75_U32x4_LDSM_N::copy(matrices_at<false>(s.a[1], 16 * I, 2 * M), f.low[0], f.low[1], f.low[2],
+                              f.low[3]);
+      return f;
+    };
+    const auto store = [&](int I, const float (&y)[2][4]) {
+      SM90_U16x8_STSM_T::copy(pack<Element>(y[0][0], y[0][1]), pack<Element>(y[0][2], y[0][3]),
+                              pack<Element>(y[1][0], y[1][1]), pack<Element>(y[1][2], y[1][3]),
+                              matrices_at<false>(s.n, 16 * I, 2 * warp));
+    };
+    solve_block_column(s.triangular, warp, load_a, store);
+  } else {
+    for (int x = lane; x < 3 * kRows * 2; x += 32) {  // blocks above the diagonal
+      const int row = x / 2 % kRows, piece = 2 * (x / (2 * kRows) + 1) + x % 2;
+      if (piece / 2 > row / 16) *reinterpret_cast<uint4*>(image_piece(s.n, row, piece)) = uint4{0, 0, 0, 0};
+    }
+  }
+  cutlass::arch::fence_view_async_shared();
+  __syncthreads();
+  if (thread == 0) {
+    const int64_t at = slot * in.value_heads + head;
+    copy_out(args.scratch.rows + at, &s.rows, sizeof(ChunkRows));
+    copy_out(static_cast<Element*>(args.scratch.N) + at * kImage, s.n, kImageBytes);
+    if (args.scratch.P != nullptr) {
+      copy_out(static_cast<Element*>(args.scratch.P) + at * kImage, s.p, kImageBytes);
+    }
+    tma_store_arrive();
+    tma_store_wait<0>();
+  }
+}
+
+template <class Tag, int kKeyDim, bool kChannelGate>
+int prepare_sm90<Tag, kKeyDim, kChannelGate>::run(const PrepareArgs& args, void* stream) {
+  using Traits = PrepareTraits<Tag, kKeyDim>;
+  constexpr int kShared = sizeof(typename Traits::Storage);
+  const auto kernel = prepare_kernel<Traits>;
+  static const cudaError_t attribute =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
+  if (attribute != cudaSuccess) return attribute;
+  TokenMaps maps{};
+  if (const cudaError_t e = encode_inputs(&maps, args.in, std::is_same_v<Tag, bf16>)) return e;
+  const int64_t grid = ChunkSlots(args.in).total * args.in.value_heads;
+  if (grid > std::numeric_limits<int>::max()) return cudaErrorInvalidConfiguration;
+  kernel<<<static_cast<unsigned>(grid), Traits::kThreads, kShared, static_cast<cudaStream_t>(stream)>>>(maps,
+                                                                                                        args);
+  return cudaGetLastError();
+}
+
+}  // namespace nearfield::delta
