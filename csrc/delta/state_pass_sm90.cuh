@@ -8,6 +8,8 @@
 // tiles of the next chunks into a ring of stages. Plan and budget: README.md.
 #pragma once
 
+#include <cutlass/arch/reg_reconfig.h>
+
 #include "delta/chunk_sm90.cuh"
 
 namespace nearfield::delta {
@@ -22,7 +24,10 @@ struct StatePassTraits {
   static constexpr int kKeyImages = kKeyDim / kImageColumns;
   static constexpr int kKeyTile = kKeyDim * kRows;  // elements
   static constexpr int kConsumerWarps = kTiles * 4;
-  static constexpr int kThreads = kConsumerWarps * 32 + 32;
+  // One warpgroup has all registers it can use. Two take what a third one, of the loading warp, hands over.
+  static constexpr bool kHandOver = kTiles == 2;
+  static constexpr int kThreads = kHandOver ? 384 : 160;
+  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 
   template <int kN, GMMA::Major kMajor>
   using Mma = decltype(make_tiled_mma(
@@ -195,25 +200,37 @@ __device__ void walk(typename Traits::Storage& s, const StatePassArgs& a, const 
     });
   }
 
-  RingIndex<Traits::kStages> at;
-  if (chunks > 0) {
-    round(S, S16);
-    s.ring.wait_full(at);
-    issue_gemm<true>(mma_token, S16, by_row(s.stage[0].k, Int<kKeyDim>{}), R);
-    if constexpr (Traits::kOutput) {
-      issue_gemm<true>(mma_token, S16, by_row(s.stage[0].q, Int<kKeyDim>{}), O);
+  // O (or V') of a chunk leaves while the next one's first products run.
+  RingIndex<Traits::kStages> at, last;
+  const auto store_last = [&](int c) {
+    auto* out = static_cast<Element*>(Traits::kOutput ? a.o : a.v_new);
+    if (Traits::kOutput || out != nullptr) {
+      const int64_t done = static_cast<int64_t>(c) * kRows, stride = in.value_heads * in.value_dim;
+      out +=
+          (sequence.batch * in.tokens + sequence.begin + done) * stride + head * in.value_dim + first_value;
+      store_tokens(s.stage[last.stage].v[tile], warp, reinterpret_cast<const uint32_t*>(out16.data()), out,
+                   stride, static_cast<int>(min(static_cast<int64_t>(kRows), sequence.length - done)),
+                   columns);
+      cutlass::arch::fence_view_async_shared();  // the next V comes through the async proxy
     }
-  }
+    __syncwarp();
+    s.ring.release(last);
+  };
+
+  round(S, S16);
   for (int c = 0; c < chunks; ++c) {
     auto& stage = s.stage[at.stage];
     const int valid =
         static_cast<int>(min(static_cast<int64_t>(kRows), sequence.length - static_cast<int64_t>(c) * kRows));
-    const int64_t token = sequence.begin + static_cast<int64_t>(c) * kRows;
     const auto columns_of = [&](const float* row, int j) {
       return *reinterpret_cast<const float2*>(row + 8 * j + 2 * quad);
     };
+    s.ring.wait_full(at);
     asm volatile("" ::: "memory");
-    if constexpr (!Traits::kOutput) {
+    issue_gemm<true>(mma_token, S16, by_row(stage.k, Int<kKeyDim>{}), R);
+    if constexpr (Traits::kOutput) {
+      issue_gemm<true>(mma_token, S16, by_row(stage.q, Int<kKeyDim>{}), O);
+    } else {
       if (a.states != nullptr) {
         Element* own = s.state + tile * kKeyTile;
         tma_store_wait<0>();
@@ -238,6 +255,7 @@ __device__ void walk(typename Traits::Storage& s, const StatePassArgs& a, const 
         }
       }
     }
+    if (c > 0) store_last(c - 1);
 
     // X = beta (V - Kh S)
     uint32_t v_words[16];
@@ -309,35 +327,19 @@ __device__ void walk(typename Traits::Storage& s, const StatePassArgs& a, const 
       }
       issue_gemm<false>(mma_token, V16, by_row(stage.p, Int<kRows>{}), O);
       warpgroup_wait<1>();
+      round(S, S16);
+      warpgroup_fence_operand(S);
+      warpgroup_wait<0>();
+      round(O, out16);
     } else {
       warpgroup_wait<0>();
+      round(S, S16);
+      copy(V16, out16);
     }
-    round(S, S16);
-
-    // The next chunk reads the state. After the last one the product runs on what the ring still holds,
-    // unused.
-    RingIndex<Traits::kStages> next = at;
-    next.advance();
-    if (c + 1 < chunks) s.ring.wait_full(next);
-    issue_gemm<true>(mma_token, S16, by_row(s.stage[next.stage].k, Int<kKeyDim>{}), R);
-    if constexpr (Traits::kOutput) {
-      warpgroup_wait<1>();
-      round(O, out16);
-      issue_gemm<true>(mma_token, S16, by_row(s.stage[next.stage].q, Int<kKeyDim>{}), O);
-    }
-    auto* out = static_cast<Element*>(Traits::kOutput ? a.o : a.v_new);
-    if (Traits::kOutput || out != nullptr) {
-      const int64_t stride = in.value_heads * in.value_dim;
-      out += (sequence.batch * in.tokens + token) * stride + head * in.value_dim + first_value;
-      const auto* words = reinterpret_cast<const uint32_t*>(Traits::kOutput ? out16.data() : V16.data());
-      store_tokens(stage.v[tile], warp, words, out, stride, valid, columns);
-      cutlass::arch::fence_view_async_shared();
-    }
-    __syncwarp();
-    s.ring.release(at);
-    at = next;
+    last = at;
+    at.advance();
   }
-  warpgroup_wait<0>();
+  if (chunks > 0) store_last(chunks - 1);
 
   if (a.final_state != nullptr) {
     for_state<kKeyDim>(first_value, [&](int x, int value, int key) {
@@ -366,9 +368,12 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     prefetch_map(maps.v);
   }
   __syncthreads();
-  if (threadIdx.x / 32 == Traits::kConsumerWarps) {
-    if (threadIdx.x % 32 == 0) load<Traits>(s, maps, p.args, sequence, head, first_value);
+  if (threadIdx.x / 32 >= Traits::kConsumerWarps) {
+    if constexpr (Traits::kHandOver) cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
+    if (threadIdx.x == Traits::kConsumerWarps * 32)
+      load<Traits>(s, maps, p.args, sequence, head, first_value);
   } else {
+    if constexpr (Traits::kHandOver) cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
     walk<Traits>(s, p.args, sequence, n, head, first_value);
   }
 }
