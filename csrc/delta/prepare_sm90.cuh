@@ -10,10 +10,11 @@ namespace nearfield::delta {
 
 // ---- Layouts and storage ----
 
-template <class Tag, int kKeyDim_>
+template <class Tag, int kKeyDim_, bool kWithP_>
 struct PrepareTraits {
   using Element = element_t<Tag>;
   static constexpr int kKeyDim = kKeyDim_;
+  static constexpr bool kWithP = kWithP_;
   static constexpr int kThreads = 128;
   static constexpr int kTile = kKeyDim * kRows;  // elements
   using Mma = decltype(make_tiled_mma(
@@ -76,25 +77,6 @@ __device__ __forceinline__ void load_betas(const InputsSm90& in, ChunkRows& rows
   }
 }
 
-// Two threads per row of an image of kFeatures: 1 / sqrt(sum x^2 + eps).
-template <int kFeatures, class Element>
-__device__ __forceinline__ float inverse_norm(Element* images) {
-  const int row = threadIdx.x / 2, half = threadIdx.x % 2;
-  float sum = 0.f;
-  CUTE_UNROLL
-  for (int p = 0; p < kFeatures / 16; ++p) {
-    const int piece = 2 * p + half;
-    const uint4 words =
-        *reinterpret_cast<const uint4*>(image_piece(images + piece / 8 * kImage, row, piece % 8));
-    for (const uint32_t word : {words.x, words.y, words.z, words.w}) {
-      const float2 x = unpack<Element>(word);
-      sum += x.x * x.x + x.y * x.y;
-    }
-  }
-  sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-  return rsqrtf(sum + static_cast<float>(kNormEps));
-}
-
 // ---- Kernel and launch ----
 
 template <class Traits>
@@ -117,9 +99,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 4)
     Barrier::init(&s.arrived, 1);
     cutlass::arch::fence_barrier_init();
     const int head_k = static_cast<int>(head / (in.value_heads / in.heads));
-    Barrier::arrive_and_expect_tx(&s.arrived, 2 * Traits::kTile * 2);
+    Barrier::arrive_and_expect_tx(&s.arrived, (Traits::kWithP ? 2 : 1) * Traits::kTile * 2);
     load_tokens<kKeyDim>(maps.k, &s.arrived, s.k, 0, token, head_k, sequence.batch);
-    load_tokens<kKeyDim>(maps.q, &s.arrived, s.q, 0, token, head_k, sequence.batch);
+    if constexpr (Traits::kWithP)
+      load_tokens<kKeyDim>(maps.q, &s.arrived, s.q, 0, token, head_k, sequence.batch);
   }
   if (warp == 1) sum_gates(in, s.rows, sequence.batch, token, valid, head);
   if (warp == 2) load_betas(in, s.rows, sequence.batch, token, valid, head);
@@ -137,10 +120,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 4)
   Tensor kk = partition_fragment_C(mma, cute::Shape<Int<kRows>, Int<kRows>>{});
   Tensor qk = partition_fragment_C(mma, cute::Shape<Int<kRows>, Int<kRows>>{});
   issue_gemm<true>(mma, tK_a, tK_b, kk);
-  issue_gemm<true>(mma, tQ_a, tK_b, qk);
+  if constexpr (Traits::kWithP) issue_gemm<true>(mma, tQ_a, tK_b, qk);
 
   const float k_inverse = in.qk_l2norm ? inverse_norm<kKeyDim>(s.k) : 1.f;
-  const float q_inverse = in.qk_l2norm ? inverse_norm<kKeyDim>(s.q) : 1.f;
+  const float q_inverse = Traits::kWithP && in.qk_l2norm ? inverse_norm<kKeyDim>(s.q) : 1.f;
   if (thread % 2 == 0) {
     const int row = thread / 2;
     const bool inside = row < valid;
@@ -168,15 +151,15 @@ __global__ void __launch_bounds__(Traits::kThreads, 4)
       const int j = 8 * n + 2 * quad;
       const float2 G_j = *reinterpret_cast<const float2*>(&s.rows.G[j]);
       const float2 k_j = *reinterpret_cast<const float2*>(&s.rows.k_norm[j]);
-      float a[2], p[2];
+      float a[2], p[2] = {};
       CUTE_UNROLL
       for (int e = 0; e < 2; ++e) {
         const float decay = exp2_fast(i >= j + e ? G_i - (e ? G_j.y : G_j.x) : 0.f) * (e ? k_j.y : k_j.x);
         const int at = 4 * n + 2 * h + e;
         a[e] = i > j + e && i < valid ? a_row * decay * kk(at) : 0.f;
-        p[e] = i >= j + e && i < valid ? p_row * decay * qk(at) : 0.f;
+        if constexpr (Traits::kWithP) p[e] = i >= j + e && i < valid ? p_row * decay * qk(at) : 0.f;
       }
-      p_words[2 * n + h] = pack<Element>(p[0], p[1]);
+      if constexpr (Traits::kWithP) p_words[2 * n + h] = pack<Element>(p[0], p[1]);
       if (n / 2 < warp) {
         uint32_t high, low;
         split_pair(a[0], a[1], high, low);
@@ -188,7 +171,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 4)
       }
     }
   }
-  store_rows(s.p, warp, p_words);
+  if constexpr (Traits::kWithP) store_rows(s.p, warp, p_words);
   __syncwarp();
 
   float column[16];
@@ -228,7 +211,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 4)
     const int64_t at = slot * in.value_heads + head;
     copy_out(args.scratch.rows + at, &s.rows, sizeof(ChunkRows));
     copy_out(static_cast<Element*>(args.scratch.N) + at * kImage, s.n, kImageBytes);
-    if (args.scratch.P != nullptr) {
+    if constexpr (Traits::kWithP) {
       copy_out(static_cast<Element*>(args.scratch.P) + at * kImage, s.p, kImageBytes);
     }
     tma_store_arrive();
@@ -236,21 +219,28 @@ __global__ void __launch_bounds__(Traits::kThreads, 4)
   }
 }
 
-template <class Tag, int kKeyDim, bool kChannelGate>
-int prepare_sm90<Tag, kKeyDim, kChannelGate>::run(const PrepareArgs& args, void* stream) {
-  using Traits = PrepareTraits<Tag, kKeyDim>;
+template <class Traits>
+cudaError_t launch_prepare(const PrepareArgs& args, bool is_bf16, cudaStream_t stream) {
   constexpr int kShared = sizeof(typename Traits::Storage);
   const auto kernel = prepare_kernel<Traits>;
   static const cudaError_t attribute =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
   if (attribute != cudaSuccess) return attribute;
   TokenMaps maps{};
-  if (const cudaError_t e = encode_inputs(&maps, args.in, std::is_same_v<Tag, bf16>)) return e;
+  if (const cudaError_t e = encode_inputs(&maps, args.in, is_bf16)) return e;
   const int64_t grid = ChunkSlots(args.in).total * args.in.value_heads;
   if (grid > std::numeric_limits<int>::max()) return cudaErrorInvalidConfiguration;
-  kernel<<<static_cast<unsigned>(grid), Traits::kThreads, kShared, static_cast<cudaStream_t>(stream)>>>(maps,
-                                                                                                        args);
+  kernel<<<static_cast<unsigned>(grid), Traits::kThreads, kShared, stream>>>(maps, args);
   return cudaGetLastError();
+}
+
+template <class Tag, int kKeyDim, bool kChannelGate>
+int prepare_sm90<Tag, kKeyDim, kChannelGate>::run(const PrepareArgs& args, void* stream_) {
+  const auto stream = static_cast<cudaStream_t>(stream_);
+  constexpr bool kBf16 = std::is_same_v<Tag, bf16>;
+  if (args.scratch.P != nullptr)
+    return launch_prepare<PrepareTraits<Tag, kKeyDim, true>>(args, kBf16, stream);
+  return launch_prepare<PrepareTraits<Tag, kKeyDim, false>>(args, kBf16, stream);
 }
 
 }  // namespace nearfield::delta
