@@ -51,12 +51,14 @@ struct StatePassTraits {
     Element n[kImage];
     Element p[kOutput ? kImage : 0];
   };
+  static constexpr int kHeadRows = kChannelGate ? 0 : kRows;
   struct alignas(128) StageRows {
-    float G[kRows], beta[kRows], k_read[kRows], k_write[kRows], k_norm[kRows];  // as in ChunkRows
-    float q_read[kRows];  // from the warpgroup that computes P
-    float decay[kChannelGate ? kKeyDim : 4];
+    float G[kHeadRows], beta[kRows], k_read[kHeadRows], k_write[kHeadRows],
+        k_norm[kHeadRows];    // as in ChunkRows
+    float q_read[kHeadRows];  // from the warpgroup that computes P
+    float decay[kChannelGate ? kKeyDim : 0];
   };
-  static constexpr int kRowsBytes = 5 * kRows * 4;
+  static constexpr int kRowsBytes = (4 * kHeadRows + kRows) * 4;
   static constexpr int kBytes = kKeyTile * 2 * (1 + kChannelGate + kOutput) + kImageBytes * 2 +
                                 (kOutput && !kComputeP ? kImageBytes : 0) + kRowsBytes +
                                 (kChannelGate ? kKeyDim * 4 : 0);
@@ -106,7 +108,8 @@ __device__ void load(typename Traits::Storage& s, const TokenMaps& maps, const S
     } else {
       load_tokens<kKeyDim>(maps.k, full, stage.k, 0, token, head_k, sequence.batch);
     }
-    copy_in(s.rows[at.stage].G, a.scratch.rows + chunk, Traits::kRowsBytes, full);
+    const ChunkRows* rows = a.scratch.rows + chunk;
+    copy_in(&s.rows[at.stage], Traits::kChannelGate ? rows->beta : rows->G, Traits::kRowsBytes, full);
     if constexpr (Traits::kComputeP) {
       load_tokens<kKeyDim>(maps.q, full, stage.q, 0, token, head_k, sequence.batch);
     }
@@ -358,13 +361,16 @@ __device__ void walk(typename Traits::Storage& s, const StatePassArgs& a, const 
     float2 read[8];   // beta k_read
     CUTE_UNROLL
     for (int j = 0; j < 8; ++j) {
-      const float2 beta = columns_of(rows.beta, j), k_read = columns_of(rows.k_read, j);
-      read[j] = {beta.x * k_read.x, beta.y * k_read.y};
+      read[j] = columns_of(rows.beta, j);
       CUTE_UNROLL
       for (int i = 0; i < 2; ++i) {
         const float2 v = unpack<Element>(v_words[2 * j + i]);
-        value[4 * j + 2 * i] = beta.x * v.x;
-        value[4 * j + 2 * i + 1] = beta.y * v.y;
+        value[4 * j + 2 * i] = read[j].x * v.x;
+        value[4 * j + 2 * i + 1] = read[j].y * v.y;
+      }
+      if constexpr (!Traits::kChannelGate) {
+        const float2 k_read = columns_of(rows.k_read, j);
+        read[j] = {read[j].x * k_read.x, read[j].y * k_read.y};
       }
     }
     warpgroup_wait<kOutput ? 1 : 0>();
@@ -394,15 +400,21 @@ __device__ void walk(typename Traits::Storage& s, const StatePassArgs& a, const 
       for (int x = 0; x < size(S); ++x) S(x) *= decay;
     }
     float2 write[8];
-    CUTE_UNROLL
-    for (int j = 0; j < 8; ++j) write[j] = columns_of(rows.k_write, j);
+    if constexpr (!Traits::kChannelGate) {
+      CUTE_UNROLL
+      for (int j = 0; j < 8; ++j) write[j] = columns_of(rows.k_write, j);
+    }
     warpgroup_wait<0>();
 
     // S += Kt^T V'; then O = scale Qh S + P V'
-    auto* x_words = reinterpret_cast<uint32_t*>(X16.data());
-    CUTE_UNROLL
-    for (int x = 0; x < 16; ++x)
-      x_words[x] = pack<Element>(write[x / 2].x * R(2 * x), write[x / 2].y * R(2 * x + 1));
+    if constexpr (!Traits::kChannelGate) {
+      auto* words = reinterpret_cast<uint32_t*>(X16.data());
+      CUTE_UNROLL
+      for (int x = 0; x < 16; ++x)
+        words[x] = pack<Element>(write[x / 2].x * R(2 * x), write[x / 2].y * R(2 * x + 1));
+    } else {
+      round(R, X16);
+    }
     if constexpr (Traits::kChannelGate) {
       issue_gemm<false>(mma_state, X16, by_key(stage.k_write), S);
     } else {
