@@ -373,16 +373,25 @@ __device__ void walk(typename Traits::Storage& s, const StatePassArgs& a, const 
         read[j] = {read[j].x * k_read.x, read[j].y * k_read.y};
       }
     }
+    // Past the end V, and K unless it is scaled, may hold anything.
+    const auto token_of = [&](int x) { return 8 * (x / 4) + 2 * quad + x % 2; };
+    if (Traits::kChannelGate && valid < kRows) {
+      CUTE_UNROLL
+      for (int x = 0; x < 32; ++x)
+        if (token_of(x) >= valid) value[x] = 0.f;
+    }
     warpgroup_wait<kOutput ? 1 : 0>();
 
     // X = beta (V - Kh S)
     CUTE_UNROLL
     for (int x = 0; x < 32; ++x) R(x) = value[x] - (x % 2 ? read[x / 4].y : read[x / 4].x) * R(x);
-    if (valid < kRows) {
-      CUTE_UNROLL
-      for (int x = 0; x < 32; ++x)
-        if (8 * (x / 4) + 2 * quad + x % 2 >= valid) R(x) = 0.f;
-      if constexpr (!Traits::kChannelGate) clear_rows(stage.k, Traits::kKeyImages, valid);
+    if constexpr (!Traits::kChannelGate) {
+      if (valid < kRows) {
+        CUTE_UNROLL
+        for (int x = 0; x < 32; ++x)
+          if (token_of(x) >= valid) R(x) = 0.f;
+        clear_rows(stage.k, Traits::kKeyImages, valid);
+      }
     }
     round(R, X16);
     // V' = X + N X; meanwhile S <- e^{G_C} S
