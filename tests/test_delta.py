@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compare import assert_accurate
+from delta_chunks import delta_rule_by_chunks
 from hypothesis import given
 from hypothesis import strategies as st
 from nearfield.delta import (
@@ -149,6 +150,19 @@ def test_memory_by_hand(function: Any) -> None:
     # 3 and 5 are stored; half of the error of 3 to 7 is written, giving 5; half of everything is forgotten.
     torch.testing.assert_close(o.flatten(), torch.tensor([3.0, 5.0, 5.0, 2.5], dtype=torch.float64))
     torch.testing.assert_close(state.flatten(), torch.tensor([2.5, 2.5], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("gates", ["mild", "-5", "mixed", "one-inf"])
+@pytest.mark.parametrize("gate", GATE_KINDS)
+def test_reference_by_chunks(gate: str, gates: str) -> None:
+    """The reference of the GPU tests equals the definition."""
+    args = make(T=200, HV=4, gate=gate)
+    if gate != "none" and gates != "mild":
+        args["g"] = hostile_gates(gates, args["g"].shape).double()
+    got = delta_rule_by_chunks(**args, output_final_state=True)
+    want = delta_rule_reference(**args, output_final_state=True)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
 
 
 # ------------------------------------------------------------------------------- accuracy, lengths, options

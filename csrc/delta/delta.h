@@ -45,8 +45,8 @@ struct DeltaInputs {
   bool qk_l2norm;
   bool state_v_first;
 
-  int64_t gate_dim() const { return channel_gate ? key_dim : 1; }
-  int64_t state_size() const { return key_dim * value_dim; }
+  constexpr int64_t gate_dim() const { return channel_gate ? key_dim : 1; }
+  constexpr int64_t state_size() const { return key_dim * value_dim; }
 };
 
 // One sequence of the token axis.
