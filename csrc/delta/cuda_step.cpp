@@ -5,6 +5,7 @@
 #endif
 #ifdef NEARFIELD_DELTA
 #include "delta/checks.h"
+#include "delta/sm90.h"
 #include "delta/step.h"
 #include "nearfield/device.h"
 
@@ -18,22 +19,29 @@ struct Instance {
   int (*run)(const StepArgs&, void*);
 };
 
-template <class Tag>
-constexpr ScalarType kPoolType = std::is_same_v<Tag, bf16> ? ScalarType::BFloat16 : ScalarType::Float;
+// What instances.def lists; the kernels of other operators drop out.
+struct Instances {
+  std::vector<Instance> steps;
 
-const std::vector<Instance> kSteps = {
-#define INSTANCE(kernel, ...) USE_##kernel(__VA_ARGS__)
-#define USE_step_sm80(pool, v_first, dim) \
-  {kPoolType<pool>, v_first, dim, &step_sm80<pool, v_first, dim>::run},
+  template <class Tag, bool kVFirst, int kKeyDim>
+  void add(step_sm80<Tag, kVFirst, kKeyDim>*) {
+    const auto pool = std::is_same_v<Tag, bf16> ? ScalarType::BFloat16 : ScalarType::Float;
+    steps.push_back({pool, kVFirst, kKeyDim, &step_sm80<Tag, kVFirst, kKeyDim>::run});
+  }
+  void add(const void*) {}
+
+  Instances() {
+#define INSTANCE(kernel, ...) add(static_cast<kernel<__VA_ARGS__>*>(nullptr));
 #include "delta/instances.def"
 #undef INSTANCE
-#undef USE_step_sm80
+  }
 };
+const Instances kInstances;
 
 const Instance& pick(const char* op, const Tensor& state, const Inputs& x, bool v_first) {
   const Instance* best = nullptr;
   int64_t largest = 0;
-  for (const auto& i : kSteps) {
+  for (const auto& i : kInstances.steps) {
     if (i.pool != state.scalar_type() || i.v_first != v_first) continue;
     largest = std::max<int64_t>(largest, i.key_dim);
     if (i.key_dim >= x.K && (best == nullptr || i.key_dim < best->key_dim)) best = &i;

@@ -4,6 +4,7 @@
 
 #include "delta/checks.h"
 #include "delta/sm90.h"
+#include "delta/step.h"
 #include "nearfield/device.h"
 
 namespace nearfield::delta {
