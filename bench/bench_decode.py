@@ -35,7 +35,7 @@ def delta_row(B: int, HV: int, T: int, pool_dtype: torch.dtype, v_first: bool, c
     def step() -> object:
         return delta_rule_step(q, k, v, beta, g, state=pool, use_qk_l2norm=True, state_v_first=v_first)
 
-    ms = time_ms(step)
+    ms = time_ms(step, budget_ms=100)
     state_bytes = 2 * pool.numel() * pool.element_size()
     moved = state_bytes + (4 * q.numel() + 4 * beta.numel()) * 2
     return {
@@ -61,7 +61,7 @@ def lla_row(B: int, H: int, Hk: int, n: int, d: int, copy: float) -> dict[str, A
     def step() -> object:
         return local_linear_attention_step(q, k, v, lam=lam)
 
-    ms = time_ms(step)
+    ms = time_ms(step, budget_ms=100)
     softmax = time_ms(lambda: scaled_dot_product_attention(*heads_first, enable_gqa=H != Hk))
     moved = 2 * k.numel() * 2
     roof = moved / copy / 1e6

@@ -156,13 +156,13 @@ struct StateTile {
     for (int i = 0; i < kKeys; i += 4) f(i, *reinterpret_cast<const float4*>(rows + key(i))...);
   }
 
-  // S <- alpha . S
+  // S <- alpha . S, rounded by itself: a replay must not fuse it with the addition that follows.
   __device__ __forceinline__ void decay(int i, float4 alpha) {
     const float a[4] = {alpha.x, alpha.y, alpha.z, alpha.w};
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
 #pragma unroll
-      for (int j = 0; j < kValues; ++j) S[i + e][j] *= a[e];
+      for (int j = 0; j < kValues; ++j) S[i + e][j] = __fmul_rn(S[i + e][j], a[e]);
     }
   }
 
@@ -277,7 +277,9 @@ __device__ __forceinline__ void prepare_pending(const StepArgs& args, int64_t b,
 }
 
 template <class Pool, bool kVFirst, int kKeyDim>
-__global__ void __launch_bounds__(kStepWarps * 32, kKeyDim <= 128 ? 4 : 2)
+__global__ void __launch_bounds__(kStepWarps * 32, kKeyDim > 128       ? 2
+                                                   : sizeof(Pool) == 4 ? 3
+                                                                       : 4)
     step_kernel(const __grid_constant__ StepArgs args) {
   using Tile = StateTile<Pool, kVFirst, kKeyDim>;
   extern __shared__ __align__(16) unsigned char storage[];
