@@ -12,9 +12,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compare import assert_accurate
+from delta_chunks import delta_rule_by_chunks
 from hypothesis import given
 from hypothesis import strategies as st
-from nearfield.delta import delta_rule, delta_rule_reference, delta_rule_step
+from nearfield.delta import (
+    PendingTokens,
+    delta_rule,
+    delta_rule_commit,
+    delta_rule_reference,
+    delta_rule_step,
+    delta_rule_verify,
+)
 from torch import Tensor
 
 GATE_KINDS = ("none", "head", "channel")
@@ -142,6 +150,19 @@ def test_memory_by_hand(function: Any) -> None:
     # 3 and 5 are stored; half of the error of 3 to 7 is written, giving 5; half of everything is forgotten.
     torch.testing.assert_close(o.flatten(), torch.tensor([3.0, 5.0, 5.0, 2.5], dtype=torch.float64))
     torch.testing.assert_close(state.flatten(), torch.tensor([2.5, 2.5], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("gates", ["mild", "-5", "mixed", "one-inf"])
+@pytest.mark.parametrize("gate", GATE_KINDS)
+def test_reference_by_chunks(gate: str, gates: str) -> None:
+    """The reference of the GPU tests equals the definition."""
+    args = make(T=200, HV=4, gate=gate)
+    if gate != "none" and gates != "mild":
+        args["g"] = hostile_gates(gates, args["g"].shape).double()
+    got = delta_rule_by_chunks(**args, output_final_state=True)
+    want = delta_rule_reference(**args, output_final_state=True)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
 
 
 # ------------------------------------------------------------------------------- accuracy, lengths, options
@@ -676,6 +697,152 @@ def test_decode_hostile_gates(gate: str) -> None:
     want, state = delta_rule_reference(**args, output_final_state=True)
     torch.testing.assert_close(delta_rule_step(**one_step(args, slice(0, 4)), state=pool), want)
     torch.testing.assert_close(pool, state)
+
+
+# ------------------------------------------------------------------------------------- speculative decoding
+
+
+def check_speculation(
+    device: str, dtype: torch.dtype, pool_dtype: torch.dtype, gate: str, v_first: bool
+) -> None:
+    """Drafts of 1 to 8 tokens, of which any number is accepted, against the same tokens one by one: to the bit.
+
+    Row 0 reads and writes slot 0, row 1 moves from slot to slot, row 2 is inactive at first.
+    """
+    kind, _, fused = gate.partition("-")
+    drafts, accepted = [3, 8, 1, 5, 2], [[2, 3, 0], [8, 0, 0], [0, 1, 0], [5, 4, 3], [1, 2, 0]]
+    args: dict[str, Any] = make(
+        B=3, T=sum(drafts), HV=4, K=24, V=16, gate=kind, dtype=dtype, state_v_first=v_first
+    )
+    options: dict[str, Any] = {"use_qk_l2norm": True, "beta_activation": "sigmoid", "state_v_first": v_first}
+    if fused:
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        bias = torch.randn(*((4, 24) if kind == "channel" else (4,)), dtype=wide, device=device)
+        options |= {"gate": fused, "A_log": torch.randn(4, dtype=wide, device=device), "dt_bias": bias}
+    args = {n: t.to(device) for n, t in args.items()}
+    states = torch.cat(
+        [args.pop("initial_state"), torch.zeros(2, 4, *((16, 24) if v_first else (24, 16)), device=device)]
+    )
+    pool = states.to(pool_dtype, copy=True)
+    plain = pool.to(states.dtype, copy=True)  # the states of the rows, of which row b is slot b
+
+    def index(*slots: int) -> Tensor:
+        return torch.tensor(slots, device=device)
+
+    read = index(0, 1, -1)
+    pending, kept = None, None
+    start = 0
+    for m, keep in zip(drafts, accepted, strict=True):
+        draft = one_step(args, slice(start, start + m))
+        write = index(0, 3 if int(read[1]) == 1 else 1, int(read[2]))
+        o, after = delta_rule_verify(
+            **draft, **options, state=pool, pending=pending, accepted=kept, read_idx=read,
+            write_idx=None if pending is None else write,
+        )  # fmt: skip
+        if pending is not None:
+            read = write
+        slots = index(0, 1, 2)
+        rows = plain.clone()
+        want = delta_rule_step(**draft, **options, state=rows, read_idx=torch.where(read < 0, read, slots))
+        assert torch.equal(o, want)
+        for b, a in enumerate(keep):
+            if a > 0 and read[b] >= 0:
+                one = {n: t[b : b + 1, :a] for n, t in draft.items()}
+                delta_rule_step(**one, **options, state=plain, read_idx=index(b))
+        plain = plain.to(pool_dtype).to(plain.dtype)
+        pending, kept = after, index(*keep)
+        start += m
+        if m == 1:  # commit, and go on without pending tokens, with row 2 from here on
+            delta_rule_commit(pending, kept.int(), state=pool, read_idx=read, state_v_first=v_first)
+            pending, kept = None, None
+            read = index(0, int(read[1]), 2)
+    delta_rule_commit(pending, kept, state=pool, read_idx=read, state_v_first=v_first)  # type: ignore[arg-type]
+    for b, slot in enumerate(read.tolist()):
+        assert torch.equal(pool[slot], plain[b].to(pool_dtype)), b
+
+
+@pytest.mark.parametrize("v_first", [False, True])
+@pytest.mark.parametrize("pool_dtype", [torch.float32, torch.bfloat16], ids=name_of)
+@pytest.mark.parametrize("gate", [*GATE_KINDS, "head-softplus", "channel-bounded"])
+def test_speculation(gate: str, pool_dtype: torch.dtype, v_first: bool) -> None:
+    check_speculation("cpu", torch.float32, pool_dtype, gate, v_first)
+
+
+def test_speculation_float64() -> None:
+    check_speculation("cpu", torch.float64, torch.float64, "head", False)
+
+
+def test_speculation_of_nothing_accepted_changes_nothing() -> None:
+    args = make(T=4, dtype=torch.float32)
+    pool = args["initial_state"].clone()
+    draft = one_step(args, slice(0, 4))
+    o, pending = delta_rule_verify(**draft, state=pool)
+    assert torch.equal(pool, args["initial_state"])
+    again, _ = delta_rule_verify(**draft, state=pool, pending=pending, accepted=torch.tensor([0, 0]))
+    assert torch.equal(again, o)
+    delta_rule_commit(pending, torch.tensor([0, 4]), state=pool)
+    assert torch.equal(pool[0], args["initial_state"][0])
+    assert not torch.equal(pool[1], args["initial_state"][1])
+
+
+@pytest.mark.parametrize(
+    "changes, error, message",
+    [
+        ({"accepted": None}, ValueError, "pending is given, but accepted is None"),
+        ({"pending": None}, ValueError, "accepted is given, but pending is None"),
+        ({"accepted": torch.tensor([0, 5])}, RuntimeError, "accepted has 5, but there are 4 pending tokens"),
+        ({"accepted": torch.tensor([-1, 0])}, RuntimeError, "accepted has -1"),
+        ({"accepted": torch.tensor([1.0, 2.0])}, ValueError, "accepted has dtype torch.float32"),
+        ({"accepted": torch.tensor([1])}, ValueError, r"accepted has shape \[1\], expected \[2\]"),
+        (
+            {"write_idx": torch.zeros(2, 4).long()},
+            ValueError,
+            r"write_idx has shape \[2, 4\], expected \[2\]",
+        ),
+        ({"g": None}, RuntimeError, r"pending g has shape \[2, 4, 2, 1\], expected \[2, 4, 2, 0\]"),
+    ],
+)
+def test_bad_speculation(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    args = make(T=4, dtype=torch.float32)
+    pool = args["initial_state"]
+    draft = one_step(args, slice(0, 4))
+    _, pending = delta_rule_verify(**draft, state=pool)
+    call = draft | {"state": pool, "pending": pending, "accepted": torch.tensor([1, 2])}
+    with pytest.raises(error, match=f"delta_.*verify: .*{message}"):
+        delta_rule_verify(**call | changes)
+
+
+def test_bad_commit() -> None:
+    args = make(T=4, dtype=torch.float32)
+    pool, kept = args["initial_state"], torch.tensor([1, 2])
+    _, pending = delta_rule_verify(**one_step(args, slice(0, 4)), state=pool)
+    with pytest.raises(RuntimeError, match=r"delta_commit: pending u has shape \[2, 3, 2, 16\]"):
+        delta_rule_commit(PendingTokens(pending.k, pending.u[:, :3], pending.g), kept, state=pool)
+    with pytest.raises(RuntimeError, match=r"delta_commit: state has shape \[2, 2, 24, 16\]"):
+        delta_rule_commit(pending, kept, state=pool, state_v_first=True)
+
+
+def test_speculation_opcheck_and_compile() -> None:
+    args = make(T=3, dtype=torch.float32)
+    pool, accepted = args.pop("initial_state"), torch.tensor([1, 3])
+    draft = tuple(args[n] for n in ("q", "k", "v", "beta", "g"))
+    _, pending = delta_rule_verify(*draft, state=pool)
+    ops = torch.ops.nearfield
+    rest = (None, None, 0.5, True, 1, 0, -5.0, False)
+    torch.library.opcheck(ops.delta_verify.default, (*draft, pool, None, None, *pending, accepted, *rest))
+    torch.library.opcheck(ops.delta_verify.default, (*draft, pool, None, None, None, None, None, None, *rest))
+    torch.library.opcheck(ops.delta_commit.default, (pool, *pending, accepted, None, None, False))
+
+    torch._dynamo.reset()
+    plain, compiled = pool.clone(), pool.clone()
+
+    def f(pool: Tensor) -> Tensor:
+        o, after = delta_rule_verify(*draft, state=pool, pending=pending, accepted=accepted)
+        delta_rule_commit(after, accepted, state=pool)
+        return o
+
+    assert torch.equal(torch.compile(f, backend="aot_eager", fullgraph=True)(compiled), f(plain))
+    assert torch.equal(compiled, plain)
 
 
 # ------------------------------------------------------------------------------------------------ bad input

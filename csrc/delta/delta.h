@@ -45,8 +45,8 @@ struct DeltaInputs {
   bool qk_l2norm;
   bool state_v_first;
 
-  int64_t gate_dim() const { return channel_gate ? key_dim : 1; }
-  int64_t state_size() const { return key_dim * value_dim; }
+  constexpr int64_t gate_dim() const { return channel_gate ? key_dim : 1; }
+  constexpr int64_t state_size() const { return key_dim * value_dim; }
 };
 
 // One sequence of the token axis.
@@ -85,9 +85,19 @@ struct DeltaBwdParams {
   double* ddt_parts;     // [N, HV, G] scratch
 };
 
+// Tokens whose effect on the state is known but not yet in the pool. e^g S + k u^T replays one. Contiguous.
+template <class F>
+struct Pending {
+  int64_t tokens;  // P, 0 to kMaxStep
+  F* k;            // [B, P, H, K], normalised if the step normalises
+  F* u;            // [B, P, HV, V], beta (v - S'^T k)
+  F* g;            // [B, P, HV, G], log decay; G = 0 without a gate
+};
+
 // Decode: row b of the batch reads slot read_idx[b] of the pool, runs its T <= kMaxStep tokens, writes slot
 // write_idx[b] (or, with per-token states, slot write_idx[b, t] after each token t). A negative read_idx
-// makes the row inactive; a negative write_idx skips that write.
+// makes the row inactive; a negative write_idx skips that write. Between reading and running come the first
+// accepted[b] tokens of `pending`; the new tokens are also kept in `next`, if it has room.
 template <class In, class F, class Pool>
 struct DeltaStepParams {
   DeltaInputs<In, F> in;
@@ -97,6 +107,11 @@ struct DeltaStepParams {
   const int64_t* write_idx;  // [B] or [B, T]
   bool state_per_token;
   In* o;  // [B, T, HV, V]
+  Pending<F> pending;
+  const int64_t* accepted;  // [B], or null without pending tokens
+  bool write_replayed,
+      write_tokens;  // which state goes to write_idx: before the T tokens, after (each of) them
+  Pending<F> next;   // tokens: 0 or T
 };
 
 // Instantiated for (In, F) = (float, float), (double, double), (Half, float), (BFloat16, float);

@@ -77,4 +77,13 @@ inline void check_saved(const char* op, const Tensor& q, const Tensor& v, const 
   check_statistic(op, "lse", lse, q, {s[0], s[1], s[2]});
 }
 
+// The filled length of each sequence of a cache.
+inline void check_lengths(const char* op, const std::optional<Tensor>& cache_seqlens, const Tensor& q) {
+  if (!defined(cache_seqlens)) return;
+  check_shape(op, "cache_seqlens", *cache_seqlens, {q.sizes()[0]});
+  if (cache_seqlens->scalar_type() != ScalarType::Int)
+    check_dtype(op, "cache_seqlens", *cache_seqlens, ScalarType::Long);
+  check_same_device(op, "cache_seqlens", *cache_seqlens, q);
+}
+
 }  // namespace nearfield::lla

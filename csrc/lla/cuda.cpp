@@ -21,6 +21,7 @@ struct Instance {
 // The list is read once per kernel; each reading drops the lines of the others.
 #define INSTANCE(kernel, ...) USE_##kernel(__VA_ARGS__)
 #define USE_operands_sm80(element)
+#define USE_step_sm80(element, d, dv)
 
 const std::vector<Instance<FwdSm90Args>> kForward = {
 #ifdef NEARFIELD_LLA_SM90

@@ -128,26 +128,28 @@ Grads probe_bwd_cpu(const Tensor& d_o, const Tensor& q, const Tensor& x, const T
   return {dq, dx, dk, dv};
 }
 
-Tensor step_cpu(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& lengths_,
+Tensor step_cpu(const Tensor& q_, const Tensor& k_, const Tensor& v_, std::optional<Tensor> cache_seqlens,
                 const Tensor& lam, double scale, std::optional<int64_t> window, bool absolute) {
   const char* op = "lla_step";
   check_inputs(op, q_, k_, v_, window);
   check_lam(op, lam, q_);
-  check_shape(op, "cache_seqlens", lengths_, {q_.sizes()[0]});
-  check_dtype(op, "cache_seqlens", lengths_, ScalarType::Long);
-  check_same_device(op, "cache_seqlens", lengths_, q_);
-  const Tensor q = dense_rows(q_), k = dense_rows(k_), v = dense_rows(v_),
-               lengths = torch::stable::contiguous(lengths_);
-  const auto* length = static_cast<const int64_t*>(lengths.const_data_ptr());
-  for (int64_t b = 0; b < q.sizes()[0]; ++b)
-    STD_TORCH_CHECK(0 <= length[b] && length[b] <= k.sizes()[1], op, ": cache_seqlens[", b, "] is ",
-                    length[b], ", expected 0 to ", k.sizes()[1], ", the size of the cache");
+  check_lengths(op, cache_seqlens, q_);
+  const Tensor q = dense_rows(q_), k = dense_rows(k_), v = dense_rows(v_);
+  const int64_t batch = q.sizes()[0], size = k.sizes()[1];
+  std::vector<int64_t> length(batch, size);
+  if (defined(cache_seqlens)) {
+    const Tensor wide = torch::stable::contiguous(torch::stable::to(*cache_seqlens, ScalarType::Long));
+    std::copy_n(static_cast<const int64_t*>(wide.const_data_ptr()), batch, length.begin());
+  }
+  for (int64_t b = 0; b < batch; ++b)
+    STD_TORCH_CHECK(0 <= length[b] && length[b] <= size, op, ": cache_seqlens[", b, "] is ", length[b],
+                    ", expected 0 to ", size, ", the size of the cache");
   const Tensor o = new_empty(q, {q.sizes()[0], q.sizes()[1], q.sizes()[2], v.sizes()[3]});
   dispatch_cpu_dtype(op, "q", q.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     const int64_t all = window_or_all(window, k.sizes()[1]);
-    run_step_cpu<T>({make_problem<T>(q, k, v, scale, true, all), make_ridge<acc_t<T>>(lam, absolute), length,
-                     all, data_of<T>(o)});
+    run_step_cpu<T>({make_problem<T>(q, k, v, scale, true, all), make_ridge<acc_t<T>>(lam, absolute),
+                     length.data(), all, data_of<T>(o)});
   });
   return o;
 }
@@ -171,7 +173,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(nearfield, m) {
       "scale, "
       "bool is_causal, int? window) -> (Tensor dq, Tensor dx, Tensor dk, Tensor dv)");
   m.def(
-      "lla_step(Tensor q, Tensor k, Tensor v, Tensor cache_seqlens, Tensor lam, float scale, int? window, "
+      "lla_step(Tensor q, Tensor k, Tensor v, Tensor? cache_seqlens, Tensor lam, float scale, int? window, "
       "bool absolute) -> Tensor");
 }
 

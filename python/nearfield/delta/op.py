@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -129,10 +129,121 @@ def delta_rule_step(
 
     No slot may be written by two rows, or written by one row and read by another. There is no gradient.
 
+    An index past the pool is an error on the CPU. On CUDA nobody waits for the device to look at indices: such a row
+    reads and writes nothing and its output is NaN.
+
     Returns:
         ``o [B, T, HV, V]`` in q's dtype.
     """
     op = "delta_rule_step"
+    q, k, v, scale = _check_step(
+        op, q, k, v, beta, g, state, read_idx, write_idx, scale, beta_activation, gate, A_log, dt_bias, gate_bound,
+        state_v_first, per_token=True,
+    )  # fmt: skip
+    o: Tensor = torch.ops.nearfield.delta_step(
+        q, k, v, beta, g, state, read_idx, write_idx, A_log, _flat(dt_bias),
+        scale, use_qk_l2norm, BETA_ACTIVATIONS[beta_activation], GATES[gate], gate_bound, state_v_first,
+    )  # fmt: skip
+    return o
+
+
+class PendingTokens(NamedTuple):
+    """Tokens that :func:`delta_rule_verify` has run and the pool does not hold yet: K + V + G numbers per token and
+    head, where a state has K V. In float32 (float64 for float64 inputs); ``S <- exp(g) S + k u^T`` replays one."""
+
+    k: Tensor
+    """Keys ``[B, T, H, K]``, normalised if the call normalised."""
+    u: Tensor
+    """What was written under the keys, ``beta (v - S^T k)``: ``[B, T, HV, V]``."""
+    g: Tensor
+    """Log decays ``[B, T, HV, G]``: G is 0 without a gate, 1 with one per head, K with one per channel."""
+
+
+def delta_rule_verify(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None = None,
+    *,
+    state: Tensor,
+    pending: PendingTokens | None = None,
+    accepted: Tensor | None = None,
+    read_idx: Tensor | None = None,
+    write_idx: Tensor | None = None,
+    scale: float | None = None,
+    use_qk_l2norm: bool = False,
+    beta_activation: BetaActivation = "none",
+    gate: Gate = "log",
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    gate_bound: float = -5.0,
+    state_v_first: bool = False,
+) -> tuple[Tensor, PendingTokens]:
+    """Speculative decoding: runs 1 to 8 drafted tokens of each row without writing them to the pool.
+
+    Each call commits what was accepted of the tokens of the call before, and runs the next draft on top, in one
+    pass over the state. One state per token, which ``delta_rule_step`` with ``write_idx [B, T]`` writes, is never
+    needed::
+
+        out, pending = delta_rule_verify(*draft, state=pool)
+        while ...:
+            accepted = ...  # [B]: how many tokens of each row's draft hold
+            out, pending = delta_rule_verify(*draft, state=pool, pending=pending, accepted=accepted)
+        delta_rule_commit(pending, accepted, state=pool)
+
+    Args:
+        q, k, v, beta, g, state, read_idx and the options: as in :func:`delta_rule_step`.
+        pending: what the call before returned, if any.
+        accepted: ``[B]`` int32 or int64, how many of each row's pending tokens to keep, from the first.
+        write_idx: ``[B]``, the slot that receives the state after the accepted tokens; default read_idx. Without
+            pending no state is written.
+
+    On CUDA a number of accepted tokens out of range gives NaN, as an index out of range does.
+
+    Returns:
+        ``o [B, T, HV, V]`` in q's dtype, and the tokens for the next call.
+    """
+    op = "delta_rule_verify"
+    _check_pending(op, pending, accepted, q)
+    q, k, v, scale = _check_step(
+        op, q, k, v, beta, g, state, read_idx, write_idx, scale, beta_activation, gate, A_log, dt_bias, gate_bound,
+        state_v_first, per_token=False,
+    )  # fmt: skip
+    o, *after = torch.ops.nearfield.delta_verify(
+        q, k, v, beta, g, state, read_idx, write_idx, *(pending or (None, None, None)), accepted, A_log,
+        _flat(dt_bias), scale, use_qk_l2norm, BETA_ACTIVATIONS[beta_activation], GATES[gate], gate_bound,
+        state_v_first,
+    )  # fmt: skip
+    return o, PendingTokens(*after)
+
+
+def delta_rule_commit(
+    pending: PendingTokens,
+    accepted: Tensor,
+    *,
+    state: Tensor,
+    read_idx: Tensor | None = None,
+    write_idx: Tensor | None = None,
+    state_v_first: bool = False,
+) -> None:
+    """Writes the accepted tokens of :func:`delta_rule_verify` to the pool, without running new ones.
+
+    The arguments are those of ``delta_rule_verify``.
+    """
+    op = "delta_rule_commit"
+    _check_pending(op, pending, accepted, state)
+    _check_indices(op, pending.k.shape[0], 0, state, read_idx, write_idx, per_token=False)
+    _runtime.check_device(op, state, STEP_DEVICES)
+    torch.ops.nearfield.delta_commit(state, *pending, accepted, read_idx, write_idx, state_v_first)
+
+
+def _check_step(
+    op: str, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor, read_idx: Tensor | None,
+    write_idx: Tensor | None, scale: float | None, beta_activation: str, gate: str, A_log: Tensor | None,
+    dt_bias: Tensor | None, gate_bound: float, state_v_first: bool, per_token: bool,
+) -> tuple[Tensor, Tensor, Tensor, float]:  # fmt: skip
+    """What both kinds of step ask of their inputs. Returns q, k, v as autocast wants them, and the scale."""
     _check_inputs(op, q, k, v, beta, g, A_log, dt_bias, state=state, read_idx=read_idx, write_idx=write_idx)
     inputs = (q, k, v, beta, g, A_log, dt_bias, state)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
@@ -140,25 +251,42 @@ def delta_rule_step(
     q, k, v = _runtime.autocast(q, k, v)
     _check_options(op, q, k, v, beta, g, A_log, dt_bias, beta_activation, gate, gate_bound)
     (B, T, _, K), (HV, V) = q.shape, v.shape[2:]
-    scale = K**-0.5 if scale is None else float(scale)
     if not 1 <= T <= MAX_STEP:
         raise ValueError(f"{op}: q has {T} tokens; supported: 1 to {MAX_STEP}")
+    _check_indices(op, B, T, state, read_idx, write_idx, per_token)
+    _check_state(op, "state", state, q, [None, HV, K, V], state_v_first, also=torch.bfloat16)
+    _runtime.check_device(op, q, STEP_DEVICES)
+    return q, k, v, K**-0.5 if scale is None else float(scale)
+
+
+def _check_indices(
+    op: str, B: int, T: int, state: Tensor, read_idx: Tensor | None, write_idx: Tensor | None, per_token: bool
+) -> None:
     if state.dim() == 4 and read_idx is None and state.shape[0] < B:
         raise ValueError(f"{op}: state has {state.shape[0]} slots, but without read_idx {B} rows need {B}")
-    _check_state(op, "state", state, q, [None, HV, K, V], state_v_first, also=torch.bfloat16)
-    for name, index, shapes in (("read_idx", read_idx, [[B]]), ("write_idx", write_idx, [[B], [B, T]])):
-        if index is None:
-            continue
-        if list(index.shape) not in shapes:
-            _runtime.shape_error(op, name, index, " or ".join(str(s) for s in shapes))
-        if index.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"{op}: {name} has dtype {index.dtype}; supported: int32, int64")
-    _runtime.check_device(op, q, STEP_DEVICES)
-    o: Tensor = torch.ops.nearfield.delta_step(
-        q, k, v, beta, g, state, read_idx, write_idx, A_log, _flat(dt_bias),
-        scale, use_qk_l2norm, BETA_ACTIVATIONS[beta_activation], GATES[gate], gate_bound, state_v_first,
-    )  # fmt: skip
-    return o
+    write_shapes = [[B], [B, T]] if per_token else [[B]]
+    for name, index, shapes in (("read_idx", read_idx, [[B]]), ("write_idx", write_idx, write_shapes)):
+        if index is not None:
+            _check_index(op, name, index, shapes)
+
+
+def _check_index(op: str, name: str, index: Tensor, shapes: list[list[int]]) -> None:
+    if list(index.shape) not in shapes:
+        _runtime.shape_error(op, name, index, " or ".join(str(s) for s in shapes))
+    if index.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{op}: {name} has dtype {index.dtype}; supported: int32, int64")
+
+
+def _check_pending(op: str, pending: PendingTokens | None, accepted: Tensor | None, like: Tensor) -> None:
+    """Their shapes are checked by the operator, which knows those of the step."""
+    if (pending is None) != (accepted is None):
+        given, missing = ("accepted", "pending") if pending is None else ("pending", "accepted")
+        raise ValueError(f"{op}: {given} is given, but {missing} is None; they belong together")
+    if pending is None or accepted is None:
+        return
+    _runtime.check_tensors(op, like=like, pending_k=pending.k, pending_u=pending.u, pending_g=pending.g)
+    _runtime.check_tensors(op, like=like, accepted=accepted)
+    _check_index(op, "accepted", accepted, [[pending.k.shape[0]]])
 
 
 def _flat(dt_bias: Tensor | None) -> Tensor | None:
@@ -302,6 +430,21 @@ def _(
     beta_activation: int, gate: int, gate_bound: float, state_v_first: bool,
 ) -> Tensor:  # fmt: skip
     return q.new_empty(v.shape)
+
+
+@torch.library.register_fake("nearfield::delta_verify")  # type: ignore[untyped-decorator]
+def _(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    wide = _state_dtype(q)
+    gates = 0 if g is None else 1 if g.dim() == 3 else g.shape[3]
+    k_, u = q.new_empty(k.shape, dtype=wide), q.new_empty(v.shape, dtype=wide)
+    return q.new_empty(v.shape), k_, u, q.new_empty([*v.shape[:3], gates], dtype=wide)
+
+
+@torch.library.register_fake("nearfield::delta_commit")  # type: ignore[untyped-decorator]
+def _(*arguments: Any) -> None:
+    return None
 
 
 # ------------------------------------------------------------------------------------------------- autograd

@@ -170,20 +170,21 @@ def local_linear_attention_step(
             raise ValueError(
                 f"{op}: {name} requires grad, but decoding has no gradient; call it under torch.no_grad()"
             )
-    if cache_seqlens is None:
-        cache_seqlens = torch.full((q.shape[0],), k_cache.shape[1], dtype=torch.int64, device=q.device)
-    _runtime.check_tensors(op, q=q, cache_seqlens=cache_seqlens)
-    if cache_seqlens.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"{op}: cache_seqlens has dtype {cache_seqlens.dtype}, expected int32 or int64")
-    if cache_seqlens.shape != q.shape[:1]:
-        _runtime.shape_error(op, "cache_seqlens", cache_seqlens, f"[{q.shape[0]}], one length per sequence")
+    if cache_seqlens is not None:
+        _runtime.check_tensors(op, q=q, cache_seqlens=cache_seqlens)
+        if cache_seqlens.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"{op}: cache_seqlens has dtype {cache_seqlens.dtype}, expected int32 or int64")
+        if cache_seqlens.shape != q.shape[:1]:
+            _runtime.shape_error(
+                op, "cache_seqlens", cache_seqlens, f"[{q.shape[0]}], one length per sequence"
+            )
     rows = _ridge_rows(op, lam, q, ridge)
     q, k_cache, v_cache = _runtime.autocast(q, k_cache, v_cache)
     o: Tensor = torch.ops.nearfield.lla_step(
         q,
         k_cache,
         v_cache,
-        cache_seqlens.long(),
+        cache_seqlens,
         rows.to(_statistics_dtype(q)),
         scale,
         window,

@@ -1,0 +1,146 @@
+// From tensors to the built instances of the Hopper kernels: what forward and backward share on the Torch
+// side.
+#pragma once
+
+#include "delta/checks.h"
+#include "delta/sm90.h"
+#include "delta/step.h"
+#include "nearfield/device.h"
+
+namespace nearfield::delta {
+
+inline void check_hopper(const char* op, const Tensor& q) {
+  const DeviceInfo device = device_info(q.get_device_index());
+  STD_TORCH_CHECK(device.capability == 90, op, ": the GPU has compute capability ", device.capability / 10,
+                  ".", device.capability % 10, "; this build (", NEARFIELD_CUDA_ARCHS,
+                  ") has kernels for 9.0 (Hopper)");
+}
+
+inline void check_launch(const char* op, int error) {
+  STD_TORCH_CHECK(error == 0, op, ": ", cuda_error_string(error));
+}
+
+// ---- Instances ----
+
+// What instances.def lists, read once; kernels that are not asked for here drop out.
+struct InstancesSm90 {
+  struct Key {
+    bool bf16;
+    int64_t key_dim;
+    bool channel_gate;
+    bool operator==(const Key& o) const {
+      return bf16 == o.bf16 && key_dim == o.key_dim && channel_gate == o.channel_gate;
+    }
+  };
+  template <class Args>
+  struct Entry {
+    Key key;
+    int (*run)(const Args&, void*);
+  };
+  std::vector<Entry<PrepareArgs>> prepare;
+  std::vector<Entry<StatePassArgs>> state_pass;
+
+  template <class Tag, int kKeyDim, bool kChannelGate>
+  void add(prepare_sm90<Tag, kKeyDim, kChannelGate>*) {
+    using Kernel = prepare_sm90<Tag, kKeyDim, kChannelGate>;
+    prepare.push_back({{std::is_same_v<Tag, bf16>, kKeyDim, kChannelGate}, &Kernel::run});
+  }
+  template <class Tag, int kKeyDim, bool kChannelGate>
+  void add(state_pass_sm90<Tag, kKeyDim, kChannelGate>*) {
+    using Kernel = state_pass_sm90<Tag, kKeyDim, kChannelGate>;
+    state_pass.push_back({{std::is_same_v<Tag, bf16>, kKeyDim, kChannelGate}, &Kernel::run});
+  }
+  void add(const void*) {}
+
+  InstancesSm90() {
+#ifdef NEARFIELD_DELTA_SM90
+#define INSTANCE(kernel, ...) add(static_cast<kernel<__VA_ARGS__>*>(nullptr));
+#include "delta/instances.def"
+#undef INSTANCE
+#endif
+  }
+  static const InstancesSm90& all() {
+    static const InstancesSm90 instances;
+    return instances;
+  }
+  template <class Args>
+  static auto find(const std::vector<Entry<Args>>& entries, const Key& key) {
+    for (const auto& e : entries)
+      if (e.key == key) return e.run;
+    return static_cast<int (*)(const Args&, void*)>(nullptr);
+  }
+};
+
+struct KernelChoice {
+  InstancesSm90::Key key;
+  int (*prepare)(const PrepareArgs&, void*);
+  int (*state_pass)(const StatePassArgs&, void*);
+};
+
+inline KernelChoice choose_kernels(const char* op, const Inputs& x) {
+  const auto dtype = x.q.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, op, ": q has dtype ",
+                  torch::headeronly::toString(dtype), "; supported on CUDA: bfloat16, float16");
+  STD_TORCH_CHECK(x.K % 8 == 0 && x.V % 8 == 0, op, ": q has ", x.K, " and v ", x.V,
+                  " channels; supported on CUDA: multiples of 8");
+  KernelChoice choice{{dtype == ScalarType::BFloat16, 0, x.channel_gate}, nullptr, nullptr};
+  std::ostringstream built;
+  for (const auto& e : InstancesSm90::all().prepare) {
+    if (e.key.bf16 != choice.key.bf16 || e.key.channel_gate != x.channel_gate) continue;
+    built << (built.tellp() ? ", " : "") << e.key.key_dim;
+    if (e.key.key_dim >= x.K && (choice.prepare == nullptr || e.key.key_dim < choice.key.key_dim)) {
+      choice.key = e.key;
+      choice.prepare = e.run;
+    }
+  }
+  STD_TORCH_CHECK(choice.prepare != nullptr, op, ": q has ", x.K, " channels, with a gate per ",
+                  x.channel_gate ? "channel" : "head",
+                  "; supported on CUDA: multiples of 8 up to the largest of [", built.str(), "]");
+  return choice;
+}
+
+// ---- Tensors ----
+
+// The copy engine wants 16-byte aligned starts and strides.
+inline Tensor loadable(const Tensor& t) {
+  const int64_t last = t.dim() - 1;
+  bool fits = reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0 && t.stride(last) == 1;
+  for (int64_t i = 0; i < last; ++i) fits &= t.size(i) == 1 || (t.stride(i) > 0 && t.stride(i) % 8 == 0);
+  if (fits) return t;
+  Tensor copy = new_empty(t, shape_of(t));
+  return torch::stable::copy_(copy, t);
+}
+
+inline void make_loadable(Inputs& x) { x.q = loadable(x.q), x.k = loadable(x.k), x.v = loadable(x.v); }
+
+// ---- Scratch ----
+
+struct Scratch {
+  ChunkScratch chunks{};
+  std::vector<Tensor> memory;
+
+  void* bytes(const Tensor& like, int64_t n) {
+    memory.push_back(new_empty(like, {n}, ScalarType::Byte));
+    return memory.back().mutable_data_ptr();
+  }
+};
+
+// Allocated from the caching allocator, so it may be dropped as soon as the kernels are launched.
+inline Scratch allocate_scratch(const Tensor& like, const InputsSm90& in, const KernelChoice& choice,
+                                bool with_P) {
+  const int64_t chunks = ChunkSlots(in).total * in.value_heads, image = kImage * 2;
+  const int64_t key_images = choice.key.key_dim / kImageColumns;
+  Scratch s;
+  s.chunks.rows = static_cast<ChunkRows*>(s.bytes(like, chunks * static_cast<int64_t>(sizeof(ChunkRows))));
+  s.chunks.N = s.bytes(like, chunks * image);
+  if (with_P) s.chunks.P = s.bytes(like, chunks * image);
+  if (in.channel_gate) {
+    s.chunks.Kh = s.bytes(like, chunks * key_images * image);
+    s.chunks.Kt = s.bytes(like, chunks * key_images * image);
+    s.chunks.Qh = s.bytes(like, chunks * key_images * image);
+    s.chunks.decay = static_cast<float*>(s.bytes(like, chunks * choice.key.key_dim * 4));
+  }
+  return s;
+}
+
+}  // namespace nearfield::delta

@@ -1,0 +1,91 @@
+// The contract between the CUDA operators, which know tensors, and the Hopper kernels, which do not:
+// arguments, and the scratch in which one kernel leaves a chunk's intermediates for the next. Symbols:
+// README.md.
+#pragma once
+
+#include "delta/delta.h"
+#include "nearfield/dtype.h"
+
+namespace nearfield::delta {
+
+using InputsSm90 =
+    DeltaInputs<void, float>;  // q, k, v: 16-byte aligned rows, strides multiples of 8 elements
+
+// ---- Chunks ----
+
+// Every chunk of 64 tokens has a slot. Packed sequence n begins with slot cu_seqlens[n] / 64 + n: known
+// without a scan, unique, increasing; some slots stay without a chunk.
+struct ChunkSlots {
+  int64_t per_sequence;  // not packed
+  int64_t total;
+  explicit ChunkSlots(const InputsSm90& in) {
+    per_sequence = (in.tokens + kChunk - 1) / kChunk;
+    total = in.cu_seqlens ? in.tokens / kChunk + in.sequences : in.sequences * per_sequence;
+  }
+};
+
+// Rows of a 16-bit operand in the order in which the tensor cores read them: [features / 64][64 rows][64
+// features], each row of 128 bytes swizzled (the 16-byte piece p of row r is at piece p ^ (r % 8)). One
+// contiguous copy moves it, and it serves as an operand with either index as the contraction.
+constexpr int kImageRows = 64, kImageColumns = 64;
+constexpr int64_t kImage = kImageRows * kImageColumns;  // elements
+
+// ---- Scratch: what `prepare` finds out about a chunk; arrays indexed [slot][value head] ----
+
+// Gates in units of log2 are cut off where 2^g is 0 in float32 anyway, so that -inf has differences.
+constexpr float kLowestGate = -200.f;
+
+// Per token of a chunk. Rows past the end of the sequence have beta and factors 0 and G of the last token.
+struct ChunkRows {
+  float G[kChunk];     // log2(e) (g_1 + .. + g_i), each gate at least kLowestGate; 0 with a gate per channel
+  float beta[kChunk];  // after its activation
+  float k_read[kChunk];   // k_norm e^{G_i}: Kh = k_read . K. With a gate per channel 1
+  float k_write[kChunk];  // k_norm e^{G_C - G_i}: Kt = k_write . K. With a gate per channel 1
+  float k_norm[kChunk];   // 1 / sqrt(sum k^2 + eps), or 1 without qk_l2norm
+  // Only where P is wanted, for else Q is not read:
+  float q_read[kChunk];  // scale q_norm e^{G_i}: scale Qh = q_read . Q. With a gate per channel 1
+  float q_norm[kChunk];
+};
+
+struct ChunkScratch {
+  ChunkRows* rows;
+  void* N;  // image of T - I, strictly lower, rounded to 16 bit
+  void* P;  // image of scale P (normalised q and k), lower with diagonal; null: not wanted
+  // With a gate per channel, K padded to 64 or 128: images [K / 64] of Kh, Kt and scale Qh, normalised.
+  void *Kh, *Kt, *Qh;
+  float* decay;  // [K]: e^{G_C}
+  float* G;      // [64][K]: G of every row as in ChunkRows; null: not wanted
+};
+
+// ---- Kernels; each returns a cudaError_t. Tag is bf16 or fp16, kKeyDim the padded K ----
+
+struct PrepareArgs {
+  InputsSm90 in;
+  ChunkScratch scratch;
+};
+
+// Everything of a chunk that does not depend on the state: one CTA per slot and value head.
+template <class Tag, int kKeyDim, bool kChannelGate>
+struct prepare_sm90 {
+  static int run(const PrepareArgs& args, void* stream);
+};
+
+struct StatePassArgs {
+  InputsSm90 in;
+  ChunkScratch scratch;
+  void* o;             // [B, T, HV, V] contiguous; null: no output, and Q is not read
+  float* final_state;  // like initial_state, or null
+  // Without output, for the backward, or null:
+  void* states;  // image [slot][value head][V / 64][K / 64] (K and V padded): S^T of the state that enters
+                 // the chunk, rows are values, rounded to 16 bit
+  void* v_new;  // [B, T, HV, V] contiguous: V'
+};
+
+// The serial walk over the chunks of a sequence: V', S, and O. One CTA per (sequence, value head, 64 values).
+// With a gate per head it computes P itself; with one per channel it reads P from scratch.
+template <class Tag, int kKeyDim, bool kChannelGate>
+struct state_pass_sm90 {
+  static int run(const StatePassArgs& args, void* stream);
+};
+
+}  // namespace nearfield::delta

@@ -1,0 +1,119 @@
+// nearfield::lla_step on CUDA: checks, the choice of the kernel instance, and into how many splits the keys
+// go.
+#ifdef NEARFIELD_WITH_CUDA
+#include "nearfield_build.h"
+#endif
+#ifdef NEARFIELD_LLA
+#include "lla/checks.h"
+#include "lla/step.h"
+#include "nearfield/device.h"
+
+namespace nearfield::lla {
+namespace {
+
+struct Instance {
+  ScalarType type;
+  int d, dv;
+  int floats;  // of the moments of one split
+  int (*run)(const StepSm80Args&, void*);
+};
+
+template <class Tag>
+constexpr ScalarType kScalarType = std::is_same_v<Tag, bf16> ? ScalarType::BFloat16 : ScalarType::Half;
+
+// instances.def also lists the kernels of cuda.cpp, whose lines are dropped here.
+const std::vector<Instance> kSteps = {
+#define INSTANCE(kernel, ...) USE_##kernel(__VA_ARGS__)
+#define USE_operands_sm80(element)
+#define USE_fwd_sm90(dim)
+#define USE_bwd_query_sm90(dim)
+#define USE_bwd_key_sm90(dim)
+#define USE_step_sm80(element, d, dv) \
+  {kScalarType<element>, d, dv, step_sm80<element, d, dv>::kFloats, &step_sm80<element, d, dv>::run},
+#include "lla/instances.def"
+#undef INSTANCE
+#undef USE_step_sm80
+};
+
+const Instance& pick(const char* op, const Tensor& q, int64_t d, int64_t dv) {
+  const auto type = q.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::BFloat16 || type == ScalarType::Half, op, ": q has dtype ",
+                  torch::headeronly::toString(type), "; supported on CUDA: bfloat16, float16");
+  const Instance* best = nullptr;
+  std::ostringstream built;
+  for (const auto& i : kSteps) {
+    if (i.type != type) continue;
+    built << (built.tellp() ? ", " : "") << i.d << "/" << i.dv;
+    if (i.d >= d && i.dv >= dv && (best == nullptr || i.floats < best->floats)) best = &i;
+  }
+  STD_TORCH_CHECK(best != nullptr && d % 8 == 0 && dv % 8 == 0, op, ": head dims ", d,
+                  " of q and k_cache and ", dv,
+                  " of v_cache; supported on CUDA: multiples of 8 up to one of ", built.str());
+  return *best;
+}
+
+// A cache is read 16 bytes at a time; a copy of it would be a slow surprise.
+void check_alignment(const char* op, const char* name, const Tensor& t) {
+  bool fits =
+      reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0 && (t.sizes()[3] <= 1 || t.strides()[3] == 1);
+  for (int d = 0; d < 3; ++d) fits &= t.sizes()[d] <= 1 || t.strides()[d] % 8 == 0;
+  STD_TORCH_CHECK(fits, op, ": ", name, " has strides ", shape_text(t.strides().data(), 4),
+                  "; supported on CUDA: a dense last dimension, rows at multiples of 16 bytes");
+}
+
+View<const void> untyped(const Tensor& t) {
+  const auto stride = t.strides();
+  return {t.const_data_ptr(), stride[0], stride[1], stride[2]};
+}
+
+// Enough blocks to fill the GPU a few times over, but no split shorter than what its sums cost to merge.
+constexpr int64_t kBlocksPerSm = 3, kKeysPerSplit = 256;
+
+Tensor step_cuda(const Tensor& q_, const Tensor& k, const Tensor& v, std::optional<Tensor> cache_seqlens,
+                 const Tensor& lam, double scale, std::optional<int64_t> window, bool absolute) {
+  const char* op = "lla_step";
+  check_inputs(op, q_, k, v, window);
+  check_lam(op, lam, q_);
+  check_lengths(op, cache_seqlens, q_);
+  torch::stable::accelerator::DeviceGuard guard(q_.get_device_index());
+  const int64_t d = k.sizes()[3], dv = v.sizes()[3];
+  const Instance& instance = pick(op, q_, d, dv);
+  const Tensor q = dense_rows(q_);
+  const auto s = q.sizes();
+  const Tensor o = new_empty(q, {s[0], s[1], s[2], dv});
+  if (o.numel() == 0) return o;
+  check_alignment(op, "k_cache", k), check_alignment(op, "v_cache", v);
+
+  StepSm80Args args{};
+  args.batch = s[0], args.m = s[1], args.n = k.sizes()[1], args.heads = s[2], args.kv_heads = k.sizes()[2];
+  args.d = static_cast<int>(d), args.dv = static_cast<int>(dv);
+  args.q = untyped(q), args.k = untyped(k), args.v = untyped(v);
+  if (defined(cache_seqlens)) {
+    args.lengths = cache_seqlens->const_data_ptr();
+    args.lengths_are_int64 = cache_seqlens->scalar_type() == ScalarType::Long;
+    args.lengths_stride = cache_seqlens->strides()[0];
+  }
+  args.ridge = make_ridge<float>(lam, absolute);
+  args.scale = static_cast<float>(scale);
+  args.window = window_or_all(window, args.n);
+  args.o = o.mutable_data_ptr();
+
+  const int64_t queries = args.batch * args.heads * args.m, keys = std::min(args.n, args.window);
+  const int64_t wanted = kBlocksPerSm * device_info(q.get_device_index()).num_sms / queries;
+  args.splits = static_cast<int>(std::clamp<int64_t>(std::min(wanted, keys / kKeysPerSplit), 1, kMaxSplits));
+  Tensor moments;
+  if (args.splits > 1) {
+    moments = new_empty(q, {queries * args.splits * instance.floats}, ScalarType::Float);
+    args.moments = data_of<float>(moments);
+  }
+  const int error = instance.run(args, current_stream(q));
+  STD_TORCH_CHECK(error == 0, op, ": ", cuda_error_string(error));
+  return o;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(nearfield, CUDA, m) { m.impl("lla_step", TORCH_BOX(&step_cuda)); }
+
+}  // namespace nearfield::lla
+#endif
