@@ -5,7 +5,7 @@ soon. After each repeated key the model has to name its value. Keys, values and 
 so nothing can be learned about single tokens: the model must move symbols. Models are two layers that differ in the
 mixer over time; embedding and output layer share their weights, and only places with a question count.
 
-    python examples/mqar.py                      # the recorded small run: 10 minutes on two CPU cores
+    python examples/mqar.py                      # the recorded small run: some 12 minutes on one CPU core
     python examples/mqar.py --dim 128 --steps 5000 --case 512:64 --device cuda
 """
 
@@ -62,7 +62,15 @@ class Model(nn.Module):
 
 
 def train(
-    mixer: str, length: int, pairs: int, dim: int, steps: int, batch: int, rate: float, device: str, seed: int = 0
+    mixer: str,
+    length: int,
+    pairs: int,
+    dim: int,
+    steps: int,
+    batch: int,
+    rate: float,
+    device: str,
+    seed: int = 0,
 ) -> tuple[float, float, int]:
     """Accuracy on unseen sequences, seconds, and the number of parameters besides the embedding."""
     torch.manual_seed(seed)
@@ -74,9 +82,13 @@ def train(
         tokens, asked, answers = (t.to(device) for t in sample(batch, length, pairs, generator))
         trainer.step(F.cross_entropy(model(tokens, asked).flatten(0, 1), answers.flatten()))
     seconds = time.perf_counter() - started
-    tokens, asked, answers = (t.to(device) for t in sample(256, length, pairs, torch.Generator().manual_seed(10**6)))
+    tokens, asked, answers = (
+        t.to(device) for t in sample(256, length, pairs, torch.Generator().manual_seed(10**6))
+    )
     with torch.no_grad():
-        right = torch.cat([model(t, a).argmax(-1) for t, a in zip(tokens.split(32), asked.split(32), strict=True)])
+        right = torch.cat(
+            [model(t, a).argmax(-1) for t, a in zip(tokens.split(32), asked.split(32), strict=True)]
+        )
     accuracy = float((right == answers).float().mean())
     return accuracy, seconds, sum(p.numel() for p in model.stack.parameters())
 
@@ -96,9 +108,9 @@ def main(
     mixer: Annotated[list[str] | None, typer.Option(help="Mixers; all by default.")] = None,
     case: Annotated[list[str] | None, typer.Option(help="length:pairs, as often as you like.")] = None,
     dim: int = 64,
-    steps: int = 400,
+    steps: int = 800,
     batch: int = 32,
-    rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 5e-3,
+    rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 1e-2,
     device: str = "cpu",
     out: Annotated[Path | None, typer.Option(help="Write the results there as JSON.")] = None,
 ) -> None:

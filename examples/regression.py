@@ -4,7 +4,7 @@ A sequence is x_1 y_1 x_2 y_2 ...: every y is the image of the x before it under
 sequence and, in the drifting task, again in its middle. After every x the model has to predict y. The best that can be
 done for a constant map is ridge regression on the pairs so far. Models are equal stacks that differ in the mixer.
 
-    python examples/regression.py            # the recorded small run: some 5 minutes on two CPU cores
+    python examples/regression.py            # the recorded small run: some 6 minutes on one CPU core
 """
 
 from __future__ import annotations
@@ -65,7 +65,15 @@ def late_error(prediction: Tensor, y: Tensor) -> float:
 
 
 def train(
-    mixer: str, pairs: int, drifting: bool, dim: int, layers: int, steps: int, batch: int, rate: float, device: str
+    mixer: str,
+    pairs: int,
+    drifting: bool,
+    dim: int,
+    layers: int,
+    steps: int,
+    batch: int,
+    rate: float,
+    device: str,
 ) -> tuple[float, float]:
     """Late error on unseen sequences, and seconds."""
     torch.manual_seed(0)
@@ -104,7 +112,12 @@ def main(
         raise typer.BadParameter(f"mixer is {unknown[0]!r}; choose from {', '.join(MIXERS)}")
     tasks = {"constant": False, "drifting": True}
     rows = [
-        {"mixer": "ridge regression", "task": task, "error": round(late_error(ridge(*data), data[1]), 4), "seconds": 0.0}
+        {
+            "mixer": "ridge regression",
+            "task": task,
+            "error": round(late_error(ridge(*data), data[1]), 4),
+            "seconds": 0.0,
+        }
         for task, drifting in tasks.items()
         for data in [unseen(pairs, drifting)]
     ]
@@ -114,9 +127,13 @@ def main(
             for task, drifting in tasks.items():
                 progress.update(bar, description=f"{name} on a {task} map")
                 error, seconds = train(name, pairs, drifting, dim, layers, steps, batch, rate, device)
-                rows.append({"mixer": name, "task": task, "error": round(error, 4), "seconds": round(seconds, 1)})
+                rows.append(
+                    {"mixer": name, "task": task, "error": round(error, 4), "seconds": round(seconds, 1)}
+                )
                 progress.advance(bar)
-    table = Table("method", *tasks, title=f"squared error in the last quarter of {pairs} pairs; noise {NOISE**2:.2f}")
+    table = Table(
+        "method", *tasks, title=f"squared error in the last quarter of {pairs} pairs; noise {NOISE**2:.2f}"
+    )
     for name in ("ridge regression", *mixers):
         table.add_row(name, *(f"{row['error']:.3f}" for row in rows if row["mixer"] == name))
     Console().print(table)
