@@ -88,8 +88,8 @@ def test_a_few_steps_teach_recall() -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        untrained, *_ = mqar.train("lla", 16, 2, 32, 1, 32, 1e-2, "cpu")  # type: ignore[attr-defined]
-        trained, *_ = mqar.train("lla", 16, 2, 32, 150, 32, 1e-2, "cpu")  # type: ignore[attr-defined]
+        untrained, *_ = mqar.train("lla", 16, 2, 64, 1, 32, 1e-2, "cpu")  # type: ignore[attr-defined]
+        trained, *_ = mqar.train("lla", 16, 2, 64, 250, 32, 1e-2, "cpu")  # type: ignore[attr-defined]
     finally:
         torch.set_num_threads(threads)
     assert untrained < 0.05
