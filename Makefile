@@ -22,7 +22,7 @@ STAMPS := build/stamps
 BUILT := $(STAMPS)/build$(subst /,-,$(VENV))$(NEARFIELD_CUDA)$(subst ;,-,$(NEARFIELD_CUDA_ARCHS))$(subst ;,-,$(NEARFIELD_FAMILIES))
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cuh csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.def \
                   include/nearfield/*.h include/nearfield/*.cuh)
-PYTHON_FILES := $(shell find python tests bench setup.py -name '*.py' -o -name '*.pyi' 2>/dev/null)
+PYTHON_FILES := $(shell find python tests bench examples setup.py -name '*.py' -o -name '*.pyi' 2>/dev/null)
 
 test: lint build
 	python -m pytest $(ARGS)

@@ -1,6 +1,6 @@
 """nearfield: neighborhood attention, the delta rule and local linear attention for PyTorch."""
 
-from nearfield import _runtime, delta, gna, lla
+from nearfield import _runtime, delta, gna, lla, nn
 from nearfield.delta import delta_rule, delta_rule_step
 from nearfield.gna import merge_attentions, neighborhood_attention
 from nearfield.lla import local_linear_attention, local_linear_attention_step, probe_attention
@@ -17,6 +17,7 @@ __all__ = [
     "local_linear_attention_step",
     "merge_attentions",
     "neighborhood_attention",
+    "nn",
     "probe_attention",
 ]
 
