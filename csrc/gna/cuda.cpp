@@ -1,4 +1,5 @@
-// nearfield::gna_fwd on CUDA: picks the kernel instance, plans the tiles, splits what one launch cannot do.
+// nearfield::gna_fwd and gna_bwd on CUDA: chooses the backend and its kernel instance, plans the tiles,
+// splits what one launch cannot do.
 #ifdef NEARFIELD_WITH_CUDA
 #include "nearfield_build.h"
 #endif
@@ -8,6 +9,7 @@
 #include <mutex>
 
 #include "gna/checks.h"
+#include "gna/sm80.h"
 #include "gna/sm90.h"
 #include "gna/tiles.h"
 #include "nearfield/device.h"
@@ -35,6 +37,7 @@ const std::vector<Instance<FwdSm90Args>> kForward = {
 #define USE_bwd_sm90(element, dim)
 #define USE_bwd_dq_sm90(element, dim)
 #define USE_bwd_ends_sm80(element)
+#define USE_portable_sm80(element, dim)
 #include "gna/instances.def"
 #undef USE_fwd_sm90
 #undef USE_bwd_sm90
@@ -56,34 +59,126 @@ const std::vector<Instance<BwdSm90Args>> kQueryGradient = {
 #include "gna/instances.def"
 #endif
 };
-#undef INSTANCE
 #undef ENTRY
 
+// The portable kernels, for every architecture of the build.
+struct PortableInstance {
+  ScalarType dtype;
+  int head_dim;
+  int (*fwd)(const FwdSm90Args&, void*);
+  int (*bwd_dq)(const BwdSm90Args&, void*);
+  int (*bwd_dkv)(const BwdSm90Args&, void*);
+};
+template <class Element>
+constexpr ScalarType kDtype = std::is_same_v<Element, bf16>   ? ScalarType::BFloat16
+                              : std::is_same_v<Element, fp16> ? ScalarType::Half
+                                                              : ScalarType::Float;
+const std::vector<PortableInstance> kPortable = {
+#undef USE_fwd_sm90
+#undef USE_bwd_sm90
+#undef USE_bwd_dq_sm90
+#undef USE_bwd_ends_sm80
+#undef USE_portable_sm80
+#define USE_fwd_sm90(element, dim)
+#define USE_bwd_sm90(element, dim)
+#define USE_bwd_dq_sm90(element, dim)
+#define USE_bwd_ends_sm80(element)
+#define USE_portable_sm80(element, dim)                                                           \
+  {kDtype<element>, dim, &portable_sm80<element, dim>::fwd, &portable_sm80<element, dim>::bwd_dq, \
+   &portable_sm80<element, dim>::bwd_dkv},
+#include "gna/instances.def"
+};
+#undef INSTANCE
+
+int64_t largest_head_dim(const Problem& p) { return std::max(p.dim, p.dim_v); }
+
 template <class Args>
-const Instance<Args>& pick(const char* op, const std::vector<Instance<Args>>& instances, const Tensor& q,
-                           const Problem& p) {
-  const auto dtype = q.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, op, ": q has dtype ",
-                  torch::headeronly::toString(dtype), "; supported on CUDA: bfloat16, float16");
-  const int64_t dim = std::max(p.dim, p.dim_v);
+const Instance<Args>* find(const std::vector<Instance<Args>>& instances, ScalarType dtype, int64_t dim) {
   const Instance<Args>* best = nullptr;
-  std::ostringstream built;
   for (const auto& i : instances) {
-    if (i.bf16 != (dtype == ScalarType::BFloat16)) continue;
-    built << (built.tellp() ? ", " : "") << i.head_dim;
-    if (i.head_dim >= dim && (best == nullptr || i.head_dim < best->head_dim)) best = &i;
+    if (i.bf16 == (dtype == ScalarType::BFloat16) && i.head_dim >= dim &&
+        (best == nullptr || i.head_dim < best->head_dim)) {
+      best = &i;
+    }
   }
-  STD_TORCH_CHECK(best != nullptr && p.dim % 8 == 0 && p.dim_v % 8 == 0, op, ": head dims ", p.dim,
-                  " of q and k and ", p.dim_v,
-                  " of v; supported on CUDA: multiples of 8 up to the largest built, of ", built.str());
+  return best;
+}
+
+// ---- Backends ----
+
+// Why the Hopper kernels of an operator do not serve a problem; empty if they do.
+template <class Args>
+std::string hopper_refuses(const std::vector<Instance<Args>>& instances, int capability, ScalarType dtype,
+                           int64_t dim, int64_t dim_v) {
+  std::ostringstream why;
+  if (capability != 90 || instances.empty()) {
+    why << "the GPU has compute capability " << capability / 10 << "." << capability % 10
+        << ", the Hopper kernels need 9.0 and a build for 90a (this one is for " << NEARFIELD_CUDA_ARCHS
+        << ")";
+  } else if (dtype != ScalarType::BFloat16 && dtype != ScalarType::Half) {
+    why << "q has dtype " << torch::headeronly::toString(dtype)
+        << ", the Hopper kernels take bfloat16 and float16";
+  } else if (dim % 8 != 0 || dim_v % 8 != 0 || find(instances, dtype, std::max(dim, dim_v)) == nullptr) {
+    int largest = 0;
+    for (const auto& i : instances) largest = std::max(largest, i.head_dim);
+    why << "the head dims are " << dim << " of q and k and " << dim_v
+        << " of v, the Hopper kernels take multiples of 8 up to " << largest;
+  }
+  return why.str();
+}
+
+// True where code for one of the build's architectures runs: "80" on 8.0 to 8.9, "90a" on 9.0 only.
+bool is_built_for(int capability) {
+  std::istringstream archs(NEARFIELD_CUDA_ARCHS);
+  for (std::string arch; std::getline(archs, arch, ';');) {
+    const int number = std::stoi(arch);
+    const bool only = arch.back() < '0' || arch.back() > '9';
+    if (only ? number == capability : number / 10 == capability / 10 && number <= capability) return true;
+  }
+  return false;
+}
+
+const PortableInstance& pick_portable(const char* op, const Tensor& q, const Problem& p) {
+  const int capability = device_info(q.get_device_index()).capability;
+  STD_TORCH_CHECK(is_built_for(capability), op, ": the GPU has compute capability ", capability / 10, ".",
+                  capability % 10, "; this build is for ", NEARFIELD_CUDA_ARCHS);
+  const auto dtype = q.scalar_type();
+  const PortableInstance* best = nullptr;
+  int largest = 0;
+  for (const auto& i : kPortable) {
+    if (i.dtype != dtype) continue;
+    largest = std::max(largest, i.head_dim);
+    if (i.head_dim >= largest_head_dim(p) && (best == nullptr || i.head_dim < best->head_dim)) best = &i;
+  }
+  STD_TORCH_CHECK(largest > 0, op, ": q has dtype ", torch::headeronly::toString(dtype),
+                  "; supported on CUDA: bfloat16, float16, float32");
+  STD_TORCH_CHECK(best != nullptr, op, ": head dims ", p.dim, " of q and k and ", p.dim_v,
+                  " of v; supported on CUDA: up to ", largest);
   return *best;
 }
 
-void check_capability(const char* op, const Tensor& q) {
-  const DeviceInfo device = device_info(q.get_device_index());
-  STD_TORCH_CHECK(device.capability == 90, op, ": the GPU has compute capability ", device.capability / 10,
-                  ".", device.capability % 10, "; this build (", NEARFIELD_CUDA_ARCHS,
-                  ") has kernels for 9.0 (Hopper)");
+using Backend = std::optional<std::string>;
+
+// True: the Hopper kernels run. False: the portable ones.
+template <class Args>
+bool choose_hopper(const char* op, const Backend& backend, const std::vector<Instance<Args>>& instances,
+                   const Tensor& q, const Problem& p) {
+  if (backend && *backend == "portable") return false;
+  STD_TORCH_CHECK(!backend || *backend == "hopper", op, ": backend is \"", *backend,
+                  "\"; known: \"hopper\", \"portable\"");
+  const std::string why = hopper_refuses(instances, device_info(q.get_device_index()).capability,
+                                         q.scalar_type(), p.dim, p.dim_v);
+  STD_TORCH_CHECK(!backend || why.empty(), op, ": backend \"hopper\" was asked for, but ", why);
+  return why.empty();
+}
+
+// For Python, which tells the user once: why a Hopper GPU leaves its own kernels aside, in the forward or in
+// the backward. Empty if it does not, or if the GPU is another.
+std::string slower_because(int64_t device, ScalarType dtype, int64_t dim, int64_t dim_v) {
+  const int capability = device_info(static_cast<int>(device)).capability;
+  if (capability != 90) return "";
+  const std::string why = hopper_refuses(kForward, capability, dtype, dim, dim_v);
+  return why.empty() ? hopper_refuses(kBackward, capability, dtype, dim, dim_v) : why;
 }
 
 // ---- Tile plan ----
@@ -120,6 +215,17 @@ Boxes plan(const Problem& p, int block_m, int block_n, Direction direction) {
   return known[key] = boxes;
 }
 
+// Portable kernels place every row by itself, so dilation limits no box; all groups use the boxes of the
+// longest.
+Boxes plan_portable(Problem p, const PortableTile& tile, Direction direction) {
+  for (int d = 0; d < 3; ++d) {
+    p.size[d] = group_length(p.size[d], p.dilation[d], 0);
+    p.dilation[d] = 1;
+  }
+  return direction == Direction::kForward ? plan(p, tile.kStaying, tile.kMoving, direction)
+                                          : plan(p, tile.kMoving, tile.kStaying, direction);
+}
+
 // ---- Tensors ----
 
 // The tensor itself if the copy engine can read it: contiguous features, 16-byte aligned start and strides.
@@ -132,6 +238,8 @@ Tensor loadable(const Tensor& t) {
   Tensor copy = torch::stable::new_empty(t, shape_of(t));
   return torch::stable::copy_(copy, t);
 }
+
+int element_bytes(const Tensor& t) { return t.scalar_type() == ScalarType::Float ? 4 : 2; }
 
 template <class T>
 Tokens<const void> untyped(const Tokens<T>& t) {
@@ -181,14 +289,14 @@ void for_each_launch(const Args& args, int d, const Run& run) {
 
 std::tuple<Tensor, Tensor> fwd_cuda(Tensor q, Tensor k, Tensor v, OptionalTensor additional_k,
                                     OptionalTensor additional_v, Ints kernel_size, Ints stride, Ints dilation,
-                                    Ints is_causal, double scale) {
+                                    Ints is_causal, double scale, Backend backend) {
   const char* op = "gna_fwd";
   const Problem p =
       check_problem(op, q, k, v, additional_k, additional_v, kernel_size, stride, dilation, is_causal);
   torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
-  check_capability(op, q);
   STD_TORCH_CHECK(scale > 0, op, ": scale is ", scale, ", expected a positive number on CUDA");
-  const Instance<FwdSm90Args>& instance = pick(op, kForward, q, p);
+  const bool hopper = choose_hopper(op, backend, kForward, q, p);
+  const PortableInstance* portable = hopper ? nullptr : &pick_portable(op, q, p);
 
   auto shape = shape_of(q);
   shape.back() = p.dim_v;
@@ -197,7 +305,8 @@ std::tuple<Tensor, Tensor> fwd_cuda(Tensor q, Tensor k, Tensor v, OptionalTensor
   Tensor lse = torch::stable::new_empty(q, shape, ScalarType::Float);
   if (lse.numel() == 0) return {out, lse};
 
-  q = loadable(q), k = loadable(k), v = loadable(v);
+  const auto input = hopper ? loadable : readable;
+  q = input(q), k = input(k), v = input(v);
   FwdSm90Args args{};
   args.problem = p;
   args.scale = static_cast<float>(scale);
@@ -205,7 +314,7 @@ std::tuple<Tensor, Tensor> fwd_cuda(Tensor q, Tensor k, Tensor v, OptionalTensor
   args.k = untyped(tokens_of<const char>(k, p.rank));
   args.v = untyped(tokens_of<const char>(v, p.rank));
   if (p.additional > 0) {
-    additional_k = loadable(*additional_k), additional_v = loadable(*additional_v);
+    additional_k = input(*additional_k), additional_v = input(*additional_v);
     args.add_k = untyped(tokens_of<const char>(*additional_k, 1));
     args.add_v = untyped(tokens_of<const char>(*additional_v, 1));
   }
@@ -216,34 +325,40 @@ std::tuple<Tensor, Tensor> fwd_cuda(Tensor q, Tensor k, Tensor v, OptionalTensor
   args.num_sms = device_info(q.get_device_index()).num_sms;
   void* stream = current_stream(q);
 
-  const FwdTile tile = fwd_tile(instance.head_dim);
-  for_each_launch(args, 0, [&](FwdSm90Args launch) {
-    const Boxes boxes = plan(launch.problem, tile.kBlockM, tile.kBlockN, Direction::kForward);
+  const auto run = [&](FwdSm90Args launch, const Boxes& boxes, auto* kernel) {
     launch.q_box = boxes.q;
     launch.kv_box = boxes.kv;
-    const int error = instance.run(launch, stream);
+    const int error = kernel(launch, stream);
     STD_TORCH_CHECK(error == 0, op, ": ", cuda_error_string(error));
+  };
+  if (!hopper) {
+    const PortableTile tile = portable_fwd_tile(portable->head_dim, element_bytes(q));
+    run(args, plan_portable(p, tile, Direction::kForward), portable->fwd);
+    return {out, lse};
+  }
+  const Instance<FwdSm90Args>& instance = *find(kForward, q.scalar_type(), largest_head_dim(p));
+  const FwdTile tile = fwd_tile(instance.head_dim);
+  for_each_launch(args, 0, [&](const FwdSm90Args& launch) {
+    run(launch, plan(launch.problem, tile.kBlockM, tile.kBlockN, Direction::kForward), instance.run);
   });
   return {out, lse};
 }
 
 // ---- Backward ----
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cuda(Tensor dout, OptionalTensor dlse, Tensor q,
-                                                            Tensor k, Tensor v, Tensor out, Tensor lse,
-                                                            OptionalTensor additional_k,
-                                                            OptionalTensor additional_v, Ints kernel_size,
-                                                            Ints stride, Ints dilation, Ints is_causal,
-                                                            double scale, bool deterministic) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cuda(
+    Tensor dout, OptionalTensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
+    OptionalTensor additional_k, OptionalTensor additional_v, Ints kernel_size, Ints stride, Ints dilation,
+    Ints is_causal, double scale, bool deterministic, Backend backend) {
   const char* op = "gna_bwd";
   const Problem p =
       check_problem(op, q, k, v, additional_k, additional_v, kernel_size, stride, dilation, is_causal);
   check_gradients(op, p, q, dout, dlse, out, lse);
   torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
-  check_capability(op, q);
   STD_TORCH_CHECK(scale > 0, op, ": scale is ", scale, ", expected a positive number on CUDA");
-  const Instance<BwdSm90Args>& instance = pick(op, kBackward, q, p);
-  const Instance<BwdSm90Args>& query_gradient = pick(op, kQueryGradient, q, p);
+  const bool hopper = choose_hopper(op, backend, kBackward, q, p);
+  const PortableInstance* portable = hopper ? nullptr : &pick_portable(op, q, p);
+  deterministic |= !hopper;  // the portable kernels always are
   const bool with_additional = p.additional > 0;
 
   Tensor dq = torch::stable::new_empty(q, shape_of(q)), dk = torch::stable::new_empty(q, shape_of(k));
@@ -254,16 +369,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cuda(Tensor dout, Optiona
 
   void* stream = current_stream(q);
   const bool is_bf16 = q.scalar_type() == ScalarType::BFloat16;
+  const bool is_fp32 = q.scalar_type() == ScalarType::Float;
   const auto check = [&](int error) { STD_TORCH_CHECK(error == 0, op, ": ", cuda_error_string(error)); };
 
-  q = loadable(q), k = loadable(k), v = loadable(v);
-  dout = loadable(torch::stable::contiguous(dout));
+  const auto input = hopper ? loadable : readable;
+  q = input(q), k = input(k), v = input(v);
+  dout = input(torch::stable::contiguous(dout));
   lse = torch::stable::contiguous(lse);
   if (defined(dlse)) dlse = torch::stable::contiguous(*dlse);
   std::vector<int64_t> stats_shape = shape_of(lse);
   stats_shape.push_back(2);
   Tensor stats = torch::stable::new_empty(q, stats_shape, ScalarType::Float);
-  check((is_bf16 ? bwd_ends_sm80<bf16>::prepare : bwd_ends_sm80<fp16>::prepare)(
+  check((is_bf16   ? bwd_ends_sm80<bf16>::prepare
+         : is_fp32 ? bwd_ends_sm80<fp32>::prepare
+                   : bwd_ends_sm80<fp16>::prepare)(
       dout.data_ptr(), out.data_ptr(), static_cast<const float*>(lse.data_ptr()),
       defined(dlse) ? static_cast<const float*>(dlse->data_ptr()) : nullptr,
       static_cast<RowStats*>(stats.data_ptr()), lse.numel(), p.dim_v, stream));
@@ -284,7 +403,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cuda(Tensor dout, Optiona
   args.next_work = static_cast<int*>(next_work.data_ptr());
   args.num_sms = device_info(q.get_device_index()).num_sms;
   if (with_additional) {
-    additional_k = loadable(*additional_k), additional_v = loadable(*additional_v);
+    additional_k = input(*additional_k), additional_v = input(*additional_v);
     args.add_k = untyped(tokens_of<const char>(*additional_k, 1));
     args.add_v = untyped(tokens_of<const char>(*additional_v, 1));
   }
@@ -299,12 +418,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cuda(Tensor dout, Optiona
     check((is_bf16 ? bwd_ends_sm80<bf16>::finish : bwd_ends_sm80<fp16>::finish)(
         launch.problem, launch.scale, launch.dq, launch.dq_out, accumulate, stream));
   };
-  const auto run = [&](const Instance<BwdSm90Args>& kernel, BwdSm90Args launch, int block_m, int block_n,
-                       Direction direction) {
-    const Boxes boxes = plan(launch.problem, block_m, block_n, direction);
+  const auto run_in = [&](BwdSm90Args launch, const Boxes& boxes, int (*kernel)(const BwdSm90Args&, void*)) {
     launch.q_box = boxes.q;
     launch.kv_box = boxes.kv;
-    check(kernel.run(launch, stream));
+    check(kernel(launch, stream));
+  };
+  const auto run = [&](const Instance<BwdSm90Args>& kernel, const BwdSm90Args& launch, int block_m,
+                       int block_n, Direction direction) {
+    run_in(launch, plan(launch.problem, block_m, block_n, direction), kernel.run);
   };
 
   // The additional tokens as staying keys that the whole grid sees, without dilation.
@@ -319,6 +440,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cuda(Tensor dout, Optiona
     extra.dk = tokens_of<void>(add_dk, 1);
     extra.dv = tokens_of<void>(add_dv, 1);
   }
+  if (!hopper) {
+    const PortableTile tile = portable_bwd_tile(portable->head_dim, element_bytes(q));
+    run_in(args, plan_portable(p, tile, Direction::kForward), portable->bwd_dq);
+    run_in(args, plan_portable(p, tile, Direction::kBackward), portable->bwd_dkv);
+    if (with_additional) {
+      run_in(extra, plan_portable(extra.problem, tile, Direction::kBackward), portable->bwd_dkv);
+    }
+    return {dq, dk, dv, add_dk, add_dv};
+  }
+  const Instance<BwdSm90Args>& instance = *find(kBackward, q.scalar_type(), largest_head_dim(p));
+  const Instance<BwdSm90Args>& query_gradient = *find(kQueryGradient, q.scalar_type(), largest_head_dim(p));
   const BwdTile tile = bwd_tile(instance.head_dim);
   const FwdTile query_tile = dq_tile(query_gradient.head_dim);
   // One buffer takes both shares of dQ if its order, by dilation group, is the same for both.
@@ -347,5 +479,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cuda(Tensor dout, Optiona
 STABLE_TORCH_LIBRARY_IMPL(nearfield, CUDA, m) {
   m.impl("gna_fwd", TORCH_BOX(&nearfield::gna::fwd_cuda));
   m.impl("gna_bwd", TORCH_BOX(&nearfield::gna::bwd_cuda));
+}
+STABLE_TORCH_LIBRARY_FRAGMENT(nearfield, m) {
+  m.def("gna_slower_because(int device, ScalarType dtype, int dim, int dim_v) -> str");
+}
+STABLE_TORCH_LIBRARY_IMPL(nearfield, CompositeExplicitAutograd, m) {
+  m.impl("gna_slower_because", TORCH_BOX(&nearfield::gna::slower_because));
 }
 #endif

@@ -5,10 +5,15 @@
 namespace nearfield::gna {
 namespace {
 
+void check_no_backend(const char* op, const std::optional<std::string>& backend) {
+  STD_TORCH_CHECK(!backend, op, ": backend is \"", *backend, "\", but the CPU has one implementation: None");
+}
+
 std::tuple<Tensor, Tensor> fwd_cpu(Tensor q, Tensor k, Tensor v, OptionalTensor additional_k,
                                    OptionalTensor additional_v, Ints kernel_size, Ints stride, Ints dilation,
-                                   Ints is_causal, double scale) {
+                                   Ints is_causal, double scale, std::optional<std::string> backend) {
   const char* op = "gna_fwd";
+  check_no_backend(op, backend);
   const Problem p =
       check_problem(op, q, k, v, additional_k, additional_v, kernel_size, stride, dilation, is_causal);
   auto shape = shape_of(q);
@@ -37,13 +42,12 @@ std::tuple<Tensor, Tensor> fwd_cpu(Tensor q, Tensor k, Tensor v, OptionalTensor 
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cpu(Tensor dout, OptionalTensor dlse, Tensor q,
-                                                           Tensor k, Tensor v, Tensor out, Tensor lse,
-                                                           OptionalTensor additional_k,
-                                                           OptionalTensor additional_v, Ints kernel_size,
-                                                           Ints stride, Ints dilation, Ints is_causal,
-                                                           double scale, bool /*deterministic: always*/) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cpu(
+    Tensor dout, OptionalTensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
+    OptionalTensor additional_k, OptionalTensor additional_v, Ints kernel_size, Ints stride, Ints dilation,
+    Ints is_causal, double scale, bool /*deterministic: always*/, std::optional<std::string> backend) {
   const char* op = "gna_bwd";
+  check_no_backend(op, backend);
   const Problem p =
       check_problem(op, q, k, v, additional_k, additional_v, kernel_size, stride, dilation, is_causal);
   check_gradients(op, p, q, dout, dlse, out, lse);
@@ -96,11 +100,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cpu(Tensor dout, Optional
 STABLE_TORCH_LIBRARY_FRAGMENT(nearfield, m) {
   m.def(
       "gna_fwd(Tensor q, Tensor k, Tensor v, Tensor? additional_k, Tensor? additional_v, int[] kernel_size, "
-      "int[] stride, int[] dilation, int[] is_causal, float scale) -> (Tensor, Tensor)");
+      "int[] stride, int[] dilation, int[] is_causal, float scale, str? backend=None) -> (Tensor, Tensor)");
   m.def(
       "gna_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
       "Tensor? additional_k, Tensor? additional_v, int[] kernel_size, int[] stride, int[] dilation, "
-      "int[] is_causal, float scale, bool deterministic) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "int[] is_causal, float scale, bool deterministic, str? backend=None) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(nearfield, CPU, m) {

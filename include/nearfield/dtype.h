@@ -4,4 +4,5 @@
 namespace nearfield {
 struct bf16;
 struct fp16;
+struct fp32;
 }  // namespace nearfield
