@@ -27,12 +27,9 @@ __global__ void __launch_bounds__(Traits::kThreads)
   for_each_tile<Traits>(s, p, [&] {
     for (int feature = 0; feature < kD; feature += kFeatures) {
       Walk<Traits> walk(s, p);
-      bool more = s.plan.num_tiles > 0;
-      if (more) {
-        walk.template gather_moving<0>();
-        walk.template gather_moving<1>();
-        walk.gather_stats();
-      }
+      walk.template gather_moving<0>();
+      walk.template gather_moving<1>();
+      walk.gather_stats();
       Accumulator<kRowTiles, Traits::kMoving> scores, dprobs;
       Accumulator<kRowTiles, kFeatures> dk, dv;
       auto score_rows = scores.rows_cols();
@@ -40,7 +37,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
       auto dk_rows = dk.rows_cols();
       dk.clear();
       dv.clear();
-      while (more) {
+      for (bool more = true; more;) {
         wait_for_copies();
         scores.clear();
         multiply_transposed<kD>(scores, s.staying[0] + first_row * Traits::kRow, s.moving[0]);

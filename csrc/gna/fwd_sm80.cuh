@@ -38,8 +38,11 @@ __global__ void __launch_bounds__(Traits::kThreads)
       if (more) walk.template gather_moving<0>();
       float rescale[kRows];
       softmax.step(score_rows, rescale);
-      scale_rows(out_rows, rescale);
-      multiply<kD>(out, scores, s.moving[1]);  // O += P V
+      bool changed = false;
+      CUTE_UNROLL
+      for (int i = 0; i < kRows; ++i) changed |= rescale[i] != 1.f;
+      if (__any_sync(0xffffffffu, changed)) scale_rows(out_rows, rescale);  // rarely, after the first tiles
+      multiply<kD>(out, scores, s.moving[1]);                               // O += P V
     }
     float inverse[kRows], lse[kRows];
     softmax.finish(inverse, lse);

@@ -55,24 +55,29 @@ __device__ __forceinline__ int64_t offset_of(const Tokens<T>& t, int batch, int 
   return batch * t.batch + head * t.head + x[0] * t.x[0] + x[1] * t.x[1] + x[2] * t.x[2];
 }
 
+// A row of a block for one tensor; read as one 16-byte load.
+struct alignas(16) RowEntry {
+  int64_t offset;  // bytes
+  uint32_t coordinate;
+};
+
 template <int kRows, int kTensors>
 struct RowTable {
-  int64_t offset[kTensors][kRows];  // elements
-  uint32_t coordinate[kRows];
+  RowEntry entry[kTensors][kRows];
 
-  // `stride(t, d)` of tensor t in dimension d, `step` the dilation.
+  // `stride(t, d)`: bytes of tensor t in dimension d; `step`: the dilation.
   template <class Stride>
   __device__ void build(const Box& box, const int (&step)[3], const Stride& stride, int num_threads) {
     for (int r = threadIdx.x; r < kRows; r += num_threads) {
       const int outer = r / box.side[2];
       const int c[3] = {outer / box.side[1], outer % box.side[1], r % box.side[2]};
-      coordinate[r] = c[0] < box.side[0]
-                          ? static_cast<uint32_t>(c[0]) << 20 | static_cast<uint32_t>(c[1]) << 10 | c[2]
-                          : kNoToken;
+      const uint32_t coordinate =
+          c[0] < box.side[0] ? static_cast<uint32_t>(c[0]) << 20 | static_cast<uint32_t>(c[1]) << 10 | c[2]
+                             : kNoToken;
       for (int t = 0; t < kTensors; ++t) {
         int64_t at = 0;
         for (int d = 0; d < 3; ++d) at += static_cast<int64_t>(c[d]) * step[d] * stride(t, d);
-        offset[t][r] = at;
+        entry[t][r] = {at, coordinate};
       }
     }
   }
@@ -81,29 +86,31 @@ struct RowTable {
 // Starts the copy of a block of rows. Rows without a token and features beyond the operand's become zero.
 template <int kRows, int kHeadDim, int kThreads, class Element>
 __device__ __forceinline__ void gather(Element* to, const Operand<Element>& from, int64_t first,
-                                       const int64_t* offset, const uint32_t* coordinate, uint32_t limit) {
+                                       const RowEntry* row, uint32_t limit) {
   constexpr int kPiece = 16 / sizeof(Element), kPieces = kHeadDim / kPiece, kRowsAtOnce = kThreads / kPieces;
   static_assert(kRows % kRowsAtOnce == 0 && kThreads % kPieces == 0);
   const int column = threadIdx.x % kPieces * kPiece, first_row = threadIdx.x / kPieces;
-  const Element* source = from.tokens.data + first + column;
+  const char* source = reinterpret_cast<const char*>(from.tokens.data + first + column);
   to += first_row * kPaddedRow<Element, kHeadDim> + column;
+  row += first_row;
   if (from.aligned) {
     const bool exists = column < from.features;
 #pragma unroll
-    for (int i = 0; i < kRows / kRowsAtOnce; ++i) {
-      const int r = first_row + i * kRowsAtOnce;
+    for (int i = 0; i < kRows; i += kRowsAtOnce) {
+      const RowEntry entry = row[i];
       cute::SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<cute::uint128_t>::copy(
-          *reinterpret_cast<const cute::uint128_t*>(source + offset[r]),
-          *reinterpret_cast<cute::uint128_t*>(to + i * kRowsAtOnce * kPaddedRow<Element, kHeadDim>),
-          exists && is_inside(coordinate[r], limit));
+          *reinterpret_cast<const cute::uint128_t*>(source + entry.offset),
+          *reinterpret_cast<cute::uint128_t*>(to + i * kPaddedRow<Element, kHeadDim>),
+          exists && is_inside(entry.coordinate, limit));
     }
   } else {
-    for (int i = 0; i < kRows / kRowsAtOnce; ++i) {
-      const int r = first_row + i * kRowsAtOnce;
-      const bool inside = is_inside(coordinate[r], limit);
+#pragma unroll 1
+    for (int i = 0; i < kRows; i += kRowsAtOnce) {
+      const RowEntry entry = row[i];
+      const auto* elements = reinterpret_cast<const Element*>(source + entry.offset);
       for (int c = 0; c < kPiece; ++c) {
-        to[i * kRowsAtOnce * kPaddedRow<Element, kHeadDim> + c] =
-            inside && column + c < from.features ? source[offset[r] + c] : Element(0.f);
+        to[i * kPaddedRow<Element, kHeadDim> + c] =
+            column + c < from.features && is_inside(entry.coordinate, limit) ? elements[c] : Element(0.f);
       }
     }
   }
@@ -189,7 +196,7 @@ struct PortableTraits {
 };
 
 // The visited tiles of one staying tile, one after the other: its neighborhood (for keys once per query
-// head), then the additional tokens.
+// head), then the additional tokens. There is always one: every query sees a key, every key is seen.
 template <class Traits>
 class Walk {
   using Element = typename Traits::Element;
@@ -198,7 +205,7 @@ class Walk {
  public:
   __device__ __forceinline__ Walk(typename Traits::Storage& s, const typename Traits::Params& p)
       : s(s), p(p) {
-    if (s.plan.num_tiles > 0) locate();
+    locate();
   }
 
   // Moves on to the next tile; false behind the last.
@@ -225,16 +232,17 @@ class Walk {
     const bool line = line_first >= 0;
     gather<Traits::kMoving, Traits::kHeadDim, Traits::kThreads>(
         s.moving[t], line ? p.line[t] : p.moving[t], offset[t],
-        line ? s.line_rows.offset[t] : s.moving_rows.offset[t],
-        line ? s.line_rows.coordinate : s.moving_rows.coordinate, limit);
+        line ? s.line_rows.entry[t] : s.moving_rows.entry[t], limit);
   }
 
   // The same of the statistics of visited queries. Where there is no query, zeros: the mask hides them.
   __device__ __forceinline__ void gather_stats() const {
     for (int r = threadIdx.x; r < Traits::kMoving; r += Traits::kThreads) {
-      cute::SM80_CP_ASYNC_CACHEALWAYS_ZFILL<uint64_t>::copy(
-          *reinterpret_cast<const uint64_t*>(p.stats.data + offset[2] + s.moving_rows.offset[2][r]),
-          *reinterpret_cast<uint64_t*>(&s.stats[r]), is_inside(s.moving_rows.coordinate[r], limit));
+      const RowEntry entry = s.moving_rows.entry[2][r];
+      const auto* from = reinterpret_cast<const char*>(p.stats.data + offset[2]) + entry.offset;
+      cute::SM80_CP_ASYNC_CACHEALWAYS_ZFILL<uint64_t>::copy(*reinterpret_cast<const uint64_t*>(from),
+                                                            *reinterpret_cast<uint64_t*>(&s.stats[r]),
+                                                            is_inside(entry.coordinate, limit));
     }
   }
 
@@ -313,12 +321,15 @@ __device__ __forceinline__ void for_each_tile(typename Traits::Storage& s, const
   const bool line_stays = p.schedule.line > 0;
   s.mask.build(p.moving_box, threadIdx.x, kThreads);
   const auto stride_of = [](const auto& operands) {
-    return [&](int t, int d) { return operands[t].tokens.x[d]; };
+    return [&](int t, int d) { return operands[t].tokens.x[d] * int64_t{sizeof(typename Traits::Element)}; };
   };
   s.staying_rows.build(p.staying_box, p.problem.dilation, stride_of(p.staying), kThreads);
   s.moving_rows.build(
       p.moving_box, p.problem.dilation,
-      [&](int t, int d) { return t < 2 ? p.moving[t].tokens.x[d] : p.stats.x[d]; }, kThreads);
+      [&](int t, int d) {
+        return t < 2 ? stride_of(p.moving)(t, d) : p.stats.x[d] * int64_t{sizeof(RowStats)};
+      },
+      kThreads);
   s.line_rows.build(Box{{1, 1, Traits::kMoving}}, {1, 1, 1}, stride_of(p.line), kThreads);
 
   int work = blockIdx.x;
@@ -329,10 +340,7 @@ __device__ __forceinline__ void for_each_tile(typename Traits::Storage& s, const
       s.plan.template set_row<Traits::kDirection>(threadIdx.x, tile, p.problem, p.staying_box, tile.batch,
                                                   p.rows, line_stays);
     }
-    if (threadIdx.x == 0) {
-      s.plan.tile = tile;
-      s.plan.num_tiles = tile.num_visits();
-    }
+    if (threadIdx.x == 0) s.plan.tile = tile;
     __syncthreads();
     if (!tile.empty()) {
       int x[3], room[3];
@@ -343,7 +351,7 @@ __device__ __forceinline__ void for_each_tile(typename Traits::Storage& s, const
       for (int t = 0; t < Traits::kStayingTensors; ++t) {
         gather<Traits::kStaying, Traits::kHeadDim, kThreads>(
             s.staying[t], p.staying[t], offset_of(p.staying[t].tokens, tile.batch, tile.head, x),
-            s.staying_rows.offset[t], s.staying_rows.coordinate, limit_of(room));
+            s.staying_rows.entry[t], limit_of(room));
       }
       body();
     }
