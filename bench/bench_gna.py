@@ -14,6 +14,7 @@ from nearfield.gna.reference import visible_keys
 from rich.console import Console
 from rich.table import Table
 from timing import header, save, time_ms
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -53,6 +54,8 @@ CASES = [
     Case("Frame-causal", (30, 32, 32), 24, 128, (30, 32, 32), causal=VIDEO),
     Case("Dense T8192", (8192,), 16, 128, (8192,)),
     Case("Dense T8192 causal", (8192,), 16, 128, (8192,), causal=(True,)),
+    Case("Dense D256", (8192,), 8, 256, (8192,)),
+    Case("2-D D256", (128, 128), 8, 256, (32, 32)),
     Case("Dense D64", (128, 128), 16, 64, (128, 128)),
 ]  # fmt: skip
 
@@ -77,9 +80,20 @@ def bench(case: Case, backward: bool, dense: bool) -> dict[str, object]:
     def ours() -> object:
         return neighborhood_attention(q, k, v, case.window, **case.parameters)  # type: ignore[arg-type]
 
-    def cudnn(causal: bool = False) -> object:
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+    # Gradients of head dims above 128 are not in every cuDNN; then the row says so.
+    backend = SDPBackend.CUDNN_ATTENTION
+
+    def cudnn(causal: bool = False) -> Tensor:
+        with sdpa_kernel(backend):
             return scaled_dot_product_attention(*tokens, is_causal=causal)
+
+    if backward and dense and case.dim > 128:
+        tokens = [t.requires_grad_() for t in tokens]
+        try:
+            torch.autograd.grad(cudnn(), tokens, torch.ones_like(tokens[0]))
+        except RuntimeError:
+            backend = SDPBackend.FLASH_ATTENTION
+            row["case"] = f"{case.name} (beside FlashAttention-2)"
 
     n = torch.Size(case.size).numel()
     dense_flops = 4.0 * n * n * case.dim * case.heads * case.batch
