@@ -19,19 +19,19 @@ constexpr FwdTile fwd_tile(int head_dim) {
 }
 
 // The deterministic gradient of the queries: S and dP at once in registers, Q and dO in shared memory. 128 KB
-// at D = 128.
-constexpr FwdTile dq_tile(int /*head_dim*/) { return {128, 64, 2, false}; }
+// at D = 128, 192 KB at D = 256.
+constexpr FwdTile dq_tile(int head_dim) { return {128, 64, head_dim <= 128 ? 2 : 1, false}; }
 
 struct BwdTile {
   int kBlockM;  // queries of a visited tile
-  int kBlockN;  // keys that a CTA holds; 64 per consumer warpgroup
-  int kStages;  // Q and dO buffers each
+  int kBlockN;  // keys that a CTA holds
+  int kStages;  // Q buffers
 };
 
-// Registers decide: dK and dV take 2 * D / 2 a thread, S, dP and their rounded copies 96 at 64 queries. 176
-// KB at D = 128.
-constexpr BwdTile bwd_tile(int /*head_dim*/) { return {64, 128, 2}; }
-constexpr int kMaxBwdHeadDim = 128;
+// Registers decide. Up to D = 128 a warpgroup holds dK and dV of 64 keys: 2 * D / 2 a thread, and S, dP and
+// their rounded copies 96 at 64 queries (192 KB of shared memory at D = 128). Beyond, it holds half of the
+// features of the CTA's 64 keys: 128, and 64 of dQ (208 KB).
+constexpr BwdTile bwd_tile(int head_dim) { return {64, head_dim <= 128 ? 128 : 64, 2}; }
 
 // The portable kernels. A row is padded by 16 bytes; everything fits the 99 KB of the GPUs that have least,
 // and two CTAs an SM up to 256 bytes a row where there are 160 KB.
