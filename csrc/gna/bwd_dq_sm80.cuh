@@ -11,7 +11,7 @@ template <class Tag, int kHeadDim>
 using DqPortable = PortableTraits<Tag, kHeadDim, portable_bwd_tile, 2, Direction::kForward>;
 
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads)
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kTile.kCtas)
     bwd_dq_portable_kernel(const __grid_constant__ typename Traits::Params p) {
   extern __shared__ __align__(16) char shared[];
   auto& s = *reinterpret_cast<typename Traits::Storage*>(shared);

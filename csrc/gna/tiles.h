@@ -39,6 +39,7 @@ struct PortableTile {
   int kStaying;   // rows that a CTA holds: queries, or keys for their gradients
   int kMoving;    // rows of a visited tile
   int kRowTiles;  // staying rows of a warp, in 16s
+  int kCtas = 2;  // of an SM at once: bounds the registers
 };
 
 // 32 rows a warp halve the reads of shared memory per product; O then takes D registers a thread. float32
