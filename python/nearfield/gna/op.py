@@ -67,12 +67,9 @@ def neighborhood_attention(
             q, k, v, additional_keys, additional_values
         )
     _runtime.check_device(_OP, q, _DEVICES)
-    _runtime.check_same_dtype(
-        _OP, q=q, k=k, v=v, additional_keys=additional_keys, additional_values=additional_values
+    window, strides, dilations, causal = check_arguments(
+        q, k, v, additional_keys, additional_values, kernel_size, stride, dilation, is_causal
     )
-    _check_shapes(q, k, v, additional_keys, additional_values)
-    size = tuple(q.shape[1:-2])
-    window, strides, dilations, causal = _window_parameters(size, kernel_size, stride, dilation, is_causal)
     factor = _scale(scale, q)
     if factor <= 0 and q.is_cuda:
         # The CUDA kernels take a row's maximum before they scale, which needs a positive scale.
@@ -114,6 +111,18 @@ def merge_attentions(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple
     for weight, part in zip(weights[1:], outputs[1:], strict=True):
         out = out + weight[..., None] * part.to(dtype)
     return out.to(outputs[0].dtype), lse
+
+
+def check_arguments(
+    q: Tensor, k: Tensor, v: Tensor, additional_k: Tensor | None, additional_v: Tensor | None,
+    kernel_size: object, stride: object, dilation: object, is_causal: object,
+) -> tuple[list[int], list[int], list[int], list[int]]:  # fmt: skip
+    """The window parameters as lists with one entry per dimension, once everything fits together."""
+    _runtime.check_same_dtype(
+        _OP, q=q, k=k, v=v, additional_keys=additional_k, additional_values=additional_v
+    )
+    _check_shapes(q, k, v, additional_k, additional_v)
+    return _window_parameters(tuple(q.shape[1:-2]), kernel_size, stride, dilation, is_causal)
 
 
 def _scale(scale: float | None, q: Tensor) -> float:
