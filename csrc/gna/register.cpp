@@ -57,11 +57,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cpu(
   Tensor dv = torch::stable::new_empty(q, shape_of(v));
   Tensor add_dk = torch::stable::new_empty(q, with_additional ? shape_of(*additional_k) : Ints{0});
   Tensor add_dv = torch::stable::new_empty(q, with_additional ? shape_of(*additional_v) : Ints{0});
-  const int64_t chunks = with_additional ? additional_chunks(p) : 0;
+  const BwdWorkspace workspace = bwd_cpu_workspace(p);
   const auto stat = statistics_dtype(q);
   Tensor delta = torch::stable::new_empty(q, shape_of(lse), stat);
-  Tensor partial =
-      torch::stable::new_empty(q, {p.batch * p.heads_kv * chunks * p.additional * (p.dim + p.dim_v)}, stat);
+  Tensor partial = torch::stable::new_empty(q, {workspace.partial}, stat);
   dispatch_cpu_dtype(op, "q", q.scalar_type(), [&](auto element) {
     using T = decltype(element);
     using C = compute_t<T>;
@@ -87,7 +86,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cpu(
       params.add_dv = tokens_of<T>(add_dv, 1);
     }
     params.delta = tokens_of<C>(delta, p.rank, false);
-    params.chunks = chunks;
+    params.chunks = workspace.chunks;
     params.partial = static_cast<C*>(partial.data_ptr());
     run_bwd_cpu(params);
   });
@@ -106,6 +105,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(nearfield, m) {
       "Tensor? additional_k, Tensor? additional_v, int[] kernel_size, int[] stride, int[] dilation, "
       "int[] is_causal, float scale, bool deterministic, str? backend=None) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // What would run, as JSON. capability: 10 * major + minor of a GPU; 0: the CPU.
+  m.def(
+      "gna_plan(Tensor q, Tensor k, Tensor v, Tensor? additional_k, Tensor? additional_v, int[] kernel_size, "
+      "int[] stride, int[] dilation, int[] is_causal, int capability, bool backward, bool deterministic, "
+      "str? backend=None) -> str");
+  // Why a Hopper GPU leaves its own kernels aside; empty if it does not.
+  m.def("gna_slower_because(int capability, ScalarType dtype, int dim, int dim_v) -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(nearfield, CPU, m) {

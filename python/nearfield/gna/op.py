@@ -79,12 +79,9 @@ def neighborhood_attention(
             q, k, v, additional_keys, additional_values
         )
     _runtime.check_device(_OP, q, _DEVICES)
-    _runtime.check_same_dtype(
-        _OP, q=q, k=k, v=v, additional_keys=additional_keys, additional_values=additional_values
+    window, strides, dilations, causal = check_arguments(
+        q, k, v, additional_keys, additional_values, kernel_size, stride, dilation, is_causal
     )
-    _check_shapes(q, k, v, additional_keys, additional_values)
-    size = tuple(q.shape[1:-2])
-    window, strides, dilations, causal = _window_parameters(size, kernel_size, stride, dilation, is_causal)
     factor = _scale(scale, q)
     if factor <= 0 and q.is_cuda:
         # The CUDA kernels take a row's maximum before they scale, which needs a positive scale.
@@ -135,14 +132,27 @@ def _check_backend(backend: str | None, q: Tensor, v: Tensor) -> None:
             raise ValueError(f"{_OP}: backend is {backend!r}, expected one of {_BACKENDS} or None")
         if not q.is_cuda:
             raise ValueError(f"{_OP}: backend is {backend!r}, but q is on {q.device}; supported there: None")
-    elif q.is_cuda and not torch.compiler.is_compiling():
-        _warn_once_if_slower(q.device.index, q.dtype, q.shape[-1], v.shape[-1])
+    elif q.is_cuda and type(q) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling():
+        _warn_once_if_slower(q.device, q.dtype, q.shape[-1], v.shape[-1])
 
 
 @functools.cache
-def _warn_once_if_slower(device: int, dtype: torch.dtype, dim: int, dim_v: int) -> None:
-    if reason := torch.ops.nearfield.gna_slower_because(device, dtype, dim, dim_v):
+def _warn_once_if_slower(device: torch.device, dtype: torch.dtype, dim: int, dim_v: int) -> None:
+    major, minor = torch.cuda.get_device_capability(device)
+    if reason := torch.ops.nearfield.gna_slower_because(10 * major + minor, dtype, dim, dim_v):
         _log.warning("%s: %s; the portable kernels run instead", _OP, reason)
+
+
+def check_arguments(
+    q: Tensor, k: Tensor, v: Tensor, additional_k: Tensor | None, additional_v: Tensor | None,
+    kernel_size: object, stride: object, dilation: object, is_causal: object,
+) -> tuple[list[int], list[int], list[int], list[int]]:  # fmt: skip
+    """The window parameters as lists with one entry per dimension, once everything fits together."""
+    _runtime.check_same_dtype(
+        _OP, q=q, k=k, v=v, additional_keys=additional_k, additional_values=additional_v
+    )
+    _check_shapes(q, k, v, additional_k, additional_v)
+    return _window_parameters(tuple(q.shape[1:-2]), kernel_size, stride, dilation, is_causal)
 
 
 def _scale(scale: float | None, q: Tensor) -> float:
