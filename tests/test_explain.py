@@ -148,10 +148,9 @@ def test_workspace() -> None:
 @pytest.mark.parametrize(
     "q,architecture,words",
     [
-        (meta(1, 50, 2, 64), "sm_80", "compute capability 8.0"),
-        (meta(1, 50, 2, 64, dtype=torch.float32), "sm_90", "bfloat16, float16"),
-        (meta(1, 50, 2, 60), "sm_90", "multiples of 8"),
-        (meta(1, 50, 2, 264), "sm_90", "of 32, 64, 128, 256"),
+        (meta(1, 50, 2, 64), "sm_75", "compute capability 7.5"),
+        (meta(1, 50, 2, 64, dtype=torch.float64), "sm_90", "bfloat16, float16, float32"),
+        (meta(1, 50, 2, 264), "sm_90", "up to 256"),
     ],
 )  # fmt: skip
 @needs_kernels
@@ -162,6 +161,39 @@ def test_refusals_say_why(q: Tensor, architecture: str, words: str) -> None:
         assert words in refused.refused
         assert refused.launches == 0
     assert "refused: gna_fwd" in str(plan)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "q,because",
+    [
+        (meta(1, 50, 2, 64, dtype=torch.float32), "bfloat16, float16"),
+        (meta(1, 50, 2, 60), "multiples of 8"),
+    ],
+)
+def test_portable_kernels_serve_what_hoppers_own_do_not(q: Tensor, because: str) -> None:
+    plan, extra = ask(q, 5), q[:, :9]
+    assert because in plan.forward.because
+    assert because in plan.backward.because
+    assert "portable kernels: " in str(plan)
+    assert [s.kernel for s in plan.forward.steps] == ["fwd_sm80"]
+    assert [s.kernel for s in plan.backward.steps if s.visited] == ["bwd_dkv_sm80", "bwd_dq_sm80"]
+    assert ask(q, 5, backend="portable").forward.because is None
+    assert "was asked for, but" in ask(q, 5, backend="hopper").forward.refused
+    # The additional tokens stay in a launch of their own.
+    plan = ask(q, 5, additional_keys=extra, additional_values=extra)
+    assert sum(s.additional for s in plan.backward.steps) == 1
+
+
+@needs_kernels
+def test_portable_kernels_need_one_launch_for_any_dilation() -> None:
+    q = meta(1, 40, 50, 2, 64)
+    plan = ask(q, 3, dilation=9, backend="portable")
+    assert (plan.forward.launches, plan.backward.launches) == (1, 3)
+    assert plan.backward.workspace_bytes == 40 * 50 * 2 * 8 + 4
+    assert ask(q, 3, backend="portable").forward.steps[0].visited > 0
+    # Tiles are counted over all groups: at least one per group and query tile.
+    assert plan.forward.steps[0].visited >= 81
 
 
 def test_a_build_without_kernels_says_so() -> None:
