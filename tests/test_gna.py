@@ -839,3 +839,13 @@ def test_results_do_not_depend_on_threads_or_chance() -> None:
     for first, other in itertools.product(runs[:1], runs[1:]):
         for a, b in zip(first, other, strict=True):
             assert torch.equal(a, b)
+
+
+def test_backend_is_for_cuda() -> None:
+    q = torch.randn(1, 9, 1, 8)
+    with pytest.raises(ValueError, match="backend is 'fast', expected one of"):
+        neighborhood_attention(q, q, q, 3, backend="fast")
+    with pytest.raises(ValueError, match="backend is 'portable', but q is on cpu"):
+        neighborhood_attention(q, q, q, 3, backend="portable")
+    with pytest.raises(RuntimeError, match='backend is "portable", but the CPU has one implementation'):
+        torch.ops.nearfield.gna_fwd(q, q, q, None, None, [3], [1], [1], [0], 1.0, "portable")
