@@ -130,7 +130,7 @@ def extensions() -> list:
         include_dirs=[str(ROOT / "include"), str(ROOT / "csrc")],
         py_limited_api=True,
         extra_compile_args={"cxx": [
-            "-O3", "-std=c++17", "-fvisibility=hidden", "-fno-math-errno", "-Wno-psabi", f"-ffile-prefix-map={ROOT}/=",
+            "-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-fno-math-errno", "-Wno-psabi", f"-ffile-prefix-map={ROOT}/=",
             f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", *(["-DNEARFIELD_WITH_CUDA"] if NVCC else []),
         ]},
         # --no-as-needed: the CUDA stream symbol is weak, so the linker would drop the library that has it.

@@ -1,6 +1,7 @@
-"""Neighborhood attention beside dense cuDNN attention of the same shape, measured in one run.
+"""Neighborhood attention beside dense attention of the same shape (cuDNN's, for the portable kernels
+FlashAttention-2, which uses the same instructions), measured in one run.
 
-python bench/bench_gna.py [--backward] [--only TEXT] [--save]
+python bench/bench_gna.py [--backward] [--only TEXT] [--backend hopper|portable] [--store]
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from nearfield.gna.reference import visible_keys
 from rich.console import Console
 from rich.table import Table
 from timing import header, save, time_ms
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -53,6 +55,8 @@ CASES = [
     Case("Frame-causal", (30, 32, 32), 24, 128, (30, 32, 32), causal=VIDEO),
     Case("Dense T8192", (8192,), 16, 128, (8192,)),
     Case("Dense T8192 causal", (8192,), 16, 128, (8192,), causal=(True,)),
+    Case("Dense D256", (8192,), 8, 256, (8192,)),
+    Case("2-D D256", (128, 128), 8, 256, (32, 32)),
     Case("Dense D64", (128, 128), 16, 64, (128, 128)),
 ]  # fmt: skip
 
@@ -68,18 +72,30 @@ def flop_bound(case: Case) -> float:
     return bound
 
 
-def bench(case: Case, backward: bool, dense: bool) -> dict[str, object]:
+def bench(case: Case, backward: bool, dense: bool, backend: str | None) -> dict[str, object]:
     shape = (case.batch, *case.size, case.heads, case.dim)
     q, k, v, dout = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(4))
     tokens = [t.flatten(1, -3).transpose(1, 2) for t in (q, k, v)]
     row: dict[str, object] = {"case": case.name}
 
     def ours() -> object:
-        return neighborhood_attention(q, k, v, case.window, **case.parameters)  # type: ignore[arg-type]
+        return neighborhood_attention(q, k, v, case.window, backend=backend, **case.parameters)  # type: ignore[arg-type]
 
-    def cudnn(causal: bool = False) -> object:
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+    peer, name = SDPBackend.CUDNN_ATTENTION, "cudnn"
+    if backend == "portable":
+        peer, name = SDPBackend.FLASH_ATTENTION, "flash"
+
+    def sdpa(causal: bool = False) -> Tensor:
+        with sdpa_kernel(peer):
             return scaled_dot_product_attention(*tokens, is_causal=causal)
+
+    # Gradients of head dims above 128 are not in every cuDNN; then the row says so.
+    if backward and dense and case.dim > 128:
+        tokens = [t.requires_grad_() for t in tokens]
+        try:
+            torch.autograd.grad(sdpa(), tokens, torch.ones_like(tokens[0]))
+        except RuntimeError:
+            peer, name = SDPBackend.FLASH_ATTENTION, "flash"
 
     n = torch.Size(case.size).numel()
     dense_flops = 4.0 * n * n * case.dim * case.heads * case.batch
@@ -89,8 +105,8 @@ def bench(case: Case, backward: bool, dense: bool) -> dict[str, object]:
     row["fwd_target_ms"] = case.target_fwd
     line_causal = case.causal == (True,) and case.window == case.size
     if dense:
-        row["cudnn_fwd_ms"] = time_ms(lambda: cudnn(line_causal), budget_ms=200)
-        row["fwd_speedup"] = row["cudnn_fwd_ms"] / row["fwd_ms"]  # type: ignore[operator]
+        row[f"{name}_fwd_ms"] = time_ms(lambda: sdpa(line_causal), budget_ms=200)
+        row["fwd_speedup"] = row[f"{name}_fwd_ms"] / row["fwd_ms"]  # type: ignore[operator]
         row["flop_bound"] = 1.0 if line_causal else bound
     if backward:
         leaves = [t.requires_grad_() for t in (q, k, v)]
@@ -100,11 +116,11 @@ def bench(case: Case, backward: bool, dense: bool) -> dict[str, object]:
         row["bwd_useful_tflops"] = 2.5 * dense_flops / bound / row["bwd_ms"] / 1e9  # type: ignore[operator]
         if dense:
             tokens = [t.requires_grad_() for t in tokens]
-            reference, grad = cudnn(line_causal), dout.flatten(1, -3).transpose(1, 2)
-            row["cudnn_bwd_ms"] = time_ms(
+            reference, grad = sdpa(line_causal), dout.flatten(1, -3).transpose(1, 2)
+            row[f"{name}_bwd_ms"] = time_ms(
                 lambda: torch.autograd.grad(reference, tokens, grad, retain_graph=True), budget_ms=200
             )
-            row["bwd_speedup"] = row["cudnn_bwd_ms"] / row["bwd_ms"]  # type: ignore[operator]
+            row["bwd_speedup"] = row[f"{name}_bwd_ms"] / row["bwd_ms"]  # type: ignore[operator]
     return row
 
 
@@ -117,17 +133,22 @@ def show(rows: list[dict[str, object]]) -> None:
 
 
 def main(
-    backward: bool = False, only: str = "", dense: bool = True, store: bool = False, commit: str = ""
+    backward: bool = False,
+    only: str = "",
+    dense: bool = True,
+    backend: str | None = None,
+    store: bool = False,
+    commit: str = "",
 ) -> None:
     print(header())
     rows = []
     for case in CASES:
         if only in case.name:
-            rows.append(bench(case, backward, dense))
+            rows.append(bench(case, backward, dense, backend))
             torch.cuda.empty_cache()
     show(rows)
     if store:
-        print(save("gna", rows, commit or None))
+        print(save("gna" if backend is None else f"gna-{backend}", rows, commit or None))
 
 
 if __name__ == "__main__":

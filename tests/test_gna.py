@@ -74,12 +74,12 @@ class Case:
             for shape in shapes
         ]
 
-    def run(self, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def run(self, inputs: list[Tensor], backend: str | None = None) -> tuple[Tensor, Tensor]:
         q, k, v, *additional = inputs
         extra = dict(zip(("additional_keys", "additional_values"), additional, strict=False))
         out = neighborhood_attention(
             q, k, v, self.window, stride=self.stride, dilation=self.dilation, is_causal=self.causal,
-            scale=self.scale, return_lse=True, **extra,
+            scale=self.scale, return_lse=True, backend=backend, **extra,
         )  # fmt: skip
         assert isinstance(out, tuple)
         return out
@@ -95,6 +95,25 @@ def run_with_grads(function: Any, inputs: list[Tensor], grads: list[Tensor]) -> 
     return [*outputs, *torch.autograd.grad(outputs, inputs, grads)]
 
 
+NAMES = ("out", "lse", "dq", "dk", "dv", "dadditional_k", "dadditional_v")
+
+
+def gradient_scale(
+    name: str, case: Case, wide: list[Tensor], truth: Tensor, lse: Tensor, dout: Tensor
+) -> float:
+    """What a gradient's rounding is measured against in float32 and float64.
+
+    dS = P (dP - delta) cancels, to zero for a single key: what counts is the size of the terms before that. P is
+    recomputed from the saved lse, whose rounding is eps |lse|. In 16 bits the yardstick covers both.
+    """
+    if dout.dtype in (torch.float16, torch.bfloat16) or name in ("out", "lse"):
+        return 0.0
+    q, k, v = (float(t.detach().abs().max()) for t in wide[:3])
+    terms = abs(case.used_scale) * max(q, k) * v * float(dout.double().abs().sum(-1).max())
+    size = terms if name in ("dq", "dk", "dadditional_k") else float(truth.detach().abs().max())
+    return size * max(1.0, float(lse.detach().abs().max()))
+
+
 def check(case: Case, dtype: torch.dtype, inputs: list[Tensor] | None = None) -> None:
     """out, lse and every gradient of one case against the float64 reference."""
     inputs = inputs or case.inputs(dtype)
@@ -107,16 +126,8 @@ def check(case: Case, dtype: torch.dtype, inputs: list[Tensor] | None = None) ->
     eager = run_with_grads(case.reference, inputs, [dout, dlse])
     assert got[0].dtype == dtype
     assert got[1].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    # dS = P (dP - delta) cancels, to zero for a single key: what counts is the size of the terms before that.
-    # P is recomputed from the saved lse, whose rounding is eps |lse|. In 16 bits the yardstick covers both.
-    narrow = dtype in (torch.float16, torch.bfloat16)
-    q, k, v = (float(t.detach().abs().max()) for t in wide[:3])
-    terms = abs(case.used_scale) * max(q, k) * v * float(dout.double().abs().sum(-1).max())
-    shift = float(truth[1].detach().abs().max())
-    names = ("out", "lse", "dq", "dk", "dv", "dadditional_k", "dadditional_v")
-    for name, g, t, e in zip(names, got, truth, eager, strict=False):
-        size = terms if name in ("dq", "dk", "dadditional_k") else float(t.detach().abs().max())
-        scale = 0.0 if narrow or name in ("out", "lse") else size * max(1.0, shift)
+    for name, g, t, e in zip(NAMES, got, truth, eager, strict=False):
+        scale = gradient_scale(name, case, wide, t, truth[1], dout)
         assert_accurate(f"{name} of {case} in {dtype}", g, t, e, scale=scale)
 
 
@@ -828,3 +839,13 @@ def test_results_do_not_depend_on_threads_or_chance() -> None:
     for first, other in itertools.product(runs[:1], runs[1:]):
         for a, b in zip(first, other, strict=True):
             assert torch.equal(a, b)
+
+
+def test_backend_is_for_cuda() -> None:
+    q = torch.randn(1, 9, 1, 8)
+    with pytest.raises(ValueError, match="backend is 'fast', expected one of"):
+        neighborhood_attention(q, q, q, 3, backend="fast")
+    with pytest.raises(ValueError, match="backend is 'portable', but q is on cpu"):
+        neighborhood_attention(q, q, q, 3, backend="portable")
+    with pytest.raises(RuntimeError, match='backend is "portable", but the CPU has one implementation'):
+        torch.ops.nearfield.gna_fwd(q, q, q, None, None, [3], [1], [1], [0], 1.0, "portable")

@@ -7,8 +7,9 @@
 #pragma once
 
 #include <cstdint>
+#include <cute/tensor.hpp>
 
-#include "gna/sm90.h"
+#include "gna/work.cuh"
 
 namespace nearfield::gna {
 
@@ -55,6 +56,20 @@ struct BoxMask {
     return word[first + hi][quad] & ~word[first + lo][quad];
   }
 };
+
+// The columns of this thread that a row sees in a visited tile: `sees` holds the row's interval per
+// dimension. Dimensions in which the tile is full drop out.
+template <int kBlockN>
+__device__ __forceinline__ uint32_t visible_columns(const BoxMask<kBlockN>& table, const Box& box,
+                                                    const MovingTile& tile, const Range* sees, int quad) {
+  uint32_t visible = table.columns(box, quad);
+#pragma unroll
+  for (int d = 0; d < 3; ++d) {
+    if (!(tile.tests & kTestDim0 << d)) continue;
+    visible &= table.interval(box, d, sees[d].begin - tile.first[d], sees[d].end - tile.first[d], quad);
+  }
+  return visible;
+}
 
 // Sets the logits of masked columns to -inf. `scores` is the (row, column) view of the accumulator.
 template <class Tensor>

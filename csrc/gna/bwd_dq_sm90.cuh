@@ -20,7 +20,8 @@ struct DqTraits : HeadTraits<Tag, kHeadDim_> {
   static constexpr int kConsumers = kBlockM / 64;
   static constexpr int kThreads = (kConsumers + 1) * 128;
   static constexpr int kConsumerWarps = kConsumers * 4;
-  static constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
+  static constexpr int kProducerRegisters = kHeadDim <= 128 ? 56 : 24;
+  static constexpr int kConsumerRegisters = kHeadDim <= 128 ? 224 : 240;
   static_assert(registers_fit(kProducerRegisters, kConsumerRegisters, kConsumers));
 
   using LayoutQ = decltype(tile_to_shape(AtomK{}, cute::Shape<Int<kBlockM>, Int<kHeadDim>>{}));

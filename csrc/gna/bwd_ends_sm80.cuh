@@ -11,20 +11,29 @@
 namespace nearfield::gna {
 
 template <class Tag>
-using end_element_t = std::conditional_t<std::is_same_v<Tag, bf16>, cutlass::bfloat16_t, cutlass::half_t>;
+using end_element_t =
+    std::conditional_t<std::is_same_v<Tag, bf16>, cutlass::bfloat16_t,
+                       std::conditional_t<std::is_same_v<Tag, fp16>, cutlass::half_t, float>>;
 
 constexpr int kEndThreads = 256;
-constexpr int kPiece = 8;  // 16-bit features in 16 bytes
+template <class Element>
+constexpr int kFeaturesOf16Bytes = 16 / sizeof(Element);
 
-// Eight threads a row, 16 bytes a load.
+// Eight threads a row, 16 bytes a load, or element by element where rows do not begin on 16 bytes.
 template <class Element>
 __global__ void prepare_kernel(const Element* dout, const Element* out, const float* lse, const float* dlse,
-                               RowStats* stats, int64_t rows, int dim_v) {
-  constexpr int kThreadsPerRow = 8;
+                               RowStats* stats, int64_t rows, int dim_v, bool aligned) {
+  constexpr int kThreadsPerRow = 8, kPiece = kFeaturesOf16Bytes<Element>;
   const int64_t row = (static_cast<int64_t>(blockIdx.x) * kEndThreads + threadIdx.x) / kThreadsPerRow;
   if (row >= rows) return;
   float sum = 0.f;
-  for (int c = threadIdx.x % kThreadsPerRow * kPiece; c < dim_v; c += kThreadsPerRow * kPiece) {
+  const int column = threadIdx.x % kThreadsPerRow;
+  if (!aligned) {
+    for (int c = column; c < dim_v; c += kThreadsPerRow) {
+      sum += static_cast<float>(dout[row * dim_v + c]) * static_cast<float>(out[row * dim_v + c]);
+    }
+  }
+  for (int c = column * kPiece; aligned && c < dim_v; c += kThreadsPerRow * kPiece) {
     const auto a = *reinterpret_cast<const cutlass::AlignedArray<Element, kPiece>*>(dout + row * dim_v + c);
     const auto b = *reinterpret_cast<const cutlass::AlignedArray<Element, kPiece>*>(out + row * dim_v + c);
 #pragma unroll
@@ -44,6 +53,7 @@ template <class Element>
 __global__ void finish_kernel(const __grid_constant__ Problem p, const __grid_constant__ DqBuffer from,
                               float scale, const float* buffer, const __grid_constant__ Tokens<void> dq,
                               bool accumulate) {
+  constexpr int kPiece = kFeaturesOf16Bytes<Element>;
   const int pieces = static_cast<int>(p.dim) / kPiece;
   int64_t rest = static_cast<int64_t>(blockIdx.x) * kEndThreads + threadIdx.x;
   const int piece = static_cast<int>(rest % pieces);
@@ -67,9 +77,7 @@ __global__ void finish_kernel(const __grid_constant__ Problem p, const __grid_co
 #pragma unroll
   for (int d = 0; d < 3; ++d) at = at * from.size[d] + index[d];
   at = at * p.dim + piece * kPiece;
-  const float4 low = *reinterpret_cast<const float4*>(buffer + at);
-  const float4 high = *reinterpret_cast<const float4*>(buffer + at + 4);
-  const float value[kPiece] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+  const auto value = *reinterpret_cast<const cutlass::AlignedArray<float, kPiece, 16>*>(buffer + at);
   auto* target = reinterpret_cast<cutlass::AlignedArray<Element, kPiece>*>(static_cast<Element*>(dq.data) +
                                                                            to + piece * kPiece);
   cutlass::AlignedArray<Element, kPiece> rounded;
@@ -89,16 +97,19 @@ template <class Tag>
 int bwd_ends_sm80<Tag>::prepare(const void* dout, const void* out, const float* lse, const float* dlse,
                                 RowStats* stats, int64_t rows, int64_t dim_v, void* stream) {
   using Element = end_element_t<Tag>;
+  const bool aligned = dim_v % kFeaturesOf16Bytes<Element> == 0 &&
+                       reinterpret_cast<uintptr_t>(dout) % 16 == 0 &&
+                       reinterpret_cast<uintptr_t>(out) % 16 == 0;
   prepare_kernel<Element><<<blocks_for(rows * 8), kEndThreads, 0, static_cast<cudaStream_t>(stream)>>>(
       static_cast<const Element*>(dout), static_cast<const Element*>(out), lse, dlse, stats, rows,
-      static_cast<int>(dim_v));
+      static_cast<int>(dim_v), aligned);
   return cudaGetLastError();
 }
 
 template <class Tag>
 int bwd_ends_sm80<Tag>::finish(const Problem& p, float scale, const float* buffer, const Tokens<void>& dq,
                                bool accumulate, void* stream) {
-  const int64_t pieces = p.batch * p.tokens() * p.heads * (p.dim / kPiece);
+  const int64_t pieces = p.batch * p.tokens() * p.heads * (p.dim / kFeaturesOf16Bytes<end_element_t<Tag>>);
   finish_kernel<end_element_t<Tag>>
       <<<blocks_for(pieces), kEndThreads, 0, static_cast<cudaStream_t>(stream)>>>(p, DqBuffer(p), scale,
                                                                                   buffer, dq, accumulate);

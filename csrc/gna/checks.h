@@ -111,10 +111,10 @@ inline void check_gradients(const char* op, const Problem& p, const Tensor& q, c
   }
 }
 
+inline bool is_readable(const Tensor& t) { return t.size(t.dim() - 1) == 1 || t.stride(t.dim() - 1) == 1; }
+
 // The tensor itself if its innermost stride is 1, else a contiguous copy.
-inline Tensor readable(const Tensor& t) {
-  return t.size(t.dim() - 1) == 1 || t.stride(t.dim() - 1) == 1 ? t : torch::stable::contiguous(t);
-}
+inline Tensor readable(const Tensor& t) { return is_readable(t) ? t : torch::stable::contiguous(t); }
 
 // Pointer and strides of [B, X.., H, features], or of a statistic [B, X.., H] (features = false).
 template <class T>

@@ -86,16 +86,6 @@ inline cudaError_t encode_tokens(CUtensorMap* map, TokenMap* fold, const Tokens<
   return encode_tma(map, d);
 }
 
-// A 3-D problem in split folding runs batch entry by batch entry.
-struct Launches {
-  int64_t count, batch;  // launches, and batch entries in each
-  Launches(const Problem& p, int head_dim) {
-    const bool alone = p.rank == 3 && p.batch > 1 && (p.dim != head_dim || p.dim_v != head_dim);
-    count = alone ? p.batch : 1;
-    batch = alone ? 1 : p.batch;
-  }
-};
-
 // encode_tokens for the token tensors of one launch.
 struct TokenEncoder {
   const Launches& launches;

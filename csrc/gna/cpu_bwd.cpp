@@ -301,9 +301,12 @@ void for_each_work(const Problem& p, Lanes lanes, int macro_tiles, F&& f) {
 
 }  // namespace
 
-int64_t additional_chunks(const Problem& p) {
+BwdWorkspace bwd_cpu_workspace(const Problem& p) {
+  const int64_t delta = p.batch * p.tokens() * p.heads;
+  if (p.additional == 0) return {delta, 0, 0};
   const int64_t tasks = std::max<int64_t>(1, p.batch * p.heads_kv);
-  return std::clamp<int64_t>(64 / tasks, 1, std::max<int64_t>(1, p.tokens() / 1024));
+  const int64_t chunks = std::clamp<int64_t>(64 / tasks, 1, std::max<int64_t>(1, p.tokens() / 1024));
+  return {delta, chunks, p.batch * p.heads_kv * chunks * p.additional * (p.dim + p.dim_v)};
 }
 
 template <class T, class C>

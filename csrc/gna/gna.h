@@ -68,9 +68,17 @@ struct BwdParams {
   C* partial;                 // scratch [B, Hkv, chunks, M, D + Dv]
 };
 
-// Parts in which the gradients of the additional tokens are summed. Depends on sizes only, never on the
-// number of threads, so that repeated runs agree bit by bit.
-int64_t additional_chunks(const Problem& problem);
+// Scratch of the CPU backward, in elements of the statistics' type.
+struct BwdWorkspace {
+  int64_t delta;
+  // Parts in which the gradients of the additional tokens are summed. They depend on sizes only, never on the
+  // number of threads, so that repeated runs agree bit by bit.
+  int64_t chunks;
+  int64_t partial;
+
+  int64_t elements() const { return delta + partial; }
+};
+BwdWorkspace bwd_cpu_workspace(const Problem& problem);
 
 template <class T, class C>
 void run_fwd_cpu(const FwdParams<T, C>& params);

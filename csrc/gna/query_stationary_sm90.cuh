@@ -65,11 +65,12 @@ __device__ void load(typename Traits::Storage& s, const QueryMaps& maps, const Q
       at.advance();
     };
 
-    // V of a tile is needed one step later than its K, so it is requested after the next K.
+    // In the forward V of a tile is needed one step later than its K, so it is requested after the next K.
+    constexpr int kLag = Traits::kWithDout ? 0 : 1;
     TileCounter counter;
     int x_v[3] = {0, 0, 0};
     allow_draw(s, num_tiles, num_tiles);
-    for (int n = 0; n <= num_tiles; ++n) {
+    for (int n = 0; n < num_tiles + kLag; ++n) {
       if (n > 0) allow_draw(s, num_tiles - n, num_tiles - n + 1);
       int x[3] = {0, 0, (n - window_tiles) * kN};
       if (n < num_tiles) s.ring_k.wait_empty(at_k);
@@ -91,16 +92,20 @@ __device__ void load(typename Traits::Storage& s, const QueryMaps& maps, const Q
         load_kv(s.ring_k, at_k, s.k, maps.add_k, p.fold_add_k, x, kN * kD * 2);
       }
       if (n == 0) load_q();
-      if (n > 0) {
+      const auto remember_v = [&] {
+#pragma unroll
+        for (int d = 0; d < 3; ++d) x_v[d] = x[d];
+      };
+      if (kLag == 0) remember_v();
+      if (n >= kLag) {
         s.ring_v.wait_empty(at_v);
-        if (n <= window_tiles) {
+        if (n - kLag < window_tiles) {
           load_kv(s.ring_v, at_v, s.v, maps.v, p.fold_v, x_v, kv_bytes);
         } else {
           load_kv(s.ring_v, at_v, s.v, maps.add_v, p.fold_add_v, x_v, kN * kD * 2);
         }
       }
-#pragma unroll
-      for (int d = 0; d < 3; ++d) x_v[d] = x[d];
+      if (kLag > 0) remember_v();
     }
   });
 }

@@ -5,10 +5,15 @@
 namespace nearfield::gna {
 namespace {
 
+void check_no_backend(const char* op, const std::optional<std::string>& backend) {
+  STD_TORCH_CHECK(!backend, op, ": backend is \"", *backend, "\", but the CPU has one implementation: None");
+}
+
 std::tuple<Tensor, Tensor> fwd_cpu(Tensor q, Tensor k, Tensor v, OptionalTensor additional_k,
                                    OptionalTensor additional_v, Ints kernel_size, Ints stride, Ints dilation,
-                                   Ints is_causal, double scale) {
+                                   Ints is_causal, double scale, std::optional<std::string> backend) {
   const char* op = "gna_fwd";
+  check_no_backend(op, backend);
   const Problem p =
       check_problem(op, q, k, v, additional_k, additional_v, kernel_size, stride, dilation, is_causal);
   auto shape = shape_of(q);
@@ -37,13 +42,12 @@ std::tuple<Tensor, Tensor> fwd_cpu(Tensor q, Tensor k, Tensor v, OptionalTensor 
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cpu(Tensor dout, OptionalTensor dlse, Tensor q,
-                                                           Tensor k, Tensor v, Tensor out, Tensor lse,
-                                                           OptionalTensor additional_k,
-                                                           OptionalTensor additional_v, Ints kernel_size,
-                                                           Ints stride, Ints dilation, Ints is_causal,
-                                                           double scale, bool /*deterministic: always*/) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cpu(
+    Tensor dout, OptionalTensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
+    OptionalTensor additional_k, OptionalTensor additional_v, Ints kernel_size, Ints stride, Ints dilation,
+    Ints is_causal, double scale, bool /*deterministic: always*/, std::optional<std::string> backend) {
   const char* op = "gna_bwd";
+  check_no_backend(op, backend);
   const Problem p =
       check_problem(op, q, k, v, additional_k, additional_v, kernel_size, stride, dilation, is_causal);
   check_gradients(op, p, q, dout, dlse, out, lse);
@@ -53,11 +57,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cpu(Tensor dout, Optional
   Tensor dv = torch::stable::new_empty(q, shape_of(v));
   Tensor add_dk = torch::stable::new_empty(q, with_additional ? shape_of(*additional_k) : Ints{0});
   Tensor add_dv = torch::stable::new_empty(q, with_additional ? shape_of(*additional_v) : Ints{0});
-  const int64_t chunks = with_additional ? additional_chunks(p) : 0;
+  const BwdWorkspace workspace = bwd_cpu_workspace(p);
   const auto stat = statistics_dtype(q);
   Tensor delta = torch::stable::new_empty(q, shape_of(lse), stat);
-  Tensor partial =
-      torch::stable::new_empty(q, {p.batch * p.heads_kv * chunks * p.additional * (p.dim + p.dim_v)}, stat);
+  Tensor partial = torch::stable::new_empty(q, {workspace.partial}, stat);
   dispatch_cpu_dtype(op, "q", q.scalar_type(), [&](auto element) {
     using T = decltype(element);
     using C = compute_t<T>;
@@ -83,7 +86,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cpu(Tensor dout, Optional
       params.add_dv = tokens_of<T>(add_dv, 1);
     }
     params.delta = tokens_of<C>(delta, p.rank, false);
-    params.chunks = chunks;
+    params.chunks = workspace.chunks;
     params.partial = static_cast<C*>(partial.data_ptr());
     run_bwd_cpu(params);
   });
@@ -96,11 +99,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cpu(Tensor dout, Optional
 STABLE_TORCH_LIBRARY_FRAGMENT(nearfield, m) {
   m.def(
       "gna_fwd(Tensor q, Tensor k, Tensor v, Tensor? additional_k, Tensor? additional_v, int[] kernel_size, "
-      "int[] stride, int[] dilation, int[] is_causal, float scale) -> (Tensor, Tensor)");
+      "int[] stride, int[] dilation, int[] is_causal, float scale, str? backend=None) -> (Tensor, Tensor)");
   m.def(
       "gna_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
       "Tensor? additional_k, Tensor? additional_v, int[] kernel_size, int[] stride, int[] dilation, "
-      "int[] is_causal, float scale, bool deterministic) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "int[] is_causal, float scale, bool deterministic, str? backend=None) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // What would run, as JSON. capability: 10 * major + minor of a GPU; 0: the CPU.
+  m.def(
+      "gna_plan(Tensor q, Tensor k, Tensor v, Tensor? additional_k, Tensor? additional_v, int[] kernel_size, "
+      "int[] stride, int[] dilation, int[] is_causal, int capability, bool backward, bool deterministic, "
+      "str? backend=None) -> str");
+  // Why a Hopper GPU leaves its own kernels aside; empty if it does not.
+  m.def("gna_slower_because(int capability, ScalarType dtype, int dim, int dim_v) -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(nearfield, CPU, m) {

@@ -12,6 +12,17 @@ struct Box {
   NEARFIELD_HOST_DEVICE int volume() const { return side[0] * side[1] * side[2]; }
 };
 
+// A 3-D problem whose head dim is not the compiled one runs batch entry by batch entry: the tensor map has no
+// mode left for the batch (copy_sm90.cuh).
+struct Launches {
+  int64_t count, batch;  // launches, and batch entries in each
+  Launches(const Problem& p, int head_dim) {
+    const bool alone = p.rank == 3 && p.batch > 1 && (p.dim != head_dim || p.dim_v != head_dim);
+    count = alone ? p.batch : 1;
+    batch = alone ? 1 : p.batch;
+  }
+};
+
 struct FwdSm90Args {
   Problem problem;
   float scale;                 // > 0: op.py folds other signs into q

@@ -14,12 +14,12 @@ __device__ __forceinline__ int fresh_lane() {
   return lane;
 }
 
-// Writes a warp's 16 rows of a (2, D) accumulator view to `out`, where row r is at row[r] * dim; row[r] < 0:
-// none.
-template <int kHeadDim, class Element, class TensorO>
-__device__ void store_rows(Element* staging, const TensorO& rO, const int64_t* row, Element* out,
-                           int64_t dim) {
-  constexpr int kPieces = kHeadDim / 8;  // of 16 bytes in a row
+// Writes a warp's 16 rows of a (2, kFeatures) accumulator view, whose columns begin at feature `first`, to
+// `out`, where row r is at row[r] * dim; row[r] < 0: none.
+template <int kFeatures, class Element, class TensorO>
+__device__ void store_rows(Element* staging, const TensorO& rO, const int64_t* row, Element* out, int64_t dim,
+                           int first = 0) {
+  constexpr int kPieces = kFeatures / 8;  // of 16 bytes in a row
   constexpr int kMask = kPieces < 8 ? kPieces - 1 : 7;
   const int lane = fresh_lane();
   uint32_t* words = reinterpret_cast<uint32_t*>(staging);
@@ -37,25 +37,26 @@ __device__ void store_rows(Element* staging, const TensorO& rO, const int64_t* r
   CUTE_UNROLL
   for (int n = 0; n < 16 * kPieces / 32; ++n) {
     const int r = (n * 32 + lane) / kPieces, piece = (n * 32 + lane) % kPieces;
-    if (row[r] >= 0 && piece * 8 < dim) {
-      *reinterpret_cast<uint4*>(out + row[r] * dim + piece * 8) =
+    if (row[r] >= 0 && first + piece * 8 < dim) {
+      *reinterpret_cast<uint4*>(out + row[r] * dim + first + piece * 8) =
           *reinterpret_cast<const uint4*>(words + (r * kPieces + (piece ^ (r & kMask))) * 4);
     }
   }
   __syncwarp();
 }
 
-// Writes a warp's 16 rows of a 16-bit (keys, 64 queries) operand, held in accumulator order, as rows of 128
-// bytes in the 128-byte swizzle: the layout of a left operand whose rows are the queries.
-template <class Element, class TensorA>
-__device__ __forceinline__ void store_transposed(Element* smem, const TensorA& rA, int warp) {
+// Writes a warp's 16 rows of a 16-bit (keys, kQueries) operand, held in accumulator order, as rows of 128
+// bytes in the 128-byte swizzle, from query `first` on. With 64 queries in a row that is the layout of a left
+// operand whose rows are the keys, and, read the other way, of one whose rows are the queries.
+template <int kQueries, class Element, class TensorA>
+__device__ __forceinline__ void store_transposed(Element* smem, const TensorA& rA, int warp, int first) {
   const int lane = fresh_lane();
   const uint32_t* words =
       reinterpret_cast<const uint32_t*>(rA.data());  // word 2 j + i: rows 8 i.., columns 8 j..
   const int row = warp * 16 + lane / 8 % 2 * 8 + lane % 8;
   CUTE_UNROLL
-  for (int j = 0; j < 8; j += 2) {
-    const int piece = j + lane / 16;
+  for (int j = 0; j < kQueries / 8; j += 2) {
+    const int piece = first / 8 + j + lane / 16;
     cute::SM90_U32x4_STSM_N::copy(
         words[2 * j], words[2 * j + 1], words[2 * j + 2], words[2 * j + 3],
         *reinterpret_cast<cute::uint128_t*>(smem + row * 64 + (piece ^ (row & 7)) * 8));

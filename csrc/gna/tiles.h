@@ -1,4 +1,4 @@
-// Block sizes of the Hopper kernels: plain integers, one row per head dimension. The shape of a block on the
+// Block sizes of the kernels: plain integers, one row per head dimension. The shape of a block on the
 // token grid (say 2x8x8 of 128) is chosen at run time; only its size is compiled in.
 #pragma once
 
@@ -19,18 +19,46 @@ constexpr FwdTile fwd_tile(int head_dim) {
 }
 
 // The deterministic gradient of the queries: S and dP at once in registers, Q and dO in shared memory. 128 KB
-// at D = 128.
-constexpr FwdTile dq_tile(int /*head_dim*/) { return {128, 64, 2, false}; }
+// at D = 128, 192 KB at D = 256.
+constexpr FwdTile dq_tile(int head_dim) { return {128, 64, head_dim <= 128 ? 2 : 1, false}; }
 
 struct BwdTile {
   int kBlockM;  // queries of a visited tile
-  int kBlockN;  // keys that a CTA holds; 64 per consumer warpgroup
-  int kStages;  // Q and dO buffers each
+  int kBlockN;  // keys that a CTA holds
+  int kStages;  // Q buffers
 };
 
-// Registers decide: dK and dV take 2 * D / 2 a thread, S, dP and their rounded copies 96 at 64 queries. 176
-// KB at D = 128.
-constexpr BwdTile bwd_tile(int /*head_dim*/) { return {64, 128, 2}; }
-constexpr int kMaxBwdHeadDim = 128;
+// Registers decide. Up to D = 128 a warpgroup holds dK and dV of 64 keys: 2 * D / 2 a thread, and S, dP and
+// their rounded copies 96 at 64 queries (192 KB of shared memory at D = 128). Beyond, it holds half of the
+// features of the CTA's 64 keys: 128, and 64 of dQ (208 KB).
+constexpr BwdTile bwd_tile(int head_dim) { return {64, head_dim <= 128 ? 128 : 64, 2}; }
+
+// The portable kernels. A row is padded by 16 bytes; everything fits the 99 KB of the GPUs that have least,
+// and two CTAs an SM up to 256 bytes a row where there are 160 KB.
+struct PortableTile {
+  int kStaying;   // rows that a CTA holds: queries, or keys for their gradients
+  int kMoving;    // rows of a visited tile
+  int kRowTiles;  // staying rows of a warp, in 16s
+  int kCtas = 2;  // of an SM at once: bounds the registers
+};
+
+// 32 rows a warp halve the reads of shared memory per product; O then takes D registers a thread. float32
+// operands take four times the registers of 16-bit ones.
+constexpr PortableTile portable_fwd_tile(int head_dim, int element_bytes) {
+  const int row_bytes = head_dim * element_bytes;
+  if (row_bytes <= 256) return element_bytes == 2 ? PortableTile{128, 64, 2} : PortableTile{64, 64, 1};
+  if (row_bytes <= 512) return {64, 32, 1};  // 68 KB
+  return {32, 16, 1};                        // 67 KB
+}
+
+// Two operands stay and two move; dK and dV take D registers a thread, the scores and their gradients 64.
+constexpr PortableTile portable_bwd_tile(int head_dim, int element_bytes) {
+  const int row_bytes = head_dim * element_bytes;
+  if (row_bytes <= 256) return {64, 64, 1};  // 70 KB
+  if (row_bytes <= 512) return {32, 32, 1};  // 68 KB
+  return {32, 8, 1};                         // 83 KB
+}
+// Features of dK and dV that are summed in one pass over the queries.
+constexpr int kPortableKeyFeatures = 128;
 
 }  // namespace nearfield::gna

@@ -67,30 +67,37 @@ struct PlannedTile {
   Range range[kRows][3];  // visible tokens of the other operand, as indices inside the dilation group
   int64_t row[kRows];     // of the token in a contiguous [B, X, H]; -1: the row is no token
 
-  // Filled by one warp. `index` holds the strides of [B, X, H] in rows.
+  // Row r; false if it is no token. `index` holds the strides of [B, X, H] in rows.
+  template <Direction kDirection, class T>
+  __device__ __forceinline__ bool set_row(int r, const StayingTile& from, const Problem& p, const Box& box,
+                                          int64_t batch, const Tokens<T>& index, bool all_see_all) {
+    const int outer = r / box.side[2];
+    const int coordinate[3] = {outer / box.side[1], outer % box.side[1], r % box.side[2]};
+    bool inside = coordinate[0] < box.side[0];
+    int64_t at = batch * index.batch + from.head * index.head;
+#pragma unroll
+    for (int d = 0; d < 3; ++d) {
+      const int i = from.first[d] + coordinate[d], last = from.extent[d] - 1;
+      inside &= i <= last;
+      // A row beyond the grid repeats the last token; it is not stored.
+      const int clipped = min(i, last);
+      range[r][d] = all_see_all                         ? Range{0, from.window[d].length}
+                    : kDirection == Direction::kForward ? from.window[d].keys(clipped)
+                                                        : from.window[d].queries(clipped);
+      at += (from.group[d] + static_cast<int64_t>(p.dilation[d]) * i) * index.x[d];
+    }
+    row[r] = inside ? at : -1;
+    return inside;
+  }
+
+  // Filled by one warp.
   template <Direction kDirection, class T>
   __device__ __forceinline__ void fill(const StayingTile& from, const Problem& p, const Box& box,
                                        int64_t batch, const Tokens<T>& index, int tiles, bool all_see_all,
                                        int lane) {
     bool outside = false;
     for (int r = lane; r < kRows; r += 32) {
-      const int outer = r / box.side[2];
-      const int coordinate[3] = {outer / box.side[1], outer % box.side[1], r % box.side[2]};
-      bool inside = coordinate[0] < box.side[0];
-      int64_t at = batch * index.batch + from.head * index.head;
-#pragma unroll
-      for (int d = 0; d < 3; ++d) {
-        const int i = from.first[d] + coordinate[d], last = from.extent[d] - 1;
-        inside &= i <= last;
-        // A row beyond the grid repeats the last token; it is not stored.
-        const int clipped = min(i, last);
-        range[r][d] = all_see_all                         ? Range{0, from.window[d].length}
-                      : kDirection == Direction::kForward ? from.window[d].keys(clipped)
-                                                          : from.window[d].queries(clipped);
-        at += (from.group[d] + static_cast<int64_t>(p.dilation[d]) * i) * index.x[d];
-      }
-      row[r] = inside ? at : -1;
-      outside |= !inside;
+      outside |= !set_row<kDirection>(r, from, p, box, batch, index, all_see_all);
     }
     outside = __any_sync(0xffffffffu, outside);
     if (lane == 0) {

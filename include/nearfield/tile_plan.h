@@ -312,7 +312,8 @@ inline TileChoice best_tiles(const std::vector<Axis>& axes, int block_m, int blo
         plan.full *= counts.full;
       }
       if (!in_reach) continue;
-      if (volume(kv) != block_n) plan.full = 0;
+      const bool filled = direction == Direction::kForward ? volume(kv) == block_n : volume(q) == block_m;
+      if (!filled) plan.full = 0;
       const double cost = plan.cost(partial_cost);
       if (best_q == nullptr || cost < least) {
         least = cost;

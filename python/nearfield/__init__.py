@@ -1,6 +1,7 @@
 """nearfield: neighborhood attention, the delta rule and local linear attention for PyTorch."""
 
 from nearfield import _runtime, delta, gna, lla, nn
+from nearfield._explain import explain
 from nearfield.delta import delta_rule, delta_rule_step
 from nearfield.gna import merge_attentions, neighborhood_attention
 from nearfield.lla import local_linear_attention, local_linear_attention_step, probe_attention
@@ -11,6 +12,7 @@ __all__ = [
     "delta",
     "delta_rule",
     "delta_rule_step",
+    "explain",
     "gna",
     "lla",
     "local_linear_attention",

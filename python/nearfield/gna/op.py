@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +15,8 @@ from nearfield import _runtime
 
 _OP = "neighborhood_attention"
 _DEVICES = _runtime.devices_with_kernel("gna_fwd")
+_BACKENDS = ("hopper", "portable")
+_log = logging.getLogger("nearfield")
 
 
 def neighborhood_attention(
@@ -28,6 +32,7 @@ def neighborhood_attention(
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
     return_lse: bool = False,
+    backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of every position of a 1-, 2- or 3-dimensional grid to the window of positions around it.
 
@@ -48,6 +53,13 @@ def neighborhood_attention(
         additional_keys: ``[B, M, Hkv, D]``, further tokens that every query sees (text, registers).
         additional_values: ``[B, M, Hkv, Dv]``.
         return_lse: also return the natural logarithm of the softmax's denominator, which is differentiable.
+        backend: CUDA only. ``"hopper"``: the kernels for compute capability 9.0 (bfloat16 and float16, head dims that
+            are multiples of 8); ``"portable"``: those for every GPU since Ampere (float32 too, any head dim up to 256,
+            always deterministic); None: hopper where it serves the problem, else portable. Where that leaves a Hopper
+            GPU's own kernels aside, the logger ``nearfield`` warns once per reason.
+
+    Raises:
+        RuntimeError: the GPU, the dtype or the head dims are not supported (by the backend asked for).
 
     Returns:
         ``out [B, *X, H, Dv]``, or ``(out, lse)`` with ``lse [B, *X, H]`` in float32 (for float64: float64).
@@ -67,18 +79,16 @@ def neighborhood_attention(
             q, k, v, additional_keys, additional_values
         )
     _runtime.check_device(_OP, q, _DEVICES)
-    _runtime.check_same_dtype(
-        _OP, q=q, k=k, v=v, additional_keys=additional_keys, additional_values=additional_values
+    window, strides, dilations, causal = check_arguments(
+        q, k, v, additional_keys, additional_values, kernel_size, stride, dilation, is_causal
     )
-    _check_shapes(q, k, v, additional_keys, additional_values)
-    size = tuple(q.shape[1:-2])
-    window, strides, dilations, causal = _window_parameters(size, kernel_size, stride, dilation, is_causal)
     factor = _scale(scale, q)
     if factor <= 0 and q.is_cuda:
         # The CUDA kernels take a row's maximum before they scale, which needs a positive scale.
         q, factor = (-q, -factor) if factor < 0 else (q * 0, 1.0)
+    _check_backend(backend, q, v)
     out, lse = torch.ops.nearfield.gna_fwd(
-        q, k, v, additional_keys, additional_values, window, strides, dilations, causal, factor
+        q, k, v, additional_keys, additional_values, window, strides, dilations, causal, factor, backend
     )
     return (out, lse) if return_lse else out
 
@@ -114,6 +124,35 @@ def merge_attentions(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple
     for weight, part in zip(weights[1:], outputs[1:], strict=True):
         out = out + weight[..., None] * part.to(dtype)
     return out.to(outputs[0].dtype), lse
+
+
+def _check_backend(backend: str | None, q: Tensor, v: Tensor) -> None:
+    if backend is not None:
+        if backend not in _BACKENDS:
+            raise ValueError(f"{_OP}: backend is {backend!r}, expected one of {_BACKENDS} or None")
+        if not q.is_cuda:
+            raise ValueError(f"{_OP}: backend is {backend!r}, but q is on {q.device}; supported there: None")
+    elif q.is_cuda and type(q) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling():
+        _warn_once_if_slower(q.device, q.dtype, q.shape[-1], v.shape[-1])
+
+
+@functools.cache
+def _warn_once_if_slower(device: torch.device, dtype: torch.dtype, dim: int, dim_v: int) -> None:
+    major, minor = torch.cuda.get_device_capability(device)
+    if reason := torch.ops.nearfield.gna_slower_because(10 * major + minor, dtype, dim, dim_v):
+        _log.warning("%s: %s; the portable kernels run instead", _OP, reason)
+
+
+def check_arguments(
+    q: Tensor, k: Tensor, v: Tensor, additional_k: Tensor | None, additional_v: Tensor | None,
+    kernel_size: object, stride: object, dilation: object, is_causal: object,
+) -> tuple[list[int], list[int], list[int], list[int]]:  # fmt: skip
+    """The window parameters as lists with one entry per dimension, once everything fits together."""
+    _runtime.check_same_dtype(
+        _OP, q=q, k=k, v=v, additional_keys=additional_k, additional_values=additional_v
+    )
+    _check_shapes(q, k, v, additional_k, additional_v)
+    return _window_parameters(tuple(q.shape[1:-2]), kernel_size, stride, dilation, is_causal)
 
 
 def _scale(scale: float | None, q: Tensor) -> float:
@@ -219,6 +258,7 @@ def _integers(name: str, values: list[Any]) -> list[int]:
 def _fwd_fake(
     q: Tensor, k: Tensor, v: Tensor, additional_k: Tensor | None, additional_v: Tensor | None,
     kernel_size: list[int], stride: list[int], dilation: list[int], is_causal: list[int], scale: float,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     stat = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty(q.shape[:-1], dtype=stat)
@@ -228,6 +268,7 @@ def _bwd_fake(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     additional_k: Tensor | None, additional_v: Tensor | None,
     kernel_size: list[int], stride: list[int], dilation: list[int], is_causal: list[int], scale: float, deterministic: bool,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     shapes = [t.shape if t is not None else (0,) for t in (q, k, v, additional_k, additional_v)]
     dq, dk, dv, add_dk, add_dv = (q.new_empty(shape) for shape in shapes)
@@ -235,7 +276,7 @@ def _bwd_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, additional_k, additional_v, *ctx.parameters = inputs
+    q, k, v, additional_k, additional_v, *ctx.parameters, ctx.backend = inputs
     ctx.save_for_backward(q, k, v, *output, additional_k, additional_v)
     ctx.set_materialize_grads(False)
 
@@ -244,15 +285,15 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tenso
     q, k, v, out, lse, additional_k, additional_v = ctx.saved_tensors
     if dout is None:
         if dlse is None:
-            return (None,) * 10
+            return (None,) * 11
         dout = torch.zeros_like(out)
     dq, dk, dv, add_dk, add_dv = torch.ops.nearfield.gna_bwd(
         dout, dlse, q, k, v, out, lse, additional_k, additional_v, *ctx.parameters,
-        torch.are_deterministic_algorithms_enabled(),
+        torch.are_deterministic_algorithms_enabled(), ctx.backend,
     )  # fmt: skip
     if additional_k is None:
-        return dq, dk, dv, *(None,) * 7
-    return dq, dk, dv, add_dk, add_dv, *(None,) * 5
+        return dq, dk, dv, *(None,) * 8
+    return dq, dk, dv, add_dk, add_dv, *(None,) * 6
 
 
 torch.library.register_fake("nearfield::gna_fwd", _fwd_fake)

@@ -1,0 +1,239 @@
+// Gradients of keys, values and queries, head dims up to 128. A CTA holds one box of 128 keys, K and V in
+// shared memory, dK and dV in the registers of two warpgroups (64 keys each), and walks over the boxes of 64
+// queries whose neighborhoods meet it. All products are transposed, so that P^T and dS^T come out of the
+// tensor cores in the register layout in which they are the left operand of the next product:
+//   S^T = K Q^T, dP^T = V dO^T, P^T = exp2(S^T - lse), dS^T = P^T (dP^T - delta), dV += P^T dO, dK += dS^T Q.
+// dS^T also goes through shared memory to give dQ = dS K, which is added to a float32 buffer in global memory
+// by the copy engine (reduce-add of a box). Without that last part (deterministic mode) bwd_dq_sm90.cuh
+// computes dQ.
+#pragma once
+
+#include "gna/key_stationary_sm90.cuh"
+#include "gna/staging_sm90.cuh"
+
+namespace nearfield::gna {
+
+// ---- Layouts and storage ----
+
+template <class Tag, int kHeadDim_>
+struct SplitKeys : HeadTraits<Tag, kHeadDim_> {
+  using Base = HeadTraits<Tag, kHeadDim_>;
+  using typename Base::AtomK, typename Base::AtomMN, typename Base::Element;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr BwdTile kTile = bwd_tile(kHeadDim);
+  static constexpr int kBlockM = kTile.kBlockM, kBlockN = kTile.kBlockN, kStages = kTile.kStages;
+  static constexpr int kConsumers = kBlockN / 64;
+  static constexpr int kDoutStages = kStages, kDqStages = 1, kDqRounds = 1;
+  static constexpr int kThreads = (kConsumers + 1) * 128;
+  static constexpr int kConsumerWarps = kConsumers * 4;
+  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+  static_assert(registers_fit(kProducerRegisters, kConsumerRegisters, kConsumers));
+  static_assert(kBlockM == 64 && kConsumers == 2);
+  // dQ is one 64-row product per query tile; each warpgroup computes half of the features.
+  static constexpr int kDqFeatures = kHeadDim / kConsumers;
+  // Where those begin in K: a chunk further at D = 128, else inside the chunk.
+  static constexpr int kDqOffset = kHeadDim == 128 ? kBlockN * 64 : kDqFeatures;
+
+  using LayoutKV = decltype(tile_to_shape(AtomK{}, cute::Shape<Int<kBlockN>, Int<kHeadDim>>{}));
+  using LayoutQ = decltype(tile_to_shape(AtomK{}, cute::Shape<Int<kBlockM>, Int<kHeadDim>, Int<kStages>>{}));
+  using LayoutQt = decltype(tile_to_shape(AtomMN{}, cute::Shape<Int<kHeadDim>, Int<kBlockM>, Int<kStages>>{},
+                                          Step<_2, _1, _3>{}));
+  using LayoutKt =
+      decltype(tile_to_shape(AtomMN{}, cute::Shape<Int<chunk_of(kHeadDim)>, Int<kBlockN>>{}, Step<_2, _1>{}));
+  // dS as left operand, (queries, keys) with queries contiguous.
+  using LayoutDs = decltype(tile_to_shape(GMMA::Layout_MN_SW128_Atom<Element>{},
+                                          cute::Shape<Int<kBlockM>, Int<kBlockN>, _2>{}));
+
+  using Rows2 = Layout<cute::Shape<Int<kConsumers>, _1, _1>>;
+  // S^T and dP^T: (keys, queries)
+  using MmaS = decltype(make_tiled_mma(
+      GMMA::ss_op_selector<Element, Element, float, cute::Shape<Int<kBlockN>, Int<kBlockM>, Int<kHeadDim>>>(),
+      Rows2{}));
+  // dK and dV: (keys, features)
+  using MmaKV = decltype(make_tiled_mma(
+      GMMA::rs_op_selector<Element, Element, float, cute::Shape<Int<kBlockN>, Int<kHeadDim>, Int<kBlockM>>,
+                           GMMA::Major::K, GMMA::Major::MN>(),
+      Rows2{}));
+  // dQ: (queries, features), one warpgroup
+  using MmaQ = decltype(make_tiled_mma(
+      GMMA::ss_op_selector<Element, Element, float, cute::Shape<Int<kBlockM>, Int<kDqFeatures>, Int<kBlockN>>,
+                           GMMA::Major::MN, GMMA::Major::MN>()));
+  // The same on a whole chunk of K; gives the descriptors, whose layout does not depend on the columns used.
+  static constexpr int kChunk = chunk_of(kHeadDim);
+  using MmaChunk = decltype(make_tiled_mma(
+      GMMA::ss_op_selector<Element, Element, float, cute::Shape<Int<kBlockM>, Int<kChunk>, Int<kBlockN>>,
+                           GMMA::Major::MN, GMMA::Major::MN>()));
+
+  struct alignas(1024) Storage {
+    alignas(1024) Element k[kBlockN * kHeadDim];
+    alignas(1024) Element v[kBlockN * kHeadDim];  // later dV and dK on their way out
+    alignas(1024) Element q[kStages * kBlockM * kHeadDim];
+    alignas(1024) Element dout[kStages * kBlockM * kHeadDim];
+    alignas(1024) Element ds[2][kBlockM * kBlockN];
+    alignas(1024) float dq[kDqStages][kBlockM * kHeadDim];
+    BoxMask<kBlockM> mask;
+    MovingTile q_tile[kStages];
+    PlannedTile<kBlockN> plan[kPlannedTiles];
+    alignas(16) float lse[kStages][kBlockM];  // times log2(e)
+    alignas(16) float delta[kStages][kBlockM];
+    Ring<1> ring_kv;
+    Ring<kStages> ring_q, ring_dout, ring_stats;
+    Ring<1> ring_dq;
+    Ring<kPlannedTiles> ring_plan;
+    Ring<1> ring_draw;
+  };
+  static_assert(sizeof(Storage) <= 226 * 1024, "a Hopper CTA has 227 KB of shared memory");
+};
+
+// ---- Consumers ----
+
+template <class Tag, int kHeadDim>
+__device__ void multiply(SplitKeys<Tag, kHeadDim>, typename SplitKeys<Tag, kHeadDim>::Storage& s,
+                         const BwdKernelParams& p) {
+  using Traits = SplitKeys<Tag, kHeadDim>;
+  using Element = typename Traits::Element;
+  constexpr int kM = Traits::kBlockM, kN = Traits::kBlockN, kD = Traits::kHeadDim;
+  const int thread = threadIdx.x - 128, warpgroup = thread / 128, warp = thread / 32, lane = thread % 32,
+            quad = thread % 4;
+  const int first_row = warp * 16 + lane / 4;  // and first_row + 8
+
+  Tensor sK = make_tensor(make_smem_ptr(s.k), typename Traits::LayoutKV{});         // (N, D)
+  Tensor sV = make_tensor(make_smem_ptr(s.v), typename Traits::LayoutKV{});         // (N, D)
+  Tensor sQ = make_tensor(make_smem_ptr(s.q), typename Traits::LayoutQ{});          // (M, D, stage)
+  Tensor sDout = make_tensor(make_smem_ptr(s.dout), typename Traits::LayoutQ{});    // (M, D, stage)
+  Tensor sQt = make_tensor(make_smem_ptr(s.q), typename Traits::LayoutQt{});        // (D, M, stage)
+  Tensor sDoutT = make_tensor(make_smem_ptr(s.dout), typename Traits::LayoutQt{});  // (D, M, stage)
+  // One chunk of K seen as (features, N), from this warpgroup's first feature on.
+  Tensor sKt = make_tensor(make_smem_ptr(s.k + warpgroup * Traits::kDqOffset), typename Traits::LayoutKt{});
+  Tensor sDs = make_tensor(make_smem_ptr(s.ds[0]), typename Traits::LayoutDs{});  // (M, N, 2), M contiguous
+  typename Traits::MmaS mma_s;
+  typename Traits::MmaKV mma_kv;
+  typename Traits::MmaQ mma_q;
+  auto thread_s = mma_s.get_slice(warpgroup * 128);
+  auto thread_kv = mma_kv.get_slice(warpgroup * 128);
+  auto thread_q = mma_q.get_slice(0);
+  Tensor tSrK = thread_s.partition_fragment_A(sK);
+  Tensor tSrV = thread_s.partition_fragment_A(sV);
+  Tensor tSrQ = thread_s.partition_fragment_B(sQ);
+  Tensor tSrDout = thread_s.partition_fragment_B(sDout);
+  Tensor tKrQ = thread_kv.partition_fragment_B(sQt);
+  Tensor tVrDout = thread_kv.partition_fragment_B(sDoutT);
+  Tensor tQrDs = thread_q.partition_fragment_A(sDs);
+  typename Traits::MmaChunk mma_chunk;
+  Tensor tQrK = mma_chunk.get_slice(0).partition_fragment_B(sKt);
+  Tensor tSrS = partition_fragment_C(mma_s, cute::Shape<Int<kN>, Int<kM>>{});   // S^T, then P^T
+  Tensor tSrDp = partition_fragment_C(mma_s, cute::Shape<Int<kN>, Int<kM>>{});  // dP^T, then dS^T
+  Tensor tKrdK = partition_fragment_C(mma_kv, cute::Shape<Int<kN>, Int<kD>>{});
+  Tensor tVrdV = partition_fragment_C(mma_kv, cute::Shape<Int<kN>, Int<kD>>{});
+  Tensor scores = make_tensor(tSrS.data(), accumulator_rows_cols(tSrS.layout()));
+  Tensor dprobs = make_tensor(tSrDp.data(), accumulator_rows_cols(tSrDp.layout()));
+  Tensor rP = make_tensor<Element>(accumulator_as_a(tSrS.layout()));
+  Tensor rDs = make_tensor<Element>(accumulator_as_a(tSrS.layout()));
+
+  RingIndex<1> at_kv, at_dq;
+  RingIndex<kPlannedTiles> at_plan;
+  RingIndex<Traits::kStages> at_q;
+
+  while (true) {
+    s.ring_plan.wait_full(at_plan);
+    const PlannedTile<kN>& plan = s.plan[at_plan.stage];
+    const int num_tiles = plan.num_tiles;
+    if (num_tiles == 0) break;
+    s.ring_kv.wait_full(at_kv);
+    clear(tKrdK);
+    clear(tVrdV);
+
+    for (int n = 0; n < num_tiles; ++n) {
+      s.ring_q.wait_full(at_q);
+      issue_gemm<true>(mma_s, tSrK, tSrQ(_, _, _, at_q.stage), tSrS);
+      s.ring_dout.wait_full(at_q);
+      issue_gemm<true>(mma_s, tSrV, tSrDout(_, _, _, at_q.stage), tSrDp);
+      s.ring_stats.wait_full(at_q);
+      const MovingTile tile = s.q_tile[at_q.stage];
+      warpgroup_wait<1>();  // S
+
+      // P^T = exp2(scale * S^T - lse)
+      if (tile.tests != 0 || plan.cut) {
+        CUTE_UNROLL
+        for (int i = 0; i < 2; ++i) {
+          // Rows beyond the grid hold zeros; their P must not become inf, which makes NaN of 0 in dQ.
+          uint32_t visible = plan.row[first_row + 8 * i] < 0 ? 0u : s.mask.columns(p.q_box, quad);
+          CUTE_UNROLL
+          for (int d = 0; d < 3; ++d) {
+            if (!(tile.tests & kTestDim0 << d)) continue;
+            const Range seen_by = plan.range[first_row + 8 * i][d];
+            visible &=
+                s.mask.interval(p.q_box, d, seen_by.begin - tile.first[d], seen_by.end - tile.first[d], quad);
+          }
+          mask_row(scores, i, visible);
+        }
+      }
+      CUTE_UNROLL
+      for (int j = 0; j < kM / 8; ++j) {
+        const float2 lse = *reinterpret_cast<const float2*>(&s.lse[at_q.stage][8 * j + 2 * quad]);
+        CUTE_UNROLL
+        for (int i = 0; i < 2; ++i) {
+          scores(i, 2 * j) = exp2_approx(scores(i, 2 * j) * p.scale_log2 - lse.x);
+          scores(i, 2 * j + 1) = exp2_approx(scores(i, 2 * j + 1) * p.scale_log2 - lse.y);
+        }
+      }
+      Tensor p_view = make_tensor(tSrS.data(), rP.layout());
+      convert_to(p_view, rP);
+      warpgroup_fence_operand(rP);  // keeps the exponentials above the wait, under the product dP
+      warpgroup_wait<0>();          // dP
+      issue_gemm<false>(mma_kv, rP, tVrDout(_, _, _, at_q.stage), tVrdV);
+
+      // dS^T = P^T (dP^T - delta), under dV; the scale follows at the end.
+      CUTE_UNROLL
+      for (int j = 0; j < kM / 8; ++j) {
+        const float2 delta = *reinterpret_cast<const float2*>(&s.delta[at_q.stage][8 * j + 2 * quad]);
+        CUTE_UNROLL
+        for (int i = 0; i < 2; ++i) {
+          dprobs(i, 2 * j) = scores(i, 2 * j) * (dprobs(i, 2 * j) - delta.x);
+          dprobs(i, 2 * j + 1) = scores(i, 2 * j + 1) * (dprobs(i, 2 * j + 1) - delta.y);
+        }
+      }
+      Tensor ds_view = make_tensor(tSrDp.data(), rDs.layout());
+      convert_to(ds_view, rDs);
+      s.ring_stats.release(at_q);
+      // Two dS buffers: this one was last read two tiles ago, before the barrier of the tile between.
+      store_transposed<kM>(s.ds[n % 2], rDs, warp, 0);
+      cutlass::arch::fence_view_async_shared();
+      cutlass::arch::NamedBarrier::sync(Traits::kConsumers * 128, kDsWritten);
+
+      Tensor tQrdQ = partition_fragment_C(mma_q, cute::Shape<Int<kM>, Int<Traits::kDqFeatures>>{});
+      issue_gemm<true>(mma_q, tQrDs(_, _, _, n % 2), tQrK, tQrdQ);
+      issue_gemm<false>(mma_kv, rDs, tKrQ(_, _, _, at_q.stage), tKrdK);
+      s.ring_dq.wait_empty(at_dq);
+      warpgroup_wait<1>();  // dV, dQ
+      s.ring_dout.release(at_q);
+      Tensor dq = make_tensor(tQrdQ.data(), accumulator_rows_cols(tQrdQ.layout()));
+      store_float_rows<kM>(s.dq[0], dq, warp % 4, warpgroup * Traits::kDqFeatures);
+      cutlass::arch::fence_view_async_shared();
+      __syncwarp();
+      if (lane == 0) s.ring_dq.arrive_full(at_dq);
+      at_dq.advance();
+      warpgroup_wait<0>();  // dK
+      s.ring_q.release(at_q);
+      at_q.advance();
+    }
+
+    // Epilogue: both go through the V buffer, which nobody reads any more.
+    cutlass::arch::NamedBarrier::sync(Traits::kConsumers * 128, kVRead);
+    Element* staging = s.v + warp * 16 * kD;
+    Tensor dv = make_tensor(tVrdV.data(), accumulator_rows_cols(tVrdV.layout()));
+    store_rows<kD>(staging, dv, plan.row + warp * 16, static_cast<Element*>(p.dv_data), p.problem.dim_v);
+    Tensor dk = make_tensor(tKrdK.data(), accumulator_rows_cols(tKrdK.layout()));
+    const float factor[2] = {p.scale, p.scale};
+    scale_rows(dk, factor);
+    store_rows<kD>(staging, dk, plan.row + warp * 16, static_cast<Element*>(p.dk_data), p.problem.dim);
+    cutlass::arch::fence_view_async_shared();  // the next V comes through the async proxy
+    __syncwarp();
+    s.ring_kv.release(at_kv);
+    at_kv.advance();
+    s.ring_plan.release(at_plan);
+    at_plan.advance();
+  }
+}
+
+}  // namespace nearfield::gna

@@ -1,0 +1,326 @@
+#include "gna/plan.h"
+
+#include <algorithm>
+#include <map>
+#include <mutex>
+
+#include "gna/tiles.h"
+#include "nearfield/tile_plan.h"
+#ifdef NEARFIELD_WITH_CUDA
+#include "nearfield_build.h"
+#endif
+
+namespace nearfield::gna {
+namespace {
+
+// ---- What instances.def lists ----
+
+struct Built {
+  std::string kernel;
+  ScalarType dtype;
+  int head_dim;
+};
+
+template <class Element, int kHeadDim = 0>
+Built built(const char* kernel) {
+  const auto dtype = std::is_same_v<Element, bf16>   ? ScalarType::BFloat16
+                     : std::is_same_v<Element, fp16> ? ScalarType::Half
+                                                     : ScalarType::Float;
+  return {kernel, dtype, kHeadDim};
+}
+
+const std::vector<Built> kBuilt = {
+#define INSTANCE(kernel, ...) built<__VA_ARGS__>(#kernel),
+#include "gna/instances.def"
+#undef INSTANCE
+};
+
+// The smallest head dim built that holds `dim`; 0: none.
+int head_dim_of(const char* kernel, ScalarType dtype, int64_t dim) {
+  int best = 0;
+  for (const Built& b : kBuilt) {
+    if (b.kernel == kernel && b.dtype == dtype && b.head_dim >= dim && (best == 0 || b.head_dim < best)) {
+      best = b.head_dim;
+    }
+  }
+  return best;
+}
+
+int largest_head_dim(const char* kernel, ScalarType dtype) {
+  int largest = 0;
+  for (const Built& b : kBuilt) {
+    if (b.kernel == kernel && b.dtype == dtype) largest = std::max(largest, b.head_dim);
+  }
+  return largest;
+}
+
+#ifdef NEARFIELD_GNA
+constexpr const char* kArchitectures = NEARFIELD_CUDA_ARCHS;
+#else
+constexpr const char* kArchitectures = "";  // built without CUDA kernels
+#endif
+
+// True where code for one of the build's architectures runs: "80" on 8.0 to 8.9, "90a" on 9.0 only.
+bool is_built_for(int capability) {
+  std::istringstream archs(kArchitectures);
+  for (std::string arch; std::getline(archs, arch, ';');) {
+    const int number = std::stoi(arch);
+    const bool only = arch.back() < '0' || arch.back() > '9';
+    if (only ? number == capability : number / 10 == capability / 10 && number <= capability) return true;
+  }
+  return false;
+}
+
+std::string text_of(int capability) {
+  return std::to_string(capability / 10) + "." + std::to_string(capability % 10);
+}
+
+// ---- Backends ----
+
+// The plan without steps: which backend. Throws where there is none.
+Plan choose_backend(const Request& r, const Problem& p) {
+  Plan plan;
+  STD_TORCH_CHECK(!r.backend || *r.backend == "hopper" || *r.backend == "portable", r.op, ": backend is \"",
+                  *r.backend, "\"; known: \"hopper\", \"portable\"");
+  STD_TORCH_CHECK(*kArchitectures != '\0', r.op, ": this build has no kernel for compute capability ",
+                  text_of(r.capability), "; it was built without CUDA kernels");
+  STD_TORCH_CHECK(is_built_for(r.capability), r.op, ": the GPU has compute capability ",
+                  text_of(r.capability), "; this build is for ", kArchitectures);
+  if (!r.backend || *r.backend == "hopper") {
+    plan.because = hopper_refuses(r.capability, r.dtype, p.dim, p.dim_v);
+    if (plan.because.empty()) return plan;
+    STD_TORCH_CHECK(!r.backend, r.op, ": backend \"hopper\" was asked for, but ", plan.because);
+  }
+  plan.portable = true;
+  const int largest = largest_head_dim("portable_sm80", r.dtype);
+  STD_TORCH_CHECK(largest > 0, r.op, ": q has dtype ", torch::headeronly::toString(r.dtype),
+                  "; supported on CUDA: bfloat16, float16, float32");
+  STD_TORCH_CHECK(std::max(p.dim, p.dim_v) <= largest, r.op, ": head dims ", p.dim, " of q and k and ",
+                  p.dim_v, " of v; supported on CUDA: up to ", largest);
+  return plan;
+}
+
+int compiled_head_dim(const Plan& plan, const char* hopper, const Request& r, const Problem& p) {
+  return head_dim_of(plan.portable ? "portable_sm80" : hopper, r.dtype, std::max(p.dim, p.dim_v));
+}
+
+int element_bytes(ScalarType dtype) { return dtype == ScalarType::Float ? 4 : 2; }
+
+// ---- Tiles ----
+
+// A partial tile costs this much more than a full one (measured, README.md).
+constexpr double kPartialCost = 1.1;
+
+std::vector<Axis> axes_of(const Problem& p) {
+  std::vector<Axis> axes;
+  for (int d = 3 - p.rank; d < 3; ++d) {
+    axes.push_back({p.size[d], p.window[d], p.stride[d], p.dilation[d], p.causal[d]});
+  }
+  return axes;
+}
+
+Tiles choose_tiles(const Problem& p, int block_m, int block_n, Direction direction) {
+  // The geometry alone decides; it is planned once.
+  using Key = std::array<int, 3 * 5 + 3>;
+  Key key{block_m, block_n, static_cast<int>(direction)};
+  for (int d = 0; d < 3; ++d) {
+    const int at[5] = {p.size[d], p.window[d], p.stride[d], p.dilation[d], p.causal[d]};
+    std::copy(at, at + 5, key.begin() + 3 + 5 * d);
+  }
+  static std::mutex mutex;
+  static std::map<Key, Tiles> known;
+  std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find(key);
+  if (found != known.end()) return found->second;
+  const TileChoice choice =
+      best_tiles(axes_of(p), block_m, block_n, Placement::kSpan, kPartialCost, direction, Shapes::kFitting);
+  // A box that does not fill its block is masked everywhere.
+  const bool fills = volume(direction == Direction::kForward ? choice.kv_tile : choice.q_tile) ==
+                     (direction == Direction::kForward ? block_n : block_m);
+  Tiles tiles{{{1, 1, 1}}, {{1, 1, 1}}, choice.plan.visited, fills ? choice.plan.full : 0};
+  for (int i = 0; i < p.rank; ++i) {
+    tiles.q.side[3 - p.rank + i] = choice.q_tile[i];
+    tiles.kv.side[3 - p.rank + i] = choice.kv_tile[i];
+  }
+  return known[key] = tiles;
+}
+
+// Portable kernels place every row by itself, so dilation limits no box: all groups use the boxes of the
+// longest.
+Tiles choose_portable_tiles(const Problem& p, int block_m, int block_n, Direction direction) {
+  Problem group = p;
+  for (int d = 0; d < 3; ++d) {
+    group.size[d] = group_length(p.size[d], p.dilation[d], 0);
+    group.dilation[d] = 1;
+  }
+  Tiles tiles = choose_tiles(group, block_m, block_n, direction);
+  if (p.groups() == 1) return tiles;
+  const auto sides = [&](const Box& box) { return TileShape(box.side + 3 - p.rank, box.side + 3); };
+  const TilePlan counted =
+      plan_tiles(axes_of(p), sides(tiles.q), sides(tiles.kv), Placement::kSpan, direction);
+  const bool forward = direction == Direction::kForward;
+  const bool fills = (forward ? tiles.kv : tiles.q).volume() == (forward ? block_n : block_m);
+  tiles.visited = counted.visited;
+  tiles.full = fills ? counted.full : 0;
+  return tiles;
+}
+
+Tiles choose_tiles(const Step& step, int block_m, int block_n, Direction direction) {
+  return step.portable ? choose_portable_tiles(step.problem, block_m, block_n, direction)
+                       : choose_tiles(step.problem, block_m, block_n, direction);
+}
+
+int64_t count_boxes(const Problem& p, const Box& box) {
+  int64_t count = 1;
+  for (int d = 0; d < 3; ++d) {
+    int64_t along = 0;
+    for (int r = 0; r < p.dilation[d]; ++r)
+      along += (group_length(p.size[d], p.dilation[d], r) + box.side[d] - 1) / box.side[d];
+    count *= along;
+  }
+  return count;
+}
+
+// Queries that stay: the additional tokens are further tiles of the same loop.
+Tiles query_stationary_tiles(const Step& step, int block_m, int block_n) {
+  const Problem& p = step.problem;
+  Tiles tiles = choose_tiles(step, block_m, block_n, Direction::kForward);
+  const int64_t staying = count_boxes(p, tiles.q);
+  tiles.visited += staying * ((p.additional + block_n - 1) / block_n);
+  tiles.full += staying * (p.additional / block_n);
+  return tiles;
+}
+
+// ---- Steps ----
+
+// The copy engine steps over at most 8 positions and spans at most 256, of which a box on a line holds over
+// 100. A dimension with a larger dilation is launched group by group.
+constexpr int max_step(int rank) { return rank == 1 ? 2 : 8; }
+
+// Calls add(step) for every launch that the dilation asks for, from dimension d on.
+template <class Add>
+void for_each_launch(const Step& step, int d, const Add& add) {
+  if (d == 3 || step.portable) return add(step);
+  const int dilation = step.problem.dilation[d];
+  if (dilation <= max_step(step.problem.rank)) return for_each_launch(step, d + 1, add);
+  for (int r = 0; r < dilation; ++r) {
+    Step group = step;
+    group.problem.size[d] = group_length(step.problem.size[d], dilation, r);
+    group.problem.dilation[d] = 1;
+    group.first[d] = r;
+    group.distance[d] = dilation;
+    for_each_launch(group, d + 1, add);
+  }
+}
+
+}  // namespace
+
+Plan plan_forward(const Request& request, const Problem& p) {
+  Plan plan = choose_backend(request, p);
+  const int head_dim = compiled_head_dim(plan, "fwd_sm90", request, p);
+  const PortableTile portable = portable_fwd_tile(head_dim, element_bytes(request.dtype));
+  const FwdTile hopper = fwd_tile(head_dim);
+  for_each_launch({Kernel::kForward, head_dim, plan.portable, p}, 0, [&](Step step) {
+    step.tiles = plan.portable ? query_stationary_tiles(step, portable.kStaying, portable.kMoving)
+                               : query_stationary_tiles(step, hopper.kBlockM, hopper.kBlockN);
+    plan.steps.push_back(step);
+  });
+  return plan;
+}
+
+Plan plan_backward(const Request& request, const Problem& p, bool deterministic) {
+  Plan plan = choose_backend(request, p);
+  deterministic |= plan.portable;
+  const int head_dim = compiled_head_dim(plan, "bwd_sm90", request, p);
+  const int dq_head_dim = compiled_head_dim(plan, "bwd_dq_sm90", request, p);
+  // Keys that stay and queries that they visit; queries that stay and keys that they visit.
+  BwdTile tile = bwd_tile(head_dim);
+  FwdTile query_tile = dq_tile(dq_head_dim);
+  if (plan.portable) {
+    const PortableTile portable = portable_bwd_tile(head_dim, element_bytes(request.dtype));
+    tile.kBlockM = query_tile.kBlockN = portable.kMoving;
+    tile.kBlockN = query_tile.kBlockM = portable.kStaying;
+  }
+  plan.stats_rows = p.batch * p.tokens() * p.heads;
+  // Launches follow each other on one stream and share the buffer; the first dilation group is the longest.
+  if (!deterministic) plan.dq_elements = DqBuffer(p).elements;
+  const auto add = [&](Step step, Kernel kernel) {
+    step.kernel = kernel;
+    if (kernel == Kernel::kKeys) {
+      step.tiles = choose_tiles(step, tile.kBlockM, tile.kBlockN, Direction::kBackward);
+      if (step.additional) {
+        step.tiles.kv = Box{{1, 1, tile.kBlockN}};
+        const int64_t staying = (p.additional + tile.kBlockN - 1) / tile.kBlockN;
+        int64_t full = staying;
+        for (int d = 0; d < 3; ++d) full *= step.problem.size[d] / step.tiles.q.side[d];
+        step.tiles.visited = staying * count_boxes(step.problem, step.tiles.q);
+        step.tiles.full = step.tiles.q.volume() == tile.kBlockM ? full : 0;
+      }
+    }
+    if (kernel == Kernel::kQueries) {
+      step.head_dim = dq_head_dim;
+      step.tiles = query_stationary_tiles(step, query_tile.kBlockM, query_tile.kBlockN);
+    }
+    plan.steps.push_back(step);
+  };
+
+  // The additional tokens as staying keys that the whole grid sees, without dilation.
+  Step extra{Kernel::kKeys, head_dim, plan.portable, p};
+  extra.additional = true;
+  for (int d = 0; d < 3; ++d) {
+    extra.problem.window[d] = p.size[d];
+    extra.problem.stride[d] = extra.problem.dilation[d] = 1;
+    extra.problem.causal[d] = false;
+  }
+  const bool with_additional = p.additional > 0;
+  // One buffer takes both shares of dQ if its order, by dilation group, is the same for both.
+  const bool undilated = p.groups() == 1;
+
+  const Step whole{Kernel::kStats, head_dim, plan.portable, p};
+  add(whole, Kernel::kStats);
+  for_each_launch(whole, 0, [&](const Step& group) {
+    if (!deterministic) add(group, Kernel::kClearDq);
+    add(group, Kernel::kKeys);
+    if (deterministic) return add(group, Kernel::kQueries);
+    if (with_additional && undilated) add(extra, Kernel::kKeys);
+    add(group, Kernel::kRoundDq);
+  });
+  if (with_additional && (deterministic || !undilated)) {
+    if (!deterministic) add(extra, Kernel::kClearDq);
+    add(extra, Kernel::kKeys);
+    extra.accumulate = true;
+    if (!deterministic) add(extra, Kernel::kRoundDq);
+  }
+  return plan;
+}
+
+std::string hopper_refuses(int capability, ScalarType dtype, int64_t dim, int64_t dim_v) {
+  std::ostringstream why;
+  // Forward and backward are built for the same head dims.
+  const int largest = largest_head_dim("bwd_sm90", dtype);
+#ifdef NEARFIELD_GNA_SM90
+  const bool built = true;
+#else
+  const bool built = false;
+#endif
+  if (capability != 90 || !built) {
+    why << "the GPU has compute capability " << text_of(capability)
+        << ", Hopper's kernels need 9.0 and a build for 90a (this one is for " << kArchitectures << ")";
+  } else if (largest == 0) {
+    why << "q has dtype " << torch::headeronly::toString(dtype)
+        << ", Hopper's kernels take bfloat16, float16";
+  } else if (dim % 8 != 0 || dim_v % 8 != 0 || std::max(dim, dim_v) > largest) {
+    why << "the head dims are " << dim << " of q and k and " << dim_v
+        << " of v, Hopper's kernels take multiples of 8 up to " << largest;
+  }
+  return why.str();
+}
+
+bool is_loadable(const Tensor& t) {
+  const int64_t last = t.dim() - 1;
+  bool fits = reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0 && t.stride(last) == 1;
+  for (int64_t i = 0; i < last; ++i) fits &= t.size(i) == 1 || (t.stride(i) > 0 && t.stride(i) % 8 == 0);
+  return fits;
+}
+
+}  // namespace nearfield::gna

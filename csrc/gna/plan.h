@@ -1,0 +1,75 @@
+// What runs on a GPU for a problem: which kernels, in which order, with which tiles. Decided here and nowhere
+// else: cuda.cpp carries the steps out, the operator gna_plan tells them to users.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "gna/checks.h"
+#include "gna/sm90.h"
+
+namespace nearfield::gna {
+
+enum class Kernel {
+  kForward,
+  kStats,    // lse and delta per query
+  kClearDq,  // zeros to the float32 dQ
+  kKeys,     // dK and dV, and adds to the float32 dQ
+  kQueries,  // dQ, the deterministic way, which is the portable one
+  kRoundDq   // float32 dQ to dQ
+};
+
+// The tiles of a step: its boxes, and how many pairs of them it multiplies.
+struct Tiles {
+  Box q, kv;
+  int64_t visited, full;  // full: without a mask
+};
+
+struct Step {
+  Kernel kernel;
+  int head_dim;     // the compiled one
+  bool portable;    // else Hopper's own
+  Problem problem;  // of this launch: one dilation group where the copy engine cannot step so far
+  // Where that group begins on the grid, and the distance of its tokens.
+  int first[3] = {0, 0, 0}, distance[3] = {1, 1, 1};
+  bool additional = false;  // the staying keys are the additional tokens, seen by the whole grid
+  bool accumulate = false;  // kRoundDq: adds to what an earlier step wrote
+  Tiles tiles{};
+
+  bool is_tiled() const {
+    return kernel == Kernel::kForward || kernel == Kernel::kKeys || kernel == Kernel::kQueries;
+  }
+  int64_t launches() const { return is_tiled() && !portable ? Launches(problem, head_dim).count : 1; }
+};
+
+struct Plan {
+  std::vector<Step> steps;
+  bool portable = false;    // all steps are
+  std::string because;      // why not Hopper's own kernels; empty if nobody asked that
+  int64_t stats_rows = 0;   // of RowStats
+  int64_t dq_elements = 0;  // of the float32 dQ
+
+  // Beside outputs and copies of tensors that the copy engine cannot read; with the scheduler's counter.
+  int64_t workspace_bytes() const { return stats_rows * sizeof(RowStats) + dq_elements * 4 + sizeof(int); }
+};
+
+// What is asked for beside the problem.
+struct Request {
+  const char* op;
+  ScalarType dtype;
+  int capability;  // 10 * major + minor of the GPU
+  const std::optional<std::string>&
+      backend;  // "hopper", "portable"; none: hopper where it serves the problem
+};
+
+// Throw what the operator throws when there is no kernel.
+Plan plan_forward(const Request& request, const Problem& problem);
+Plan plan_backward(const Request& request, const Problem& problem, bool deterministic);
+
+// Why Hopper's own kernels do not serve a problem; empty if they do.
+std::string hopper_refuses(int capability, ScalarType dtype, int64_t dim, int64_t dim_v);
+
+// Whether the copy engine can read a tensor as it is: contiguous features, 16-byte aligned start and strides.
+bool is_loadable(const Tensor& t);
+
+}  // namespace nearfield::gna

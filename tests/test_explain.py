@@ -1,0 +1,260 @@
+"""What explain tells is what the definition of the operator says, and what runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from nearfield import delta_rule, explain, gna, neighborhood_attention
+from nearfield._runtime import devices_with_kernel
+from nearfield.gna.reference import neighborhood_mask, visible_keys
+from torch import Tensor
+
+needs_kernels = pytest.mark.skipif(
+    "cuda" not in devices_with_kernel("gna_fwd"), reason="this build has no CUDA kernels: nothing to plan"
+)
+
+
+@pytest.fixture(autouse=True)
+def not_deterministic(poisoned_memory: None) -> None:
+    """The fixture that poisons memory turns deterministic algorithms on, which selects other kernels."""
+    torch.use_deterministic_algorithms(False)
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def ask(q: Tensor, *args: Any, architecture: str | None = "sm_90", **kwargs: Any) -> Any:
+    found = explain(neighborhood_attention, q, q, q, *args, architecture=architecture, **kwargs)
+    assert isinstance(found, gna.NeighborhoodExplanation)
+    return found
+
+
+def tiles_along(length: int, window: tuple[Any, ...], staying: int, moving: int, queries_stay: bool) -> Any:
+    """Visited and mask-free tiles of one dimension without dilation, counted element by element."""
+    seen = [set(visible_keys(x, length, *window)) for x in range(length)]
+    if not queries_stay:
+        seen = [{x for x in range(length) if y in seen[x]} for y in range(length)]
+    visited = full = 0
+    for first in range(0, length, staying):
+        rows = seen[first : first + staying]
+        union, common = set.union(*rows), set.intersection(*rows)
+        for begin in range(min(union), max(union) + 1, moving):
+            visited += 1
+            full += all(y in common for y in range(begin, begin + moving))
+    return visited, full
+
+
+GRIDS: list[tuple[tuple[int, ...], tuple[tuple[Any, ...], ...]]] = [
+    ((1000,), ((300, 1, 1, False),)),
+    ((900,), ((257, 32, 1, True),)),
+    ((40, 56), ((13, 1, 1, False), (16, 8, 1, False))),
+    ((6, 20, 24), ((6, 1, 1, True), (7, 1, 1, False), (8, 4, 1, False))),
+]
+
+
+@needs_kernels
+@pytest.mark.parametrize("size,windows", GRIDS, ids=str)
+@pytest.mark.parametrize("dim", [64, 256])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_tiles_are_those_of_the_definition(size: Any, windows: Any, dim: int, deterministic: bool) -> None:
+    window, stride, dilation, causal = (list(values) for values in zip(*windows, strict=True))
+    torch.use_deterministic_algorithms(deterministic)
+    plan = ask(meta(2, *size, 3, dim), window, stride=stride, dilation=dilation, is_causal=causal)
+    steps = [s for p in (plan.forward, plan.backward) for s in p.steps if s.visited]
+    assert [s.kernel for s in steps] == ["fwd_sm90", "bwd_sm90"] + ["bwd_dq_sm90"] * deterministic
+    for step in steps:
+        queries_stay = step.kernel != "bwd_sm90"
+        staying, moving = (step.q_tile, step.kv_tile) if queries_stay else (step.kv_tile, step.q_tile)
+        visited = full = 1
+        for length, parameters, stay, move in zip(size, windows, staying, moving, strict=True):
+            along = tiles_along(length, parameters, stay, move, queries_stay)
+            visited, full = visited * along[0], full * along[1]
+        # A box that does not fill its block of 64 or 128 is masked everywhere.
+        filled = torch.Size(moving).numel() in (64, 128) and torch.Size(moving).numel() == block(step)
+        assert (step.visited, step.full) == (visited, full if filled else 0), step
+
+
+def block(step: Any) -> int:
+    """Size of the moving block, from tiles.h."""
+    return 128 if step.kernel == "fwd_sm90" and step.head_dim < 256 else 64
+
+
+@pytest.mark.parametrize("architecture", ["cpu", "sm_90"])
+def test_flop_bound_counts_visible_pairs(architecture: str) -> None:
+    size, windows = (12, 15), ((4, 5), (2, 1), (2, 3), (False, True))
+    mask = neighborhood_mask(size, *windows)
+    q, extra = meta(1, *size, 2, 64), meta(1, 7, 2, 64)
+    window, stride, dilation, causal = windows
+    plan = ask(
+        q, window, stride=stride, dilation=dilation, is_causal=causal,
+        additional_keys=extra, additional_values=extra, architecture=architecture,
+    )  # fmt: skip
+    n = mask.shape[0]
+    assert plan.flop_bound == pytest.approx(n * (n + 7) / (int(mask.sum()) + 7 * n))
+
+
+@needs_kernels
+def test_dense_attention_has_nothing_to_gain() -> None:
+    plan = ask(meta(1, 1024, 2, 128), 1024)
+    assert plan.flop_bound == plan.forward.tile_bound == plan.backward.tile_bound == 1.0
+    assert plan.forward.full_share == plan.backward.full_share == 1.0
+    assert plan.forward.launches == 1
+
+
+@needs_kernels
+def test_launches() -> None:
+    # Steps of the copy engine end at 8 (2 on a line): beyond, every dilation group is a launch.
+    for dilation, groups in ((8, 1), (9, 81), ((9, 1), 9), ((10, 3), 10)):
+        plan = ask(meta(1, 40, 50, 2, 64), 3, dilation=dilation)
+        assert plan.forward.launches == groups
+        assert plan.backward.launches == 1 + 3 * groups
+    assert ask(meta(1, 60, 2, 64), 3, dilation=3).forward.launches == 3
+    # A 3-D problem with padded head dims runs batch entry by batch entry.
+    assert ask(meta(5, 9, 9, 9, 2, 72), 3).forward.launches == 5
+    assert ask(meta(5, 9, 9, 9, 2, 64), 3).forward.launches == 1
+
+
+@needs_kernels
+def test_additional_tokens_are_further_tiles() -> None:
+    q, extra = meta(1, 32, 32, 2, 64), meta(1, 130, 2, 64)
+    alone, both = ask(q, 9), ask(q, 9, additional_keys=extra, additional_values=extra)
+    q_tiles = -(-32 // alone.forward.steps[0].q_tile[0]) * -(-32 // alone.forward.steps[0].q_tile[1])
+    assert both.forward.steps[0].visited == alone.forward.steps[0].visited + 2 * q_tiles
+    assert both.forward.steps[0].full == alone.forward.steps[0].full + q_tiles
+    extra_step = next(s for s in both.backward.steps if s.additional)
+    assert extra_step.kv_tile == (128,)
+    assert extra_step.visited == 2 * 16
+
+
+@needs_kernels
+@pytest.mark.parametrize("dim,compiled", [(8, 32), (32, 32), (40, 64), (128, 128), (136, 256), (256, 256)])
+def test_head_dim_is_the_next_that_is_compiled(dim: int, compiled: int) -> None:
+    plan = ask(meta(1, 99, 2, dim), 9)
+    assert {s.head_dim for s in (*plan.forward.steps, *plan.backward.steps) if s.visited} == {compiled}
+
+
+@needs_kernels
+def test_workspace() -> None:
+    rows, dim = 3 * 20 * 30 * 4, 64
+    statistics, counter = 8 * rows, 4
+    assert ask(meta(3, 20, 30, 4, dim), 5).backward.workspace_bytes == 4 * rows * dim + statistics + counter
+    torch.use_deterministic_algorithms(True)
+    assert ask(meta(3, 20, 30, 4, dim), 5).backward.workspace_bytes == statistics + counter
+
+
+@pytest.mark.parametrize(
+    "q,architecture,words",
+    [
+        (meta(1, 50, 2, 64), "sm_75", "compute capability 7.5"),
+        (meta(1, 50, 2, 64, dtype=torch.float64), "sm_90", "bfloat16, float16, float32"),
+        (meta(1, 50, 2, 264), "sm_90", "up to 256"),
+    ],
+)  # fmt: skip
+@needs_kernels
+def test_refusals_say_why(q: Tensor, architecture: str, words: str) -> None:
+    plan = ask(q, 5, architecture=architecture)
+    for name, refused in (("gna_fwd", plan.forward), ("gna_bwd", plan.backward)):
+        assert refused.refused.startswith(f"{name}: ")
+        assert words in refused.refused
+        assert refused.launches == 0
+    assert "refused: gna_fwd" in str(plan)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "q,because",
+    [
+        (meta(1, 50, 2, 64, dtype=torch.float32), "bfloat16, float16"),
+        (meta(1, 50, 2, 60), "multiples of 8"),
+    ],
+)
+def test_portable_kernels_serve_what_hoppers_own_do_not(q: Tensor, because: str) -> None:
+    plan, extra = ask(q, 5), q[:, :9]
+    assert because in plan.forward.because
+    assert because in plan.backward.because
+    assert "portable kernels: " in str(plan)
+    assert [s.kernel for s in plan.forward.steps] == ["fwd_sm80"]
+    assert [s.kernel for s in plan.backward.steps if s.visited] == ["bwd_dkv_sm80", "bwd_dq_sm80"]
+    assert ask(q, 5, backend="portable").forward.because is None
+    assert "was asked for, but" in ask(q, 5, backend="hopper").forward.refused
+    # The additional tokens stay in a launch of their own.
+    plan = ask(q, 5, additional_keys=extra, additional_values=extra)
+    assert sum(s.additional for s in plan.backward.steps) == 1
+
+
+@needs_kernels
+def test_portable_kernels_need_one_launch_for_any_dilation() -> None:
+    q = meta(1, 40, 50, 2, 64)
+    plan = ask(q, 3, dilation=9, backend="portable")
+    assert (plan.forward.launches, plan.backward.launches) == (1, 3)
+    assert plan.backward.workspace_bytes == 40 * 50 * 2 * 8 + 4
+    assert ask(q, 3, backend="portable").forward.steps[0].visited > 0
+    # Tiles are counted over all groups: at least one per group and query tile.
+    assert plan.forward.steps[0].visited >= 81
+
+
+def test_a_build_without_kernels_says_so() -> None:
+    plan = ask(meta(1, 50, 2, 64), 5)
+    assert ("built without CUDA kernels" in (plan.forward.refused or "")) == (
+        "cuda" not in devices_with_kernel("gna_fwd")
+    )
+
+
+@pytest.mark.parametrize("architecture", ["cpu", pytest.param("sm_90", marks=needs_kernels)])
+def test_copies_are_named(architecture: str) -> None:
+    q, k, v = (
+        meta(1, 20, 3, 64, 2).transpose(-1, -2),
+        meta(1, 20, 3, 2, 64)[:, :, 1:2],
+        meta(1, 20, 1, 2, 64),
+    )
+    k, v = k.reshape(1, 20, 1, 2, 64), v
+    plan = explain(neighborhood_attention, q[:, :, 1:2], k, v, (3, 1), architecture=architecture)
+    assert plan.forward.copies == plan.backward.copies == ("q",)
+    assert "copies q" in str(plan)
+
+
+def test_the_device_of_the_tensors_decides() -> None:
+    q = torch.randn(1, 9, 2, 8)
+    assert ask(q, 3, architecture=None).architecture == "cpu"
+    with pytest.raises(ValueError, match="explain: name an architecture"):
+        ask(meta(1, 9, 2, 8), 3, architecture=None)
+
+
+@pytest.mark.parametrize("architecture", ["hopper", "sm90", "cuda"])
+def test_unknown_architectures(architecture: str) -> None:
+    with pytest.raises(ValueError, match=f"explain: architecture is '{architecture}'"):
+        ask(meta(1, 9, 2, 8), 3, architecture=architecture)
+
+
+def test_wrong_arguments_raise_as_in_the_call() -> None:
+    with pytest.raises(ValueError, match="neighborhood_attention: the product of kernel_size"):
+        ask(meta(1, 9, 2, 8), 10)
+    with pytest.raises(
+        NotImplementedError, match="explain: delta_rule cannot be explained; supported: neigh"
+    ):
+        explain(delta_rule, meta(1, 9, 2, 8))
+
+
+def test_cpu_tiles_hold_a_register() -> None:
+    for dtype, lanes in ((torch.float32, 16), (torch.float64, 8), (torch.bfloat16, 16)):
+        plan = ask(meta(2, 20, 30, 4, 16, dtype=dtype), 7, architecture="cpu")
+        shapes = [s.q_tile or s.kv_tile for s in (*plan.forward.steps, *plan.backward.steps)]
+        assert all(torch.Size(shape).numel() <= lanes for shape in shapes)
+        assert plan.forward.workspace_bytes == 0
+        assert plan.backward.workspace_bytes == 2 * 20 * 30 * 4 * (8 if dtype == torch.float64 else 4)
+
+
+@needs_kernels
+def test_text_holds_what_matters() -> None:
+    text = str(ask(meta(1, 30, 48, 80, 24, 128), (18, 24, 24), stride=(16, 8, 8)))
+    words = ["sm_90", "[1, 30, 48, 80, 24, 128]", "bfloat16", "11.11", "fwd_sm90", "bwd_sm90", "GB", "100%"]
+    assert all(word in text for word in words), text
+
+
+def test_explaining_allocates_nothing_large() -> None:
+    q = meta(16, 4096, 4096, 32, 128)  # 2^40 elements: only a shape
+    for architecture in ("cpu", "sm_90"):
+        assert ask(q, 7, architecture=architecture).flop_bound == pytest.approx(4096**2 / 49)
