@@ -20,15 +20,20 @@ class Accuracy:
         return self.error <= self.allowed
 
 
-def measure(got: Tensor, truth: Tensor, eager: Tensor, factor: float = 2.0) -> Accuracy:
-    """``got`` may be ``factor`` times as far from ``truth`` as ``eager``, and one rounding of the largest value."""
+def measure(
+    got: Tensor, truth: Tensor, eager: Tensor, factor: float = 2.0, *, scale: float = 0.0
+) -> Accuracy:
+    """``got`` may be ``factor`` times as far from ``truth`` as ``eager``, and one rounding of the largest value.
+
+    ``scale`` raises that largest value where the truth is a difference that cancels.
+    """
     if got.shape != truth.shape:
         raise ValueError(f"the result has shape {list(got.shape)}, its reference {list(truth.shape)}")
     unit = 1e-10 if got.dtype == torch.float64 else torch.finfo(got.dtype).eps
     got, truth, eager = (t.detach().to("cpu", torch.float64) for t in (got, truth, eager))
     if truth.numel() == 0:
         return Accuracy(0.0, 0.0)
-    largest = float(truth.abs().max()) or 1.0
+    largest = max(float(truth.abs().max()), scale) or 1.0
     error = (got - truth).abs().nan_to_num(nan=torch.inf, posinf=torch.inf).max()
     return Accuracy(float(error) / largest, factor * float((eager - truth).abs().max()) / largest + unit)
 

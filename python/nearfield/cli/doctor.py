@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import platform
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
@@ -24,9 +23,6 @@ import nearfield
 from nearfield import _C, _runtime  # type: ignore[attr-defined]
 from nearfield._accuracy import worst
 from nearfield.cli.checks import CHECKS
-
-# A refusal says what is supported instead; other errors do not.
-REFUSAL = re.compile(r"supported|has kernels for")
 
 
 @dataclass(frozen=True)
@@ -160,7 +156,9 @@ def first_call(operator: str, device: torch.device, dtype: torch.dtype) -> Outco
         part, accuracy = worst(CHECKS[operator](device, dtype))
     except (RuntimeError, ValueError, TypeError) as raised:  # NotImplementedError is a RuntimeError
         message = str(raised).strip().splitlines()[0]
-        return Outcome(**names, status="refused" if REFUSAL.search(message) else "failed", message=message)
+        return Outcome(
+            **names, status="refused" if _runtime.is_refusal(raised) else "failed", message=message
+        )
     status = "right" if accuracy.ok else "wrong"
     error = accuracy.error if math.isfinite(accuracy.error) else None  # JSON has no infinity
     numbers: dict[str, Any] = {"error": error, "allowed": accuracy.allowed, "part": part}
