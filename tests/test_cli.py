@@ -314,3 +314,27 @@ def test_files_are_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Monkey
         _files.write_atomically(path, "new")
     assert path.read_text() == "old"
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_the_demo_is_a_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for package in ("skimage", "sklearn"):
+        pytest.importorskip(package)
+    from nearfield.demo import __main__ as demo
+    from nearfield.demo.report import Result, Row
+
+    def part(out: Path, progress: Any, use_gpu: bool) -> Result:
+        return Result("Title", "Text.", [Row("task", "method", f"gpu {use_gpu}", 1.0, "CPU")], [])
+
+    monkeypatch.setattr(demo, "RUN", dict.fromkeys(demo.RUN, part))
+    code, out, _ = run("demo", "recall", "--cpu", "--out", str(tmp_path))
+    assert code == 0
+    assert "gpu False" in out
+    assert (tmp_path / "report.html").exists()
+    assert_refused(run("demo", "nonsense"), "nonsense")
+
+
+def test_the_demo_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nearfield.cli import demo
+
+    monkeypatch.setattr(demo, "NEEDED", {"a_missing_module": "its-package"})
+    assert_refused(run("demo"), "the demo needs its-package; install with: pip install 'nearfield[demo]'")
