@@ -60,7 +60,7 @@ def gna_weights() -> Figure:
         out = neighborhood_attention(q, k, values, **given)  # type: ignore[arg-type]
         assert isinstance(out, torch.Tensor)
         shown = torch.full((height, width), float("nan"))
-        for at, mark in (((7, 10), "o"), ((1, 2), "s")):
+        for at, mark in (((10, 14), "o"), ((1, 2), "s")):
             weights = out[0, at[0], at[1], 0].reshape(height, width)
             shown = torch.where(weights > 0, weights, shown)
             panel.plot(at[1], at[0], mark, color="white", markeredgecolor="black", markersize=5)
@@ -96,8 +96,10 @@ def delta_weights() -> Figure:
         ("DeltaNet, beta 1/2: half corrected", (half, None)),
         ("Gated DeltaNet: and forgotten", (half, forget)),
     ]
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
-    for panel, (title, (beta, g)) in zip(figure.subplots(1, 3), shown, strict=True):
+    figure = Figure(figsize=(11, 3.1), layout="constrained")
+    panels = figure.subplots(1, 4)
+    heat(panels[0], (k[0, :, 0] @ k[0, :, 0].T).tril(), "linear attention: only added")
+    for panel, (title, (beta, g)) in zip(panels[1:], shown, strict=True):
         out, _ = delta_rule(k, k, values, beta, g, scale=1.0)
         heat(panel, out[0, :, 0], title)
     figure.axes[0].set_ylabel("read at")
@@ -109,7 +111,7 @@ def lla_fit() -> Figure:
     """A noisy curve over an arc of keys of length 1, read everywhere by both kinds of attention."""
     torch.manual_seed(2)
     angle = torch.linspace(-0.8, 0.8, 80, dtype=torch.float64)
-    values = 1.3 * angle + 0.3 * torch.sin(6 * angle) + 0.08 * torch.randn(80, dtype=torch.float64)
+    values = 1.6 * angle + 0.25 * torch.cos(5 * angle) + 0.06 * torch.randn(80, dtype=torch.float64)
     keys = torch.stack([angle.sin(), angle.cos()], -1)[None, :, None]
     figure = Figure(figsize=(7, 3.2), layout="constrained")
     panel = figure.subplots()
@@ -120,7 +122,7 @@ def lla_fit() -> Figure:
             keys,
             values[None, :, None, None],
             lam=lam,
-            scale=60.0,
+            scale=25.0,
             is_causal=False,
             tol=1e-9,
             max_iters=100,
