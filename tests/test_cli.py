@@ -338,3 +338,8 @@ def test_the_demo_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(demo, "NEEDED", {"a_missing_module": "its-package"})
     assert_refused(run("demo"), "the demo needs its-package; install with: pip install 'nearfield[demo]'")
+
+
+def test_simulate_without_the_planner(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(simulate, "_planner", None)
+    assert_refused(run("simulate", "8", "--window", "3"), "this build has no planner")
