@@ -28,7 +28,7 @@ def on_files(files: Files, config: Any) -> Files:
         files.append(File.generated(config, f"pictures/{name}.png", content=draw()))
     for path in result_files():
         data = report.load(path)
-        picture = report.plot(data, groups()[data["group"]].title)
+        picture = report.plot(data, title(data["group"]))
         files.append(File.generated(config, f"pictures/{path.stem}.png", content=picture))
     return files
 
@@ -36,6 +36,17 @@ def on_files(files: Files, config: Any) -> Files:
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     markdown = BENCH.sub(lambda match: results(match[1], page), markdown)
     return markdown.replace("<!-- version -->", __version__)
+
+
+def family(name: str) -> str:
+    """The group of results: those of a variant, say of other kernels, are named gna-variant."""
+    return name.split("-")[0]
+
+
+def title(name: str) -> str:
+    """What the plot of some results is called."""
+    known = groups().get(family(name))
+    return name if known is None or known.name != name else known.title
 
 
 def result_files() -> list[Path]:
@@ -50,7 +61,7 @@ def results(group: str, page: Any) -> str:
     found = []
     for path in result_files():
         data = report.load(path)
-        if data["group"] == group:
+        if family(data["group"]) == group:
             found.append(f"{report.markdown(data)}\n![Speedups]({up}pictures/{path.stem}.png)\n")
     command = f"python -m nearfield bench {group} --out bench/results"
     return "\n".join(found) or f"Nobody has stored results of this operator yet. To measure: `{command}`."

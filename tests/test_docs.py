@@ -125,11 +125,14 @@ def test_results_become_tables(tmp_path: Path) -> None:
     results.mkdir(parents=True)
     rows = [{"case": "A case of this test", "fwd_ms": 2.0, "cudnn_fwd_ms": 5.0}]
     (results / "some-gpu-gna.json").write_text(json.dumps({"gpu": "Some GPU", "rows": rows}))
+    rows = [{"case": "A case of a variant", "fwd_ms": 2.0}]
+    (results / "some-gpu-gna-variant.json").write_text(json.dumps({"group": "gna-variant", "rows": rows}))
     done = build(tmp_path, tmp_path / "site")
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "site" / "operators" / "gna.html").read_text()
     assert "A case of this test" in page
     assert "5 (2.50x)" in page
+    assert "A case of a variant" in page
     assert (tmp_path / "site" / "pictures" / "some-gpu-gna.png").exists()
     # A page that asks for what is not there does not build.
     (tmp_path / "docs" / "index.md").write_text("<!-- bench: nonsense -->")
