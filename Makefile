@@ -1,6 +1,7 @@
 # Every target sets up what it needs and remembers it, so that a second run starts at once.
 #   make test     lint, build and test: what the continuous integration runs
 #   make demo     run the demonstration; the report lands in out/
+#   make docs     build the documentation into out/docs
 #   make build    compile the extension in place, with CUDA kernels where nvcc is
 #   make lint     check style and types;  make format  rewrite to the style
 #   make clean    remove what was built, not the environment
@@ -15,20 +16,24 @@ export PYTHONPATH := $(CURDIR)/python$(if $(PYTHONPATH),:$(PYTHONPATH))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 MAKEFLAGS += --no-print-directory
 .DELETE_ON_ERROR:
-.PHONY: test demo build lint format clean setup
+.PHONY: test demo docs build lint format clean setup
 
 STAMPS := build/stamps
 # The environment and the switches are part of the name: another torch or switch means another build.
 BUILT := $(STAMPS)/build$(subst /,-,$(VENV))$(NEARFIELD_CUDA)$(subst ;,-,$(NEARFIELD_CUDA_ARCHS))$(subst ;,-,$(NEARFIELD_FAMILIES))
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cuh csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.def \
                   include/nearfield/*.h include/nearfield/*.cuh)
-PYTHON_FILES := $(shell find python tests bench examples setup.py -name '*.py' -o -name '*.pyi' 2>/dev/null)
+PYTHON_FILES := $(shell find python tests bench docs examples setup.py -name '*.py' -o -name '*.pyi' 2>/dev/null)
 
 test: lint build
 	python -m pytest $(ARGS)
 
 demo: build
 	python -m nearfield.demo $(ARGS)
+
+docs: build
+	NO_MKDOCS_2_WARNING=1 mkdocs build --quiet
+	@echo out/docs/index.html
 
 setup: $(VENV)/nearfield.stamp
 build: $(BUILT)

@@ -143,7 +143,10 @@ def extensions() -> list:
     from pybind11.setup_helpers import Pybind11Extension
 
     planner = Pybind11Extension(
-        "nearfield._planner", ["csrc/planner.cpp"], include_dirs=[str(ROOT / "include")], cxx_std=17
+        "nearfield._planner",
+        ["csrc/planner.cpp"],
+        include_dirs=[str(ROOT / "include"), str(ROOT / "csrc")],
+        cxx_std=17,
     )
     return [ops, planner]
 

@@ -6,6 +6,7 @@
 #include <variant>
 #include <vector>
 
+#include "gna/tiles.h"
 #include "nearfield/tile_plan.h"
 
 namespace py = pybind11;
@@ -109,6 +110,18 @@ PYBIND11_MODULE(_planner, m) {
                ", tile_bound=" + std::to_string(plan.tile_bound()) + ")";
       });
 
+  m.def(
+      "kernel_blocks",
+      [](int head_dim, const std::string& direction) {
+        if (direction_of(direction) == Direction::kForward) {
+          const gna::FwdTile tile = gna::fwd_tile(head_dim);
+          return py::make_tuple(tile.kBlockM, tile.kBlockN);
+        }
+        const gna::BwdTile tile = gna::bwd_tile(head_dim);
+        return py::make_tuple(tile.kBlockM, tile.kBlockN);
+      },
+      py::arg("head_dim"), py::kw_only(), py::arg("direction") = "forward",
+      "(queries, keys) in a tile of the Hopper kernels of neighborhood attention.");
   m.def(
       "key_range",
       [](int index, int length, int window, int stride, bool is_causal) {

@@ -53,6 +53,9 @@ class TilePlan:
     def cost(self, partial_cost: float = 1.1) -> float:
         """Predicted time in units of one full tile: full + partial_cost * partial."""
 
+def kernel_blocks(head_dim: int, *, direction: Direction = "forward") -> tuple[int, int]:
+    """(queries, keys) in a tile of the Hopper kernels of neighborhood attention."""
+
 def key_range(
     index: int, length: int, window: int, *, stride: int = 1, is_causal: bool = False
 ) -> tuple[int, int]: ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import NoReturn
 
 import torch
@@ -57,6 +58,14 @@ def check_same_dtype(op: str, **tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dtype != first.dtype:
             raise ValueError(f"{op}: {name} has dtype {tensor.dtype}, but {first_name} has {first.dtype}")
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether the error says that the call is not supported, and not that something broke.
+
+    A refusal says what is supported instead; other errors do not.
+    """
+    return re.search(r"supported|has kernels for", str(error)) is not None
 
 
 def devices_with_kernel(operator: str) -> frozenset[str]:

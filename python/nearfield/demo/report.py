@@ -12,6 +12,7 @@ import matplotlib
 import torch
 
 import nearfield
+from nearfield._files import write_atomically
 
 matplotlib.use("Agg")  # a fresh machine has no screen
 import matplotlib.pyplot as plt
@@ -98,5 +99,5 @@ def write_report(out: Path, results: list[Result]) -> Path:
             parts.append(f'<img alt="{html.escape(result.title)}" src="data:image/png;base64,{data}">')
         parts.append(table_html(result.rows))
     path = out / "report.html"
-    path.write_text("\n".join(parts) + "\n")
+    write_atomically(path, "\n".join(parts) + "\n")
     return path
