@@ -5,7 +5,7 @@ soon. After each repeated key the model has to name its value. Keys, values and 
 so nothing can be learned about single tokens: the model must move symbols. Models are two layers that differ in the
 mixer over time; embedding and output layer share their weights, and only places with a question count.
 
-    python examples/mqar.py                      # the recorded small run: some 12 minutes on one CPU core
+    python examples/mqar.py                      # the recorded small run: 15 minutes on one CPU core
     python examples/mqar.py --dim 128 --steps 5000 --case 512:64 --device cuda
 """
 

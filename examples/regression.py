@@ -4,7 +4,7 @@ A sequence is x_1 y_1 x_2 y_2 ...: every y is the image of the x before it under
 sequence and, in the drifting task, again in its middle. After every x the model has to predict y. The best that can be
 done for a constant map is ridge regression on the pairs so far. Models are equal stacks that differ in the mixer.
 
-    python examples/regression.py            # the recorded small run: some 6 minutes on one CPU core
+    python examples/regression.py            # the recorded small run: 4 minutes on one CPU core
 """
 
 from __future__ import annotations
