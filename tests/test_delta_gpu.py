@@ -17,7 +17,7 @@ from torch import Tensor
 pytestmark = pytest.mark.gpu
 
 DTYPES = [torch.bfloat16, torch.float16]
-GATE_KINDS = ("none", "head")
+GATE_KINDS = ("none", "head", "channel")
 
 
 def cuda(args: dict[str, Any]) -> dict[str, Any]:
@@ -109,15 +109,16 @@ def test_fused_norm_and_beta(activation: str, dtype: torch.dtype) -> None:
     check(args | {"use_qk_l2norm": True, "beta_activation": activation})
 
 
+@pytest.mark.parametrize("gate", ["head", "channel"])
 @pytest.mark.parametrize("option", ["softplus", "softplus-bias", "bounded", "bounded-A", "bounded-A-bias"])
-def test_fused_gates(option: str) -> None:
-    args: dict[str, Any] = make(T=200, HV=4, K=128, V=128, dtype=torch.bfloat16)
+def test_fused_gates(option: str, gate: str) -> None:
+    args: dict[str, Any] = make(T=200, HV=4, K=128, V=128, gate=gate, dtype=torch.bfloat16)
     args["g"] = torch.randn(args["g"].shape)
     args["gate"] = option.split("-")[0]
     if "softplus" in option or "A" in option:
         args["A_log"] = 0.5 * torch.randn(4)
     if "bias" in option:
-        args["dt_bias"] = torch.randn(4)
+        args["dt_bias"] = torch.randn(*((4, 128) if gate == "channel" else (4,)))
     args["gate_bound"] = -3.0
     check(args)
 
@@ -182,9 +183,10 @@ def test_nan_stays_in_its_sequence() -> None:
     assert torch.equal(dirty[:, 90:], o[:, 90:])
 
 
+@pytest.mark.parametrize("gate", GATE_KINDS)
 @pytest.mark.parametrize("m", [1, 63, 64, 100])
-def test_split_and_resume(m: int) -> None:
-    args = cuda(make(T=300, K=128, V=128, strength=0.1, dtype=torch.bfloat16))
+def test_split_and_resume(m: int, gate: str) -> None:
+    args = cuda(make(T=300, K=128, V=128, gate=gate, strength=0.1, dtype=torch.bfloat16))
     state = args.pop("initial_state")
     whole, final = delta_rule(**args, initial_state=state, output_final_state=True)
     parts = []
@@ -204,14 +206,16 @@ def test_split_and_resume(m: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("gate", ["head", "channel"])
 @pytest.mark.parametrize("kind", ["0", "-1e-6", "-5", "-50", "-1e4", "-inf", "mixed", "rare-inf", "one-inf"])
-def test_hostile_gates(kind: str, dtype: torch.dtype) -> None:
-    args = make(B=1, T=500, K=128, V=128, gate="head", dtype=dtype)
+def test_hostile_gates(kind: str, gate: str, dtype: torch.dtype) -> None:
+    args = make(B=1, T=300, K=128, V=128, gate=gate, dtype=dtype)
     args["g"] = hostile_gates(kind, args["g"].shape)
     check(args)
 
 
 def test_zero_gates_are_no_gates() -> None:
+    """Bit by bit, for a gate per head."""
     args = cuda(make(T=200, K=128, V=128, dtype=torch.bfloat16))
     args["g"] = torch.zeros_like(args["g"])
     gated = delta_rule(**args, output_final_state=True)
