@@ -13,7 +13,7 @@
 namespace nearfield::gna {
 
 template <class Tag, int kHeadDim>
-using DkvPortable = PortableTraits<Tag, kHeadDim, portable_bwd_tile, 2, Direction::kBackward>;
+using DkvPortable = PortableTraits<Tag, kHeadDim, portable_dkv_tile, 2, Direction::kBackward>;
 
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kTile.kCtas)

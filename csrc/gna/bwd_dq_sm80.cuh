@@ -8,7 +8,7 @@
 namespace nearfield::gna {
 
 template <class Tag, int kHeadDim>
-using DqPortable = PortableTraits<Tag, kHeadDim, portable_bwd_tile, 2, Direction::kForward>;
+using DqPortable = PortableTraits<Tag, kHeadDim, portable_dq_tile, 2, Direction::kForward>;
 
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kTile.kCtas)

@@ -237,9 +237,11 @@ Plan plan_backward(const Request& request, const Problem& p, bool deterministic)
   BwdTile tile = bwd_tile(head_dim);
   FwdTile query_tile = dq_tile(dq_head_dim);
   if (plan.portable) {
-    const PortableTile portable = portable_bwd_tile(head_dim, element_bytes(request.dtype));
-    tile.kBlockM = query_tile.kBlockN = portable.kMoving;
-    tile.kBlockN = query_tile.kBlockM = portable.kStaying;
+    const int bytes = element_bytes(request.dtype);
+    const PortableTile keys = portable_dkv_tile(head_dim, bytes);
+    const PortableTile queries = portable_dq_tile(head_dim, bytes);
+    tile.kBlockM = keys.kMoving, tile.kBlockN = keys.kStaying;
+    query_tile.kBlockM = queries.kStaying, query_tile.kBlockN = queries.kMoving;
   }
   plan.stats_rows = p.batch * p.tokens() * p.heads;
   // Launches follow each other on one stream and share the buffer; the first dilation group is the longest.

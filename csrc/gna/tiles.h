@@ -42,21 +42,34 @@ struct PortableTile {
   int kCtas = 2;  // of an SM at once: bounds the registers
 };
 
-// 32 rows a warp halve the reads of shared memory per product; O then takes D registers a thread. float32
-// operands take four times the registers of 16-bit ones.
+// 32 rows a warp halve the reads of shared memory per product; O or dQ then takes D registers a thread.
+// float32 operands take four times the registers of 16-bit ones. Measured: README.md.
 constexpr PortableTile portable_fwd_tile(int head_dim, int element_bytes) {
   const int row_bytes = head_dim * element_bytes;
-  if (row_bytes <= 256) return element_bytes == 2 ? PortableTile{128, 64, 2} : PortableTile{64, 64, 1};
-  if (row_bytes <= 512) return {64, 32, 1};  // 68 KB
-  return {32, 16, 1};                        // 67 KB
+  if (row_bytes <= 256 && element_bytes == 4) return {64, 64, 1};
+  if (row_bytes <= 128) return {128, 64, 2, 3};
+  if (row_bytes <= 256) return {128, 64, 2};
+  if (row_bytes <= 512) return {64, 32, 1};
+  return {32, 16, 1};
 }
 
-// Two operands stay and two move; dK and dV take D registers a thread, the scores and their gradients 64.
-constexpr PortableTile portable_bwd_tile(int head_dim, int element_bytes) {
+// Two operands stay and two move.
+constexpr PortableTile portable_dq_tile(int head_dim, int element_bytes) {
   const int row_bytes = head_dim * element_bytes;
-  if (row_bytes <= 256) return {64, 64, 1};  // 70 KB
-  if (row_bytes <= 512) return {32, 32, 1};  // 68 KB
-  return {32, 8, 1};                         // 83 KB
+  if (row_bytes <= 256 && element_bytes == 4) return {64, 64, 1};
+  if (row_bytes <= 128) return {128, 64, 2};
+  if (row_bytes <= 256) return {128, 32, 2};
+  if (row_bytes <= 512) return {32, 32, 1};
+  return {32, 8, 1};
+}
+
+// dK and dV take D registers a thread with 16 rows a warp, the scores and their gradients 64.
+constexpr PortableTile portable_dkv_tile(int head_dim, int element_bytes) {
+  const int row_bytes = head_dim * element_bytes;
+  if (row_bytes <= 128 && element_bytes == 2) return {64, 64, 1, 3};
+  if (row_bytes <= 256) return {64, 64, 1};
+  if (row_bytes <= 512) return {32, 32, 1};
+  return {32, 8, 1};
 }
 // Features of dK and dV that are summed in one pass over the queries.
 constexpr int kPortableKeyFeatures = 128;
