@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kFinishThreads)
 }
 
 // One CTA per value head (and per sum, blockIdx.y).
-inline __global__ void __launch_bounds__(kFinishThreads)
+static __global__ void __launch_bounds__(kFinishThreads)
     sum_chunks_kernel(const __grid_constant__ FinishGradientArgs args, int64_t slots) {
   const int64_t HV = args.in.value_heads;
   float* out = blockIdx.y == 0 ? args.dA_log : args.ddt_bias;

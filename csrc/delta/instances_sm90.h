@@ -3,7 +3,7 @@
 #pragma once
 
 #include "delta/checks.h"
-#include "delta/sm90.h"
+#include "delta/sm90_bwd.h"
 #include "nearfield/device.h"
 
 namespace nearfield::delta {
