@@ -156,6 +156,25 @@ __device__ __forceinline__ void load_tokens(const CUtensorMap& map, uint64_t* ba
   }
 }
 
+// Two threads of a warpgroup per row of kFeatures: 1 / sqrt(sum x^2 + eps).
+template <int kFeatures, class Element>
+__device__ __forceinline__ float inverse_norm(Element* images) {
+  const int row = threadIdx.x % 128 / 2, half = threadIdx.x % 2;
+  float sum = 0.f;
+  CUTE_UNROLL
+  for (int p = 0; p < kFeatures / 16; ++p) {
+    const int piece = 2 * p + half;
+    const uint4 words =
+        *reinterpret_cast<const uint4*>(image_piece(images + piece / 8 * kImage, row, piece % 8));
+    for (const uint32_t word : {words.x, words.y, words.z, words.w}) {
+      const float2 x = unpack<Element>(word);
+      sum += x.x * x.x + x.y * x.y;
+    }
+  }
+  sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+  return rsqrtf(sum + static_cast<float>(kNormEps));
+}
+
 // ---- Chunks of sequences ----
 
 struct Sequence {

@@ -14,13 +14,6 @@
 namespace nearfield::delta {
 namespace {
 
-// One warpgroup has 64 value columns. A CTA of two shares the tiles it loads; while there are fewer of the
-// small ones than SMs, a chain is faster alone.
-int64_t choose_tiles(const Inputs& x, int num_sms) {
-  const int64_t tiles = (x.V + kImageColumns - 1) / kImageColumns;
-  return tiles % 2 == 0 && x.N * x.HV * tiles > num_sms ? 2 : 1;
-}
-
 std::tuple<Tensor, Tensor> delta_fwd_cuda(Tensor q, Tensor k, Tensor v, Tensor beta, OptTensor g,
                                           OptTensor initial_state, OptTensor A_log, OptTensor dt_bias,
                                           OptTensor cu_seqlens, double scale, bool qk_l2norm,
@@ -43,14 +36,13 @@ std::tuple<Tensor, Tensor> delta_fwd_cuda(Tensor q, Tensor k, Tensor v, Tensor b
       new_empty(q, output_final_state ? state_shape : std::vector<int64_t>{0}, ScalarType::Float);
   make_loadable(x);
   const InputsSm90 in = kernel_inputs<void, float>(x, options);
-  const Scratch scratch = allocate_scratch(q, in, choice, true);
+  const Scratch scratch = allocate_scratch(q, in, choice, in.channel_gate);
   void* stream = current_stream(q);
   check_launch(op, choice.prepare({in, scratch.chunks}, stream));
   StatePassArgs pass{in, scratch.chunks};
   pass.o = o.mutable_data_ptr();
   if (output_final_state) pass.final_state = static_cast<float*>(final_state.mutable_data_ptr());
-  const int64_t tiles = choose_tiles(x, device_info(q.get_device_index()).num_sms);
-  check_launch(op, choice.state_pass(tiles)(pass, stream));
+  check_launch(op, choice.state_pass(pass, stream));
   return {o, final_state};
 }
 

@@ -26,18 +26,17 @@ struct BackwardInstances {
   std::vector<Entry<ChunkGradientArgs>> gradient;
   std::vector<Entry<FinishGradientArgs>> finish;
 
-  template <class Tag, int kKeys, int kTiles, bool kChannelGate>
-  void add(backward_passes_sm90<Tag, kKeys, kTiles, kChannelGate>*) {
-    using Kernel = backward_passes_sm90<Tag, kKeys, kTiles, kChannelGate>;
-    passes.push_back({{std::is_same_v<Tag, bf16>, kKeys, kChannelGate, kTiles}, &Kernel::run});
+  template <class Tag, int kKeys>
+  void add(backward_passes_sm90<Tag, kKeys>*) {
+    passes.push_back({{std::is_same_v<Tag, bf16>, kKeys, false}, &backward_passes_sm90<Tag, kKeys>::run});
   }
   template <class Tag, int kKeys>
   void add(chunk_gradient_sm90<Tag, kKeys>*) {
-    gradient.push_back({{std::is_same_v<Tag, bf16>, kKeys, false, 0}, &chunk_gradient_sm90<Tag, kKeys>::run});
+    gradient.push_back({{std::is_same_v<Tag, bf16>, kKeys, false}, &chunk_gradient_sm90<Tag, kKeys>::run});
   }
   template <class Tag>
   void add(finish_gradient_sm90<Tag>*) {
-    finish.push_back({{std::is_same_v<Tag, bf16>, 0, false, 0}, &finish_gradient_sm90<Tag>::run});
+    finish.push_back({{std::is_same_v<Tag, bf16>, 0, false}, &finish_gradient_sm90<Tag>::run});
   }
   void add(const void*) {}
 
@@ -57,21 +56,18 @@ struct BackwardChoice {
   int (*finish)(const FinishGradientArgs&, void*);
 };
 
-BackwardChoice choose_backward(const char* op, const Inputs& x, int num_sms) {
+BackwardChoice choose_backward(const char* op, const Inputs& x) {
   choose_kernels(op, x);  // what the forward supports
   STD_TORCH_CHECK(!x.channel_gate, op, ": g has one gate per channel; supported on CUDA: one per head");
   STD_TORCH_CHECK(x.K <= kKeyDim && x.V <= kMostValues, op, ": q has ", x.K, " and v ", x.V,
                   " channels; supported on CUDA: up to ", kKeyDim, " and ", kMostValues);
   static const BackwardInstances instances;
   const bool is_bf16 = x.q.scalar_type() == ScalarType::BFloat16;
-  // Twice as many CTAs as value tiles, as the two walks run side by side.
-  const int64_t tiles = (x.V + kImageColumns - 1) / kImageColumns;
-  const int64_t share = tiles % 2 == 0 && 2 * x.N * x.HV * tiles > num_sms ? 2 : 1;
-  const InstancesSm90::Key key{is_bf16, kKeyDim, false, 0};
-  BackwardChoice choice{{key, InstancesSm90::find(InstancesSm90::all().prepare, key)},
-                        InstancesSm90::find(instances.passes, {is_bf16, kKeyDim, false, share}),
+  const InstancesSm90::Key key{is_bf16, kKeyDim, false};
+  BackwardChoice choice{{key, InstancesSm90::find(InstancesSm90::all().prepare, key), nullptr},
+                        InstancesSm90::find(instances.passes, key),
                         InstancesSm90::find(instances.gradient, key),
-                        InstancesSm90::find(instances.finish, {is_bf16, 0, false, 0})};
+                        InstancesSm90::find(instances.finish, {is_bf16, 0, false})};
   STD_TORCH_CHECK(choice.prepare.prepare && choice.passes && choice.gradient && choice.finish, op,
                   ": this build lacks a kernel for it");
   return choice;
@@ -93,7 +89,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> delta
   check_hopper(op, q);
   Inputs x = check_inputs(op, q, k, v, beta, g, initial_state, A_log, dt_bias, cu_seqlens, options);
   check_output_gradients(op, x, options, d_o, d_final);
-  const BackwardChoice choice = choose_backward(op, x, device_info(q.get_device_index()).num_sms);
+  const BackwardChoice choice = choose_backward(op, x);
 
   const ScalarType type = q.scalar_type(), wide = ScalarType::Float;
   const bool empty = x.N == 0 || x.T == 0;

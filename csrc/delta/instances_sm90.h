@@ -27,9 +27,8 @@ struct InstancesSm90 {
     bool bf16;
     int64_t key_dim;
     bool channel_gate;
-    int64_t tiles;
     bool operator==(const Key& o) const {
-      return bf16 == o.bf16 && key_dim == o.key_dim && channel_gate == o.channel_gate && tiles == o.tiles;
+      return bf16 == o.bf16 && key_dim == o.key_dim && channel_gate == o.channel_gate;
     }
   };
   template <class Args>
@@ -43,12 +42,12 @@ struct InstancesSm90 {
   template <class Tag, int kKeyDim, bool kChannelGate>
   void add(prepare_sm90<Tag, kKeyDim, kChannelGate>*) {
     using Kernel = prepare_sm90<Tag, kKeyDim, kChannelGate>;
-    prepare.push_back({{std::is_same_v<Tag, bf16>, kKeyDim, kChannelGate, 0}, &Kernel::run});
+    prepare.push_back({{std::is_same_v<Tag, bf16>, kKeyDim, kChannelGate}, &Kernel::run});
   }
-  template <class Tag, int kKeyDim, int kTiles, bool kChannelGate>
-  void add(state_pass_sm90<Tag, kKeyDim, kTiles, kChannelGate>*) {
-    using Kernel = state_pass_sm90<Tag, kKeyDim, kTiles, kChannelGate>;
-    state_pass.push_back({{std::is_same_v<Tag, bf16>, kKeyDim, kChannelGate, kTiles}, &Kernel::run});
+  template <class Tag, int kKeyDim, bool kChannelGate>
+  void add(state_pass_sm90<Tag, kKeyDim, kChannelGate>*) {
+    using Kernel = state_pass_sm90<Tag, kKeyDim, kChannelGate>;
+    state_pass.push_back({{std::is_same_v<Tag, bf16>, kKeyDim, kChannelGate}, &Kernel::run});
   }
   void add(const void*) {}
 
@@ -74,14 +73,7 @@ struct InstancesSm90 {
 struct KernelChoice {
   InstancesSm90::Key key;
   int (*prepare)(const PrepareArgs&, void*);
-
-  auto state_pass(int64_t tiles) const {
-    InstancesSm90::Key wanted = key;
-    wanted.tiles = tiles;
-    const auto run = InstancesSm90::find(InstancesSm90::all().state_pass, wanted);
-    STD_TORCH_CHECK(run != nullptr, "delta: no state pass was built for ", tiles, " value tiles");
-    return run;
-  }
+  int (*state_pass)(const StatePassArgs&, void*);
 };
 
 inline KernelChoice choose_kernels(const char* op, const Inputs& x) {
@@ -90,7 +82,7 @@ inline KernelChoice choose_kernels(const char* op, const Inputs& x) {
                   torch::headeronly::toString(dtype), "; supported on CUDA: bfloat16, float16");
   STD_TORCH_CHECK(x.K % 8 == 0 && x.V % 8 == 0, op, ": q has ", x.K, " and v ", x.V,
                   " channels; supported on CUDA: multiples of 8");
-  KernelChoice choice{{dtype == ScalarType::BFloat16, 0, x.channel_gate, 0}, nullptr};
+  KernelChoice choice{{dtype == ScalarType::BFloat16, 0, x.channel_gate}, nullptr, nullptr};
   std::ostringstream built;
   for (const auto& e : InstancesSm90::all().prepare) {
     if (e.key.bf16 != choice.key.bf16 || e.key.channel_gate != x.channel_gate) continue;

@@ -40,9 +40,10 @@ struct ChunkRows {
   float G[kChunk];     // log2(e) (g_1 + .. + g_i), each gate at least kLowestGate; 0 with a gate per channel
   float beta[kChunk];  // after its activation
   float k_read[kChunk];   // k_norm e^{G_i}: Kh = k_read . K. With a gate per channel 1
-  float q_read[kChunk];   // scale q_norm e^{G_i}: scale Qh = q_read . Q. With a gate per channel 1
   float k_write[kChunk];  // k_norm e^{G_C - G_i}: Kt = k_write . K. With a gate per channel 1
   float k_norm[kChunk];   // 1 / sqrt(sum k^2 + eps), or 1 without qk_l2norm
+  // Only where P is wanted, for else Q is not read:
+  float q_read[kChunk];  // scale q_norm e^{G_i}: scale Qh = q_read . Q. With a gate per channel 1
   float q_norm[kChunk];
 };
 
@@ -72,17 +73,17 @@ struct prepare_sm90 {
 struct StatePassArgs {
   InputsSm90 in;
   ChunkScratch scratch;
-  void* o;             // [B, T, HV, V] contiguous; null: no output (then P and Q are not read)
+  void* o;             // [B, T, HV, V] contiguous; null: no output, and Q is not read
   float* final_state;  // like initial_state, or null
-  // What the backward asks for, or null:
+  // Without output, for the backward, or null:
   void* states;  // image [slot][value head][V / 64][K / 64] (K and V padded): S^T of the state that enters
                  // the chunk, rows are values, rounded to 16 bit
-  void* v_new;   // [B, T, HV, V] contiguous: V'
+  void* v_new;  // [B, T, HV, V] contiguous: V'
 };
 
-// The serial walk over the chunks of a sequence: V', S, and O. One CTA per (sequence, value head, kTiles x 64
-// values).
-template <class Tag, int kKeyDim, int kTiles, bool kChannelGate>
+// The serial walk over the chunks of a sequence: V', S, and O. One CTA per (sequence, value head, 64 values).
+// With a gate per head it computes P itself; with one per channel it reads P from scratch.
+template <class Tag, int kKeyDim, bool kChannelGate>
 struct state_pass_sm90 {
   static int run(const StatePassArgs& args, void* stream);
 };

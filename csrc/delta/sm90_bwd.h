@@ -21,8 +21,8 @@ struct BackwardPassesArgs {
 };
 
 // Both walks over the chunks, which need nothing from each other, side by side in one launch: half of the
-// CTAs recompute the states, the other half carry their gradients.
-template <class Tag, int kKeyDim, int kTiles, bool kChannelGate>
+// CTAs recompute the states, the other half carry their gradients. A gate per head.
+template <class Tag, int kKeyDim>
 struct backward_passes_sm90 {
   static int run(const BackwardPassesArgs& args, void* stream);
 };

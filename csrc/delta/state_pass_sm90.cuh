@@ -4,8 +4,9 @@
 // shared memory or a barrier:
 //   R^T = S^T K^T,  X^T = (V^T - R^T) beta,  V'^T = X^T + X^T N^T,  S^T <- e^{G_C} S^T + V'^T K,  O^T = S^T
 //   Q^T + V'^T P^T
-// (decays and norms of a gate per head are factors of columns of the accumulators). One warp streams the
-// tiles of the next chunks into a ring of stages. Plan and budget: README.md.
+// (decays and norms of a gate per head are factors of columns of the accumulators). Everything else is done
+// by others: one warp streams the tiles of the next chunks into a ring of stages, one carries O away, and a
+// second warpgroup computes P ahead of time. Plan and budget: README.md.
 #pragma once
 
 #include <cutlass/arch/reg_reconfig.h>
@@ -16,18 +17,22 @@ namespace nearfield::delta {
 
 // ---- Layouts and storage ----
 
-template <class Tag, int kKeyDim_, int kTiles_, bool kChannelGate_, bool kOutput_>
+template <class Tag, int kKeyDim_, bool kChannelGate_, bool kOutput_>
 struct StatePassTraits {
   using Element = element_t<Tag>;
-  static constexpr int kKeyDim = kKeyDim_, kTiles = kTiles_;
+  static constexpr int kKeyDim = kKeyDim_;
   static constexpr bool kChannelGate = kChannelGate_, kOutput = kOutput_;
+  static constexpr bool kComputeP = kOutput && !kChannelGate;
   static constexpr int kKeyImages = kKeyDim / kImageColumns;
   static constexpr int kKeyTile = kKeyDim * kRows;  // elements
-  static constexpr int kConsumerWarps = kTiles * 4;
-  // One warpgroup has all registers it can use. Two take what a third one, of the loading warp, hands over.
-  static constexpr bool kHandOver = kTiles == 2;
-  static constexpr int kThreads = kHandOver ? 384 : 160;
-  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+  static constexpr int kStages = 3;
+
+  // Warpgroups: the chain, the one that computes P, and one of which two warps load and store.
+  static constexpr int kHelpers = kComputeP ? 256 : 128;  // first thread of the last warpgroup
+  static constexpr int kThreads = kComputeP ? 384 : 192;
+  // Hand-over of registers among three warpgroups, which start with 168 each.
+  static constexpr int kChainRegisters = 248, kMixRegisters = 152, kHelperRegisters = 104;
+  static_assert(kChainRegisters + kMixRegisters + kHelperRegisters <= 3 * 168);
 
   template <int kN, GMMA::Major kMajor>
   using Mma = decltype(make_tiled_mma(
@@ -35,37 +40,50 @@ struct StatePassTraits {
                            kMajor>()));
   using MmaToToken = Mma<kRows, GMMA::Major::K>;     // (64 values, 64 tokens)
   using MmaToState = Mma<kKeyDim, GMMA::Major::MN>;  // (64 values, K)
+  using MmaP = decltype(make_tiled_mma(
+      GMMA::ss_op_selector<Element, Element, float, cute::Shape<Int<kRows>, Int<kRows>, Int<kKeyDim>>>()));
 
   struct alignas(1024) Stage {
     Element k[kKeyTile];                           // with a gate per channel Kh
-    Element k_write[kChannelGate ? kKeyTile : 8];  // Kt
-    alignas(1024) Element q[kOutput ? kKeyTile : 8];
-    alignas(1024) Element v[kTiles][kImage];  // in the end O or V' on the way out
+    Element k_write[kChannelGate ? kKeyTile : 0];  // Kt
+    Element q[kOutput ? kKeyTile : 0];
+    Element v[kImage];
     Element n[kImage];
-    Element p[kOutput ? kImage : 8];
-    alignas(128) float G[kRows], beta[kRows], k_read[kRows], q_read[kRows], k_write_rows[kRows];
-    alignas(128) float decay[kChannelGate ? kKeyDim : 4];
+    Element p[kOutput ? kImage : 0];
   };
-  static constexpr int kRowsBytes = 5 * kRows * 4;
-  static constexpr int kBytes = kKeyTile * 2 * (1 + kChannelGate + kOutput) + kTiles * kImageBytes +
-                                kImageBytes * (1 + kOutput) + kRowsBytes + (kChannelGate ? kKeyDim * 4 : 0);
-  static constexpr int kRoom = 227 * 1024 - 256 - (kOutput ? 0 : kTiles * kKeyTile * 2);
-  static constexpr int kStages = 3 * sizeof(Stage) <= kRoom ? 3 : 2;
+  static constexpr int kHeadRows = kChannelGate ? 0 : kRows;
+  struct alignas(128) StageRows {
+    float G[kHeadRows], beta[kRows], k_read[kHeadRows], k_write[kHeadRows],
+        k_norm[kHeadRows];    // as in ChunkRows
+    float q_read[kHeadRows];  // from the warpgroup that computes P
+    float decay[kChannelGate ? kKeyDim : 0];
+  };
+  static constexpr int kRowsBytes = (4 * kHeadRows + kRows) * 4;
+  static constexpr int kBytes = kKeyTile * 2 * (1 + kChannelGate + kOutput) + kImageBytes * 2 +
+                                (kOutput && !kComputeP ? kImageBytes : 0) + kRowsBytes +
+                                (kChannelGate ? kKeyDim * 4 : 0);
 
   struct Storage {
     Stage stage[kStages];
-    alignas(1024) Element state[kOutput ? 8 : kTiles * kKeyTile];  // entering states on the way out
-    Ring<kStages> ring;
+    alignas(1024) Element out[kImage];                    // O or V' on the way out
+    alignas(1024) Element state[kOutput ? 0 : kKeyTile];  // entering states on the way out
+    StageRows rows[kStages];
+    Ring<kStages> ring;    // tiles: loading warp -> chain
+    Ring<kStages> ring_p;  // P: `full` only, `empty` is that of `ring`
+    Ring<1> ring_out;      // O: chain -> storing warp
   };
   static_assert(sizeof(Storage) <= 227 * 1024, "a Hopper CTA has 227 KB of shared memory");
 };
 
-struct StatePassParams {
-  StatePassArgs args;
-  int value_groups;  // CTAs per (sequence, value head)
-};
+__device__ __forceinline__ int valid_rows(const Sequence& sequence, int chunk) {
+  return static_cast<int>(
+      min(static_cast<int64_t>(kRows), sequence.length - static_cast<int64_t>(chunk) * kRows));
+}
 
-// ---- Producer: one thread ----
+// Waits through barriers say nothing to the compiler about memory.
+__device__ __forceinline__ void compiler_fence() { asm volatile("" ::: "memory"); }
+
+// ---- Loading warp: one thread ----
 
 template <class Traits>
 __device__ void load(typename Traits::Storage& s, const TokenMaps& maps, const StatePassArgs& a,
@@ -90,27 +108,132 @@ __device__ void load(typename Traits::Storage& s, const TokenMaps& maps, const S
     } else {
       load_tokens<kKeyDim>(maps.k, full, stage.k, 0, token, head_k, sequence.batch);
     }
-    copy_in(stage.G, a.scratch.rows + chunk, Traits::kRowsBytes, full);
-    load_tokens<Traits::kTiles * kImageColumns>(maps.v, full, stage.v[0], first_value, token,
-                                                static_cast<int>(head), sequence.batch);
+    const ChunkRows* rows = a.scratch.rows + chunk;
+    copy_in(&s.rows[at.stage], Traits::kChannelGate ? rows->beta : rows->G, Traits::kRowsBytes, full);
+    if constexpr (Traits::kComputeP) {
+      load_tokens<kKeyDim>(maps.q, full, stage.q, 0, token, head_k, sequence.batch);
+    }
+    load_tokens<kImageColumns>(maps.v, full, stage.v, first_value, token, static_cast<int>(head),
+                               sequence.batch);
     copy_in(stage.n, image(a.scratch.N, 1), kImageBytes, full);
     if constexpr (Traits::kChannelGate) {
       copy_in(stage.k_write, image(a.scratch.Kt, Traits::kKeyImages), Traits::kKeyTile * 2, full);
-      copy_in(stage.decay, a.scratch.decay + chunk * kKeyDim, kKeyDim * 4, full);
-    }
-    if constexpr (Traits::kOutput) {
-      if constexpr (Traits::kChannelGate) {
+      copy_in(s.rows[at.stage].decay, a.scratch.decay + chunk * kKeyDim, kKeyDim * 4, full);
+      if constexpr (Traits::kOutput) {
         copy_in(stage.q, image(a.scratch.Qh, Traits::kKeyImages), Traits::kKeyTile * 2, full);
-      } else {
-        load_tokens<kKeyDim>(maps.q, full, stage.q, 0, token, head_k, sequence.batch);
+        copy_in(stage.p, image(a.scratch.P, 1), kImageBytes, full);
       }
-      copy_in(stage.p, image(a.scratch.P, 1), kImageBytes, full);
     }
     at.advance();
   }
 }
 
-// ---- Consumers ----
+// ---- Storing warp ----
+
+template <class Traits>
+__device__ void store(typename Traits::Storage& s, const StatePassArgs& a, const Sequence& sequence,
+                      int64_t head, int first_value) {
+  using Element = typename Traits::Element;
+  auto* out = static_cast<Element*>(Traits::kOutput ? a.o : a.v_new);
+  if (out == nullptr) return;
+  const int lane = threadIdx.x % 32, piece = lane % 8, chunks = sequence.chunks();
+  const int64_t stride = a.in.value_heads * a.in.value_dim;
+  out += (sequence.batch * a.in.tokens + sequence.begin) * stride + head * a.in.value_dim + first_value +
+         piece * 8;
+  const bool inside = piece * 8 < a.in.value_dim - first_value;
+  RingIndex<1> at;
+  for (int c = 0; c < chunks; ++c) {
+    const int valid = valid_rows(sequence, c);
+    s.ring_out.wait_full(at);
+    compiler_fence();
+    CUTE_UNROLL
+    for (int i = 0; i < kRows / 4; i += 4) {
+      uint4 words[4];
+      CUTE_UNROLL
+      for (int x = 0; x < 4; ++x)
+        words[x] = *reinterpret_cast<const uint4*>(image_piece(s.out, 4 * (i + x) + lane / 8, piece));
+      CUTE_UNROLL
+      for (int x = 0; x < 4; ++x) {
+        const int token = 4 * (i + x) + lane / 8;
+        if (token < valid && inside) *reinterpret_cast<uint4*>(out + token * stride) = words[x];
+      }
+    }
+    __syncwarp();
+    s.ring_out.release(at);
+    at.advance();
+    out += kRows * stride;
+  }
+}
+
+// ---- Warpgroup that computes P ----
+
+//   P_ij = scale q_i . k_j e^{G_i - G_j}, lower with diagonal; and the factors of Q. Rows past the end become
+//   0.
+template <class Traits>
+__device__ void mix(typename Traits::Storage& s, const StatePassArgs& a, const Sequence& sequence) {
+  using Element = typename Traits::Element;
+  constexpr int kKeyDim = Traits::kKeyDim;
+  const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32, quad = lane % 4;
+  const int chunks = sequence.chunks();
+  const float scale = static_cast<float>(a.in.scale);
+  typename Traits::MmaP mma;
+  const auto thread_mma = mma.get_slice(thread);
+  Tensor qk = partition_fragment_C(mma, cute::Shape<Int<kRows>, Int<kRows>>{});
+  RingIndex<Traits::kStages> at;
+  for (int c = 0; c < chunks; ++c) {
+    auto& stage = s.stage[at.stage];
+    auto& rows = s.rows[at.stage];
+    const int valid = valid_rows(sequence, c);
+    s.ring.wait_full(at);
+    compiler_fence();
+    Tensor sK = make_tensor(make_smem_ptr(stage.k), LayoutByRow<Element, kKeyDim>{});
+    Tensor sQ = make_tensor(make_smem_ptr(stage.q), LayoutByRow<Element, kKeyDim>{});
+    Tensor tQ = thread_mma.partition_fragment_A(sQ), tK = thread_mma.partition_fragment_B(sK);
+    issue_gemm<true>(mma, tQ, tK, qk);
+    const float q_norm = a.in.qk_l2norm ? inverse_norm<kKeyDim>(stage.q) : 1.f;
+    if (thread % 2 == 0) {
+      const int row = thread / 2;
+      rows.q_read[row] = row < valid ? scale * q_norm : 0.f;
+    }
+    cutlass::arch::NamedBarrier::sync(128, 1);
+    float factor[2], G[2];
+    CUTE_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      const int i = 16 * warp + 8 * h + lane / 4;
+      factor[h] = rows.q_read[i];
+      G[h] = rows.G[i];
+    }
+    cutlass::arch::NamedBarrier::sync(128, 1);
+    if (thread < kRows) rows.q_read[thread] *= exp2_fast(rows.G[thread]);
+    warpgroup_wait<0>();
+    uint32_t words[16];
+    CUTE_UNROLL
+    for (int n = 0; n < 8; ++n) {
+      const int j = 8 * n + 2 * quad;
+      const float2 G_j = *reinterpret_cast<const float2*>(&rows.G[j]);
+      const float2 k_j = *reinterpret_cast<const float2*>(&rows.k_norm[j]);
+      CUTE_UNROLL
+      for (int h = 0; h < 2; ++h) {
+        const int i = 16 * warp + 8 * h + lane / 4;
+        float p[2];
+        CUTE_UNROLL
+        for (int e = 0; e < 2; ++e) {
+          const bool below = i >= j + e && i < valid;
+          const float decay = exp2_fast(below ? G[h] - (e ? G_j.y : G_j.x) : 0.f) * (e ? k_j.y : k_j.x);
+          p[e] = below ? factor[h] * decay * qk(4 * n + 2 * h + e) : 0.f;
+        }
+        words[2 * n + h] = pack<Element>(p[0], p[1]);
+      }
+    }
+    store_rows(stage.p, warp, words);
+    cutlass::arch::fence_view_async_shared();
+    __syncwarp();
+    if (lane == 0) s.ring_p.arrive_full(at);
+    at.advance();
+  }
+}
+
+// ---- Chain ----
 
 // Rows of a token tile past the end of the sequence belong to the next one, or are padding that may hold NaN.
 template <class Element>
@@ -121,25 +244,7 @@ __device__ __forceinline__ void clear_rows(Element* images, int count, int valid
     for (int i = threadIdx.x % 128; i < pieces; i += 128) first[i] = uint4{0, 0, 0, 0};
   }
   cutlass::arch::fence_view_async_shared();
-  cutlass::arch::NamedBarrier::sync(128, 1 + threadIdx.x / 128);
-}
-
-// A warp's 16 value columns of a (64 values, 64 tokens) accumulator, rounded, to rows of `out`, whose next
-// token is `stride` elements away.
-template <class Element>
-__device__ __forceinline__ void store_tokens(Element* image, int warp, const uint32_t* words, Element* out,
-                                             int64_t stride, int valid, int columns) {
-  store_transposed(image, warp, words);
-  __syncwarp();
-  const int lane = threadIdx.x % 32, piece = 2 * warp + lane % 2;
-  CUTE_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    const int token = 16 * i + lane / 2;
-    if (token < valid && piece * 8 < columns) {
-      *reinterpret_cast<uint4*>(out + token * stride + piece * 8) =
-          *reinterpret_cast<const uint4*>(image_piece(image, token, piece));
-    }
-  }
+  cutlass::arch::NamedBarrier::sync(128, 2);
 }
 
 // Calls f(index in the accumulator, value, key) for what this thread holds of S^T.
@@ -157,12 +262,12 @@ template <class Traits>
 __device__ void walk(typename Traits::Storage& s, const StatePassArgs& a, const Sequence& sequence, int64_t n,
                      int64_t head, int first_value) {
   using Element = typename Traits::Element;
-  constexpr int kKeyDim = Traits::kKeyDim, kKeyTile = Traits::kKeyTile;
+  constexpr int kKeyDim = Traits::kKeyDim;
+  constexpr bool kOutput = Traits::kOutput;
   const InputsSm90& in = a.in;
-  const int tile = threadIdx.x / 128, thread = threadIdx.x % 128, warp = thread / 32, quad = thread % 4;
-  first_value += tile * kImageColumns;
-  const int columns = static_cast<int>(in.value_dim) - first_value;
+  const int thread = threadIdx.x % 128, warp = thread / 32, quad = thread % 4;
   const int chunks = sequence.chunks();
+  const bool stores = kOutput || a.v_new != nullptr;
 
   typename Traits::MmaToToken mma_token;
   typename Traits::MmaToState mma_state;
@@ -183,7 +288,6 @@ __device__ void walk(typename Traits::Storage& s, const StatePassArgs& a, const 
   Tensor S16 = make_tensor<Element>(accumulator_as_a(S.layout()));
   Tensor X16 = make_tensor<Element>(accumulator_as_a(R.layout()));
   Tensor V16 = make_tensor<Element>(accumulator_as_a(R.layout()));
-  Tensor out16 = make_tensor<Element>(accumulator_as_a(R.layout()));
   const auto round = [](auto& from, auto& to) {
     Tensor view = make_tensor(from.data(), to.layout());
     convert_to(view, to);
@@ -200,44 +304,40 @@ __device__ void walk(typename Traits::Storage& s, const StatePassArgs& a, const 
     });
   }
 
-  // O (or V') of a chunk leaves while the next one's first products run.
-  RingIndex<Traits::kStages> at, last;
-  const auto store_last = [&](int c) {
-    auto* out = static_cast<Element*>(Traits::kOutput ? a.o : a.v_new);
-    if (Traits::kOutput || out != nullptr) {
-      const int64_t done = static_cast<int64_t>(c) * kRows, stride = in.value_heads * in.value_dim;
-      out +=
-          (sequence.batch * in.tokens + sequence.begin + done) * stride + head * in.value_dim + first_value;
-      store_tokens(s.stage[last.stage].v[tile], warp, reinterpret_cast<const uint32_t*>(out16.data()), out,
-                   stride, static_cast<int>(min(static_cast<int64_t>(kRows), sequence.length - done)),
-                   columns);
-      cutlass::arch::fence_view_async_shared();  // the next V comes through the async proxy
-    }
+  RingIndex<Traits::kStages> at;
+  RingIndex<1> at_out;
+  const auto hand_over = [&](auto& result) {  // to the storing warp; 16-bit
+    s.ring_out.wait_empty(at_out);
+    store_transposed(s.out, warp, reinterpret_cast<const uint32_t*>(result.data()));
     __syncwarp();
-    s.ring.release(last);
+    if (thread % 32 == 0) s.ring_out.arrive_full(at_out);
+    at_out.advance();
   };
 
   round(S, S16);
   for (int c = 0; c < chunks; ++c) {
     auto& stage = s.stage[at.stage];
-    const int valid =
-        static_cast<int>(min(static_cast<int64_t>(kRows), sequence.length - static_cast<int64_t>(c) * kRows));
+    const auto& rows = s.rows[at.stage];
+    const int valid = valid_rows(sequence, c);
     const auto columns_of = [&](const float* row, int j) {
       return *reinterpret_cast<const float2*>(row + 8 * j + 2 * quad);
     };
+    // Kh S and Qh S; meanwhile O of the last chunk leaves, beta V arrives
     s.ring.wait_full(at);
-    asm volatile("" ::: "memory");
+    compiler_fence();
     issue_gemm<true>(mma_token, S16, by_row(stage.k, Int<kKeyDim>{}), R);
-    if constexpr (Traits::kOutput) {
+    if constexpr (kOutput) {
+      Tensor O16 = make_tensor<Element>(accumulator_as_a(R.layout()));
+      round(O, O16);
       issue_gemm<true>(mma_token, S16, by_row(stage.q, Int<kKeyDim>{}), O);
+      if (c > 0) hand_over(O16);
     } else {
       if (a.states != nullptr) {
-        Element* own = s.state + tile * kKeyTile;
         tma_store_wait<0>();
         __syncwarp();
         CUTE_UNROLL
         for (int k = 0; k < Traits::kKeyImages; ++k)
-          store_rows(own + k * kImage, warp, reinterpret_cast<const uint32_t*>(S16.data()) + 16 * k);
+          store_rows(s.state + k * kImage, warp, reinterpret_cast<const uint32_t*>(S16.data()) + 16 * k);
         cutlass::arch::fence_view_async_shared();
         __syncwarp();
         if (thread % 32 == 0) {
@@ -249,132 +349,159 @@ __device__ void walk(typename Traits::Storage& s, const StatePassArgs& a, const 
           CUTE_UNROLL
           for (int k = 0; k < Traits::kKeyImages; ++k) {
             copy_out(static_cast<Element*>(a.states) + (image + k) * kImage + warp * kWarpRows,
-                     own + k * kImage + warp * kWarpRows, kWarpRows * 2);
+                     s.state + k * kImage + warp * kWarpRows, kWarpRows * 2);
           }
           tma_store_arrive();
         }
       }
     }
-    if (c > 0) store_last(c - 1);
-
-    // X = beta (V - Kh S)
     uint32_t v_words[16];
-    load_transposed(stage.v[tile], warp, v_words);
-    warpgroup_wait<Traits::kOutput ? 1 : 0>();
+    load_transposed(stage.v, warp, v_words);
+    float value[32];  // beta V
+    float2 read[8];   // beta k_read
     CUTE_UNROLL
     for (int j = 0; j < 8; ++j) {
-      const float2 beta = columns_of(stage.beta, j), k_read = columns_of(stage.k_read, j);
+      read[j] = columns_of(rows.beta, j);
       CUTE_UNROLL
       for (int i = 0; i < 2; ++i) {
         const float2 v = unpack<Element>(v_words[2 * j + i]);
-        R(4 * j + 2 * i) = beta.x * (v.x - k_read.x * R(4 * j + 2 * i));
-        R(4 * j + 2 * i + 1) = beta.y * (v.y - k_read.y * R(4 * j + 2 * i + 1));
+        value[4 * j + 2 * i] = read[j].x * v.x;
+        value[4 * j + 2 * i + 1] = read[j].y * v.y;
+      }
+      if constexpr (!Traits::kChannelGate) {
+        const float2 k_read = columns_of(rows.k_read, j);
+        read[j] = {read[j].x * k_read.x, read[j].y * k_read.y};
       }
     }
-    if (valid < kRows) {
+    // Past the end V, and K unless it is scaled, may hold anything.
+    const auto token_of = [&](int x) { return 8 * (x / 4) + 2 * quad + x % 2; };
+    if (Traits::kChannelGate && valid < kRows) {
       CUTE_UNROLL
       for (int x = 0; x < 32; ++x)
-        if (8 * (x / 4) + 2 * quad + x % 2 >= valid) R(x) = 0.f;
-      if constexpr (!Traits::kChannelGate) clear_rows(stage.k, Traits::kKeyImages, valid);
+        if (token_of(x) >= valid) value[x] = 0.f;
+    }
+    warpgroup_wait<kOutput ? 1 : 0>();
+
+    // X = beta (V - Kh S)
+    CUTE_UNROLL
+    for (int x = 0; x < 32; ++x) R(x) = value[x] - (x % 2 ? read[x / 4].y : read[x / 4].x) * R(x);
+    if constexpr (!Traits::kChannelGate) {
+      if (valid < kRows) {
+        CUTE_UNROLL
+        for (int x = 0; x < 32; ++x)
+          if (token_of(x) >= valid) R(x) = 0.f;
+        clear_rows(stage.k, Traits::kKeyImages, valid);
+      }
     }
     round(R, X16);
-    // V' = X + N X
+    // V' = X + N X; meanwhile S <- e^{G_C} S
     issue_gemm<false>(mma_token, X16, by_row(stage.n, Int<kRows>{}), R);
-    // S <- e^{G_C} S, while it runs
     if constexpr (Traits::kChannelGate) {
       CUTE_UNROLL
       for (int j = 0; j < kKeyDim / 8; ++j) {
-        const float2 decay = columns_of(stage.decay, j);
+        const float2 decay = columns_of(rows.decay, j);
         CUTE_UNROLL
-        for (int i = 0; i < 2; ++i) {
-          S(4 * j + 2 * i) *= decay.x;
-          S(4 * j + 2 * i + 1) *= decay.y;
-        }
+        for (int x = 4 * j; x < 4 * j + 4; ++x) S(x) *= x % 2 ? decay.y : decay.x;
       }
     } else {
-      const float decay = exp2_fast(stage.G[kRows - 1]);
+      const float decay = exp2_fast(rows.G[kRows - 1]);
       CUTE_UNROLL
       for (int x = 0; x < size(S); ++x) S(x) *= decay;
     }
+    float2 write[8];
+    if constexpr (!Traits::kChannelGate) {
+      CUTE_UNROLL
+      for (int j = 0; j < 8; ++j) write[j] = columns_of(rows.k_write, j);
+    }
     warpgroup_wait<0>();
 
-    // S += Kt^T V', and O = scale Qh S + P V'
-    round(R, V16);
-    CUTE_UNROLL
-    for (int j = 0; j < 8; ++j) {
-      const float2 k_write = columns_of(stage.k_write_rows, j);
+    // S += Kt^T V'; then O = scale Qh S + P V'
+    if constexpr (!Traits::kChannelGate) {
+      auto* words = reinterpret_cast<uint32_t*>(X16.data());
       CUTE_UNROLL
-      for (int i = 0; i < 2; ++i) {
-        R(4 * j + 2 * i) *= k_write.x;
-        R(4 * j + 2 * i + 1) *= k_write.y;
-      }
+      for (int x = 0; x < 16; ++x)
+        words[x] = pack<Element>(write[x / 2].x * R(2 * x), write[x / 2].y * R(2 * x + 1));
+    } else {
+      round(R, X16);
     }
-    round(R, X16);
     if constexpr (Traits::kChannelGate) {
       issue_gemm<false>(mma_state, X16, by_key(stage.k_write), S);
     } else {
       issue_gemm<false>(mma_state, X16, by_key(stage.k), S);
     }
-    if constexpr (Traits::kOutput) {
-      CUTE_UNROLL
-      for (int j = 0; j < 8; ++j) {
-        const float2 q_read = columns_of(stage.q_read, j);
+    round(R, V16);
+    if constexpr (kOutput) {
+      if constexpr (Traits::kComputeP) {
+        s.ring_p.wait_full(at);
+        compiler_fence();
         CUTE_UNROLL
-        for (int i = 0; i < 2; ++i) {
-          O(4 * j + 2 * i) *= q_read.x;
-          O(4 * j + 2 * i + 1) *= q_read.y;
+        for (int j = 0; j < 8; ++j) {
+          const float2 q_read = columns_of(rows.q_read, j);
+          CUTE_UNROLL
+          for (int x = 4 * j; x < 4 * j + 4; ++x) O(x) *= x % 2 ? q_read.y : q_read.x;
         }
       }
       issue_gemm<false>(mma_token, V16, by_row(stage.p, Int<kRows>{}), O);
       warpgroup_wait<1>();
-      round(S, S16);
-      warpgroup_fence_operand(S);
-      warpgroup_wait<0>();
-      round(O, out16);
     } else {
+      if (stores) hand_over(V16);
       warpgroup_wait<0>();
-      round(S, S16);
-      copy(V16, out16);
     }
-    last = at;
+    round(S, S16);
+    if constexpr (kOutput) {
+      warpgroup_fence_operand(S);  // the rounding stays above the wait
+      warpgroup_wait<0>();
+    }
+    s.ring.release(at);
     at.advance();
   }
-  if (chunks > 0) store_last(chunks - 1);
-
+  if constexpr (kOutput) {
+    if (chunks > 0) {
+      round(O, V16);
+      hand_over(V16);
+    }
+  }
   if (a.final_state != nullptr) {
     for_state<kKeyDim>(first_value, [&](int x, int value, int key) {
       if (value < in.value_dim && key < in.key_dim) a.final_state[state_at(value, key)] = S(x);
     });
   }
-  if constexpr (!Traits::kOutput) tma_store_wait<0>();
+  if constexpr (!kOutput) tma_store_wait<0>();
 }
 
 // ---- Kernel and launch ----
 
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
-    state_pass_kernel(const __grid_constant__ TokenMaps maps, const __grid_constant__ StatePassParams p) {
+    state_pass_kernel(const __grid_constant__ TokenMaps maps, const __grid_constant__ StatePassArgs a,
+                      int value_tiles) {
   auto& s = shared_storage<typename Traits::Storage>();
-  const InputsSm90& in = p.args.in;
-  const int group = blockIdx.x % p.value_groups;
-  const int64_t row = blockIdx.x / p.value_groups, head = row % in.value_heads, n = row / in.value_heads;
-  const Sequence sequence = sequence_of(in, n);
-  const int first_value = group * Traits::kTiles * kImageColumns;
+  const int tile = blockIdx.x % value_tiles, first_value = tile * kImageColumns;
+  const int64_t row = blockIdx.x / value_tiles, head = row % a.in.value_heads, n = row / a.in.value_heads;
+  const Sequence sequence = sequence_of(a.in, n);
   if (threadIdx.x == 0) {
-    s.ring.init(1, Traits::kConsumerWarps);
+    s.ring.init(1, 4);
+    s.ring_p.init(4, 1);
+    s.ring_out.init(4, 1);
     cutlass::arch::fence_barrier_init();
     prefetch_map(maps.q);
     prefetch_map(maps.k);
     prefetch_map(maps.v);
   }
   __syncthreads();
-  if (threadIdx.x / 32 >= Traits::kConsumerWarps) {
-    if constexpr (Traits::kHandOver) cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
-    if (threadIdx.x == Traits::kConsumerWarps * 32)
-      load<Traits>(s, maps, p.args, sequence, head, first_value);
+  const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32;
+  if (warpgroup == 0) {
+    if constexpr (Traits::kComputeP) cutlass::arch::warpgroup_reg_alloc<Traits::kChainRegisters>();
+    walk<Traits>(s, a, sequence, n, head, first_value);
+  } else if (Traits::kComputeP && warpgroup == 1) {
+    if constexpr (Traits::kComputeP) {
+      cutlass::arch::warpgroup_reg_dealloc<Traits::kMixRegisters>();
+      mix<Traits>(s, a, sequence);
+    }
   } else {
-    if constexpr (Traits::kHandOver) cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
-    walk<Traits>(s, p.args, sequence, n, head, first_value);
+    if constexpr (Traits::kComputeP) cutlass::arch::warpgroup_reg_dealloc<Traits::kHelperRegisters>();
+    if (threadIdx.x == Traits::kHelpers) load<Traits>(s, maps, a, sequence, head, first_value);
+    if (warp == Traits::kHelpers / 32 + 1) store<Traits>(s, a, sequence, head, first_value);
   }
 }
 
@@ -387,23 +514,22 @@ cudaError_t launch_state_pass(const StatePassArgs& args, bool is_bf16, cudaStrea
   if (attribute != cudaSuccess) return attribute;
   TokenMaps maps{};
   if (const cudaError_t e = encode_inputs(&maps, args.in, is_bf16)) return e;
-  constexpr int64_t kValues = Traits::kTiles * kImageColumns;
-  const int64_t groups = (args.in.value_dim + kValues - 1) / kValues;
-  const int64_t grid = args.in.sequences * args.in.value_heads * groups;
+  const int64_t tiles = (args.in.value_dim + kImageColumns - 1) / kImageColumns;
+  const int64_t grid = args.in.sequences * args.in.value_heads * tiles;
   if (grid > std::numeric_limits<int>::max()) return cudaErrorInvalidConfiguration;
-  kernel<<<static_cast<unsigned>(grid), Traits::kThreads, kShared, stream>>>(
-      maps, StatePassParams{args, static_cast<int>(groups)});
+  kernel<<<static_cast<unsigned>(grid), Traits::kThreads, kShared, stream>>>(maps, args,
+                                                                             static_cast<int>(tiles));
   return cudaGetLastError();
 }
 
-template <class Tag, int kKeyDim, int kTiles, bool kChannelGate>
-int state_pass_sm90<Tag, kKeyDim, kTiles, kChannelGate>::run(const StatePassArgs& args, void* stream_) {
+template <class Tag, int kKeyDim, bool kChannelGate>
+int state_pass_sm90<Tag, kKeyDim, kChannelGate>::run(const StatePassArgs& args, void* stream_) {
   const auto stream = static_cast<cudaStream_t>(stream_);
   constexpr bool kBf16 = std::is_same_v<Tag, bf16>;
   if (args.o != nullptr) {
-    return launch_state_pass<StatePassTraits<Tag, kKeyDim, kTiles, kChannelGate, true>>(args, kBf16, stream);
+    return launch_state_pass<StatePassTraits<Tag, kKeyDim, kChannelGate, true>>(args, kBf16, stream);
   }
-  return launch_state_pass<StatePassTraits<Tag, kKeyDim, kTiles, kChannelGate, false>>(args, kBf16, stream);
+  return launch_state_pass<StatePassTraits<Tag, kKeyDim, kChannelGate, false>>(args, kBf16, stream);
 }
 
 }  // namespace nearfield::delta
