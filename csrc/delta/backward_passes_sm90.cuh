@@ -19,9 +19,9 @@ struct ReversePassTraits {
   using Element = typename Forward::Element;
   static constexpr int kKeyDim = kKeyDim_, kKeyImages = Forward::kKeyImages, kKeyTile = Forward::kKeyTile;
   static constexpr int kStages = 3;
-  using MmaToToken = typename Forward::MmaToToken;                              // (64 values, 64 tokens)
-  using MmaToColumn = typename Forward::template Mma<kRows, GMMA::Major::MN>;   // the same; B by column
-  using MmaToState = typename Forward::MmaToState;                              // (64 values, K)
+  using MmaToToken = typename Forward::MmaToToken;                             // (64 values, 64 tokens)
+  using MmaToColumn = typename Forward::template Mma<kRows, GMMA::Major::MN>;  // the same; B by column
+  using MmaToState = typename Forward::MmaToState;                             // (64 values, K)
 
   struct alignas(1024) Stage {
     Element k[kKeyTile];

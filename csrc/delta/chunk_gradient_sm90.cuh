@@ -4,9 +4,9 @@
 //      the decays they give E = beta dA . D, F = dP . D, and the pair sums that dbeta and dg need
 //   2. dQh = s dO S^T, dKh = -Y S^T (without beta), each warpgroup for half of the key features
 //   3. dKt = V' dS^T;  4. dq += F K, dk += (E + E^T) K + F^T Q
-// Raw k and q are the operands; the factors of their norms go into rows and columns of E and F (columns before
-// rounding, rows after the products). dg is the sum over pairs of README.md: every term carries the decay
-// across t. dS takes the place of dO and Y, E and F that of S.
+// Raw k and q are the operands; the factors of their norms go into rows and columns of E and F (columns
+// before rounding, rows after the products). dg is the sum over pairs of README.md: every term carries the
+// decay across t. dS takes the place of dO and Y, E and F that of S.
 #pragma once
 
 #include "delta/chunk_sm90.cuh"
@@ -32,7 +32,7 @@ struct ChunkGradientTraits {
   using MmaRows = Mma<GMMA::Major::K>;       // right operand: rows of an image as N
   using MmaFeatures = Mma<GMMA::Major::MN>;  // right operand: features of an image as N
 
-  struct Sums {  // per row; [2] of a warpgroup, [8] of a warp
+  struct Sums {                                               // per row; [2] of a warpgroup, [8] of a warp
     float q_dot[2][kRows], k_dot[2][kRows], t_dot[2][kRows];  // q . dO S^T, -k . Y S^T, k . V' dS^T
     float pairs[8][kRows];
     float dA_Abar[kRows], y_vnew[kRows], y_v[kRows];
@@ -53,7 +53,7 @@ struct ChunkGradientTraits {
     };
     union {
       alignas(1024) Element state[kImages * kTile];  // S^T, [V / 64][K / 64] images
-      struct {  // operands [rows of the result][contracted rows]
+      struct {                                       // operands [rows of the result][contracted rows]
         alignas(1024) Element e[kImage];
         alignas(1024) Element e_t[kImage];
         alignas(1024) Element f[kImage];
@@ -259,8 +259,8 @@ __device__ __forceinline__ void finish_tokens(const ChunkGradientArgs& a, const 
     enter[e] = rows.q_read[i] * (sums.q_dot[0][i] + sums.q_dot[1][i]) + beta * k_read * k_dot;
     leave[e] = rows.k_write[i] * (sums.t_dot[0][i] + sums.t_dot[1][i]);
     // V'_i / beta_i is the error r_i against the memory just before token i, and dbeta_i = Y_i . r_i.
-    dbeta[e] = fabsf(beta) >= kLeastDivisor ? sums.y_vnew[i] / beta
-                                            : sums.y_v[i] + k_read * k_dot + sums.dA_Abar[i];
+    dbeta[e] =
+        fabsf(beta) >= kLeastDivisor ? sums.y_vnew[i] / beta : sums.y_v[i] + k_read * k_dot + sums.dA_Abar[i];
   }
   // Readers from t on, sources before t.
   float from = enter[0] + enter[1], before = leave[0] + leave[1];
@@ -421,8 +421,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
     multiply<true, ByRow>(mma_rows, left, s.k, product);
     multiply<false, ByRow>(mma_rows, left + kImage, s.k + kImage, product);
     multiply<true, ByRow>(mma_rows, d_left, s.v_new, d_product);
-    if (value_images == 2)
-      multiply<false, ByRow>(mma_rows, d_left + kImage, s.v_new + kImage, d_product);
+    if (value_images == 2) multiply<false, ByRow>(mma_rows, d_left + kImage, s.v_new + kImage, d_product);
     value_dots(s.y, s.v_new, v, static_cast<int>(in.value_dim), y_vnew, y_v);
     warpgroup_wait<0>();
     const float sign = wg == 0 ? -1.f : static_cast<float>(in.scale);

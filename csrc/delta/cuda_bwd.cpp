@@ -57,8 +57,8 @@ struct BackwardChoice {
 };
 
 BackwardChoice choose_backward(const char* op, const Inputs& x) {
-  choose_kernels(op, x);  // what the forward supports
   STD_TORCH_CHECK(!x.channel_gate, op, ": g has one gate per channel; supported on CUDA: one per head");
+  choose_kernels(op, x);  // what the forward supports
   STD_TORCH_CHECK(x.K <= kKeyDim && x.V <= kMostValues, op, ": q has ", x.K, " and v ", x.V,
                   " channels; supported on CUDA: up to ", kKeyDim, " and ", kMostValues);
   static const BackwardInstances instances;
@@ -75,9 +75,7 @@ BackwardChoice choose_backward(const char* op, const Inputs& x) {
 
 // ---- Operator ----
 
-Rows<void> dense_rows(const void* data, const Inputs& x) {
-  return {data, x.T * x.HV * x.V, x.HV * x.V, x.V};
-}
+Rows<void> dense_rows(const void* data, const Inputs& x) { return {data, x.T * x.HV * x.V, x.HV * x.V, x.V}; }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> delta_bwd_cuda(
     OptTensor d_o, OptTensor d_final, Tensor q, Tensor k, Tensor v, Tensor beta, OptTensor g,

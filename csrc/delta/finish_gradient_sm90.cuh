@@ -16,17 +16,17 @@ __global__ void __launch_bounds__(kFinishThreads)
   const InputsSm90& in = args.in;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (kFinishThreads / 32) + threadIdx.x / 32;
   const int64_t token = row / in.heads, head = row % in.heads;
-  const int64_t tokens = in.cu_seqlens != nullptr ? min(in.cu_seqlens[in.sequences], in.tokens)
-                                                  : in.batch * in.tokens;
+  const int64_t tokens =
+      in.cu_seqlens != nullptr ? min(in.cu_seqlens[in.sequences], in.tokens) : in.batch * in.tokens;
   if (token >= tokens) return;
   const int lane = threadIdx.x % 32;
   const bool is_k = blockIdx.y == 1;
   const int64_t group = in.value_heads / in.heads, K = in.key_dim;
   const float* parts = (is_k ? args.dk_heads : args.dq_heads) + (token * in.value_heads + head * group) * K;
   const Rows<void>& x = is_k ? in.k : in.q;
-  const auto* raw = reinterpret_cast<const uint32_t*>(static_cast<const Element*>(x.data) +
-                                                      token / in.tokens * x.batch +
-                                                      token % in.tokens * x.token + head * x.head);
+  const auto* raw =
+      reinterpret_cast<const uint32_t*>(static_cast<const Element*>(x.data) + token / in.tokens * x.batch +
+                                        token % in.tokens * x.token + head * x.head);
   auto* out = reinterpret_cast<uint32_t*>(static_cast<Element*>(is_k ? args.dk : args.dq) + row * K);
   constexpr int kPairs = 4;  // K <= 256
   float2 z[kPairs], y[kPairs];

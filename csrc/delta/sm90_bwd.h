@@ -1,5 +1,5 @@
-// The contract of the Hopper kernels of the backward; continues sm90.h. Order: prepare, backward passes, chunk
-// gradient, finish. Symbols: README.md.
+// The contract of the Hopper kernels of the backward; continues sm90.h. Order: prepare, backward passes,
+// chunk gradient, finish. Symbols: README.md.
 #pragma once
 
 #include "delta/sm90.h"
@@ -51,7 +51,7 @@ struct FinishGradientArgs {
   InputsSm90 in;
   const float *dq_heads, *dk_heads;  // as above; null: dq and dk are finished
   void *dq, *dk;
-  const float* gate_parts;  // as above, or null
+  const float* gate_parts;   // as above, or null
   float *dA_log, *ddt_bias;  // [HV] or null
 };
 
