@@ -95,6 +95,9 @@ inline KernelChoice choose_kernels(const char* op, const Inputs& x) {
   STD_TORCH_CHECK(choice.prepare != nullptr, op, ": q has ", x.K, " channels, with a gate per ",
                   x.channel_gate ? "channel" : "head",
                   "; supported on CUDA: multiples of 8 up to the largest of [", built.str(), "]");
+  choice.state_pass = InstancesSm90::find(InstancesSm90::all().state_pass, choice.key);
+  STD_TORCH_CHECK(choice.state_pass != nullptr, op,
+                  ": prepare was built for these arguments, the state pass was not");
   return choice;
 }
 

@@ -78,7 +78,7 @@ struct StatePassArgs {
   // Without output, for the backward, or null:
   void* states;  // image [slot][value head][V / 64][K / 64] (K and V padded): S^T of the state that enters
                  // the chunk, rows are values, rounded to 16 bit
-  void* v_new;  // [B, T, HV, V] contiguous: V'
+  void* v_new;   // [B, T, HV, V] contiguous: V'
 };
 
 // The serial walk over the chunks of a sequence: V', S, and O. One CTA per (sequence, value head, 64 values).

@@ -326,11 +326,13 @@ __device__ void walk(typename Traits::Storage& s, const StatePassArgs& a, const 
     s.ring.wait_full(at);
     compiler_fence();
     issue_gemm<true>(mma_token, S16, by_row(stage.k, Int<kKeyDim>{}), R);
-    if constexpr (kOutput) {
+    if constexpr (kOutput && Traits::kComputeP) {
       Tensor O16 = make_tensor<Element>(accumulator_as_a(R.layout()));
       round(O, O16);
       issue_gemm<true>(mma_token, S16, by_row(stage.q, Int<kKeyDim>{}), O);
       if (c > 0) hand_over(O16);
+    } else if constexpr (kOutput) {
+      issue_gemm<true>(mma_token, S16, by_row(stage.q, Int<kKeyDim>{}), O);
     } else {
       if (a.states != nullptr) {
         tma_store_wait<0>();
@@ -451,11 +453,16 @@ __device__ void walk(typename Traits::Storage& s, const StatePassArgs& a, const 
     if constexpr (kOutput) {
       warpgroup_fence_operand(S);  // the rounding stays above the wait
       warpgroup_wait<0>();
+      // Without the other warpgroup ptxas waits for all products before a hand-over between them (C7518).
+      if constexpr (!Traits::kComputeP) {
+        round(O, V16);
+        hand_over(V16);
+      }
     }
     s.ring.release(at);
     at.advance();
   }
-  if constexpr (kOutput) {
+  if constexpr (Traits::kComputeP) {
     if (chunks > 0) {
       round(O, V16);
       hand_over(V16);
