@@ -44,6 +44,8 @@ def check(args: dict[str, Any], *, factor: float = 1.0, only: str | None = None)
     got = run(delta_rule, args, *upstream, None)
     truth = run(delta_rule_by_chunks, args, *upstream, torch.float64)
     eager: dict[str, Tensor] = {}
+    # Under strong gates dg and d_initial are less than the rounding of the float64 sums they come from.
+    resolution = 1e-14 * max(float(truth[name].norm()) for name in LEAVES if name in truth)
     for name in LEAVES:
         if args.get(name) is None:
             continue
@@ -51,7 +53,7 @@ def check(args: dict[str, Any], *, factor: float = 1.0, only: str | None = None)
         assert got[name].shape == truth[name].shape
         assert got[name].isfinite().all(), f"d{name} is not finite"
         error, norm = float((got[name].double() - truth[name]).norm()), float(truth[name].norm())
-        allowed = factor * L2_16BIT.get(name, 1e-2) * norm
+        allowed = factor * L2_16BIT.get(name, 1e-2) * norm + resolution
         if error > allowed:
             eager = eager or run(delta_rule_reference, args, *upstream, args["q"].dtype)
             allowed = max(allowed, 2 * float((eager[name].double() - truth[name]).norm()))
