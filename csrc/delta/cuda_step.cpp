@@ -5,7 +5,7 @@
 #endif
 #ifdef NEARFIELD_DELTA
 #include "delta/checks.h"
-#include "delta/sm90.h"
+#include "delta/sm90_bwd.h"
 #include "delta/step.h"
 #include "nearfield/device.h"
 

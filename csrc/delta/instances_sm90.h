@@ -4,6 +4,7 @@
 
 #include "delta/checks.h"
 #include "delta/sm90.h"
+#include "delta/sm90_bwd.h"
 #include "delta/step.h"
 #include "nearfield/device.h"
 

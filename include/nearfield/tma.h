@@ -33,6 +33,11 @@ inline cudaError_t encode_tma(CUtensorMap* map, const TmaTensor& t) {
     return found == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(symbol) : nullptr;
   }();
   if (encode == nullptr) return cudaErrorInsufficientDriver;
+  // The encoder is a driver call: it needs a current context, which a thread of its own (autograd's) may not
+  // have before its first runtime call.
+  int device = 0;
+  if (const cudaError_t e = cudaGetDevice(&device)) return e;
+  if (const cudaError_t e = cudaSetDevice(device)) return e;
 
   cuuint64_t sizes[5], strides[4];
   cuuint32_t box[5], steps[5];

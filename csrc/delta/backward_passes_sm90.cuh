@@ -1,0 +1,346 @@
+// The two serial walks of the backward. The states are recomputed as in the forward (state_pass_sm90.cuh);
+// beside it the walk from the last chunk to the first carries dS, the gradient of the state after a chunk.
+// As there, a warpgroup owns 64 value columns and keeps dS^T [64 values, K] in float32 registers, and every
+// intermediate leaves the tensor cores as left operand of the next product:
+//   dV'^T = dS^T Kt^T + s dO^T P,  Y^T = dV'^T + dV'^T N,  dS^T <- e^{G_C} dS^T + s dO^T Qh - beta Y^T Kh
+// One warp streams the tiles of the next chunks, one carries Y and dV away.
+#pragma once
+
+#include "delta/sm90_bwd.h"
+#include "delta/state_pass_sm90.cuh"
+
+namespace nearfield::delta {
+
+// ---- Layouts and storage ----
+
+template <class Tag, int kKeyDim_>
+struct ReversePassTraits {
+  using Forward = StatePassTraits<Tag, kKeyDim_, false, false>;
+  using Element = typename Forward::Element;
+  static constexpr int kKeyDim = kKeyDim_, kKeyImages = Forward::kKeyImages, kKeyTile = Forward::kKeyTile;
+  static constexpr int kStages = 3;
+  using MmaToToken = typename Forward::MmaToToken;                             // (64 values, 64 tokens)
+  using MmaToColumn = typename Forward::template Mma<kRows, GMMA::Major::MN>;  // the same; B by column
+  using MmaToState = typename Forward::MmaToState;                             // (64 values, K)
+
+  struct alignas(1024) Stage {
+    Element k[kKeyTile];
+    Element q[kKeyTile];
+    Element dout[kImage];
+    Element n[kImage];
+    Element p[kImage];
+  };
+  struct alignas(128) StageRows {  // the beginning of ChunkRows
+    float G[kRows], beta[kRows], k_read[kRows], k_write[kRows], k_norm[kRows], q_read[kRows];
+  };
+  static_assert(offsetof(StageRows, q_read) == offsetof(ChunkRows, q_read));
+  static constexpr int kBytes = 2 * kKeyTile * 2 + 3 * kImageBytes + static_cast<int>(sizeof(StageRows));
+
+  struct Storage {
+    Stage stage[kStages];
+    alignas(1024) Element y[kImage];  // Y and dV on the way out
+    alignas(1024) Element dv[kImage];
+    alignas(1024) Element state[kKeyTile];  // dS on the way out
+    StageRows rows[kStages];
+    Ring<kStages> ring;
+    Ring<1> ring_out;  // chain -> storing warp
+  };
+  static_assert(sizeof(Storage) <= 227 * 1024, "a Hopper CTA has 227 KB of shared memory");
+};
+
+struct BackwardMaps {
+  TokenMaps tokens;
+  CUtensorMap dout;
+};
+
+// ---- Loading warp: one thread ----
+
+template <class Traits>
+__device__ void load_reverse(typename Traits::Storage& s, const BackwardMaps& maps,
+                             const BackwardPassesArgs& a, const Sequence& sequence, int64_t head,
+                             int first_value) {
+  using Element = typename Traits::Element;
+  constexpr int kKeyDim = Traits::kKeyDim;
+  const int head_k = static_cast<int>(head / (a.in.value_heads / a.in.heads));
+  RingIndex<Traits::kStages> at;
+  for (int c = sequence.chunks() - 1; c >= 0; --c) {
+    s.ring.wait_empty(at);
+    s.ring.expect_bytes(at, Traits::kBytes);
+    auto& stage = s.stage[at.stage];
+    uint64_t* full = &s.ring.full[at.stage];
+    const int64_t token = sequence.begin + static_cast<int64_t>(c) * kRows;
+    const int64_t chunk = (sequence.first_slot + c) * a.in.value_heads + head;
+    load_tokens<kKeyDim>(maps.tokens.k, full, stage.k, 0, token, head_k, sequence.batch);
+    load_tokens<kKeyDim>(maps.tokens.q, full, stage.q, 0, token, head_k, sequence.batch);
+    load_tokens<kImageColumns>(maps.dout, full, stage.dout, first_value, token, static_cast<int>(head),
+                               sequence.batch);
+    copy_in(&s.rows[at.stage], a.scratch.rows + chunk, sizeof(typename Traits::StageRows), full);
+    copy_in(stage.p, static_cast<Element*>(a.scratch.P) + chunk * kImage, kImageBytes, full);
+    copy_in(stage.n, static_cast<Element*>(a.scratch.N) + chunk * kImage, kImageBytes, full);
+    at.advance();
+  }
+}
+
+// ---- Storing warp ----
+
+template <class Traits>
+__device__ void store_reverse(typename Traits::Storage& s, const BackwardPassesArgs& a,
+                              const Sequence& sequence, int64_t head, int first_value) {
+  using Element = typename Traits::Element;
+  const int lane = threadIdx.x % 32, piece = lane % 8;
+  const int64_t stride = a.in.value_heads * a.in.value_dim;
+  const int64_t first = (sequence.batch * a.in.tokens + sequence.begin) * stride + head * a.in.value_dim +
+                        first_value + piece * 8;
+  const bool inside = piece * 8 < a.in.value_dim - first_value;
+  RingIndex<1> at;
+  for (int c = sequence.chunks() - 1; c >= 0; --c) {
+    const int valid = valid_rows(sequence, c);
+    const int64_t out = first + static_cast<int64_t>(c) * kRows * stride;
+    s.ring_out.wait_full(at);
+    compiler_fence();
+    CUTE_UNROLL
+    for (int i = 0; i < kRows / 4; i += 4) {
+      uint4 y[4], dv[4];
+      CUTE_UNROLL
+      for (int x = 0; x < 4; ++x) {
+        y[x] = *reinterpret_cast<const uint4*>(image_piece(s.y, 4 * (i + x) + lane / 8, piece));
+        dv[x] = *reinterpret_cast<const uint4*>(image_piece(s.dv, 4 * (i + x) + lane / 8, piece));
+      }
+      CUTE_UNROLL
+      for (int x = 0; x < 4; ++x) {
+        const int token = 4 * (i + x) + lane / 8;
+        if (token >= valid || !inside) continue;
+        *reinterpret_cast<uint4*>(static_cast<Element*>(a.y) + out + token * stride) = y[x];
+        *reinterpret_cast<uint4*>(static_cast<Element*>(a.dv) + out + token * stride) = dv[x];
+      }
+    }
+    __syncwarp();
+    s.ring_out.release(at);
+    at.advance();
+  }
+}
+
+// ---- Chain ----
+
+template <class Traits>
+__device__ void walk_reverse(typename Traits::Storage& s, const BackwardPassesArgs& a,
+                             const Sequence& sequence, int64_t n, int64_t head, int first_value) {
+  using Element = typename Traits::Element;
+  constexpr int kKeyDim = Traits::kKeyDim;
+  const InputsSm90& in = a.in;
+  const int thread = threadIdx.x % 128, warp = thread / 32, quad = thread % 4;
+
+  typename Traits::MmaToToken mma_token;
+  typename Traits::MmaToColumn mma_column;
+  typename Traits::MmaToState mma_state;
+  const auto thread_token = mma_token.get_slice(thread);
+  const auto thread_column = mma_column.get_slice(thread);
+  const auto thread_state = mma_state.get_slice(thread);
+  // An image as the right operand: tokens as N, or columns of P or N, or key features.
+  const auto by_row = [&](Element* image) {
+    return thread_token.partition_fragment_B(
+        make_tensor(make_smem_ptr(image), LayoutByRow<Element, kKeyDim>{}));
+  };
+  const auto by_column = [&](Element* image) {
+    return thread_column.partition_fragment_B(
+        make_tensor(make_smem_ptr(image), LayoutByFeature<Element, kRows>{}));
+  };
+  const auto by_key = [&](Element* image) {
+    return thread_state.partition_fragment_B(
+        make_tensor(make_smem_ptr(image), LayoutByFeature<Element, kKeyDim>{}));
+  };
+  Tensor S = partition_fragment_C(mma_state, cute::Shape<Int<64>, Int<kKeyDim>>{});  // dS^T, (values, keys)
+  Tensor R = partition_fragment_C(mma_token, cute::Shape<Int<64>, Int<kRows>>{});    // (values, tokens)
+  Tensor S16 = make_tensor<Element>(accumulator_as_a(S.layout()));
+  Tensor dO16 = make_tensor<Element>(accumulator_as_a(R.layout()));
+  Tensor X16 = make_tensor<Element>(accumulator_as_a(R.layout()));
+  Tensor Y16 = make_tensor<Element>(accumulator_as_a(R.layout()));
+  Tensor dv16 = make_tensor<Element>(accumulator_as_a(R.layout()));
+  const auto words_of = [](auto& t) { return reinterpret_cast<uint32_t*>(t.data()); };
+  const auto round = [](auto& from, auto& to) {
+    Tensor view = make_tensor(from.data(), to.layout());
+    convert_to(view, to);
+  };
+
+  const int64_t state = (n * in.value_heads + head) * in.state_size();
+  const auto state_at = [&](int value, int key) {
+    return state + (in.state_v_first ? value * in.key_dim + key : key * in.value_dim + value);
+  };
+  clear(S);
+  if (a.d_final != nullptr) {
+    for_state<kKeyDim>(first_value, [&](int at, int value, int key) {
+      if (value < in.value_dim && key < in.key_dim) S(at) = a.d_final[state_at(value, key)];
+    });
+  }
+
+  RingIndex<Traits::kStages> at;
+  RingIndex<1> at_out;
+  for (int c = sequence.chunks() - 1; c >= 0; --c) {
+    auto& stage = s.stage[at.stage];
+    const auto& rows = s.rows[at.stage];
+    const int valid = valid_rows(sequence, c);
+    const auto columns_of = [&](const float* row, int j) {
+      return *reinterpret_cast<const float2*>(row + 8 * j + 2 * quad);
+    };
+    const auto scale_columns = [&](const float* row) {
+      CUTE_UNROLL
+      for (int j = 0; j < 8; ++j) {
+        const float2 factor = columns_of(row, j);
+        CUTE_UNROLL
+        for (int x = 4 * j; x < 4 * j + 4; ++x) R(x) *= x % 2 ? factor.y : factor.x;
+      }
+    };
+    // Kt dS
+    round(S, S16);
+    s.ring.wait_full(at);
+    compiler_fence();
+    if (valid < kRows) {
+      clear_rows(stage.k, Traits::kKeyImages, valid);
+      clear_rows(stage.q, Traits::kKeyImages, valid);
+      clear_rows(stage.dout, 1, valid);
+    }
+    issue_gemm<true>(mma_token, S16, by_row(stage.k), R);
+
+    // Meanwhile dS, the gradient of the state after this chunk, leaves.
+    tma_store_wait<0>();
+    __syncwarp();
+    CUTE_UNROLL
+    for (int k = 0; k < Traits::kKeyImages; ++k)
+      store_rows(s.state + k * kImage, warp, words_of(S16) + 16 * k);
+    cutlass::arch::fence_view_async_shared();
+    __syncwarp();
+    if (thread % 32 == 0) {
+      const int64_t tiles = (in.value_dim + kImageColumns - 1) / kImageColumns;
+      const int64_t chunk = (sequence.first_slot + c) * in.value_heads + head;
+      const int64_t image = (chunk * tiles + first_value / kImageColumns) * Traits::kKeyImages;
+      constexpr int kWarpRows = 16 * kImageColumns;
+      CUTE_UNROLL
+      for (int k = 0; k < Traits::kKeyImages; ++k) {
+        copy_out(static_cast<Element*>(a.d_states) + (image + k) * kImage + warp * kWarpRows,
+                 s.state + k * kImage + warp * kWarpRows, kWarpRows * 2);
+      }
+      tma_store_arrive();
+    }
+
+    // dS <- e^{G_C} dS + s Qh^T dO, behind it
+    load_transposed(stage.dout, warp, words_of(dO16));
+    const float decay = exp2_fast(rows.G[kRows - 1]);
+    CUTE_UNROLL
+    for (int x = 0; x < size(S); ++x) S(x) *= decay;
+    CUTE_UNROLL
+    for (int j = 0; j < 8; ++j) {
+      const float2 q_read = columns_of(rows.q_read, j);
+      CUTE_UNROLL
+      for (int x = 2 * j; x < 2 * j + 2; ++x) {
+        const float2 dO = unpack<Element>(words_of(dO16)[x]);
+        words_of(X16)[x] = pack<Element>(q_read.x * dO.x, q_read.y * dO.y);
+      }
+    }
+    issue_gemm<false>(mma_state, X16, by_key(stage.q), S);
+    warpgroup_wait<1>();
+
+    // dV' = Kt dS + s P^T dO
+    scale_columns(rows.k_write);
+    issue_gemm<false>(mma_column, dO16, by_column(stage.p), R);
+    warpgroup_wait<0>();
+
+    // Y = dV' + N^T dV'
+    round(R, X16);
+    issue_gemm<false>(mma_column, X16, by_column(stage.n), R);
+    warpgroup_wait<0>();
+    round(R, Y16);
+
+    // dR = dV = beta Y;  dS -= Kh^T dR
+    scale_columns(rows.beta);
+    round(R, dv16);
+    CUTE_UNROLL
+    for (int j = 0; j < 8; ++j) {
+      const float2 k_read = columns_of(rows.k_read, j);
+      CUTE_UNROLL
+      for (int x = 2 * j; x < 2 * j + 2; ++x)
+        words_of(X16)[x] = pack<Element>(-k_read.x * R(2 * x), -k_read.y * R(2 * x + 1));
+    }
+    issue_gemm<false>(mma_state, X16, by_key(stage.k), S);
+    s.ring_out.wait_empty(at_out);
+    store_transposed(s.y, warp, words_of(Y16));
+    store_transposed(s.dv, warp, words_of(dv16));
+    __syncwarp();
+    if (thread % 32 == 0) s.ring_out.arrive_full(at_out);
+    at_out.advance();
+    warpgroup_wait<0>();
+    s.ring.release(at);
+    at.advance();
+  }
+
+  if (a.d_initial != nullptr) {
+    for_state<kKeyDim>(first_value, [&](int x, int value, int key) {
+      if (value < in.value_dim && key < in.key_dim) a.d_initial[state_at(value, key)] = S(x);
+    });
+  }
+  tma_store_wait<0>();
+}
+
+// ---- Kernel and launch ----
+
+template <class Forward, class Reverse>
+__global__ void __launch_bounds__(Forward::kThreads, 1)
+    backward_passes_kernel(const __grid_constant__ BackwardMaps maps,
+                           const __grid_constant__ BackwardPassesArgs a, int value_tiles) {
+  const InputsSm90& in = a.in;
+  const bool reverse = blockIdx.x % 2 == 0;
+  const int index = blockIdx.x / 2, first_value = index % value_tiles * kImageColumns;
+  const int64_t row = index / value_tiles, head = row % in.value_heads, n = row / in.value_heads;
+  const Sequence sequence = sequence_of(in, n);
+  auto& r = shared_storage<typename Reverse::Storage>();
+  auto& f = shared_storage<typename Forward::Storage>();
+  const StatePassArgs pass{in, a.scratch, nullptr, nullptr, a.states, a.v_new};
+  if (threadIdx.x == 0) {
+    if (reverse) {
+      r.ring.init(1, 4);
+      r.ring_out.init(4, 1);
+    } else {
+      f.ring.init(1, 4);
+      f.ring_out.init(4, 1);
+    }
+    cutlass::arch::fence_barrier_init();
+  }
+  __syncthreads();
+  const int warp = threadIdx.x / 32;
+  constexpr int kLoading = Forward::kHelpers / 32;
+  if (reverse) {
+    if (warp < 4) walk_reverse<Reverse>(r, a, sequence, n, head, first_value);
+    if (threadIdx.x == Forward::kHelpers) load_reverse<Reverse>(r, maps, a, sequence, head, first_value);
+    if (warp == kLoading + 1) store_reverse<Reverse>(r, a, sequence, head, first_value);
+  } else {
+    if (warp < 4) walk<Forward>(f, pass, sequence, n, head, first_value);
+    if (threadIdx.x == Forward::kHelpers) load<Forward>(f, maps.tokens, pass, sequence, head, first_value);
+    if (warp == kLoading + 1) store<Forward>(f, pass, sequence, head, first_value);
+  }
+}
+
+template <class Tag, int kKeyDim>
+int backward_passes_sm90<Tag, kKeyDim>::run(const BackwardPassesArgs& args, void* stream) {
+  using Forward = StatePassTraits<Tag, kKeyDim, false, false>;
+  using Reverse = ReversePassTraits<Tag, kKeyDim>;
+  constexpr bool kBf16 = std::is_same_v<Tag, bf16>;
+  constexpr int kShared =
+      static_cast<int>(std::max(sizeof(typename Forward::Storage), sizeof(typename Reverse::Storage)));
+  const auto kernel = backward_passes_kernel<Forward, Reverse>;
+  static const cudaError_t attribute =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
+  if (attribute != cudaSuccess) return attribute;
+  const InputsSm90& in = args.in;
+  BackwardMaps maps{};
+  if (const cudaError_t e = encode_inputs(&maps.tokens, in, kBf16)) return e;
+  if (const cudaError_t e =
+          encode_tokens(&maps.dout, args.d_o, kBf16, in.value_dim, in.tokens, in.value_heads, in.batch))
+    return e;
+  const int64_t tiles = (in.value_dim + kImageColumns - 1) / kImageColumns;
+  const int64_t grid = 2 * in.sequences * in.value_heads * tiles;
+  if (grid > std::numeric_limits<int>::max()) return cudaErrorInvalidConfiguration;
+  kernel<<<static_cast<unsigned>(grid), Forward::kThreads, kShared, static_cast<cudaStream_t>(stream)>>>(
+      maps, args, static_cast<int>(tiles));
+  return cudaGetLastError();
+}
+
+}  // namespace nearfield::delta

@@ -1,0 +1,637 @@
+// All gradients of a chunk but dv, from what the two walks have left: S (entering), dS (of the state after),
+// V', Y. Token parallel: one CTA of two warpgroups per (slot, value head), two CTAs on an SM. Steps:
+//   1. dA = -tril(Y V'^T, -1) and K K^T (first warpgroup), dP = s tril(dO V'^T) and Q K^T (second one): with
+//      the decays they give E = beta dA . D, F = dP . D, and the pair sums that dbeta and dg need
+//   2. dQh = s dO S^T, dKh = -Y S^T (without beta), each warpgroup for half of the key features
+//   3. dKt = V' dS^T;  4. dq += F K, dk += (E + E^T) K + F^T Q
+// Raw k and q are the operands; the factors of their norms go into rows and columns of E and F (columns
+// before rounding, rows after the products). dg is the sum over pairs of README.md: every term carries the
+// decay across t. dS takes the place of dO and Y, E and F that of S.
+#pragma once
+
+#include "delta/chunk_sm90.cuh"
+#include "delta/sm90_bwd.h"
+
+namespace nearfield::delta {
+
+// ---- Layouts and storage ----
+
+template <class Tag, int kKeyDim_>
+struct ChunkGradientTraits {
+  using Element = element_t<Tag>;
+  static constexpr int kKeyDim = kKeyDim_;
+  static_assert(kKeyDim == 128, "each of the two warpgroups has an image of 64 key features");
+  static constexpr int kThreads = 256;
+  static constexpr int kImages = 2;  // of key or value features
+  static constexpr int kTile = kImages * kImage;
+
+  template <GMMA::Major kMajorB>
+  using Mma = decltype(make_tiled_mma(
+      GMMA::ss_op_selector<Element, Element, float, cute::Shape<Int<64>, Int<64>, Int<64>>, GMMA::Major::K,
+                           kMajorB>()));
+  using MmaRows = Mma<GMMA::Major::K>;       // right operand: rows of an image as N
+  using MmaFeatures = Mma<GMMA::Major::MN>;  // right operand: features of an image as N
+
+  struct Sums {                                               // per row; [2] of a warpgroup, [8] of a warp
+    float q_dot[2][kRows], k_dot[2][kRows], t_dot[2][kRows];  // q . dO S^T, -k . Y S^T, k . V' dS^T
+    float pairs[8][kRows];
+    float dA_Abar[kRows], y_vnew[kRows], y_v[kRows];
+    float through[8];
+    float q_dq[2][kRows], k_dk[2][kRows];
+  };
+  struct Storage {
+    alignas(1024) Element q[kTile];  // in the end dq on the way out, as dk in K
+    alignas(1024) Element k[kTile];
+    alignas(1024) Element v_new[kTile];
+    union {
+      struct {
+        alignas(1024) Element dout[kTile];
+        alignas(1024) Element y[kTile];
+      };
+      alignas(1024) Element d_state[kImages * kTile];
+      Sums sums;
+    };
+    union {
+      alignas(1024) Element state[kImages * kTile];  // S^T, [V / 64][K / 64] images
+      struct {                                       // operands [rows of the result][contracted rows]
+        alignas(1024) Element e[kImage];
+        alignas(1024) Element e_t[kImage];
+        alignas(1024) Element f[kImage];
+        alignas(1024) Element f_t[kImage];
+      };
+    };
+    alignas(16) float G[kRows];
+    float k_norm[kRows];
+    uint64_t qk_here, values_here, state_here, d_state_here;
+  };
+  static_assert(2 * (sizeof(Storage) + 1024) <= 228 * 1024, "two CTAs on an SM");
+};
+
+// Below this |beta|, V'_i / beta_i has lost digits of V'_i (in fp16, to its smallest numbers).
+constexpr float kLeastDivisor = 1.f / 64;
+
+struct ChunkGradientMaps {
+  CUtensorMap q, k, dout, y, v_new;
+};
+
+// ---- Steps ----
+
+// acc (+)= A B over `images` pairs of images, each contracting 64.
+template <bool kZeroInit, class Layout, class Element, class Mma, class Acc>
+__device__ __forceinline__ void multiply(Mma& mma, Element* a, Element* b, Acc& acc) {
+  const auto thread_mma = mma.get_slice(threadIdx.x % 128);
+  Tensor sA = make_tensor(make_smem_ptr(a), LayoutByRow<Element, kImageColumns>{});
+  Tensor sB = make_tensor(make_smem_ptr(b), Layout{});
+  issue_gemm<kZeroInit>(mma, thread_mma.partition_fragment_A(sA), thread_mma.partition_fragment_B(sB), acc);
+}
+
+// The rows of a (64, 64) accumulator times those of an image, summed over the columns: for rows
+// 16 warp + lane / 4 and + 8, in every lane of a quad.
+template <class Element, class Acc>
+__device__ __forceinline__ void row_dots(Element* image, int warp, const Acc& acc, float (&sum)[2]) {
+  sum[0] = sum[1] = 0.f;
+  CUTE_UNROLL
+  for (int j = 0; j < 8; j += 2) {
+    uint32_t words[4];
+    SM75_U32x4_LDSM_N::copy(matrices_at<true>(image, 16 * warp, j), words[0], words[1], words[2], words[3]);
+    CUTE_UNROLL
+    for (int w = 0; w < 4; ++w) {
+      const float2 x = unpack<Element>(words[w]);
+      const int at = 4 * (j + w / 2) + 2 * (w % 2);
+      sum[w % 2] += x.x * acc(at) + x.y * acc(at + 1);
+    }
+  }
+  CUTE_UNROLL
+  for (int h = 0; h < 2; ++h) {
+    sum[h] += __shfl_xor_sync(0xffffffffu, sum[h], 1);
+    sum[h] += __shfl_xor_sync(0xffffffffu, sum[h], 2);
+  }
+}
+
+template <class Acc>
+__device__ __forceinline__ void scale_rows(Acc& acc, float first, float second) {
+  CUTE_UNROLL
+  for (int x = 0; x < size(acc); ++x) acc(x) *= x % 4 < 2 ? first : second;
+}
+
+// acc -= factor of the row times the row of the image.
+template <class Element, class Acc>
+__device__ __forceinline__ void subtract_rows(Element* image, int warp, const float (&factor)[2], Acc& acc) {
+  CUTE_UNROLL
+  for (int j = 0; j < 8; j += 2) {
+    uint32_t words[4];
+    SM75_U32x4_LDSM_N::copy(matrices_at<true>(image, 16 * warp, j), words[0], words[1], words[2], words[3]);
+    CUTE_UNROLL
+    for (int w = 0; w < 4; ++w) {
+      const float2 x = unpack<Element>(words[w]);
+      const int at = 4 * (j + w / 2) + 2 * (w % 2);
+      acc(at) -= factor[w % 2] * x.x;
+      acc(at + 1) -= factor[w % 2] * x.y;
+    }
+  }
+}
+
+// Four threads per row: dot products of Y with V', and with V in rows that ask for it.
+template <class Element>
+__device__ __forceinline__ void value_dots(Element* y, Element* v_new, const Element* v, int columns,
+                                           float& with_new, float& with_v) {
+  const int row = threadIdx.x / 4, part = threadIdx.x % 4;
+  with_new = with_v = 0.f;
+  CUTE_UNROLL
+  for (int m = 0; m < 4; ++m) {
+    const int piece = 4 * m + part;
+    const auto at = [&](Element* images) {
+      return *reinterpret_cast<const uint4*>(image_piece(images + piece / 8 * kImage, row, piece % 8));
+    };
+    const auto dot = [&](const uint4& a, const uint4& b) {
+      float sum = 0.f;
+      const uint32_t x[4] = {a.x, a.y, a.z, a.w}, z[4] = {b.x, b.y, b.z, b.w};
+      CUTE_UNROLL
+      for (int w = 0; w < 4; ++w) {
+        const float2 p = unpack<Element>(x[w]), r = unpack<Element>(z[w]);
+        sum += p.x * r.x + p.y * r.y;
+      }
+      return sum;
+    };
+    if (piece * 8 >= columns) continue;
+    const uint4 mine = at(y);
+    with_new += dot(mine, at(v_new));
+    if (v != nullptr) with_v += dot(mine, *reinterpret_cast<const uint4*>(v + piece * 8));
+  }
+  CUTE_UNROLL
+  for (int step = 1; step < 4; step *= 2) {
+    with_new += __shfl_xor_sync(0xffffffffu, with_new, step);
+    with_v += __shfl_xor_sync(0xffffffffu, with_v, step);
+  }
+}
+
+// Sum over rows i >= t and columns j < t of a strictly lower (64, 64) accumulator, over this warp's 16 rows:
+// the lane ends with t = 8 n + 2 (lane % 4) and t + 1, n = lane / 4 with its bits reversed.
+template <class Acc>
+__device__ __forceinline__ float2 pair_sums(const Acc& m, int warp) {
+  const int lane = threadIdx.x % 32, quad = lane % 4;
+  constexpr uint32_t kAll = 0xffffffffu;
+  float column[16] = {};
+  CUTE_UNROLL
+  for (int h = 0; h < 2; ++h) {
+    const int i = 16 * warp + 8 * h + lane / 4;
+    float before = 0.f;  // the columns of earlier n
+    CUTE_UNROLL
+    for (int n = 0; n < 8; ++n) {
+      const float a = m(4 * n + 2 * h), b = m(4 * n + 2 * h + 1);
+      float sum = a + b, below = __shfl_up_sync(kAll, sum, 1, 4);
+      if (quad >= 1) sum += below;
+      below = __shfl_up_sync(kAll, sum, 2, 4);
+      if (quad >= 2) sum += below;
+      below = __shfl_up_sync(kAll, sum, 1, 4);
+      const float here = before + (quad > 0 ? below : 0.f);
+      const int t = 8 * n + 2 * quad;
+      column[2 * n] += t <= i ? here : 0.f;
+      column[2 * n + 1] += t + 1 <= i ? here + a : 0.f;
+      before += __shfl_sync(kAll, sum, 3, 4);
+    }
+  }
+  // Eight lanes share their 16 columns: each step halves them.
+  CUTE_UNROLL
+  for (int step = 16, left = 8; step >= 4; step /= 2, left /= 2) {
+    const bool upper = lane & step;
+    CUTE_UNROLL
+    for (int x = 0; x < left; ++x) {
+      const float give = upper ? column[x] : column[x + left];
+      const float keep = upper ? column[x + left] : column[x];
+      column[x] = keep + __shfl_xor_sync(kAll, give, step);
+    }
+  }
+  return {column[0], column[1]};
+}
+
+// A warp's 16 rows of a (64, 64) accumulator, rounded, to rows of `out` that are `stride` elements apart.
+template <class Element, class Acc>
+__device__ __forceinline__ void store_gradient(Element* image, int warp, const Acc& acc, Element* out,
+                                               int64_t stride, int valid, int columns) {
+  uint32_t words[16];
+  CUTE_UNROLL
+  for (int x = 0; x < 16; ++x) words[x] = pack<Element>(acc(2 * x), acc(2 * x + 1));
+  store_rows(image, warp, words);
+  __syncwarp();
+  const int lane = threadIdx.x % 32, piece = lane % 8;
+  CUTE_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const int row = 16 * warp + 4 * i + lane / 8;
+    if (row < valid && piece * 8 < columns) {
+      *reinterpret_cast<uint4*>(out + row * stride + piece * 8) =
+          *reinterpret_cast<const uint4*>(image_piece(image, row, piece));
+    }
+  }
+}
+
+template <class Acc>
+__device__ __forceinline__ void store_head_gradient(int warp, const Acc& acc, float* out, int64_t stride,
+                                                    int valid, int columns) {
+  const int lane = threadIdx.x % 32;
+  CUTE_UNROLL
+  for (int h = 0; h < 2; ++h) {
+    const int row = 16 * warp + 8 * h + lane / 4;
+    CUTE_UNROLL
+    for (int n = 0; n < 8; ++n) {
+      const int column = 8 * n + 2 * (lane % 4);
+      if (row < valid && column < columns)
+        *reinterpret_cast<float2*>(out + row * stride + column) =
+            float2{acc(4 * n + 2 * h), acc(4 * n + 2 * h + 1)};
+    }
+  }
+}
+
+// One warp, two tokens per lane: dbeta and dg from the sums, and through the activations of beta and gate.
+template <class Sums>
+__device__ __forceinline__ void finish_tokens(const ChunkGradientArgs& a, const Sums& sums,
+                                              const ChunkRows& rows, int64_t first_row, int valid,
+                                              int64_t head, int64_t part, int64_t parts) {
+  const InputsSm90& in = a.in;
+  const int lane = threadIdx.x % 32;
+  constexpr uint32_t kAll = 0xffffffffu;
+  float enter[2], leave[2], dbeta[2];
+  CUTE_UNROLL
+  for (int e = 0; e < 2; ++e) {
+    const int i = 2 * lane + e;
+    const float beta = rows.beta[i], k_read = rows.k_read[i];
+    const float k_dot = sums.k_dot[0][i] + sums.k_dot[1][i];
+    enter[e] = rows.q_read[i] * (sums.q_dot[0][i] + sums.q_dot[1][i]) + beta * k_read * k_dot;
+    leave[e] = rows.k_write[i] * (sums.t_dot[0][i] + sums.t_dot[1][i]);
+    // V'_i / beta_i is the error r_i against the memory just before token i, and dbeta_i = Y_i . r_i.
+    dbeta[e] =
+        fabsf(beta) >= kLeastDivisor ? sums.y_vnew[i] / beta : sums.y_v[i] + k_read * k_dot + sums.dA_Abar[i];
+  }
+  // Readers from t on, sources before t.
+  float from = enter[0] + enter[1], before = leave[0] + leave[1];
+  CUTE_UNROLL
+  for (int step = 1; step < 32; step *= 2) {
+    const float above = __shfl_down_sync(kAll, from, step), below = __shfl_up_sync(kAll, before, step);
+    if (lane + step < 32) from += above;
+    if (lane >= step) before += below;
+  }
+  before = __shfl_up_sync(kAll, before, 1);
+  if (lane == 0) before = 0.f;
+  const float later = __shfl_down_sync(kAll, from, 1);
+  float through = 0.f;
+  CUTE_UNROLL
+  for (int w = 0; w < 8; ++w) through += sums.through[w];
+  through *= exp2_fast(rows.G[kRows - 1]);
+
+  const float rate = in.A_log != nullptr ? expf(in.A_log[head]) : 1.f;
+  const float bias = in.dt_bias != nullptr ? in.dt_bias[head] : 0.f;
+  float d_rate = 0.f, d_bias = 0.f;
+  CUTE_UNROLL
+  for (int e = 0; e < 2; ++e) {
+    const int i = 2 * lane + e;
+    if (i >= valid) continue;
+    const int64_t at = first_row + i * in.value_heads;
+    const float beta = rows.beta[i];
+    if (in.beta_activation != BetaActivation::kNone) {
+      const float top = in.beta_activation == BetaActivation::kSigmoid2 ? 2.f : 1.f;
+      dbeta[e] *= beta * (1.f - beta / top);
+    }
+    a.dbeta[at] = dbeta[e];
+    if (a.dg == nullptr) continue;
+    float pairs = 0.f;
+    CUTE_UNROLL
+    for (int w = 0; w < 8; ++w) pairs += sums.pairs[w][i];
+    const float readers = e == 0 ? from : (lane < 31 ? later : 0.f) + enter[1];
+    const float sources = e == 0 ? before : before + leave[0];
+    const float dg = through + readers + sources + pairs;
+    float da = dg;
+    if (in.gate != Gate::kLog) {
+      const float x = in.g[at] + bias;
+      if (in.gate == Gate::kSoftplus) {
+        da = -dg * rate * sigmoid(x);
+        d_rate += dg * log2_decay(in, x, rate) * (1.f / kLog2e);
+      } else {
+        const float open = sigmoid(rate * x);
+        da = dg * static_cast<float>(in.gate_bound) * open * (1.f - open) * rate;
+        d_rate += da * x;
+      }
+      d_bias += da;
+    }
+    a.dg[at] = da;
+  }
+  if (a.gate_parts == nullptr) return;
+  CUTE_UNROLL
+  for (int step = 16; step >= 1; step /= 2) {
+    d_rate += __shfl_xor_sync(kAll, d_rate, step);
+    d_bias += __shfl_xor_sync(kAll, d_bias, step);
+  }
+  if (lane == 0) {
+    a.gate_parts[part] = d_rate;
+    a.gate_parts[parts + part] = d_bias;
+  }
+}
+
+// ---- Kernel and launch ----
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 2)
+    chunk_gradient_kernel(const __grid_constant__ ChunkGradientMaps maps,
+                          const __grid_constant__ ChunkGradientArgs args) {
+  using Element = typename Traits::Element;
+  using Barrier = cutlass::arch::ClusterTransactionBarrier;
+  using Features = LayoutByFeature<Element, kImageColumns>;
+  using ByRow = LayoutByRow<Element, kImageColumns>;
+  auto& s = shared_storage<typename Traits::Storage>();
+  const InputsSm90& in = args.in;
+  const int64_t slot = blockIdx.x / in.value_heads, head = blockIdx.x % in.value_heads;
+  const int64_t parts = gridDim.x, part = blockIdx.x;
+  const Sequence sequence = sequence_of(in, sequence_at_slot(in, slot));
+  const int64_t chunk = slot - sequence.first_slot;
+  if (chunk < 0 || chunk * kRows >= sequence.length) {
+    if (args.gate_parts != nullptr && threadIdx.x == 0)
+      args.gate_parts[part] = args.gate_parts[parts + part] = 0.f;
+    return;
+  }
+  const int64_t token = sequence.begin + chunk * kRows, head_k = head / (in.value_heads / in.heads);
+  const int valid = static_cast<int>(min(static_cast<int64_t>(kRows), sequence.length - chunk * kRows));
+  const int wg = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
+  const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32, quad = lane % 4;
+  const int value_images = static_cast<int>((in.value_dim + kImageColumns - 1) / kImageColumns);
+  const ChunkRows& rows = args.rows[slot * in.value_heads + head];
+
+  if (threadIdx.x == 0) {
+    for (uint64_t* barrier : {&s.qk_here, &s.values_here, &s.state_here, &s.d_state_here})
+      Barrier::init(barrier, 1);
+    cutlass::arch::fence_barrier_init();
+    const int h = static_cast<int>(head), h_k = static_cast<int>(head_k);
+    Barrier::arrive_and_expect_tx(&s.qk_here, 2 * Traits::kTile * 2 + 2 * kRows * 4);
+    load_tokens<Traits::kKeyDim>(maps.k, &s.qk_here, s.k, 0, token, h_k, sequence.batch);
+    load_tokens<Traits::kKeyDim>(maps.q, &s.qk_here, s.q, 0, token, h_k, sequence.batch);
+    copy_in(s.G, rows.G, kRows * 4, &s.qk_here);
+    copy_in(s.k_norm, rows.k_norm, kRows * 4, &s.qk_here);
+    Barrier::arrive_and_expect_tx(&s.values_here, 3 * value_images * kImageBytes);
+    for (int v = 0; v < value_images; ++v) {
+      load_tokens<64>(maps.y, &s.values_here, s.y + v * kImage, 64 * v, token, h, sequence.batch);
+      load_tokens<64>(maps.v_new, &s.values_here, s.v_new + v * kImage, 64 * v, token, h, sequence.batch);
+      load_tokens<64>(maps.dout, &s.values_here, s.dout + v * kImage, 64 * v, token, h, sequence.batch);
+    }
+  }
+  const int state_bytes = value_images * Traits::kImages * kImageBytes;
+  const int64_t state = (slot * in.value_heads + head) * state_bytes;
+  if (threadIdx.x == 0) {
+    Barrier::arrive_and_expect_tx(&s.state_here, state_bytes);
+    copy_in(s.state, static_cast<const char*>(args.states) + state, state_bytes, &s.state_here);
+  }
+  // This thread's rows of every accumulator: 16 warp + lane / 4 and + 8.
+  const int row0 = 16 * warp + lane / 4;
+  float beta[2], left_norm[2];
+  CUTE_UNROLL
+  for (int h = 0; h < 2; ++h) {
+    beta[h] = rows.beta[row0 + 8 * h];
+    left_norm[h] = wg == 0 ? rows.k_norm[row0 + 8 * h] : rows.q_norm[row0 + 8 * h];
+  }
+  const Element* v = nullptr;
+  if (threadIdx.x / 4 < valid && fabsf(rows.beta[threadIdx.x / 4]) < kLeastDivisor) {
+    v = static_cast<const Element*>(in.v.data) + sequence.batch * in.v.batch +
+        (token + threadIdx.x / 4) * in.v.token + head * in.v.head;
+  }
+  __syncthreads();
+  Barrier::wait(&s.qk_here, 0);
+  Barrier::wait(&s.values_here, 0);
+  asm volatile("" ::: "memory");
+  if (valid < kRows) {  // the next sequence, or padding that may hold NaN
+    const int pieces = (kRows - valid) * (kImageColumns / 8);
+    for (Element* images : {s.q, s.k, s.v_new, s.dout, s.y}) {
+      for (int c = 0; c < Traits::kImages; ++c) {
+        auto* first = reinterpret_cast<uint4*>(images + c * kImage + valid * kImageColumns);
+        for (int i = threadIdx.x; i < pieces; i += Traits::kThreads) first[i] = uint4{0, 0, 0, 0};
+      }
+    }
+    cutlass::arch::fence_view_async_shared();
+    __syncthreads();
+  }
+
+  // 1. First warpgroup: Y V'^T and K K^T. Second: dO V'^T and Q K^T. (rows i, rows j)
+  typename Traits::MmaRows mma_rows;
+  typename Traits::MmaFeatures mma_features;
+  const auto accumulator = [&] {
+    return partition_fragment_C(mma_rows, cute::Shape<Int<kRows>, Int<kRows>>{});
+  };
+  uint32_t weights[16];  // E or F, before the norms
+  float dA_Abar[2] = {0.f, 0.f}, y_vnew, y_v;
+  float2 pairs{0.f, 0.f};
+  {
+    Tensor product = accumulator(), d_product = accumulator();
+    Element *left = wg == 0 ? s.k : s.q, *d_left = wg == 0 ? s.y : s.dout;
+    multiply<true, ByRow>(mma_rows, left, s.k, product);
+    multiply<false, ByRow>(mma_rows, left + kImage, s.k + kImage, product);
+    multiply<true, ByRow>(mma_rows, d_left, s.v_new, d_product);
+    if (value_images == 2) multiply<false, ByRow>(mma_rows, d_left + kImage, s.v_new + kImage, d_product);
+    value_dots(s.y, s.v_new, v, static_cast<int>(in.value_dim), y_vnew, y_v);
+    warpgroup_wait<0>();
+    const float sign = wg == 0 ? -1.f : static_cast<float>(in.scale);
+    CUTE_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      const int i = row0 + 8 * h;
+      const float G_i = s.G[i], weight_row = sign * (wg == 0 ? beta[h] : 1.f);
+      CUTE_UNROLL
+      for (int n = 0; n < 8; ++n) {
+        const int j = 8 * n + 2 * quad;
+        const float2 G_j = *reinterpret_cast<const float2*>(&s.G[j]);
+        const float2 k_j = *reinterpret_cast<const float2*>(&s.k_norm[j]);
+        float weight[2];
+        CUTE_UNROLL
+        for (int e = 0; e < 2; ++e) {
+          const int at = 4 * n + 2 * h + e;
+          const bool strict = i > j + e, kept = strict || (wg == 1 && i == j + e);
+          const float decay = exp2_fast(kept ? G_i - (e ? G_j.y : G_j.x) : 0.f);
+          const float d = kept ? d_product(at) * decay : 0.f;
+          const float pair = d * (left_norm[h] * (e ? k_j.y : k_j.x) * product(at));
+          weight[e] = weight_row * d;
+          dA_Abar[h] -= strict ? pair : 0.f;
+          product(at) = strict ? weight_row * pair : 0.f;
+        }
+        weights[2 * n + h] = pack<Element>(weight[0], weight[1]);
+      }
+      dA_Abar[h] += __shfl_xor_sync(0xffffffffu, dA_Abar[h], 1);
+      dA_Abar[h] += __shfl_xor_sync(0xffffffffu, dA_Abar[h], 2);
+    }
+    if (args.dg != nullptr) pairs = pair_sums(product, warp);
+  }
+
+  // 2. This warpgroup's 64 features of dO S^T and Y S^T.
+  Barrier::wait(&s.state_here, 0);
+  asm volatile("" ::: "memory");
+  Tensor dq = accumulator(), dk = accumulator();  // (rows, features)
+  const auto through_state = [&](Element* left, Element* state_images, auto& acc) {
+    multiply<true, Features>(mma_features, left, state_images + wg * kImage, acc);
+    if (value_images == 2)
+      multiply<false, Features>(mma_features, left + kImage, state_images + (2 + wg) * kImage, acc);
+  };
+  through_state(s.dout, s.state, dq);
+  through_state(s.y, s.state, dk);
+  warpgroup_wait<0>();
+  __syncthreads();  // dO and Y are free
+  if (threadIdx.x == 0) {
+    Barrier::arrive_and_expect_tx(&s.d_state_here, state_bytes);
+    copy_in(s.d_state, static_cast<const char*>(args.d_states) + state, state_bytes, &s.d_state_here);
+  }
+  float q_dot[2], k_dot[2], t_dot[2];
+  Element *q_image = s.q + wg * kImage, *k_image = s.k + wg * kImage;
+  row_dots(q_image, warp, dq, q_dot);
+  row_dots(k_image, warp, dk, k_dot);
+  {
+    float decay[2];
+    CUTE_UNROLL
+    for (int h = 0; h < 2; ++h) decay[h] = exp2_fast(s.G[row0 + 8 * h]);
+    const float scale = static_cast<float>(in.scale);
+    scale_rows(dq, scale * decay[0], scale * decay[1]);
+    scale_rows(dk, -beta[0] * decay[0], -beta[1] * decay[1]);
+  }
+
+  // 3. V' dS^T
+  Barrier::wait(&s.d_state_here, 0);
+  asm volatile("" ::: "memory");
+  float through = 0.f;
+  {
+    Tensor to_end = accumulator();
+    through_state(s.v_new, s.d_state, to_end);
+    if (args.dg != nullptr) {
+      const auto* S = reinterpret_cast<const uint4*>(s.state);
+      const auto* dS = reinterpret_cast<const uint4*>(s.d_state);
+      for (int x = threadIdx.x; x < state_bytes / 16; x += Traits::kThreads) {
+        const uint4 a = S[x], b = dS[x];
+        const uint32_t left[4] = {a.x, a.y, a.z, a.w}, right[4] = {b.x, b.y, b.z, b.w};
+        CUTE_UNROLL
+        for (int w = 0; w < 4; ++w) {
+          const float2 y = unpack<Element>(left[w]), z = unpack<Element>(right[w]);
+          through += y.x * z.x + y.y * z.y;
+        }
+      }
+      CUTE_UNROLL
+      for (int step = 16; step >= 1; step /= 2) through += __shfl_xor_sync(0xffffffffu, through, step);
+    }
+    warpgroup_wait<0>();
+    row_dots(k_image, warp, to_end, t_dot);
+    float decay[2];
+    CUTE_UNROLL
+    for (int h = 0; h < 2; ++h) decay[h] = exp2_fast(s.G[kRows - 1] - s.G[row0 + 8 * h]);
+    CUTE_UNROLL
+    for (int x = 0; x < size(dk); ++x) dk(x) += decay[x % 4 / 2] * to_end(x);
+  }
+  __syncthreads();  // S and dS are free
+
+  // 4. E and F in both orientations, as left operands; their columns carry the norms of what they multiply.
+  {
+    uint32_t direct[16], transposed[16];
+    CUTE_UNROLL
+    for (int n = 0; n < 8; ++n) {
+      const float2 k_j = *reinterpret_cast<const float2*>(&s.k_norm[8 * n + 2 * quad]);
+      CUTE_UNROLL
+      for (int h = 0; h < 2; ++h) {
+        const float2 w = unpack<Element>(weights[2 * n + h]);
+        direct[2 * n + h] = pack<Element>(w.x * k_j.x, w.y * k_j.y);
+        transposed[2 * n + h] = pack<Element>(w.x * left_norm[h], w.y * left_norm[h]);
+      }
+    }
+    store_rows(wg == 0 ? s.e : s.f, warp, direct);
+    store_transposed(wg == 0 ? s.e_t : s.f_t, warp, transposed);
+    cutlass::arch::fence_view_async_shared();
+  }
+  if (quad == 0) {
+    CUTE_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      const int i = row0 + 8 * h;
+      s.sums.q_dot[wg][i] = q_dot[h];
+      s.sums.k_dot[wg][i] = -k_dot[h];
+      s.sums.t_dot[wg][i] = t_dot[h];
+      if (wg == 0) s.sums.dA_Abar[i] = dA_Abar[h];
+    }
+  }
+  if (threadIdx.x % 4 == 0) {
+    s.sums.y_vnew[threadIdx.x / 4] = y_vnew;
+    s.sums.y_v[threadIdx.x / 4] = y_v;
+  }
+  {
+    const int n = (lane >> 4 & 1) * 4 + (lane >> 3 & 1) * 2 + (lane >> 2 & 1);
+    *reinterpret_cast<float2*>(&s.sums.pairs[threadIdx.x / 32][8 * n + 2 * quad]) = pairs;
+    if (lane == 0) s.sums.through[threadIdx.x / 32] = through;
+  }
+  __syncthreads();
+  multiply<false, Features>(mma_features, s.f, k_image, dq);
+  multiply<false, Features>(mma_features, s.e, k_image, dk);
+  multiply<false, Features>(mma_features, s.e_t, k_image, dk);
+  multiply<false, Features>(mma_features, s.f_t, q_image, dk);
+  const int64_t first_token = sequence.batch * in.tokens + token;
+  if (threadIdx.x / 32 == 0) {
+    finish_tokens(args, s.sums, rows, first_token * in.value_heads + head, valid, head, part, parts);
+  }
+  float q_norm[2], k_norm[2];
+  CUTE_UNROLL
+  for (int h = 0; h < 2; ++h) {
+    q_norm[h] = rows.q_norm[row0 + 8 * h];
+    k_norm[h] = rows.k_norm[row0 + 8 * h];
+  }
+  warpgroup_wait<0>();
+  scale_rows(dq, q_norm[0], q_norm[1]);
+  scale_rows(dk, k_norm[0], k_norm[1]);
+
+  const int first_key = wg * kImageColumns, columns = static_cast<int>(in.key_dim) - first_key;
+  if (args.dq_heads != nullptr) {
+    const int64_t out = (first_token * in.value_heads + head) * in.key_dim + first_key;
+    const int64_t stride = in.value_heads * in.key_dim;
+    store_head_gradient(warp, dq, args.dq_heads + out, stride, valid, columns);
+    store_head_gradient(warp, dk, args.dk_heads + out, stride, valid, columns);
+    return;
+  }
+  if (in.qk_l2norm) {  // dx = z - x rstd^2 (x . z), where z = rstd dy
+    row_dots(q_image, warp, dq, q_dot);
+    row_dots(k_image, warp, dk, k_dot);
+    if (quad == 0) {
+      CUTE_UNROLL
+      for (int h = 0; h < 2; ++h) {
+        s.sums.q_dq[wg][row0 + 8 * h] = q_dot[h];
+        s.sums.k_dk[wg][row0 + 8 * h] = k_dot[h];
+      }
+    }
+    __syncthreads();
+    float along[2][2];
+    CUTE_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      const int i = row0 + 8 * h;
+      along[0][h] = q_norm[h] * q_norm[h] * (s.sums.q_dq[0][i] + s.sums.q_dq[1][i]);
+      along[1][h] = k_norm[h] * k_norm[h] * (s.sums.k_dk[0][i] + s.sums.k_dk[1][i]);
+    }
+    subtract_rows(q_image, warp, along[0], dq);
+    subtract_rows(k_image, warp, along[1], dk);
+  }
+  cutlass::arch::NamedBarrier::sync(128, 1 + wg);  // Q and K have been read
+  const int64_t out = (first_token * in.heads + head_k) * in.key_dim + first_key;
+  const int64_t stride = in.heads * in.key_dim;
+  store_gradient(q_image, warp, dq, static_cast<Element*>(args.dq) + out, stride, valid, columns);
+  store_gradient(k_image, warp, dk, static_cast<Element*>(args.dk) + out, stride, valid, columns);
+}
+
+template <class Tag, int kKeyDim>
+int chunk_gradient_sm90<Tag, kKeyDim>::run(const ChunkGradientArgs& args, void* stream) {
+  using Traits = ChunkGradientTraits<Tag, kKeyDim>;
+  constexpr int kShared = sizeof(typename Traits::Storage);
+  constexpr bool kBf16 = std::is_same_v<Tag, bf16>;
+  const auto kernel = chunk_gradient_kernel<Traits>;
+  static const cudaError_t attribute =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
+  if (attribute != cudaSuccess) return attribute;
+  const InputsSm90& in = args.in;
+  ChunkGradientMaps maps{};
+  const auto encode = [&](CUtensorMap* map, const Rows<void>& t, int64_t features, int64_t heads) {
+    return encode_tokens(map, t, kBf16, features, in.tokens, heads, in.batch);
+  };
+  cudaError_t e = encode(&maps.q, in.q, in.key_dim, in.heads);
+  if (e == cudaSuccess) e = encode(&maps.k, in.k, in.key_dim, in.heads);
+  if (e == cudaSuccess) e = encode(&maps.dout, args.d_o, in.value_dim, in.value_heads);
+  if (e == cudaSuccess) e = encode(&maps.y, args.y, in.value_dim, in.value_heads);
+  if (e == cudaSuccess) e = encode(&maps.v_new, args.v_new, in.value_dim, in.value_heads);
+  if (e != cudaSuccess) return e;
+  const int64_t grid = ChunkSlots(in).total * in.value_heads;
+  if (grid > std::numeric_limits<int>::max()) return cudaErrorInvalidConfiguration;
+  kernel<<<static_cast<unsigned>(grid), Traits::kThreads, kShared, static_cast<cudaStream_t>(stream)>>>(maps,
+                                                                                                        args);
+  return cudaGetLastError();
+}
+
+}  // namespace nearfield::delta

@@ -1,0 +1,172 @@
+// nearfield::delta_bwd on CUDA: picks the kernel instances, allocates scratch, launches.
+#ifdef NEARFIELD_WITH_CUDA
+#include "nearfield_build.h"
+#endif
+#ifdef NEARFIELD_DELTA
+#include <tuple>
+
+#include "delta/checks.h"
+#include "delta/instances_sm90.h"
+#include "delta/sm90_bwd.h"
+#include "nearfield/device.h"
+
+namespace nearfield::delta {
+namespace {
+
+// ---- Instances: what instances.def lists for the backward ----
+
+// Smaller head dims are padded with zeros inside the kernels.
+constexpr int64_t kKeyDim = 128, kMostValues = 128;
+
+struct BackwardInstances {
+  using Key = InstancesSm90::Key;
+  template <class Args>
+  using Entry = InstancesSm90::Entry<Args>;
+  std::vector<Entry<BackwardPassesArgs>> passes;
+  std::vector<Entry<ChunkGradientArgs>> gradient;
+  std::vector<Entry<FinishGradientArgs>> finish;
+
+  template <class Tag, int kKeys>
+  void add(backward_passes_sm90<Tag, kKeys>*) {
+    passes.push_back({{std::is_same_v<Tag, bf16>, kKeys, false}, &backward_passes_sm90<Tag, kKeys>::run});
+  }
+  template <class Tag, int kKeys>
+  void add(chunk_gradient_sm90<Tag, kKeys>*) {
+    gradient.push_back({{std::is_same_v<Tag, bf16>, kKeys, false}, &chunk_gradient_sm90<Tag, kKeys>::run});
+  }
+  template <class Tag>
+  void add(finish_gradient_sm90<Tag>*) {
+    finish.push_back({{std::is_same_v<Tag, bf16>, 0, false}, &finish_gradient_sm90<Tag>::run});
+  }
+  void add(const void*) {}
+
+  BackwardInstances() {
+#ifdef NEARFIELD_DELTA_SM90
+#define INSTANCE(kernel, ...) add(static_cast<kernel<__VA_ARGS__>*>(nullptr));
+#include "delta/instances.def"
+#undef INSTANCE
+#endif
+  }
+};
+
+struct BackwardChoice {
+  KernelChoice prepare;
+  int (*passes)(const BackwardPassesArgs&, void*);
+  int (*gradient)(const ChunkGradientArgs&, void*);
+  int (*finish)(const FinishGradientArgs&, void*);
+};
+
+BackwardChoice choose_backward(const char* op, const Inputs& x) {
+  STD_TORCH_CHECK(!x.channel_gate, op, ": g has one gate per channel; supported on CUDA: one per head");
+  choose_kernels(op, x);  // what the forward supports
+  STD_TORCH_CHECK(x.K <= kKeyDim && x.V <= kMostValues, op, ": q has ", x.K, " and v ", x.V,
+                  " channels; supported on CUDA: up to ", kKeyDim, " and ", kMostValues);
+  static const BackwardInstances instances;
+  const bool is_bf16 = x.q.scalar_type() == ScalarType::BFloat16;
+  const InstancesSm90::Key key{is_bf16, kKeyDim, false};
+  BackwardChoice choice{{key, InstancesSm90::find(InstancesSm90::all().prepare, key), nullptr},
+                        InstancesSm90::find(instances.passes, key),
+                        InstancesSm90::find(instances.gradient, key),
+                        InstancesSm90::find(instances.finish, {is_bf16, 0, false})};
+  STD_TORCH_CHECK(choice.prepare.prepare && choice.passes && choice.gradient && choice.finish, op,
+                  ": this build lacks a kernel for it");
+  return choice;
+}
+
+// ---- Operator ----
+
+Rows<void> dense_rows(const void* data, const Inputs& x) { return {data, x.T * x.HV * x.V, x.HV * x.V, x.V}; }
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> delta_bwd_cuda(
+    OptTensor d_o, OptTensor d_final, Tensor q, Tensor k, Tensor v, Tensor beta, OptTensor g,
+    OptTensor initial_state, OptTensor A_log, OptTensor dt_bias, OptTensor cu_seqlens, double scale,
+    bool qk_l2norm, int64_t beta_activation, int64_t gate, double gate_bound, bool state_v_first) {
+  const char* op = "delta_bwd";
+  const Options options{scale, qk_l2norm, beta_activation, gate, gate_bound, state_v_first};
+  torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+  check_hopper(op, q);
+  Inputs x = check_inputs(op, q, k, v, beta, g, initial_state, A_log, dt_bias, cu_seqlens, options);
+  check_output_gradients(op, x, options, d_o, d_final);
+  const BackwardChoice choice = choose_backward(op, x);
+
+  const ScalarType type = q.scalar_type(), wide = ScalarType::Float;
+  const bool empty = x.N == 0 || x.T == 0;
+  const auto absent_or = [&](bool present, const std::vector<int64_t>& shape) {
+    if (!present) return new_empty(q, {0}, wide);
+    return empty ? new_zeros(q, shape, wide) : new_empty(q, shape, wide);
+  };
+  Tensor dq = token_rows(q, x, {x.B, x.T, x.H, x.K}, type);
+  Tensor dk = token_rows(q, x, {x.B, x.T, x.H, x.K}, type);
+  Tensor dv = token_rows(q, x, {x.B, x.T, x.HV, x.V}, type);
+  Tensor dbeta = token_rows(q, x, {x.B, x.T, x.HV}, wide);
+  Tensor dg = defined(g) ? token_rows(q, x, x.gate_shape(), wide) : absent_or(false, {});
+  Tensor d_initial = absent_or(defined(initial_state), x.state_shape(state_v_first));
+  Tensor dA_log = absent_or(defined(A_log), {x.HV});
+  Tensor ddt_bias = absent_or(defined(dt_bias), {x.HV});
+  if (empty && defined(initial_state) && defined(d_final)) d_initial = torch::stable::clone(*d_final);
+  if (!empty) {
+    make_loadable(x);
+    d_o = defined(d_o) ? loadable(*d_o) : new_zeros(q, {x.B, x.T, x.HV, x.V}, type);
+    const InputsSm90 in = kernel_inputs<void, float>(x, options);
+    Scratch scratch = allocate_scratch(q, in, choice.prepare, true);
+    void* stream = current_stream(q);
+    check_launch(op, choice.prepare.prepare({in, scratch.chunks}, stream));
+
+    const auto float_or_null = [](bool present, const Tensor& t) {
+      return present ? static_cast<float*>(t.mutable_data_ptr()) : nullptr;
+    };
+    const int64_t chunks = ChunkSlots(in).total * x.HV;
+    const int64_t tiles = (x.V + kImageColumns - 1) / kImageColumns;
+    const int64_t state_bytes = chunks * tiles * (kKeyDim / kImageColumns) * kImage * 2;
+    const int64_t value_bytes = x.B * x.T * x.HV * x.V * 2;
+    BackwardPassesArgs passes{in, scratch.chunks};
+    passes.d_o = rows<void>(*d_o);
+    passes.d_final = data_or_null<float>(d_final);
+    passes.states = scratch.bytes(q, state_bytes), passes.d_states = scratch.bytes(q, state_bytes);
+    passes.v_new = scratch.bytes(q, value_bytes), passes.y = scratch.bytes(q, value_bytes);
+    passes.dv = dv.mutable_data_ptr();
+    passes.d_initial = float_or_null(defined(initial_state), d_initial);
+    check_launch(op, choice.passes(passes, stream));
+
+    ChunkGradientArgs gradient{in, scratch.chunks.rows};
+    gradient.d_o = passes.d_o;
+    gradient.y = dense_rows(passes.y, x), gradient.v_new = dense_rows(passes.v_new, x);
+    gradient.states = passes.states, gradient.d_states = passes.d_states;
+    gradient.dq = dq.mutable_data_ptr(), gradient.dk = dk.mutable_data_ptr();
+    if (x.HV != x.H) {
+      const int64_t bytes = x.B * x.T * x.HV * x.K * 4;
+      gradient.dq_heads = static_cast<float*>(scratch.bytes(q, bytes));
+      gradient.dk_heads = static_cast<float*>(scratch.bytes(q, bytes));
+    }
+    gradient.dbeta = static_cast<float*>(dbeta.mutable_data_ptr());
+    gradient.dg = float_or_null(defined(g), dg);
+    if (defined(A_log) || defined(dt_bias))
+      gradient.gate_parts = static_cast<float*>(scratch.bytes(q, 2 * chunks * 4));
+    check_launch(op, choice.gradient(gradient, stream));
+
+    FinishGradientArgs finish{in, gradient.dq_heads, gradient.dk_heads, gradient.dq, gradient.dk};
+    finish.gate_parts = gradient.gate_parts;
+    finish.dA_log = float_or_null(defined(A_log), dA_log);
+    finish.ddt_bias = float_or_null(defined(dt_bias), ddt_bias);
+    check_launch(op, choice.finish(finish, stream));
+  }
+  const auto like = [](const Tensor& grad, const Tensor& input) {
+    return grad.scalar_type() == input.scalar_type() ? grad : torch::stable::to(grad, input.scalar_type());
+  };
+  return {dq,
+          dk,
+          dv,
+          like(dbeta, beta),
+          defined(g) ? like(dg, *g) : dg,
+          d_initial,
+          defined(A_log) ? like(dA_log, *A_log) : dA_log,
+          defined(dt_bias) ? like(ddt_bias, *dt_bias) : ddt_bias};
+}
+
+}  // namespace
+}  // namespace nearfield::delta
+
+STABLE_TORCH_LIBRARY_IMPL(nearfield, CUDA, m) {
+  m.impl("delta_bwd", TORCH_BOX(&nearfield::delta::delta_bwd_cuda));
+}
+#endif

@@ -1,0 +1,64 @@
+// The contract of the Hopper kernels of the backward; continues sm90.h. Order: prepare, backward passes,
+// chunk gradient, finish. Symbols: README.md.
+#pragma once
+
+#include "delta/sm90.h"
+
+namespace nearfield::delta {
+
+struct BackwardPassesArgs {
+  InputsSm90 in;
+  ChunkScratch scratch;
+  Rows<void> d_o;        // [B, T, HV, V], readable like v
+  const float* d_final;  // like initial_state, or null: zero
+  // Left by the pass from first to last chunk: see StatePassArgs.
+  void *states, *v_new;
+  // Left by the pass from last to first chunk.
+  void* d_states;    // like states: gradient of the state after the chunk
+  void* y;           // [B, T, HV, V] contiguous: Y
+  void* dv;          // [B, T, HV, V] contiguous: the result
+  float* d_initial;  // like initial_state, or null
+};
+
+// Both walks over the chunks, which need nothing from each other, side by side in one launch: half of the
+// CTAs recompute the states, the other half carry their gradients. A gate per head.
+template <class Tag, int kKeyDim>
+struct backward_passes_sm90 {
+  static int run(const BackwardPassesArgs& args, void* stream);
+};
+
+struct ChunkGradientArgs {
+  InputsSm90 in;
+  const ChunkRows* rows;
+  Rows<void> d_o, y, v_new;  // [B, T, HV, V]
+  const void *states, *d_states;
+  // One value head per key head: dq and dk [B, T, H, K] contiguous. Else *_heads: [B, T, HV, K] contiguous,
+  // gradients of what is normalised, times the factor of the norm.
+  void *dq, *dk;
+  float *dq_heads, *dk_heads;
+  float* dbeta;       // [B, T, HV]
+  float* dg;          // [B, T, HV] or null
+  float* gate_parts;  // [2][slot][value head]: sums of a chunk for dA_log and ddt_bias, or null
+};
+
+// All gradients of a chunk but dv, for all chunks at once. A gate per head, at most 128 values.
+template <class Tag, int kKeyDim>
+struct chunk_gradient_sm90 {
+  static int run(const ChunkGradientArgs& args, void* stream);
+};
+
+struct FinishGradientArgs {
+  InputsSm90 in;
+  const float *dq_heads, *dk_heads;  // as above; null: dq and dk are finished
+  void *dq, *dk;
+  const float* gate_parts;   // as above, or null
+  float *dA_log, *ddt_bias;  // [HV] or null
+};
+
+// The sums over the value heads of a group and over the tokens, in a fixed order.
+template <class Tag>
+struct finish_gradient_sm90 {
+  static int run(const FinishGradientArgs& args, void* stream);
+};
+
+}  // namespace nearfield::delta
