@@ -75,12 +75,17 @@ Tokens<const void> untyped(const Tokens<T>& t) {
   return {t.data, t.batch, {t.x[0], t.x[1], t.x[2]}, t.head};
 }
 
-// Moves a view to the dilation group of a step.
+// Moves a view to the heads (first, first + step, ..) and the dilation group of a step.
 template <class T>
-void enter_group(const Step& step, Tokens<T>& t, int element_bytes) {
+void enter(const Step& step, Tokens<T>& t, int64_t first_head, int element_bytes) {
   using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+  const auto move = [&](int64_t elements) {
+    t.data = reinterpret_cast<T*>(reinterpret_cast<Byte*>(t.data) + elements * element_bytes);
+  };
+  move(first_head * t.head);
+  t.head *= step.heads.step;
   for (int d = 0; d < 3; ++d) {
-    t.data = reinterpret_cast<T*>(reinterpret_cast<Byte*>(t.data) + step.first[d] * t.x[d] * element_bytes);
+    move(step.first[d] * t.x[d]);
     t.x[d] *= step.distance[d];
   }
 }
@@ -91,13 +96,14 @@ std::tuple<Tensor, Tensor> fwd_cuda(Tensor q, Tensor k, Tensor v, OptionalTensor
                                     OptionalTensor additional_v, Ints kernel_size, Ints stride, Ints dilation,
                                     Ints is_causal, double scale) {
   const char* op = "gna_fwd";
-  const Problem p =
-      check_problem(op, q, k, v, additional_k, additional_v, kernel_size, stride, dilation, is_causal);
+  const Call call =
+      check_call(op, q, k, v, additional_k, additional_v, kernel_size, stride, dilation, is_causal);
+  const Problem& p = call.whole;
   torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   const DeviceInfo device = device_info(q.get_device_index());
   check_capability(op, device.capability);
   STD_TORCH_CHECK(scale > 0, op, ": scale is ", scale, ", expected a positive number on CUDA");
-  const Plan plan = plan_forward(op, p, q.scalar_type());
+  const Plan plan = plan_forward(op, call, q.scalar_type());
 
   auto shape = shape_of(q);
   shape.back() = p.dim_v;
@@ -130,9 +136,11 @@ std::tuple<Tensor, Tensor> fwd_cuda(Tensor q, Tensor k, Tensor v, OptionalTensor
     launch.problem = step.problem;
     launch.q_box = step.tiles.q;
     launch.kv_box = step.tiles.kv;
-    for (Tokens<const void>* t : {&launch.q, &launch.k, &launch.v}) enter_group(step, *t, 2);
-    enter_group(step, launch.out, 2);
-    enter_group(step, launch.lse, 4);
+    const int64_t head = step.heads.first, head_kv = step.heads.first_kv;
+    enter(step, launch.q, head, 2);
+    for (auto* t : {&launch.k, &launch.v, &launch.add_k, &launch.add_v}) enter(step, *t, head_kv, 2);
+    enter(step, launch.out, head, 2);
+    enter(step, launch.lse, head, sizeof(float));
     const int error = find(kForward, is_bf16, step.head_dim).run(launch, stream);
     STD_TORCH_CHECK(error == 0, op, ": ", cuda_error_string(error));
   }
@@ -148,14 +156,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cuda(Tensor dout, Optiona
                                                             Ints stride, Ints dilation, Ints is_causal,
                                                             double scale, bool deterministic) {
   const char* op = "gna_bwd";
-  const Problem p =
-      check_problem(op, q, k, v, additional_k, additional_v, kernel_size, stride, dilation, is_causal);
+  const Call call =
+      check_call(op, q, k, v, additional_k, additional_v, kernel_size, stride, dilation, is_causal);
+  const Problem& p = call.whole;
   check_gradients(op, p, q, dout, dlse, out, lse);
   torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   const DeviceInfo device = device_info(q.get_device_index());
   check_capability(op, device.capability);
   STD_TORCH_CHECK(scale > 0, op, ": scale is ", scale, ", expected a positive number on CUDA");
-  const Plan plan = plan_backward(op, p, q.scalar_type(), deterministic);
+  const Plan plan = plan_backward(op, call, q.scalar_type(), deterministic);
   const bool with_additional = p.additional > 0;
 
   Tensor dq = torch::stable::new_empty(q, shape_of(q)), dk = torch::stable::new_empty(q, shape_of(k));
@@ -209,9 +218,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cuda(Tensor dout, Optiona
       launch.dk = tokens_of<void>(add_dk, 1);
       launch.dv = tokens_of<void>(add_dv, 1);
     }
-    for (Tokens<const void>* t : {&launch.q, &launch.k, &launch.v, &launch.dout}) enter_group(step, *t, 2);
-    for (Tokens<void>* t : {&launch.dk, &launch.dv, &launch.dq_out}) enter_group(step, *t, 2);
-    enter_group(step, launch.stats, sizeof(RowStats));
+    const int64_t head = step.heads.first, head_kv = step.heads.first_kv;
+    for (auto* t : {&launch.q, &launch.dout}) enter(step, *t, head, 2);
+    for (auto* t : {&launch.k, &launch.v, &launch.add_k, &launch.add_v}) enter(step, *t, head_kv, 2);
+    for (auto* t : {&launch.dk, &launch.dv}) enter(step, *t, head_kv, 2);
+    enter(step, launch.dq_out, head, 2);
+    enter(step, launch.stats, head, sizeof(RowStats));
     switch (step.kernel) {
       case Kernel::kStats:
         check((is_bf16 ? bwd_ends_sm80<bf16>::prepare : bwd_ends_sm80<fp16>::prepare)(
@@ -219,9 +231,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cuda(Tensor dout, Optiona
             defined(dlse) ? static_cast<const float*>(dlse->data_ptr()) : nullptr,
             static_cast<RowStats*>(stats.data_ptr()), plan.stats_rows, p.dim_v, stream));
         break;
-      case Kernel::kClearDq:
-        torch::stable::zero_(buffer);
+      case Kernel::kClearDq: {
+        Tensor used = torch::stable::narrow(buffer, 0, 0, DqBuffer(step.problem).elements);
+        torch::stable::zero_(used);
         break;
+      }
       case Kernel::kKeys:
         check(find(kBackward, is_bf16, step.head_dim).run(launch, stream));
         break;

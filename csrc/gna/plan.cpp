@@ -127,37 +127,41 @@ void for_each_launch(const Step& step, int d, const Add& add) {
 
 }  // namespace
 
-Plan plan_forward(const char* op, const Problem& p, ScalarType dtype) {
-  const int head_dim = head_dim_of(op, "fwd_sm90", p, dtype);
+Plan plan_forward(const char* op, const Call& call, ScalarType dtype) {
+  const int head_dim = head_dim_of(op, "fwd_sm90", call.whole, dtype);
   Plan plan;
-  for_each_launch({Kernel::kForward, head_dim, p}, 0, [&](Step step) {
-    step.tiles = query_stationary_tiles(step.problem, fwd_tile(head_dim));
-    plan.steps.push_back(step);
-  });
+  for (const HeadGroup& heads : call.groups) {
+    for_each_launch({Kernel::kForward, head_dim, heads, heads.problem}, 0, [&](Step step) {
+      step.tiles = query_stationary_tiles(step.problem, fwd_tile(head_dim));
+      plan.steps.push_back(step);
+    });
+  }
   return plan;
 }
 
-Plan plan_backward(const char* op, const Problem& p, ScalarType dtype, bool deterministic) {
-  const int head_dim = head_dim_of(op, "bwd_sm90", p, dtype);
-  const int dq_head_dim = deterministic ? head_dim_of(op, "bwd_dq_sm90", p, dtype) : 0;
+Plan plan_backward(const char* op, const Call& call, ScalarType dtype, bool deterministic) {
+  const int head_dim = head_dim_of(op, "bwd_sm90", call.whole, dtype);
+  const int dq_head_dim = deterministic ? head_dim_of(op, "bwd_dq_sm90", call.whole, dtype) : 0;
   const BwdTile tile = bwd_tile(head_dim);
+  const int64_t additional = call.whole.additional;
   Plan plan;
-  plan.stats_rows = p.batch * p.tokens() * p.heads;
-  // Launches follow each other on one stream and share the buffer; the first dilation group is the longest.
-  if (!deterministic) plan.dq_elements = DqBuffer(p).elements;
+  plan.stats_rows = call.whole.batch * call.whole.tokens() * call.whole.heads;
   const auto add = [&](Step step, Kernel kernel) {
     step.kernel = kernel;
     if (kernel == Kernel::kKeys) {
       step.tiles = choose_tiles(step.problem, tile.kBlockM, tile.kBlockN, Direction::kBackward);
       if (step.additional) {
         step.tiles.kv = Box{{1, 1, tile.kBlockN}};
-        const int64_t staying = (p.additional + tile.kBlockN - 1) / tile.kBlockN;
+        const int64_t staying = (additional + tile.kBlockN - 1) / tile.kBlockN;
         int64_t full = staying;
         for (int d = 0; d < 3; ++d) full *= step.problem.size[d] / step.tiles.q.side[d];
         step.tiles.visited = staying * count_boxes(step.problem, step.tiles.q);
         step.tiles.full = step.tiles.q.volume() == tile.kBlockM ? full : 0;
       }
     }
+    // Launches follow each other on one stream and share the buffer.
+    if (kernel == Kernel::kClearDq)
+      plan.dq_elements = std::max(plan.dq_elements, DqBuffer(step.problem).elements);
     if (kernel == Kernel::kQueries) {
       step.head_dim = dq_head_dim;
       step.tiles = query_stationary_tiles(step.problem, dq_tile(dq_head_dim));
@@ -165,32 +169,33 @@ Plan plan_backward(const char* op, const Problem& p, ScalarType dtype, bool dete
     plan.steps.push_back(step);
   };
 
-  // The additional tokens as staying keys that the whole grid sees, without dilation.
-  Step extra{Kernel::kKeys, head_dim, p};
-  extra.additional = true;
-  for (int d = 0; d < 3; ++d) {
-    extra.problem.window[d] = p.size[d];
-    extra.problem.stride[d] = extra.problem.dilation[d] = 1;
-    extra.problem.causal[d] = false;
-  }
-  const bool with_additional = p.additional > 0;
-  // One buffer takes both shares of dQ if its order, by dilation group, is the same for both.
-  const bool undilated = p.groups() == 1;
-
-  const Step whole{Kernel::kStats, head_dim, p};
-  add(whole, Kernel::kStats);
-  for_each_launch(whole, 0, [&](const Step& group) {
-    if (!deterministic) add(group, Kernel::kClearDq);
-    add(group, Kernel::kKeys);
-    if (deterministic) return add(group, Kernel::kQueries);
-    if (with_additional && undilated) add(extra, Kernel::kKeys);
-    add(group, Kernel::kRoundDq);
-  });
-  if (with_additional && (deterministic || !undilated)) {
-    if (!deterministic) add(extra, Kernel::kClearDq);
-    add(extra, Kernel::kKeys);
-    extra.accumulate = true;
-    if (!deterministic) add(extra, Kernel::kRoundDq);
+  add({Kernel::kStats, head_dim, {call.whole}, call.whole}, Kernel::kStats);
+  for (const HeadGroup& heads : call.groups) {
+    const Problem& p = heads.problem;
+    const Step whole{Kernel::kKeys, head_dim, heads, p};
+    // The additional tokens as staying keys that the whole grid sees, without dilation.
+    Step extra = whole;
+    extra.additional = true;
+    for (int d = 0; d < 3; ++d) {
+      extra.problem.window[d] = p.size[d];
+      extra.problem.stride[d] = extra.problem.dilation[d] = 1;
+      extra.problem.causal[d] = false;
+    }
+    // One buffer takes both shares of dQ if its order, by dilation group, is the same for both.
+    const bool undilated = p.groups() == 1;
+    for_each_launch(whole, 0, [&](const Step& group) {
+      if (!deterministic) add(group, Kernel::kClearDq);
+      add(group, Kernel::kKeys);
+      if (deterministic) return add(group, Kernel::kQueries);
+      if (additional > 0 && undilated) add(extra, Kernel::kKeys);
+      add(group, Kernel::kRoundDq);
+    });
+    if (additional > 0 && (deterministic || !undilated)) {
+      if (!deterministic) add(extra, Kernel::kClearDq);
+      add(extra, Kernel::kKeys);
+      extra.accumulate = true;
+      if (!deterministic) add(extra, Kernel::kRoundDq);
+    }
   }
   return plan;
 }

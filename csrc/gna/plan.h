@@ -27,8 +27,10 @@ struct Tiles {
 
 struct Step {
   Kernel kernel;
-  int head_dim;     // the compiled one
-  Problem problem;  // of this launch: one dilation group where the copy engine cannot step so far
+  int head_dim;  // the compiled one
+  HeadGroup heads;
+  Problem
+      problem;  // of this launch: these heads, one dilation group where the copy engine cannot step so far
   // Where that group begins on the grid, and the distance of its tokens.
   int first[3] = {0, 0, 0}, distance[3] = {1, 1, 1};
   bool additional = false;  // the staying keys are the additional tokens, seen by the whole grid
@@ -51,8 +53,8 @@ struct Plan {
 };
 
 // Throw what the operator `op` throws when there is no kernel.
-Plan plan_forward(const char* op, const Problem& problem, ScalarType dtype);
-Plan plan_backward(const char* op, const Problem& problem, ScalarType dtype, bool deterministic);
+Plan plan_forward(const char* op, const Call& call, ScalarType dtype);
+Plan plan_backward(const char* op, const Call& call, ScalarType dtype, bool deterministic);
 void check_capability(const char* op, int capability);
 
 // Whether the copy engine can read a tensor as it is: contiguous features, 16-byte aligned start and strides.
