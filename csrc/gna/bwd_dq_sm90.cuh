@@ -138,8 +138,8 @@ __device__ void differentiate_queries(typename Traits::Storage& s, const QueryPa
     const float factor[2] = {p.scale, p.scale};
     scale_rows(dq, factor);
     cutlass::arch::NamedBarrier::sync(128, 1 + warpgroup);
-    store_rows<kD>(s.q + warp * 16 * kD, dq, plan.row + warp * 16, static_cast<Element*>(p.out),
-                   p.problem.dim);
+    store_rows<kD>(s.q + staging_in_own_rows<kD, kM>(warp), dq, plan.row + warp * 16,
+                   static_cast<Element*>(p.out), p.problem.dim);
     cutlass::arch::fence_view_async_shared();  // the next Q comes through the async proxy
     __syncwarp();
     s.ring_q.release(at_q);

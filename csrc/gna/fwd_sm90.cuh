@@ -150,7 +150,7 @@ __device__ void attend(typename Traits::Storage& s, const QueryParams& p) {
     }
     const int warp = thread / 32;
     // Without a buffer of its own the output goes over the Q rows, once its warpgroup has read them.
-    Element* sO = (Traits::kTile.kOwnOutput ? s.o : s.q) + warp * 16 * kD;
+    Element* sO = Traits::kTile.kOwnOutput ? s.o + warp * 16 * kD : s.q + staging_in_own_rows<kD, kM>(warp);
     if constexpr (!Traits::kTile.kOwnOutput) cutlass::arch::NamedBarrier::sync(128, 1 + warpgroup);
     store_rows<kD>(sO, outputs, plan.row + warp * 16, static_cast<Element*>(p.out), p.problem.dim_v);
     if constexpr (!Traits::kTile.kOwnOutput) {

@@ -14,6 +14,17 @@ __device__ __forceinline__ int fresh_lane() {
   return lane;
 }
 
+// Where a warp of the consumers may stage 16 rows of kHeadDim elements over a block that lies in shared
+// memory as the copy engine wrote it: inside the 64 rows of its own warpgroup, which in every chunk of
+// features are contiguous. The other warpgroup may still be reading its rows.
+template <int kHeadDim, int kBlockM>
+__device__ __forceinline__ int staging_in_own_rows(int warp) {
+  constexpr int kChunk = chunk_of(kHeadDim), kOwn = 64 * kChunk;  // elements of a warpgroup in a chunk
+  static_assert(kOwn % (16 * kHeadDim) == 0, "a warp's rows must lie in one chunk");
+  const int at = warp % 4 * 16 * kHeadDim;
+  return at / kOwn * kBlockM * kChunk + warp / 4 * kOwn + at % kOwn;
+}
+
 // Writes a warp's 16 rows of a (2, kFeatures) accumulator view, whose columns begin at feature `first`, to
 // `out`, where row r is at row[r] * dim; row[r] < 0: none.
 template <int kFeatures, class Element, class TensorO>
