@@ -75,17 +75,26 @@ Tokens<const void> untyped(const Tokens<T>& t) {
   return {t.data, t.batch, {t.x[0], t.x[1], t.x[2]}, t.head};
 }
 
-// Moves a view to the heads (first, first + step, ..) and the dilation group of a step.
+template <class T>
+void move(Tokens<T>& t, int64_t elements, int element_bytes) {
+  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+  t.data = reinterpret_cast<T*>(reinterpret_cast<Byte*>(t.data) + elements * element_bytes);
+}
+
+// Moves a view to the heads of a step: first, first + step, .. This is all for additional tokens: they lie on
+// a line of their own, outside the dilation groups.
+template <class T>
+void enter_heads(const Step& step, Tokens<T>& t, int64_t first, int element_bytes) {
+  move(t, first * t.head, element_bytes);
+  t.head *= step.heads.step;
+}
+
+// Moves a view of the grid to the heads and the dilation group of a step.
 template <class T>
 void enter(const Step& step, Tokens<T>& t, int64_t first_head, int element_bytes) {
-  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
-  const auto move = [&](int64_t elements) {
-    t.data = reinterpret_cast<T*>(reinterpret_cast<Byte*>(t.data) + elements * element_bytes);
-  };
-  move(first_head * t.head);
-  t.head *= step.heads.step;
+  enter_heads(step, t, first_head, element_bytes);
   for (int d = 0; d < 3; ++d) {
-    move(step.first[d] * t.x[d]);
+    move(t, step.first[d] * t.x[d], element_bytes);
     t.x[d] *= step.distance[d];
   }
 }
@@ -138,7 +147,8 @@ std::tuple<Tensor, Tensor> fwd_cuda(Tensor q, Tensor k, Tensor v, OptionalTensor
     launch.kv_box = step.tiles.kv;
     const int64_t head = step.heads.first, head_kv = step.heads.first_kv;
     enter(step, launch.q, head, 2);
-    for (auto* t : {&launch.k, &launch.v, &launch.add_k, &launch.add_v}) enter(step, *t, head_kv, 2);
+    for (auto* t : {&launch.k, &launch.v}) enter(step, *t, head_kv, 2);
+    for (auto* t : {&launch.add_k, &launch.add_v}) enter_heads(step, *t, head_kv, 2);
     enter(step, launch.out, head, 2);
     enter(step, launch.lse, head, sizeof(float));
     const int error = find(kForward, is_bf16, step.head_dim).run(launch, stream);
@@ -220,7 +230,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cuda(Tensor dout, Optiona
     }
     const int64_t head = step.heads.first, head_kv = step.heads.first_kv;
     for (auto* t : {&launch.q, &launch.dout}) enter(step, *t, head, 2);
-    for (auto* t : {&launch.k, &launch.v, &launch.add_k, &launch.add_v}) enter(step, *t, head_kv, 2);
+    for (auto* t : {&launch.k, &launch.v}) enter(step, *t, head_kv, 2);
+    for (auto* t : {&launch.add_k, &launch.add_v}) enter_heads(step, *t, head_kv, 2);
     for (auto* t : {&launch.dk, &launch.dv}) enter(step, *t, head_kv, 2);
     enter(step, launch.dq_out, head, 2);
     enter(step, launch.stats, head, sizeof(RowStats));
