@@ -137,6 +137,19 @@ def test_head_dim_is_the_next_that_is_compiled(dim: int, compiled: int) -> None:
 
 
 @needs_kernels
+def test_heads_with_equal_windows_are_one_launch() -> None:
+    def launches(*windows: int) -> list[tuple[int, int]]:
+        plan = ask(meta(1, 99, len(windows), 64), tuple((w,) for w in windows))
+        return [(step.heads, step.launches) for step in plan.forward.steps]
+
+    assert launches(3, 3, 3) == [(3, 1)]
+    assert launches(3, 9, 3, 9) == [(2, 1), (2, 1)]  # evenly spaced
+    assert launches(3, 9, 9, 3, 3) == [(1, 1), (2, 1), (2, 1)]  # unevenly: runs of neighbors
+    mixed = ask(meta(1, 100, 2, 64), ((5,), (100,)))
+    assert mixed.flop_bound == pytest.approx(2 * 100 * 100 / (100 * 5 + 100 * 100))
+
+
+@needs_kernels
 def test_workspace() -> None:
     rows, dim = 3 * 20 * 30 * 4, 64
     statistics, counter = 8 * rows, 4

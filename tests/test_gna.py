@@ -475,6 +475,106 @@ def test_without_grad() -> None:
     assert torch.equal(lse, case.run(inputs)[1])
 
 
+# ---- Windows per head ------
+
+# size, heads, heads_kv, then per head (or for all): kernel_size, stride, dilation, is_causal
+PER_HEAD: list[tuple[Any, ...]] = [
+    ((30,), 3, 3, ((3,), (9,), (30,)), 1, 1, False),
+    ((9, 11), 4, 4, ((3, 5), (4, 4), (3, 5), (4, 4)), 1, 1, False),  # every other head alike
+    ((9, 11), 5, 5, ((3, 3), (3, 3), (5, 5), (3, 3), (9, 11)), 1, 1, (True, False)),  # alike, unevenly spaced
+    ((12, 13), 3, 3, (4, 3), ((1, 1), (4, 2), (2, 3)), ((1, 2), (3, 1), (2, 4)), ((False, True), (True, True), (False, False))),
+    ((5, 6, 7), 6, 3, ((5, 3, 3),) * 2 + ((2, 2, 7),) * 2 + ((5, 3, 3),) * 2, 1, 1, (True, False, False)),  # shared keys
+]  # fmt: skip
+
+
+def per_head_inputs(problem: tuple[Any, ...], additional: int, dtype: torch.dtype, dim: int) -> list[Tensor]:
+    size, heads, heads_kv, *_ = problem
+    shapes = [(*size, heads, dim), (*size, heads_kv, dim), (*size, heads_kv, dim)]
+    shapes += [(additional, heads_kv, dim)] * 2 if additional else []
+    return [torch.randn(2, *shape, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
+
+
+def run_per_head(problem: tuple[Any, ...], inputs: list[Tensor]) -> Any:
+    _, _, _, window, stride, dilation, causal = problem
+    q, k, v, *extra = inputs
+    named = dict(zip(("additional_keys", "additional_values"), extra, strict=False))
+    return neighborhood_attention(
+        q, k, v, window, stride=stride, dilation=dilation, is_causal=causal, return_lse=True, **named
+    )
+
+
+def run_head_by_head(problem: tuple[Any, ...], inputs: list[Tensor]) -> Any:
+    """The definition, one head at a time."""
+    size, heads, heads_kv, *windows = problem
+    q, k, v, *extra = inputs
+    parts = []
+    for h in range(heads):
+        rows = []
+        for value in windows:
+            row = value[h] if isinstance(value, tuple) and isinstance(value[0], tuple) else value
+            rows.append(row if isinstance(row, tuple) else (row,) * len(size))
+        kv = h * heads_kv // heads
+        of_head = [q[..., h : h + 1, :], *(t[..., kv : kv + 1, :] for t in (k, v))]
+        more = [t[..., kv : kv + 1, :] for t in extra]
+        parts.append(neighborhood_attention_reference(*of_head, *rows, q.shape[-1] ** -0.5, *more))
+    outs, lses = zip(*parts, strict=True)
+    return torch.cat(outs, -2), torch.cat(lses, -1)
+
+
+@pytest.mark.parametrize("additional", [0, 3])
+@pytest.mark.parametrize("problem", PER_HEAD, ids=str)
+def test_windows_per_head(problem: tuple[Any, ...], additional: int) -> None:
+    inputs = per_head_inputs(problem, additional, torch.float64, 6)
+    grads = [torch.randn_like(t) for t in run_per_head(problem, inputs)]
+    got = run_with_grads(lambda t: run_per_head(problem, t), inputs, grads)
+    want = run_with_grads(lambda t: run_head_by_head(problem, t), inputs, grads)
+    for g, w in zip(got, want, strict=True):
+        assert_same(g, w)
+
+
+def test_reference_with_windows_per_head() -> None:
+    problem = PER_HEAD[1]
+    inputs = per_head_inputs(problem, 2, torch.float64, 6)
+    q, k, v, *extra = inputs
+    ones, off = ((1, 1),) * 4, ((False, False),) * 4
+    got = neighborhood_attention_reference(q, k, v, problem[3], ones, ones, off, 6**-0.5, *extra)
+    for g, w in zip(got, run_head_by_head(problem, inputs), strict=True):
+        assert_same(g, w)
+
+
+def test_equal_windows_per_head_are_windows() -> None:
+    q, k, v = double_qkv(1, 9, 10, 3, 6)
+    got = neighborhood_attention(q, k, v, ((3, 5),) * 3, stride=((1, 2),) * 3)
+    assert torch.equal(got, neighborhood_attention(q, k, v, (3, 5), stride=(1, 2)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "arguments,words",
+    [
+        ({"kernel_size": ((3, 3), (3, 3))}, ["kernel_size", "4 heads"]),
+        ({"kernel_size": 3, "stride": ((1, 1),) * 5}, ["stride", "4 heads"]),
+        ({"kernel_size": ((3, 3), (3, 3), (5, 5), (3, 3))}, ["query heads 2 and 3", "[5, 5]"]),
+        ({"kernel_size": ((3, 3), 3, (3,), (3, 3))}, ["kernel_size", "(3,)"]),
+        ({"kernel_size": ((3, 3), (3, 3), (9, 9), (9, 9))}, ["kernel_size [9, 9]", "[6, 7]"]),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_wrong_windows_per_head(arguments: dict[str, Any], words: list[str]) -> None:
+    q, k = torch.zeros(1, 6, 7, 4, 8), torch.zeros(1, 6, 7, 2, 8)
+    with pytest.raises(ValueError, match="neighborhood_attention: ") as error:
+        neighborhood_attention(q, k, k, **arguments)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_direct_calls_with_windows_per_head_are_checked() -> None:
+    q, k = torch.zeros(1, 6, 4, 8), torch.zeros(1, 6, 2, 8)
+    ones = [1] * 4
+    with pytest.raises(RuntimeError, match="query heads 2 and 3 share a key/value head"):
+        torch.ops.nearfield.gna_fwd(q, k, k, None, None, [3, 3, 5, 3], ones, ones, [0] * 4, 1.0)
+    with pytest.raises(RuntimeError, match="or as many for every query head"):
+        torch.ops.nearfield.gna_fwd(q, k, k, None, None, [3, 3], ones, ones, [0] * 4, 1.0)
+
+
 # ---- Memory layout ------
 
 

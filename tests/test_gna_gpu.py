@@ -12,7 +12,16 @@ import torch
 from compare import assert_accurate
 from nearfield import neighborhood_attention
 from nearfield.gna import op
-from test_gna import NAMES, Case, gradient_scale, run_with_grads
+from test_gna import (
+    NAMES,
+    PER_HEAD,
+    Case,
+    gradient_scale,
+    per_head_inputs,
+    run_head_by_head,
+    run_per_head,
+    run_with_grads,
+)
 from torch import Tensor
 
 pytestmark = pytest.mark.gpu
@@ -121,6 +130,27 @@ def test_deterministic_mode(case: Case, backend: str) -> None:
             assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("dim", [64, 256])
+@pytest.mark.parametrize("problem", PER_HEAD, ids=str)
+def test_windows_per_head(problem: tuple[Any, ...], dim: int, deterministic: bool) -> None:
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        cpu = per_head_inputs(problem, 70, torch.bfloat16, dim)
+        inputs = [t.detach().cuda().requires_grad_() for t in cpu]
+        wide = [t.detach().double().requires_grad_() for t in inputs]
+        grads = [torch.randn_like(t).bfloat16() for t in run_per_head(problem, inputs)]
+        got = run_with_grads(lambda t: run_per_head(problem, t), inputs, grads)
+        truth = run_with_grads(lambda t: run_head_by_head(problem, t), wide, grads)
+        eager = run_with_grads(lambda t: run_head_by_head(problem, t), inputs, grads)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    single = run_head_by_head(problem, [t.detach().float() for t in inputs])[1]
+    for i, (g, t, e) in enumerate(zip(got, truth, eager, strict=True)):
+        extra = {"factor": 8.0, "scale": 8.0} if i == 1 else {}  # lse: see check()
+        assert_accurate(f"result {i} of {problem}", g, t, single if i == 1 else e, **extra)
 
 
 def random_case(rng: random.Random, rank: int, backend: str) -> Case:

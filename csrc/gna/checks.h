@@ -2,6 +2,7 @@
 // in op.py.
 #pragma once
 
+#include <algorithm>
 #include <limits>
 
 #include "gna/gna.h"
@@ -12,19 +13,63 @@ namespace nearfield::gna {
 using OptionalTensor = std::optional<Tensor>;
 using Ints = std::vector<int64_t>;
 
-// Checks every shape, dtype and window parameter of an op and returns the sizes.
-inline Problem check_problem(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
-                             const OptionalTensor& additional_k, const OptionalTensor& additional_v,
-                             const Ints& kernel_size, const Ints& stride, const Ints& dilation,
-                             const Ints& is_causal) {
+// The sizes of a call, and its heads grouped by their windows. The window parameters have one entry per
+// dimension, or that many for every query head.
+struct Call {
+  Problem whole;  // windows: those of the first head
+  std::vector<HeadGroup> groups;
+};
+
+// Groups heads whose window parameters are the same: all of them if they lie evenly spaced, else runs of
+// neighbors.
+inline std::vector<HeadGroup> group_heads(const Problem& whole, const std::vector<Problem>& of_kv_head) {
+  const auto same = [](const Problem& a, const Problem& b) {
+    for (int d = 0; d < 3; ++d) {
+      if (a.window[d] != b.window[d] || a.stride[d] != b.stride[d] || a.dilation[d] != b.dilation[d] ||
+          a.causal[d] != b.causal[d])
+        return false;
+    }
+    return true;
+  };
+  const int64_t heads = static_cast<int64_t>(of_kv_head.size()), shared = whole.heads_per_kv();
+  std::vector<HeadGroup> groups;
+  std::vector<bool> taken(heads, false);
+  for (int64_t first = 0; first < heads; ++first) {
+    if (taken[first]) continue;
+    std::vector<int64_t> alike;
+    for (int64_t h = first; h < heads; ++h)
+      if (!taken[h] && same(of_kv_head[first], of_kv_head[h])) alike.push_back(h);
+    int64_t step = alike.size() > 1 ? alike[1] - alike[0] : 1;
+    for (size_t i = 2; i < alike.size(); ++i)
+      if (alike[i] - alike[i - 1] != step) step = 1;
+    if (shared > 1) step = 1;  // query heads of every other key/value head are not evenly spaced
+    size_t count = 1;
+    while (count < alike.size() && alike[count] - alike[count - 1] == step) ++count;
+    for (size_t i = 0; i < count; ++i) taken[alike[i]] = true;
+    HeadGroup group{of_kv_head[first], first * shared, first, step};
+    group.problem.heads_kv = static_cast<int64_t>(count);
+    group.problem.heads = group.problem.heads_kv * shared;
+    groups.push_back(group);
+  }
+  return groups;
+}
+
+// Checks every shape, dtype and window parameter of an op.
+inline Call check_call(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
+                       const OptionalTensor& additional_k, const OptionalTensor& additional_v,
+                       const Ints& kernel_size, const Ints& stride, const Ints& dilation,
+                       const Ints& is_causal) {
   const int rank = static_cast<int>(q.dim()) - 3;
   STD_TORCH_CHECK(rank >= 1 && rank <= 3, op, ": q has ", q.dim(), " dimensions, expected 4, 5 or 6");
   STD_TORCH_CHECK(k.dim() == q.dim() && v.dim() == q.dim(), op,
                   ": q, k and v differ in their number of dimensions");
   const auto n = static_cast<size_t>(rank);
-  STD_TORCH_CHECK(
-      kernel_size.size() == n && stride.size() == n && dilation.size() == n && is_causal.size() == n, op,
-      ": kernel_size, stride, dilation and is_causal need ", rank, " entries each");
+  const size_t per_head = n * static_cast<size_t>(q.size(rank + 1));
+  const size_t entries = kernel_size.size();
+  STD_TORCH_CHECK((entries == n || entries == per_head) && stride.size() == entries &&
+                      dilation.size() == entries && is_causal.size() == entries,
+                  op, ": kernel_size, stride, dilation and is_causal need ", rank,
+                  " entries each, or as many for every query head");
 
   Problem p{};
   p.rank = rank;
@@ -33,27 +78,31 @@ inline Problem check_problem(const char* op, const Tensor& q, const Tensor& k, c
   p.dim = q.size(rank + 2);
   p.heads_kv = k.size(rank + 1);
   p.dim_v = v.size(rank + 2);
-  for (int d = 0; d < 3; ++d) {
-    const int i = d - (3 - rank);  // the caller's dimension
-    p.size[d] = p.window[d] = p.stride[d] = p.dilation[d] = 1;
-    p.causal[d] = false;
-    if (i < 0) continue;
-    const int64_t size = q.size(i + 1);
-    STD_TORCH_CHECK(size < std::numeric_limits<int>::max() / 2, op, ": dimension ", i, " has size ", size,
-                    ", which is too large");
-    // Bounded one by one, so that the product below cannot overflow.
-    STD_TORCH_CHECK(kernel_size[i] >= 1 && kernel_size[i] <= size && dilation[i] >= 1 &&
-                        dilation[i] <= size && kernel_size[i] * dilation[i] <= size,
-                    op, ": kernel_size ", kernel_size[i], " times dilation ", dilation[i], " exceeds size ",
-                    size, " of dimension ", i);
-    STD_TORCH_CHECK(stride[i] >= 1 && stride[i] <= kernel_size[i], op, ": stride ", stride[i],
-                    " is not in 1..kernel_size (", kernel_size[i], ") of dimension ", i);
-    p.size[d] = static_cast<int>(size);
-    p.window[d] = static_cast<int>(kernel_size[i]);
-    p.stride[d] = static_cast<int>(stride[i]);
-    p.dilation[d] = static_cast<int>(dilation[i]);
-    p.causal[d] = is_causal[i] != 0;
-  }
+  // Sets the windows of the head whose parameters begin at entry `first`.
+  const auto set_windows = [&](Problem& p, size_t first) {
+    for (int d = 0; d < 3; ++d) {
+      const int i = d - (3 - rank);  // the caller's dimension
+      p.size[d] = p.window[d] = p.stride[d] = p.dilation[d] = 1;
+      p.causal[d] = false;
+      if (i < 0) continue;
+      const int64_t size = q.size(i + 1);
+      const int64_t w = kernel_size[first + i], s = stride[first + i], step = dilation[first + i];
+      STD_TORCH_CHECK(size < std::numeric_limits<int>::max() / 2, op, ": dimension ", i, " has size ", size,
+                      ", which is too large");
+      // Bounded one by one, so that the product below cannot overflow.
+      STD_TORCH_CHECK(w >= 1 && w <= size && step >= 1 && step <= size && w * step <= size, op,
+                      ": kernel_size ", w, " times dilation ", step, " exceeds size ", size, " of dimension ",
+                      i);
+      STD_TORCH_CHECK(s >= 1 && s <= w, op, ": stride ", s, " is not in 1..kernel_size (", w,
+                      ") of dimension ", i);
+      p.size[d] = static_cast<int>(size);
+      p.window[d] = static_cast<int>(w);
+      p.stride[d] = static_cast<int>(s);
+      p.dilation[d] = static_cast<int>(step);
+      p.causal[d] = is_causal[first + i] != 0;
+    }
+  };
+  if (entries > 0) set_windows(p, 0);
 
   std::vector<int64_t> want(q.sizes().data(), q.sizes().data() + rank + 3);
   want[rank + 1] = p.heads_kv;
@@ -81,7 +130,26 @@ inline Problem check_problem(const char* op, const Tensor& q, const Tensor& k, c
   check_dtype(op, "v", v, q.scalar_type());
   check_same_device(op, "k", k, q);
   check_same_device(op, "v", v, q);
-  return p;
+
+  if (entries == n) return {p, {{p}}};
+  const auto same_entries = [&](const Ints& values, int64_t a, int64_t b) {
+    return std::equal(values.begin() + a * n, values.begin() + (a + 1) * n, values.begin() + b * n);
+  };
+  std::vector<Problem> of_kv_head;
+  for (int64_t h = 0; h < p.heads; ++h) {
+    const int64_t leader = h - h % p.heads_per_kv();
+    if (h == leader) {
+      of_kv_head.push_back(p);
+      set_windows(of_kv_head.back(), static_cast<size_t>(h) * n);
+      continue;
+    }
+    bool same = true;
+    for (const Ints* values : {&kernel_size, &stride, &dilation, &is_causal})
+      same &= same_entries(*values, leader, h);
+    STD_TORCH_CHECK(same, op, ": query heads ", leader, " and ", h,
+                    " share a key/value head, but not their windows");
+  }
+  return {p, group_heads(p, of_kv_head)};
 }
 
 // dtype of lse, of its gradient and of every other statistic.

@@ -228,7 +228,7 @@ void additional_gradients(const BwdParams<T, C>& p) {
   constexpr int lanes = kLanes<C>;
   const Problem& problem = p.problem;
   const int64_t M = problem.additional, heads = problem.heads_per_kv(), width = problem.dim + problem.dim_v;
-  const int64_t states = (M + lanes - 1) / lanes;
+  const int64_t states = (M + lanes - 1) / lanes, chunks = additional_chunks(problem);
   const Problem queries = dense(problem, problem.size[0], problem.size[1], problem.size[2]);
   const Problem tokens = dense(problem, 1, 1, static_cast<int>(M));
   int64_t blocks = 0;
@@ -238,16 +238,16 @@ void additional_gradients(const BwdParams<T, C>& p) {
 
   // partial: [B, Hkv, chunks, M, D + Dv]
   torch::stable::parallel_for(
-      0, problem.batch * problem.heads_kv * p.chunks, 1, [&](int64_t begin, int64_t end) {
+      0, problem.batch * problem.heads_kv * chunks, 1, [&](int64_t begin, int64_t end) {
         BwdScratch<C> scratch{problem.dim, problem.dim_v, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}};
         std::vector<LaneTile<C>> tile(states);
         for (int64_t i = 0; i < states; ++i)
           tile[i].set(token_group, {0, 0, static_cast<int>(i * lanes)},
                       {0, 0, static_cast<int>(std::min<int64_t>((i + 1) * lanes, M)) - 1});
         for (int64_t task = begin; task < end; ++task) {
-          const int64_t chunk = task % p.chunks, kv = task / p.chunks % problem.heads_kv;
-          const int64_t b = task / p.chunks / problem.heads_kv;
-          const int64_t first = chunk * blocks / p.chunks, last = (chunk + 1) * blocks / p.chunks;
+          const int64_t chunk = task % chunks, kv = task / chunks % problem.heads_kv;
+          const int64_t b = task / chunks / problem.heads_kv;
+          const int64_t first = chunk * blocks / chunks, last = (chunk + 1) * blocks / chunks;
           KeyGradients<C> grads(problem, p.scale, scratch, states);
           for (int64_t i = 0; i < states; ++i)
             grads.load_keys(i, p.add_k, p.add_v, b, kv, token_group, tile[i]);
@@ -276,8 +276,8 @@ void additional_gradients(const BwdParams<T, C>& p) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t m = i % M, kv = i / M % problem.heads_kv, b = i / M / problem.heads_kv;
       std::fill_n(sum, width, C(0));
-      for (int64_t c = 0; c < p.chunks; ++c) {
-        const C* part = p.partial + ((i / M * p.chunks + c) * M + m) * width;
+      for (int64_t c = 0; c < chunks; ++c) {
+        const C* part = p.partial + ((i / M * chunks + c) * M + m) * width;
         for (int64_t f = 0; f < width; ++f) sum[f] += part[f];
       }
       T *dk = p.add_dk.at(b, kv) + m * p.add_dk.x[2], *dv = p.add_dv.at(b, kv) + m * p.add_dv.x[2];
@@ -301,12 +301,19 @@ void for_each_work(const Problem& p, Lanes lanes, int macro_tiles, F&& f) {
 
 }  // namespace
 
-BwdWorkspace bwd_cpu_workspace(const Problem& p) {
-  const int64_t delta = p.batch * p.tokens() * p.heads;
-  if (p.additional == 0) return {delta, 0, 0};
+int64_t additional_chunks(const Problem& p) {
   const int64_t tasks = std::max<int64_t>(1, p.batch * p.heads_kv);
-  const int64_t chunks = std::clamp<int64_t>(64 / tasks, 1, std::max<int64_t>(1, p.tokens() / 1024));
-  return {delta, chunks, p.batch * p.heads_kv * chunks * p.additional * (p.dim + p.dim_v)};
+  return std::clamp<int64_t>(64 / tasks, 1, std::max<int64_t>(1, p.tokens() / 1024));
+}
+
+BwdWorkspace bwd_cpu_workspace(const Problem& whole, const std::vector<HeadGroup>& groups) {
+  BwdWorkspace workspace{whole.batch * whole.tokens() * whole.heads, 0};
+  for (const HeadGroup& group : groups) {
+    const Problem& p = group.problem;
+    workspace.partial = std::max(
+        workspace.partial, p.batch * p.heads_kv * additional_chunks(p) * p.additional * (p.dim + p.dim_v));
+  }
+  return workspace;
 }
 
 template <class T, class C>

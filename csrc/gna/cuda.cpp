@@ -100,12 +100,26 @@ Tokens<const void> untyped(const Tokens<T>& t) {
   return {t.data, t.batch, {t.x[0], t.x[1], t.x[2]}, t.head};
 }
 
-// Moves a view to the dilation group of a step; only Hopper's steps, of 16-bit types, have one.
 template <class T>
-void enter_group(const Step& step, Tokens<T>& t, int element_bytes) {
+void move(Tokens<T>& t, int64_t elements, int element_bytes) {
   using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+  t.data = reinterpret_cast<T*>(reinterpret_cast<Byte*>(t.data) + elements * element_bytes);
+}
+
+// Moves a view to the heads of a step: first, first + step, .. This is all for additional tokens: they lie on
+// a line of their own, outside the dilation groups.
+template <class T>
+void enter_heads(const Step& step, Tokens<T>& t, int64_t first, int element_bytes) {
+  move(t, first * t.head, element_bytes);
+  t.head *= step.heads.step;
+}
+
+// Moves a view of the grid to the heads and the dilation group of a step.
+template <class T>
+void enter(const Step& step, Tokens<T>& t, int64_t first_head, int element_bytes) {
+  enter_heads(step, t, first_head, element_bytes);
   for (int d = 0; d < 3; ++d) {
-    t.data = reinterpret_cast<T*>(reinterpret_cast<Byte*>(t.data) + step.first[d] * t.x[d] * element_bytes);
+    move(t, step.first[d] * t.x[d], element_bytes);
     t.x[d] *= step.distance[d];
   }
 }
@@ -116,13 +130,14 @@ std::tuple<Tensor, Tensor> fwd_cuda(Tensor q, Tensor k, Tensor v, OptionalTensor
                                     OptionalTensor additional_v, Ints kernel_size, Ints stride, Ints dilation,
                                     Ints is_causal, double scale, std::optional<std::string> backend) {
   const char* op = "gna_fwd";
-  const Problem p =
-      check_problem(op, q, k, v, additional_k, additional_v, kernel_size, stride, dilation, is_causal);
+  const Call call =
+      check_call(op, q, k, v, additional_k, additional_v, kernel_size, stride, dilation, is_causal);
+  const Problem& p = call.whole;
   torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   const DeviceInfo device = device_info(q.get_device_index());
   STD_TORCH_CHECK(scale > 0, op, ": scale is ", scale, ", expected a positive number on CUDA");
   const ScalarType dtype = q.scalar_type();
-  const Plan plan = plan_forward({op, dtype, device.capability, backend}, p);
+  const Plan plan = plan_forward({op, dtype, device.capability, backend}, call);
 
   auto shape = shape_of(q);
   shape.back() = p.dim_v;
@@ -155,9 +170,13 @@ std::tuple<Tensor, Tensor> fwd_cuda(Tensor q, Tensor k, Tensor v, OptionalTensor
     launch.problem = step.problem;
     launch.q_box = step.tiles.q;
     launch.kv_box = step.tiles.kv;
-    for (Tokens<const void>* t : {&launch.q, &launch.k, &launch.v}) enter_group(step, *t, 2);
-    enter_group(step, launch.out, 2);
-    enter_group(step, launch.lse, 4);
+    const int64_t head = step.heads.first, head_kv = step.heads.first_kv;
+    const int bytes = dtype == ScalarType::Float ? 4 : 2;
+    enter(step, launch.q, head, bytes);
+    for (auto* t : {&launch.k, &launch.v}) enter(step, *t, head_kv, bytes);
+    for (auto* t : {&launch.add_k, &launch.add_v}) enter_heads(step, *t, head_kv, bytes);
+    enter(step, launch.out, head, bytes);
+    enter(step, launch.lse, head, sizeof(float));
     const int error = run(kForward, step, dtype, launch, stream);
     STD_TORCH_CHECK(error == 0, op, ": ", cuda_error_string(error));
   }
@@ -171,14 +190,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cuda(
     OptionalTensor additional_k, OptionalTensor additional_v, Ints kernel_size, Ints stride, Ints dilation,
     Ints is_causal, double scale, bool deterministic, std::optional<std::string> backend) {
   const char* op = "gna_bwd";
-  const Problem p =
-      check_problem(op, q, k, v, additional_k, additional_v, kernel_size, stride, dilation, is_causal);
+  const Call call =
+      check_call(op, q, k, v, additional_k, additional_v, kernel_size, stride, dilation, is_causal);
+  const Problem& p = call.whole;
   check_gradients(op, p, q, dout, dlse, out, lse);
   torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   const DeviceInfo device = device_info(q.get_device_index());
   STD_TORCH_CHECK(scale > 0, op, ": scale is ", scale, ", expected a positive number on CUDA");
   const ScalarType dtype = q.scalar_type();
-  const Plan plan = plan_backward({op, dtype, device.capability, backend}, p, deterministic);
+  const Plan plan = plan_backward({op, dtype, device.capability, backend}, call, deterministic);
   const bool with_additional = p.additional > 0;
 
   Tensor dq = torch::stable::new_empty(q, shape_of(q)), dk = torch::stable::new_empty(q, shape_of(k));
@@ -232,9 +252,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cuda(
       launch.dk = tokens_of<void>(add_dk, 1);
       launch.dv = tokens_of<void>(add_dv, 1);
     }
-    for (Tokens<const void>* t : {&launch.q, &launch.k, &launch.v, &launch.dout}) enter_group(step, *t, 2);
-    for (Tokens<void>* t : {&launch.dk, &launch.dv, &launch.dq_out}) enter_group(step, *t, 2);
-    enter_group(step, launch.stats, sizeof(RowStats));
+    const int64_t head = step.heads.first, head_kv = step.heads.first_kv;
+    const int bytes = dtype == ScalarType::Float ? 4 : 2;
+    for (auto* t : {&launch.q, &launch.dout}) enter(step, *t, head, bytes);
+    for (auto* t : {&launch.k, &launch.v}) enter(step, *t, head_kv, bytes);
+    for (auto* t : {&launch.add_k, &launch.add_v}) enter_heads(step, *t, head_kv, bytes);
+    for (auto* t : {&launch.dk, &launch.dv}) enter(step, *t, head_kv, bytes);
+    enter(step, launch.dq_out, head, bytes);
+    enter(step, launch.stats, head, sizeof(RowStats));
     switch (step.kernel) {
       case Kernel::kStats:
         check(with_ends(dtype, [&](auto ends) {
@@ -243,9 +268,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cuda(
                               static_cast<RowStats*>(stats.data_ptr()), plan.stats_rows, p.dim_v, stream);
         }));
         break;
-      case Kernel::kClearDq:
-        torch::stable::zero_(buffer);
+      case Kernel::kClearDq: {
+        Tensor used = torch::stable::narrow(buffer, 0, 0, DqBuffer(step.problem).elements);
+        torch::stable::zero_(used);
         break;
+      }
       case Kernel::kKeys:
         check(run(kKeys, step, dtype, launch, stream));
         break;

@@ -51,11 +51,17 @@ std::string sides(const int (&side)[3], int rank) {
   return "[" + json.text.str() + "]";
 }
 
-std::string described(const Problem& p, const std::vector<std::string>& steps, int64_t workspace_bytes,
+std::string described(const Call& call, const std::vector<std::string>& steps, int64_t workspace_bytes,
                       const std::vector<std::string>& copies, const std::string& because) {
-  int64_t pairs = 1;  // of a query and a key that it sees
-  for (int d = 0; d < 3; ++d)
-    pairs *= count_pairs({p.size[d], p.window[d], p.stride[d], p.dilation[d], p.causal[d]});
+  // Pairs of a query and a key that it sees, in all heads of a batch entry.
+  int64_t pairs = 0;
+  for (const HeadGroup& group : call.groups) {
+    const Problem& p = group.problem;
+    int64_t of_head = 1;
+    for (int d = 0; d < 3; ++d)
+      of_head *= count_pairs({p.size[d], p.window[d], p.stride[d], p.dilation[d], p.causal[d]});
+    pairs += p.heads * of_head;
+  }
   Json list, names, all;
   for (const std::string& step : steps) list.item("{" + step + "}");
   for (const std::string& name : copies) names.item(quoted(name));
@@ -65,13 +71,15 @@ std::string described(const Problem& p, const std::vector<std::string>& steps, i
   return "{" + all.text.str() + "}";
 }
 
-std::string describe_gpu(const Plan& plan, const Problem& p, const std::vector<std::string>& copies) {
+std::string describe_gpu(const Plan& plan, const Call& call, const std::vector<std::string>& copies) {
+  const int rank = call.whole.rank;
   std::vector<std::string> steps;
   for (auto at = plan.steps.begin(); at != plan.steps.end(); ++at) {
     // The launches of dilation groups are told as one step, with the tiles of the first, longest group.
     const Step& step = *at;
     const auto alike = [&](const Step& other) {
-      return other.kernel == step.kernel && other.additional == step.additional;
+      return other.kernel == step.kernel && other.additional == step.additional &&
+             other.heads.first == step.heads.first;
     };
     if (std::any_of(plan.steps.begin(), at, alike)) continue;
     int64_t launches = 0, visited = 0, full = 0;
@@ -83,52 +91,57 @@ std::string describe_gpu(const Plan& plan, const Problem& p, const std::vector<s
     }
     Json json;
     json.field("kernel", quoted(name_of(step))).field("launches", launches);
+    json.field("heads", step.problem.heads);
     if (step.is_tiled()) {
-      json.field("head_dim", step.head_dim).field("q_tile", sides(step.tiles.q.side, p.rank));
+      json.field("head_dim", step.head_dim).field("q_tile", sides(step.tiles.q.side, rank));
       if (step.additional) {
         json.field("kv_tile", "[" + std::to_string(step.tiles.kv.volume()) + "]");
       } else {
-        json.field("kv_tile", sides(step.tiles.kv.side, p.rank));
+        json.field("kv_tile", sides(step.tiles.kv.side, rank));
       }
       json.field("visited", visited).field("full", full);
       json.field("additional", step.additional ? "true" : "false");
     }
     steps.push_back(json.text.str());
   }
-  return described(p, steps, plan.workspace_bytes(), copies, plan.portable ? plan.because : "");
+  return described(call, steps, plan.workspace_bytes(), copies, plan.portable ? plan.because : "");
 }
 
-std::string describe_cpu(const Problem& p, ScalarType dtype, bool backward,
+std::string describe_cpu(const Call& call, ScalarType dtype, bool backward,
                          const std::vector<std::string>& copies) {
   const bool wide = dtype == ScalarType::Double;
   const int lanes = wide ? kLanes<double> : kLanes<float>;
   std::vector<std::string> steps;
-  const auto add = [&](const char* kernel, Lanes side, const char* tile) {
+  const auto add = [&](const Problem& p, const char* kernel, Lanes side, const char* tile) {
     Json json;
-    json.field("kernel", quoted(kernel)).field("launches", 0);
+    json.field("kernel", quoted(kernel)).field("launches", 0).field("heads", p.heads);
     json.field(tile, sides(make_tiling(p, side, lanes, kMacroTiles).tile, p.rank));
     steps.push_back(json.text.str());
   };
-  if (!backward) {
-    add("cpu_fwd", Lanes::queries, "q_tile");
-    return described(p, steps, 0, copies, "");
+  for (const HeadGroup& group : call.groups) {
+    if (!backward) {
+      add(group.problem, "cpu_fwd", Lanes::queries, "q_tile");
+    } else {
+      add(group.problem, "cpu_bwd, dQ", Lanes::queries, "q_tile");
+      add(group.problem, "cpu_bwd, dK and dV", Lanes::keys, "kv_tile");
+    }
   }
-  add("cpu_bwd, dQ", Lanes::queries, "q_tile");
-  add("cpu_bwd, dK and dV", Lanes::keys, "kv_tile");
-  return described(p, steps, bwd_cpu_workspace(p).elements() * (wide ? 8 : 4), copies, "");
+  const BwdWorkspace workspace = bwd_cpu_workspace(call.whole, call.groups);
+  const int64_t elements = backward ? workspace.delta + workspace.partial : 0;
+  return described(call, steps, elements * (wide ? 8 : 4), copies, "");
 }
 
 std::string gna_plan(Tensor q, Tensor k, Tensor v, OptionalTensor additional_k, OptionalTensor additional_v,
                      Ints kernel_size, Ints stride, Ints dilation, Ints is_causal, int64_t capability,
                      bool backward, bool deterministic, std::optional<std::string> backend) {
   const char* op = backward ? "gna_bwd" : "gna_fwd";
-  const Problem p =
-      check_problem(op, q, k, v, additional_k, additional_v, kernel_size, stride, dilation, is_causal);
+  const Call call =
+      check_call(op, q, k, v, additional_k, additional_v, kernel_size, stride, dilation, is_causal);
   const bool gpu = capability != 0;
   Plan plan;
   if (gpu) {
     const Request request{op, q.scalar_type(), static_cast<int>(capability), backend};
-    plan = backward ? plan_backward(request, p, deterministic) : plan_forward(request, p);
+    plan = backward ? plan_backward(request, call, deterministic) : plan_forward(request, call);
   } else {
     dispatch_cpu_dtype(op, "q", q.scalar_type(), [](auto) {});
   }
@@ -140,7 +153,7 @@ std::string gna_plan(Tensor q, Tensor k, Tensor v, OptionalTensor additional_k, 
   };
   note("q", q), note("k", k), note("v", v);
   note("additional_keys", additional_k), note("additional_values", additional_v);
-  return gpu ? describe_gpu(plan, p, copies) : describe_cpu(p, q.scalar_type(), backward, copies);
+  return gpu ? describe_gpu(plan, call, copies) : describe_cpu(call, q.scalar_type(), backward, copies);
 }
 
 std::string slower_because(int64_t capability, ScalarType dtype, int64_t dim, int64_t dim_v) {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "nearfield/window.h"
 
@@ -31,6 +32,12 @@ struct Problem {
   }
 };
 
+// Heads with the same windows: first, first + step, .. With shared key/value heads the step is 1.
+struct HeadGroup {
+  Problem problem;  // of these heads alone
+  int64_t first = 0, first_kv = 0, step = 1;
+};
+
 // A tensor [batch, X_1, X_2, X_3, heads, features] whose features are contiguous; all strides in elements.
 // Extra tokens [batch, M, heads, features] use the last spatial stride, statistics [batch, X_1, X_2, X_3,
 // heads] have one feature.
@@ -42,6 +49,14 @@ struct Tokens {
   int64_t head = 0;
 
   NEARFIELD_HOST_DEVICE T* at(int64_t b, int64_t h) const { return data + b * batch + h * head; }
+
+  // The view of heads first, first + step, ..
+  Tokens heads(int64_t first, int64_t step) const {
+    Tokens view = *this;
+    if (data != nullptr) view.data += first * head;
+    view.head *= step;
+    return view;
+  }
 };
 
 // T: element type, C: type of computation and of the statistics.
@@ -53,6 +68,16 @@ struct FwdParams {
   Tokens<const T> add_k, add_v;  // [B, M, Hkv, D], [B, M, Hkv, Dv]
   Tokens<T> out;                 // [B, X, H, Dv]
   Tokens<C> lse;                 // [B, X, H]
+
+  FwdParams heads(const HeadGroup& g) const {
+    FwdParams part = *this;
+    part.problem = g.problem;
+    part.q = q.heads(g.first, g.step);
+    for (auto* t : {&part.k, &part.v, &part.add_k, &part.add_v}) *t = t->heads(g.first_kv, g.step);
+    part.out = out.heads(g.first, g.step);
+    part.lse = lse.heads(g.first, g.step);
+    return part;
+  }
 };
 
 template <class T, class C>
@@ -64,21 +89,30 @@ struct BwdParams {
   Tokens<T> dq, dk, dv;       // as q, k, v
   Tokens<T> add_dk, add_dv;   // as add_k, add_v
   Tokens<C> delta;            // scratch [B, X, H]: rowsum(dout * out) - dlse
-  int64_t chunks;             // parts of the queries whose share of add_dk and add_dv is summed separately
-  C* partial;                 // scratch [B, Hkv, chunks, M, D + Dv]
+  C* partial;                 // scratch [B, Hkv, additional_chunks, M, D + Dv]
+
+  BwdParams heads(const HeadGroup& g) const {
+    BwdParams part = *this;
+    part.problem = g.problem;
+    for (auto* t : {&part.q, &part.out, &part.dout}) *t = t->heads(g.first, g.step);
+    for (auto* t : {&part.lse, &part.dlse}) *t = t->heads(g.first, g.step);
+    for (auto* t : {&part.k, &part.v, &part.add_k, &part.add_v}) *t = t->heads(g.first_kv, g.step);
+    for (auto* t : {&part.dk, &part.dv, &part.add_dk, &part.add_dv}) *t = t->heads(g.first_kv, g.step);
+    part.dq = dq.heads(g.first, g.step);
+    part.delta = delta.heads(g.first, g.step);
+    return part;
+  }
 };
 
-// Scratch of the CPU backward, in elements of the statistics' type.
+// Parts of the queries whose share in the gradients of the additional tokens is summed separately. Depends on
+// sizes only, never on the number of threads, so that repeated runs agree bit by bit.
+int64_t additional_chunks(const Problem& problem);
+
+// Scratch of the CPU backward, in elements of the statistics' type. Head groups run one after the other.
 struct BwdWorkspace {
-  int64_t delta;
-  // Parts in which the gradients of the additional tokens are summed. They depend on sizes only, never on the
-  // number of threads, so that repeated runs agree bit by bit.
-  int64_t chunks;
-  int64_t partial;
-
-  int64_t elements() const { return delta + partial; }
+  int64_t delta, partial;
 };
-BwdWorkspace bwd_cpu_workspace(const Problem& problem);
+BwdWorkspace bwd_cpu_workspace(const Problem& whole, const std::vector<HeadGroup>& groups);
 
 template <class T, class C>
 void run_fwd_cpu(const FwdParams<T, C>& params);

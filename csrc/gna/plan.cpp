@@ -215,24 +215,29 @@ void for_each_launch(const Step& step, int d, const Add& add) {
 
 }  // namespace
 
-Plan plan_forward(const Request& request, const Problem& p) {
-  Plan plan = choose_backend(request, p);
-  const int head_dim = compiled_head_dim(plan, "fwd_sm90", request, p);
+Plan plan_forward(const Request& request, const Call& call) {
+  const Problem& whole = call.whole;
+  Plan plan = choose_backend(request, whole);
+  const int head_dim = compiled_head_dim(plan, "fwd_sm90", request, whole);
   const PortableTile portable = portable_fwd_tile(head_dim, element_bytes(request.dtype));
   const FwdTile hopper = fwd_tile(head_dim);
-  for_each_launch({Kernel::kForward, head_dim, plan.portable, p}, 0, [&](Step step) {
-    step.tiles = plan.portable ? query_stationary_tiles(step, portable.kStaying, portable.kMoving)
-                               : query_stationary_tiles(step, hopper.kBlockM, hopper.kBlockN);
-    plan.steps.push_back(step);
-  });
+  for (const HeadGroup& heads : call.groups) {
+    for_each_launch({Kernel::kForward, head_dim, plan.portable, heads, heads.problem}, 0, [&](Step step) {
+      step.tiles = plan.portable ? query_stationary_tiles(step, portable.kStaying, portable.kMoving)
+                                 : query_stationary_tiles(step, hopper.kBlockM, hopper.kBlockN);
+      plan.steps.push_back(step);
+    });
+  }
   return plan;
 }
 
-Plan plan_backward(const Request& request, const Problem& p, bool deterministic) {
-  Plan plan = choose_backend(request, p);
+Plan plan_backward(const Request& request, const Call& call, bool deterministic) {
+  const Problem& whole = call.whole;
+  Plan plan = choose_backend(request, whole);
   deterministic |= plan.portable;
-  const int head_dim = compiled_head_dim(plan, "bwd_sm90", request, p);
-  const int dq_head_dim = compiled_head_dim(plan, "bwd_dq_sm90", request, p);
+  const int head_dim = compiled_head_dim(plan, "bwd_sm90", request, whole);
+  const int dq_head_dim = compiled_head_dim(plan, "bwd_dq_sm90", request, whole);
+  const int64_t additional = whole.additional;
   // Keys that stay and queries that they visit; queries that stay and keys that they visit.
   BwdTile tile = bwd_tile(head_dim);
   FwdTile query_tile = dq_tile(dq_head_dim);
@@ -243,22 +248,23 @@ Plan plan_backward(const Request& request, const Problem& p, bool deterministic)
     tile.kBlockM = keys.kMoving, tile.kBlockN = keys.kStaying;
     query_tile.kBlockM = queries.kStaying, query_tile.kBlockN = queries.kMoving;
   }
-  plan.stats_rows = p.batch * p.tokens() * p.heads;
-  // Launches follow each other on one stream and share the buffer; the first dilation group is the longest.
-  if (!deterministic) plan.dq_elements = DqBuffer(p).elements;
+  plan.stats_rows = whole.batch * whole.tokens() * whole.heads;
   const auto add = [&](Step step, Kernel kernel) {
     step.kernel = kernel;
     if (kernel == Kernel::kKeys) {
       step.tiles = choose_tiles(step, tile.kBlockM, tile.kBlockN, Direction::kBackward);
       if (step.additional) {
         step.tiles.kv = Box{{1, 1, tile.kBlockN}};
-        const int64_t staying = (p.additional + tile.kBlockN - 1) / tile.kBlockN;
+        const int64_t staying = (additional + tile.kBlockN - 1) / tile.kBlockN;
         int64_t full = staying;
         for (int d = 0; d < 3; ++d) full *= step.problem.size[d] / step.tiles.q.side[d];
         step.tiles.visited = staying * count_boxes(step.problem, step.tiles.q);
         step.tiles.full = step.tiles.q.volume() == tile.kBlockM ? full : 0;
       }
     }
+    // Launches follow each other on one stream and share the buffer.
+    if (kernel == Kernel::kClearDq)
+      plan.dq_elements = std::max(plan.dq_elements, DqBuffer(step.problem).elements);
     if (kernel == Kernel::kQueries) {
       step.head_dim = dq_head_dim;
       step.tiles = query_stationary_tiles(step, query_tile.kBlockM, query_tile.kBlockN);
@@ -266,32 +272,33 @@ Plan plan_backward(const Request& request, const Problem& p, bool deterministic)
     plan.steps.push_back(step);
   };
 
-  // The additional tokens as staying keys that the whole grid sees, without dilation.
-  Step extra{Kernel::kKeys, head_dim, plan.portable, p};
-  extra.additional = true;
-  for (int d = 0; d < 3; ++d) {
-    extra.problem.window[d] = p.size[d];
-    extra.problem.stride[d] = extra.problem.dilation[d] = 1;
-    extra.problem.causal[d] = false;
-  }
-  const bool with_additional = p.additional > 0;
-  // One buffer takes both shares of dQ if its order, by dilation group, is the same for both.
-  const bool undilated = p.groups() == 1;
-
-  const Step whole{Kernel::kStats, head_dim, plan.portable, p};
-  add(whole, Kernel::kStats);
-  for_each_launch(whole, 0, [&](const Step& group) {
-    if (!deterministic) add(group, Kernel::kClearDq);
-    add(group, Kernel::kKeys);
-    if (deterministic) return add(group, Kernel::kQueries);
-    if (with_additional && undilated) add(extra, Kernel::kKeys);
-    add(group, Kernel::kRoundDq);
-  });
-  if (with_additional && (deterministic || !undilated)) {
-    if (!deterministic) add(extra, Kernel::kClearDq);
-    add(extra, Kernel::kKeys);
-    extra.accumulate = true;
-    if (!deterministic) add(extra, Kernel::kRoundDq);
+  add({Kernel::kStats, head_dim, plan.portable, {whole}, whole}, Kernel::kStats);
+  for (const HeadGroup& heads : call.groups) {
+    const Problem& p = heads.problem;
+    const Step all{Kernel::kKeys, head_dim, plan.portable, heads, p};
+    // The additional tokens as staying keys that the whole grid sees, without dilation.
+    Step extra = all;
+    extra.additional = true;
+    for (int d = 0; d < 3; ++d) {
+      extra.problem.window[d] = p.size[d];
+      extra.problem.stride[d] = extra.problem.dilation[d] = 1;
+      extra.problem.causal[d] = false;
+    }
+    // One buffer takes both shares of dQ if its order, by dilation group, is the same for both.
+    const bool undilated = p.groups() == 1;
+    for_each_launch(all, 0, [&](const Step& group) {
+      if (!deterministic) add(group, Kernel::kClearDq);
+      add(group, Kernel::kKeys);
+      if (deterministic) return add(group, Kernel::kQueries);
+      if (additional > 0 && undilated) add(extra, Kernel::kKeys);
+      add(group, Kernel::kRoundDq);
+    });
+    if (additional > 0 && (deterministic || !undilated)) {
+      if (!deterministic) add(extra, Kernel::kClearDq);
+      add(extra, Kernel::kKeys);
+      extra.accumulate = true;
+      if (!deterministic) add(extra, Kernel::kRoundDq);
+    }
   }
   return plan;
 }

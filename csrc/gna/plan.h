@@ -27,9 +27,11 @@ struct Tiles {
 
 struct Step {
   Kernel kernel;
-  int head_dim;     // the compiled one
-  bool portable;    // else Hopper's own
-  Problem problem;  // of this launch: one dilation group where the copy engine cannot step so far
+  int head_dim;   // the compiled one
+  bool portable;  // else Hopper's own
+  HeadGroup heads;
+  Problem
+      problem;  // of this launch: these heads, one dilation group where the copy engine cannot step so far
   // Where that group begins on the grid, and the distance of its tokens.
   int first[3] = {0, 0, 0}, distance[3] = {1, 1, 1};
   bool additional = false;  // the staying keys are the additional tokens, seen by the whole grid
@@ -63,8 +65,8 @@ struct Request {
 };
 
 // Throw what the operator throws when there is no kernel.
-Plan plan_forward(const Request& request, const Problem& problem);
-Plan plan_backward(const Request& request, const Problem& problem, bool deterministic);
+Plan plan_forward(const Request& request, const Call& call);
+Plan plan_backward(const Request& request, const Call& call, bool deterministic);
 
 // Why Hopper's own kernels do not serve a problem; empty if they do.
 std::string hopper_refuses(int capability, ScalarType dtype, int64_t dim, int64_t dim_v);

@@ -14,8 +14,9 @@ std::tuple<Tensor, Tensor> fwd_cpu(Tensor q, Tensor k, Tensor v, OptionalTensor 
                                    Ints is_causal, double scale, std::optional<std::string> backend) {
   const char* op = "gna_fwd";
   check_no_backend(op, backend);
-  const Problem p =
-      check_problem(op, q, k, v, additional_k, additional_v, kernel_size, stride, dilation, is_causal);
+  const Call call =
+      check_call(op, q, k, v, additional_k, additional_v, kernel_size, stride, dilation, is_causal);
+  const Problem& p = call.whole;
   auto shape = shape_of(q);
   shape.back() = p.dim_v;
   Tensor out = torch::stable::new_empty(q, shape);
@@ -25,7 +26,6 @@ std::tuple<Tensor, Tensor> fwd_cpu(Tensor q, Tensor k, Tensor v, OptionalTensor 
     using T = decltype(element);
     q = readable(q), k = readable(k), v = readable(v);
     FwdParams<T, compute_t<T>> params{};
-    params.problem = p;
     params.scale = scale;
     params.q = tokens_of<const T>(q, p.rank);
     params.k = tokens_of<const T>(k, p.rank);
@@ -37,7 +37,7 @@ std::tuple<Tensor, Tensor> fwd_cpu(Tensor q, Tensor k, Tensor v, OptionalTensor 
     }
     params.out = tokens_of<T>(out, p.rank);
     params.lse = tokens_of<compute_t<T>>(lse, p.rank, false);
-    run_fwd_cpu(params);
+    for (const HeadGroup& group : call.groups) run_fwd_cpu(params.heads(group));
   });
   return {out, lse};
 }
@@ -48,8 +48,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cpu(
     Ints is_causal, double scale, bool /*deterministic: always*/, std::optional<std::string> backend) {
   const char* op = "gna_bwd";
   check_no_backend(op, backend);
-  const Problem p =
-      check_problem(op, q, k, v, additional_k, additional_v, kernel_size, stride, dilation, is_causal);
+  const Call call =
+      check_call(op, q, k, v, additional_k, additional_v, kernel_size, stride, dilation, is_causal);
+  const Problem& p = call.whole;
   check_gradients(op, p, q, dout, dlse, out, lse);
   const bool with_additional = defined(additional_k);
   Tensor dq = torch::stable::new_empty(q, shape_of(q));
@@ -57,7 +58,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cpu(
   Tensor dv = torch::stable::new_empty(q, shape_of(v));
   Tensor add_dk = torch::stable::new_empty(q, with_additional ? shape_of(*additional_k) : Ints{0});
   Tensor add_dv = torch::stable::new_empty(q, with_additional ? shape_of(*additional_v) : Ints{0});
-  const BwdWorkspace workspace = bwd_cpu_workspace(p);
+  const BwdWorkspace workspace = bwd_cpu_workspace(p, call.groups);
   const auto stat = statistics_dtype(q);
   Tensor delta = torch::stable::new_empty(q, shape_of(lse), stat);
   Tensor partial = torch::stable::new_empty(q, {workspace.partial}, stat);
@@ -66,7 +67,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cpu(
     using C = compute_t<T>;
     q = readable(q), k = readable(k), v = readable(v), out = readable(out), dout = readable(dout);
     BwdParams<T, C> params{};
-    params.problem = p;
     params.scale = scale;
     params.q = tokens_of<const T>(q, p.rank);
     params.k = tokens_of<const T>(k, p.rank);
@@ -86,9 +86,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cpu(
       params.add_dv = tokens_of<T>(add_dv, 1);
     }
     params.delta = tokens_of<C>(delta, p.rank, false);
-    params.chunks = workspace.chunks;
     params.partial = static_cast<C*>(partial.data_ptr());
-    run_bwd_cpu(params);
+    for (const HeadGroup& group : call.groups) run_bwd_cpu(params.heads(group));
   });
   return {dq, dk, dv, add_dk, add_dv};
 }

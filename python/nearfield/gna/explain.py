@@ -24,6 +24,8 @@ class Step:
     kernel: str
     launches: int
     """Kernel launches; on the CPU 0."""
+    heads: int
+    """Query heads of this step: those with the same windows."""
     head_dim: int | None = None
     """The compiled one; smaller head dims are padded with zeros by the copy engine."""
     q_tile: tuple[int, ...] | None = None
@@ -38,6 +40,7 @@ class Step:
 
     def __str__(self) -> str:
         text = self.kernel + (f" (head dim {self.head_dim})" if self.head_dim else "")
+        text += f", {self.heads} head{'' if self.heads == 1 else 's'}"
         text += f", {self.launches} launches" if self.launches > 1 else ""
         tiles = [
             f"{name} {'x'.join(str(s) for s in side)}"
@@ -73,8 +76,8 @@ class Pass:
     @property
     def full_share(self) -> float | None:
         """Share of the visited tiles that needs no mask."""
-        visited = sum(step.visited for step in self.steps)
-        return sum(step.full for step in self.steps) / visited if visited else None
+        visited = sum(step.heads * step.visited for step in self.steps)
+        return sum(step.heads * step.full for step in self.steps) / visited if visited else None
 
     def __str__(self) -> str:
         if self.refused:
@@ -117,11 +120,11 @@ def _explain_neighborhood_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    kernel_size: int | Sequence[int | None] | None,
+    kernel_size: int | Sequence[int | None] | Sequence[Sequence[int | None]] | None,
     *,
-    stride: int | Sequence[int] = 1,
-    dilation: int | Sequence[int] = 1,
-    is_causal: bool | Sequence[bool] = False,
+    stride: int | Sequence[int] | Sequence[Sequence[int]] = 1,
+    dilation: int | Sequence[int] | Sequence[Sequence[int]] = 1,
+    is_causal: bool | Sequence[bool] | Sequence[Sequence[bool]] = False,
     scale: float | None = None,
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
@@ -136,7 +139,7 @@ def _explain_neighborhood_attention(
     windows = op.check_arguments(q, k, v, extra_k, extra_v, kernel_size, stride, dilation, is_causal)
     capability = 0 if architecture == "cpu" else int(architecture.removeprefix("sm_"))
     size, extra = q.shape[1:-2], 0 if additional_keys is None else additional_keys.shape[1]
-    tokens = prod(size)
+    tokens, heads = prod(size), q.shape[-2]
 
     def plan(capability: int, backward: bool) -> Any:
         deterministic = torch.are_deterministic_algorithms_enabled()
@@ -168,7 +171,7 @@ def _explain_neighborhood_attention(
         operator="neighborhood_attention",
         architecture=architecture,
         call=call,
-        flop_bound=tokens * (tokens + extra) / (pairs + tokens * extra),
+        flop_bound=heads * tokens * (tokens + extra) / max(1, pairs + heads * tokens * extra),
         forward=one_pass(False),
         backward=one_pass(True),
     )
@@ -185,10 +188,10 @@ def _tile_bound(steps: tuple[Step, ...], tokens: int, extra: int) -> float | Non
     for step in steps:
         if step.visited and step.q_tile and step.kv_tile:
             q, kv = prod(step.q_tile), prod(step.kv_tile)
-            visited += step.visited * q * kv
+            visited += step.heads * step.visited * q * kv
             columns = extra if step.additional else tokens
-            dense += -(-tokens // q) * -(-columns // kv) * q * kv
+            dense += step.heads * -(-tokens // q) * -(-columns // kv) * q * kv
             # Kernels that hold queries meet the additional tokens in the same loop.
             if not step.kernel.startswith(("bwd_sm90", "bwd_dkv")):
-                dense += -(-tokens // q) * -(-extra // kv) * q * kv
+                dense += step.heads * -(-tokens // q) * -(-extra // kv) * q * kv
     return dense / visited if visited else None

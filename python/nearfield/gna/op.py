@@ -23,11 +23,11 @@ def neighborhood_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    kernel_size: int | Sequence[int | None] | None,
+    kernel_size: int | Sequence[int | None] | Sequence[Sequence[int | None]] | None,
     *,
-    stride: int | Sequence[int] = 1,
-    dilation: int | Sequence[int] = 1,
-    is_causal: bool | Sequence[bool] = False,
+    stride: int | Sequence[int] | Sequence[Sequence[int]] = 1,
+    dilation: int | Sequence[int] | Sequence[Sequence[int]] = 1,
+    is_causal: bool | Sequence[bool] | Sequence[Sequence[bool]] = False,
     scale: float | None = None,
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
@@ -40,6 +40,10 @@ def neighborhood_attention(
     the border the window is shifted, not cut). ``stride`` consecutive queries share one window. In a causal
     dimension the window ends at the query itself and is cut at the border. The neighborhood is the product of
     these sets over the dimensions.
+
+    The four window parameters may differ from head to head: ``H`` tuples with one value per dimension instead of one
+    tuple, for instance ``kernel_size=((7, 7), (7, 7), (31, 31))``. Query heads that share a head of k and v share
+    their windows. Heads with the same windows, evenly spaced, are one launch on a GPU; nothing is copied.
 
     Args:
         q: ``[B, *X, H, D]``, with ``X`` of 1, 2 or 3 spatial dimensions.
@@ -147,12 +151,13 @@ def check_arguments(
     q: Tensor, k: Tensor, v: Tensor, additional_k: Tensor | None, additional_v: Tensor | None,
     kernel_size: object, stride: object, dilation: object, is_causal: object,
 ) -> tuple[list[int], list[int], list[int], list[int]]:  # fmt: skip
-    """The window parameters as lists with one entry per dimension, once everything fits together."""
+    """The window parameters as the operators want them, once everything fits together."""
     _runtime.check_same_dtype(
         _OP, q=q, k=k, v=v, additional_keys=additional_k, additional_values=additional_v
     )
     _check_shapes(q, k, v, additional_k, additional_v)
-    return _window_parameters(tuple(q.shape[1:-2]), kernel_size, stride, dilation, is_causal)
+    heads, heads_kv = q.shape[-2], k.shape[-2]
+    return _window_parameters(tuple(q.shape[1:-2]), heads, heads_kv, kernel_size, stride, dilation, is_causal)
 
 
 def _scale(scale: float | None, q: Tensor) -> float:
@@ -204,9 +209,41 @@ def _check_shapes(
 
 
 def _window_parameters(
+    size: tuple[int, ...], heads: int, heads_kv: int, kernel_size: object, stride: object, dilation: object, is_causal: object
+) -> tuple[list[int], list[int], list[int], list[int]]:  # fmt: skip
+    """The four parameters as lists, checked: one entry per dimension, or that many for every query head."""
+    given = {"kernel_size": kernel_size, "stride": stride, "dilation": dilation, "is_causal": is_causal}
+    if not any(_is_per_head(value) for value in given.values()):
+        return _windows_of_head(size, kernel_size, stride, dilation, is_causal)
+    for name, value in given.items():
+        if _is_per_head(value) and len(value) != heads:  # type: ignore[arg-type]
+            raise ValueError(
+                f"{_OP}: {name} is {value!r}, expected one value, one per spatial dimension, or one tuple of those"
+                f" for each of the {heads} heads of q"
+            )
+    rows = [
+        _windows_of_head(size, *(v[h] if _is_per_head(v) else v for v in given.values()))  # type: ignore[index]
+        for h in range(heads)
+    ]
+    shared = heads // heads_kv if heads_kv else 1
+    for h, row in enumerate(rows):
+        if row != rows[h - h % shared]:
+            raise ValueError(
+                f"{_OP}: query heads {h - h % shared} and {h} share a head of k and v, but have the windows"
+                f" {rows[h - h % shared]} and {row}; expected the same"
+            )
+    window, strides, dilations, causal = ([x for row in rows for x in row[i]] for i in range(4))
+    return window, strides, dilations, causal
+
+
+def _is_per_head(value: object) -> bool:
+    return isinstance(value, (tuple, list)) and any(isinstance(entry, (tuple, list)) for entry in value)
+
+
+def _windows_of_head(
     size: tuple[int, ...], kernel_size: object, stride: object, dilation: object, is_causal: object
 ) -> tuple[list[int], list[int], list[int], list[int]]:
-    """The four parameters as lists with one entry per dimension, checked against each other and the sizes."""
+    """The parameters of one head as lists with one entry per dimension, checked against each other and the sizes."""
     n = len(size)
     kernel_size = [-1 if w is None else w for w in _per_dimension("kernel_size", kernel_size, n)]
     windows = _integers("kernel_size", kernel_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,21 +47,26 @@ def neighborhood_attention_reference(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    is_causal: Sequence[bool],
+    kernel_size: Sequence[int] | Sequence[Sequence[int]],
+    stride: Sequence[int] | Sequence[Sequence[int]],
+    dilation: Sequence[int] | Sequence[Sequence[int]],
+    is_causal: Sequence[bool] | Sequence[Sequence[bool]],
     scale: float,
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``(out, lse)`` of ``q [B, *X, H, D]``, ``k [B, *X, Hkv, D]``, ``v [B, *X, Hkv, Dv]``."""
+    """``(out, lse)`` of ``q [B, *X, H, D]``, ``k [B, *X, Hkv, D]``, ``v [B, *X, Hkv, Dv]``.
+
+    The window parameters hold one entry per dimension, or, all four of them, one such tuple per head.
+    """
     q_shape, size, heads = q.shape[:-1], q.shape[1:-2], q.shape[-2]
-    mask = neighborhood_mask(size, kernel_size, stride, dilation, is_causal).to(q.device)
+    windows = (kernel_size, stride, dilation, is_causal)
+    rows: Any = zip(*windows, strict=True) if isinstance(kernel_size[0], Sequence) else [windows]
+    mask = torch.stack([neighborhood_mask(size, *row) for row in rows]).to(q.device)  # [H or 1, N, N]
     q, k, v = (t.flatten(1, -3) for t in (q, k, v))
     if additional_keys is not None and additional_values is not None:
         k, v = torch.cat([k, additional_keys], 1), torch.cat([v, additional_values], 1)
-        mask = torch.cat([mask, mask.new_ones(mask.shape[0], additional_keys.shape[1])], 1)
+        mask = torch.cat([mask, mask.new_ones(*mask.shape[:2], additional_keys.shape[1])], 2)
     k, v = (t.repeat_interleave(heads // t.shape[2], 2) for t in (k, v))
     z = scale * torch.einsum("bxhd,byhd->bhxy", q, k)
     z = z.masked_fill(~mask, float("-inf"))
