@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nearfield import delta_rule, delta_rule_step, gna, lla, local_linear_attention, probe_attention
 from nearfield._accuracy import Accuracy, measure
-from nearfield.delta import delta_rule_reference
+from nearfield.delta import delta_rule_commit, delta_rule_reference, delta_rule_verify
 from nearfield.lla import reference as lla_reference
 
 Check = Callable[[torch.device, torch.dtype], dict[str, Accuracy]]
@@ -172,10 +172,37 @@ def _(device: torch.device, dtype: torch.dtype) -> dict[str, Accuracy]:
         pool = state.clone()
         return {"out": delta_rule_step(**inputs, state=pool), "state": pool}
 
+    return _delta_tokens(device, dtype, step)
+
+
+@check("delta_verify")
+def _(device: torch.device, dtype: torch.dtype) -> dict[str, Accuracy]:
+    def verify(state: Tensor, **inputs: Any) -> Tensors:
+        return {"out": delta_rule_verify(**inputs, state=state.clone())[0]}
+
+    return _delta_tokens(device, dtype, verify)
+
+
+@check("delta_commit")
+def _(device: torch.device, dtype: torch.dtype) -> dict[str, Accuracy]:
+    def commit(state: Tensor, **inputs: Any) -> Tensors:
+        pool = state.clone()
+        _, pending = delta_rule_verify(**inputs, state=pool)
+        accepted = torch.full((len(pool),), inputs["q"].shape[1], device=pool.device)
+        delta_rule_commit(pending, accepted, state=pool)
+        return {"state": pool}
+
+    return _delta_tokens(device, dtype, commit)
+
+
+def _delta_tokens(
+    device: torch.device, dtype: torch.dtype, ours: Callable[..., Tensors]
+) -> dict[str, Accuracy]:
+    """Three tokens, as in decoding."""
     found: dict[str, Accuracy] = {}
     for form in DELTA:
         inputs = _delta_inputs(form, dtype, 3)
-        parts = _compare(step, _delta(delta_rule_reference), inputs, None, device, dtype, DELTA_FACTOR)
+        parts = _compare(ours, _delta(delta_rule_reference), inputs, None, device, dtype, DELTA_FACTOR)
         found |= {f"{form} {name}": accuracy for name, accuracy in parts.items()}
     return found
 

@@ -74,9 +74,10 @@ def main(
 
 
 def operators() -> list[str]:
-    """Names in ``torch.ops.nearfield``, as the dispatcher knows them."""
+    """Names in ``torch.ops.nearfield``, as the dispatcher knows them; without those that only plan."""
     names = torch._C._dispatch_get_all_op_names()
-    return sorted({n.removeprefix("nearfield::").split(".")[0] for n in names if n.startswith("nearfield::")})
+    ours = {n.removeprefix("nearfield::").split(".")[0] for n in names if n.startswith("nearfield::")}
+    return sorted(n for n in ours if _runtime.devices_with_kernel(n) & {"cpu", "cuda"})
 
 
 def describe_build() -> dict[str, str]:
