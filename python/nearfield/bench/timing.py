@@ -67,7 +67,7 @@ def _repeats(once_ms: float, budget_ms: float, most: int) -> int:
     return int(max(3, min(most, budget_ms / max(once_ms, 1e-3))))
 
 
-def host_us(run: Callable[[], Any], repeats: int = 50) -> float:
+def host_us(run: Callable[[], Any], repeats: int = 10) -> float:
     """Median microseconds until ``run`` returns to the caller, while the GPU has other work."""
     run()
     times = []
