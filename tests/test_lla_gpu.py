@@ -39,7 +39,7 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 CONVERGED: dict[str, Any] = {"tol": 1e-4, "max_iters": 300}
 
 # Relative Frobenius errors that the method promises with fp16 operands and 16-bit results, by the ridge in units of
-# the keys' variance (README, "Precision on the GPU"). A bfloat16 result alone has 1.7e-3.
+# the keys' variance (csrc/lla/README.md, "On Hopper"). A bfloat16 result alone has 1.7e-3.
 GRADIENT_BOUNDS = {"dq": 4e-3, "dk": 6e-3, "dv": 6e-3, "dx": 4e-3, "dlam": 3e-3}
 
 
