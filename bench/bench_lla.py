@@ -77,7 +77,7 @@ def bench(case: Case, iterations: int, backward: bool) -> dict[str, object]:
 
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    _o, x, kbar, lse, *_ = ops.lla_fwd(q, k, v, lam, *fixed)
+    _, x, kbar, lse, *_ = ops.lla_fwd(q, k, v, lam, *fixed)
     row["fwd_peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
     timed("fwd", lambda: ops.lla_fwd(q, k, v, lam, *fixed), 3 * iterations + 5, case.target_fwd)
     timed("tol_1e-3", lambda: ops.lla_fwd(q, k, v, lam, *fixed[:4], 1e-3, 16), 3 * iterations + 5)
