@@ -38,12 +38,15 @@ def delta_row(B: int, HV: int, T: int, pool_dtype: torch.dtype, v_first: bool, c
     ms = time_ms(step, budget_ms=100)
     state_bytes = 2 * pool.numel() * pool.element_size()
     moved = state_bytes + (4 * q.numel() + 4 * beta.numel()) * 2
+    layout = "VK" if v_first else "KV"
+    dtype = str(pool_dtype).removeprefix("torch.")
     return {
+        "case": f"delta {B * HV} heads, {T} tokens, {dtype}, {layout}",
+        "fwd_ms": ms,
         "B*HV": B * HV,
         "T": T,
-        "pool": str(pool_dtype).removeprefix("torch."),
-        "layout": "VK" if v_first else "KV",
-        "us": ms * 1e3,
+        "pool": dtype,
+        "layout": layout,
         "GB/s": moved / ms / 1e6,
         "of copy": moved / ms / 1e6 / copy,
         "of same-size copy": moved / ms / 1e6 / copy_gb_per_s(state_bytes),
@@ -66,14 +69,15 @@ def lla_row(B: int, H: int, Hk: int, n: int, d: int, copy: float) -> dict[str, A
     moved = 2 * k.numel() * 2
     roof = moved / copy / 1e6
     return {
+        "case": f"lla B{B} H{H}/{Hk} n{n} d{d}",
+        "fwd_ms": ms,
+        "sdpa_fwd_ms": softmax,
         "B": B,
         "H": f"{H}/{Hk}",
         "n": n,
         "d": d,
-        "us": ms * 1e3,
         "GB/s": moved / ms / 1e6,
         "times roof": ms / roof,
-        "SDPA us": softmax * 1e3,
         "times SDPA": ms / softmax,
         "host us": host_us(step),
     }
@@ -115,7 +119,7 @@ def main(store: bool = False, commit: str = "", quick: bool = False) -> None:
         run(lla, lambda s=shape: lla_row(*s, copy))
     show("local_linear_attention_step, one query", lla)
     if store:
-        print(save("decode-delta", delta, commit or None), save("decode-lla", lla, commit or None))
+        print(save("decode", delta + lla, commit or None))
 
 
 if __name__ == "__main__":
