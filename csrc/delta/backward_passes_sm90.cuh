@@ -293,7 +293,8 @@ __global__ void __launch_bounds__(Forward::kThreads, 1)
   const Sequence sequence = sequence_of(in, n);
   auto& r = shared_storage<typename Reverse::Storage>();
   auto& f = shared_storage<typename Forward::Storage>();
-  const StatePassArgs pass{in, a.scratch, nullptr, nullptr, a.states, a.v_new};
+  StatePassArgs pass{in, a.scratch};
+  pass.states = a.states, pass.v_new = a.v_new;
   if (threadIdx.x == 0) {
     if (reverse) {
       r.ring.init(1, 4);
