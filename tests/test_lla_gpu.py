@@ -62,8 +62,40 @@ def assert_close(name: str, got: Tensor, truth: Tensor, allowed: float, scale: f
     assert error <= allowed, f"{name}: relative error {error:.2e} > {allowed:.0e}"
 
 
+def share_of_rounded_weights(exact: Inputs, d_o: Tensor, lam: float) -> float:
+    """What fp16 weights in the two solves change in dq, relative to dq; one causal head.
+
+    Small beside the bound unless the fit leaves little of Gam in r = Gam - Gbar - (k - kbar).y, lam of lam + C.
+    """
+    q, k, v = (t[0, :, 0] for t in exact[:3])
+    p = (q @ k.mT * exact.scale).masked_fill(
+        ~torch.ones(len(q), len(k), device=q.device).tril().bool(), -math.inf
+    )
+    p = p.softmax(1)
+    mean = (p @ k)[:, None]
+    centred, gam = k - mean, d_o[0, :, 0].double() @ v.mT  # [m, n, d], [m, n]
+    gam = gam - (p * gam).sum(1, keepdim=True)
+    h = torch.einsum("ij,ijc->ic", p * gam, centred)
+
+    def dq(weights: Tensor) -> Tensor:
+        covariance = torch.einsum("ij,ijc,ije->ice", weights, centred, centred)
+        covariance += lam * torch.eye(k.shape[1], device=q.device)
+        x, y = torch.linalg.solve(covariance, torch.stack([q - mean[:, 0], h], 2)).unbind(2)
+        ds = p * (1 + torch.einsum("ijc,ic->ij", centred, x)) * (gam - torch.einsum("ijc,ic->ij", centred, y))
+        return exact.scale * torch.einsum("ij,ijc->ic", ds - p * ds.sum(1, keepdim=True), centred) + y
+
+    want = dq(p)
+    rounded = [dq(p * (1 + 2**-11 * (2 * torch.rand_like(p) - 1))) for _ in range(8)]
+    return max(float((got - want).norm() / want.norm()) for got in rounded)
+
+
 def check_attention(
-    inputs: Inputs, lam: Tensor, dtype: torch.dtype, solver: dict[str, Any] = CONVERGED, **options: Any
+    inputs: Inputs,
+    lam: Tensor,
+    dtype: torch.dtype,
+    solver: dict[str, Any] = CONVERGED,
+    rounded_weights: bool = False,
+    **options: Any,
 ) -> None:
     rounded = cuda(inputs, dtype)
     lam = lam.cuda().float()
@@ -87,7 +119,10 @@ def check_attention(
         scale = {"dlam": unit, "dq": 1e-3 * terms, "dk": 1e-3 * terms}.get(name, 0.0)
         if name == "dlam" and unit < 1e-12 * terms:  # one distinct key: nothing but rounding
             scale = 1e-3 * terms
-        assert_close(name, g, t, bound(name, float(lam.min())), scale)
+        allowed = bound(name, float(lam.min()))
+        if rounded_weights and name == "dq":
+            allowed += share_of_rounded_weights(exact, d_o, float(lam.min()))
+        assert_close(name, g, t, allowed, scale)
 
 
 def check_probe(case: Case, dtype: torch.dtype) -> None:
@@ -152,7 +187,7 @@ def test_every_ridge(mode: str, ridge: str) -> None:
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_inputs(name: str, lam: float, dtype: torch.dtype) -> None:
     make, n, d = HOSTILE[name]
-    check_attention(make(n, d), torch.full((1, n, 1), lam), dtype)
+    check_attention(make(n, d), torch.full((1, n, 1), lam), dtype, rounded_weights=name == "logits-1000")
 
 
 def qknorm(n: int, d: int) -> Inputs:
@@ -352,7 +387,9 @@ def test_iterations_are_those_of_rounded_directions() -> None:
 def test_zero_tolerance_is_a_fixed_count() -> None:
     q, k, v, scale = cuda(rope(400, 64), torch.bfloat16)
     _, aux = local_linear_attention(q, k, v, lam=0.1, scale=scale, tol=0, max_iters=7, return_aux=True)
-    assert (aux.iterations[:, 4:] == 7).all()
+    vanished = aux.ratio == 0  # a row with up to five keys may be exact to the last bit sooner
+    assert ((aux.iterations == 7) | vanished).all()
+    assert not vanished[:, 5:].any()
 
 
 def test_breakdown_is_reported() -> None:

@@ -139,6 +139,8 @@ QueryProblem make_query_problem(const char* op, const Tensor& q, const Tensor& k
   p.scale = static_cast<float>(scale);
   STD_TORCH_CHECK(s[0] * s[2] <= 65535 && int64_t{p.query_blocks()} * s[0] * s[2] <= INT32_MAX, op,
                   ": batch times heads is ", s[0] * s[2], "; supported on CUDA: up to 65535");
+  p.mix_lengths = is_causal && p.visible.window >= p.n &&
+                  p.query_blocks() * p.batch * p.heads <= device_info(q.get_device_index()).num_sms;
   p.q = operands.add(q, 2 * kTileRows, 0.f, backward ? &p.visible : nullptr);
   p.k = operands.add(k);
   p.v = operands.add(v);

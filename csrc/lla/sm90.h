@@ -49,6 +49,9 @@ struct QueryProblem {
   int batch, m, n, heads, kv_heads, d, dv;
   Visibility visible;
   float scale;
+  // The two row tiles of a CTA are the longest and the shortest left, instead of neighbors: for causal
+  // problems that fill the GPU once at most, where the CTA with the longest rows decides.
+  bool mix_lengths;
   Operand q, k, v;  // Q has two tiles for each block of 128 queries
   NEARFIELD_HOST_DEVICE int query_blocks() const { return (m + 2 * kTileRows - 1) / (2 * kTileRows); }
 };

@@ -85,19 +85,23 @@ extern __shared__ __align__(kStorageAlignment) char dynamic_shared[];
 
 // Longest rows first: the last blocks of a causal problem see the most keys.
 struct QueryBlock {
-  int batch, head, kv_head, first_row;
-  Range tiles;  // of keys that any of the 128 queries sees; at least one
+  int batch, head, kv_head;
+  int row_tile[2];  // of the consumer warpgroups
+  Range tiles;      // of keys that any of the 128 queries sees; at least one
   __device__ __forceinline__ QueryBlock(const QueryProblem& p, int index) {
     const int heads = p.batch * p.heads;
-    first_row = (p.query_blocks() - 1 - index / heads) * 2 * kTileRows;
+    const int block = index / heads, tiles_of_rows = 2 * p.query_blocks();
+    row_tile[0] = p.mix_lengths ? block : tiles_of_rows - 2 - 2 * block;
+    row_tile[1] = p.mix_lengths ? tiles_of_rows - 1 - block : row_tile[0] + 1;
     batch = index % heads / p.heads;
     head = index % p.heads;
     kv_head = head / (p.heads / p.kv_heads);
-    tiles = tiles_of(p, first_row, 2 * kTileRows);
+    const Range low = tiles_of(p, row_tile[0]), high = tiles_of(p, row_tile[1]);
+    tiles = {min(low.begin, high.begin), max(low.end, high.end)};
   }
-  static __device__ __forceinline__ Range tiles_of(const QueryProblem& p, int first, int rows) {
-    const int last = min(first + rows, p.m) - 1;
-    const Range keys = p.visible.any_sees(min(first, p.m - 1), max(last, min(first, p.m - 1)));
+  static __device__ __forceinline__ Range tiles_of(const QueryProblem& p, int row_tile) {
+    const int first = min(row_tile * kTileRows, p.m - 1);
+    const Range keys = p.visible.any_sees(first, min(first + kTileRows, p.m) - 1);
     const int begin = min(keys.begin, p.n - 1) / kKeys;
     return {begin, max(begin + 1, (keys.end + kKeys - 1) / kKeys)};
   }
@@ -174,15 +178,15 @@ struct QueryTile {
         thread(threadIdx.x - 128),
         warpgroup(__shfl_sync(0xffffffffu, thread / 128, 0)),
         quad(thread % 4) {
-    const int first = block.first_row + warpgroup * kTileRows;
+    const int first = row_tile() * kTileRows;
     CUTE_UNROLL
     for (int i = 0; i < 2; ++i) {
       row[i] = first + tile_row() + 8 * i;
       inside[i] = row[i] < p.m;
       keys[i] = inside[i] ? p.visible.keys(row[i]) : Range{0, 0};
     }
-    tiles = first < p.m ? QueryBlock::tiles_of(p, first, kTileRows)
-                        : Range{block.tiles.begin, block.tiles.begin + 1};
+    tiles =
+        first < p.m ? QueryBlock::tiles_of(p, row_tile()) : Range{block.tiles.begin, block.tiles.begin + 1};
     tiles.begin = max(tiles.begin, block.tiles.begin);
     tiles.end = max(min(tiles.end, block.tiles.end), tiles.begin + 1);
     const int last = first + kTileRows - 1;
@@ -237,7 +241,10 @@ struct QueryTile {
   __device__ __forceinline__ const half* tile_of(const Operand& operand) const {
     const int64_t head = static_cast<int64_t>(block.batch) * p.heads + block.head;
     return static_cast<const half*>(operand.tiles) +
-           (head * operand.tiles_per_head + block.first_row / kTileRows + warpgroup) * Traits::kElements;
+           (head * operand.tiles_per_head + row_tile()) * Traits::kElements;
+  }
+  __device__ __forceinline__ int row_tile() const {
+    return warpgroup == 0 ? block.row_tile[0] : block.row_tile[1];
   }
   // Row, inside the tile, of this thread's first row; the second is 8 below.
   __device__ __forceinline__ int tile_row() const { return thread % 128 / 32 * 16 + thread % 32 / 4; }
