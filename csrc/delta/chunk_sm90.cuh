@@ -70,6 +70,13 @@ __device__ __forceinline__ float2 unpack(uint32_t word) {
   return {static_cast<float>(pair[0]), static_cast<float>(pair[1])};
 }
 
+// What rounding a and b into `high` lost, rounded.
+template <class Element>
+__device__ __forceinline__ uint32_t pack_low(float a, float b, uint32_t high) {
+  const float2 rounded = unpack<Element>(high);
+  return pack<Element>(a - rounded.x, b - rounded.y);
+}
+
 // A warp's 16 columns of a [64 rows of the image] tile whose transpose it holds as a (64, 64) accumulator:
 // word 2 j + i of `words` has columns 8 i + lane / 4 and rows 8 j + 2 (lane % 4) and the next.
 template <class Element>

@@ -15,35 +15,49 @@
 namespace nearfield::delta {
 namespace {
 
-// ---- Splitting sequences ----
+// ---- Plan: from shapes alone ----
 
-// Microseconds, as measured on an H100: a chunk of the walk with and without output, a span of the
-// composition (while every CTA has an SM), what two more launches cost.
-constexpr double kWalkUs = 1.05, kTransitionUs = 0.85, kComposeUs = 1.0, kLaunchesUs = 8;
+// How long the walks take, in microseconds on an H100: each launch, and each chunk of a chain, unless the L2
+// cache cannot bring the tiles of all chains in that time.
+constexpr double kLaunchUs = 7, kBytesPerUs = 4.2e6;
+constexpr double kChunkUs = 1.07, kTransitionUs = 0.87;  // with and without output
+constexpr double kComposeUs = 5.5, kSpanUs = 1.5;        // a launch, and a span of it
 
-// The chunks of a span, or 0 if the walks are shorter unsplit. A walk is a chain, so few heads leave SMs
-// idle. Split, every span is walked twice, for its transition and, from its true state, for the output: that
-// wins where the SMs would be idle otherwise. From shapes alone: packed sequences are taken as equally long.
-int64_t choose_span_chunks(const InputsSm90& in, int64_t key_tiles, int64_t sms) {
-  if (in.sequences == 0) return 0;
-  const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
-  const int64_t value_tiles = ceil_div(in.value_dim, kImageColumns);
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct Plan {
+  int64_t span_chunks = 0;  // 0: sequences are not split
+  bool prepare_P = true;    // else the state pass computes P
+};
+
+// A walk is a chain, so few heads leave SMs idle. Split, every span is walked twice, for its transition and,
+// from its true state, for the output. That wins where the SMs would be idle otherwise. Packed sequences are
+// taken as equally long.
+Plan make_plan(const InputsSm90& in, int64_t key_dim, int64_t sms) {
+  const int64_t value_tiles = ceil_div(in.value_dim, kImageColumns), key_tiles = key_dim / kImageColumns;
   const int64_t rows = in.sequences * in.value_heads;
   const int64_t chunks = ceil_div(in.cu_seqlens ? ceil_div(in.tokens, in.sequences) : in.tokens, kChunk);
-  const auto waves = [&](int64_t ctas) { return static_cast<double>(ceil_div(ctas, sms)); };
-  double best = waves(rows * value_tiles) * static_cast<double>(chunks) * kWalkUs;
-  int64_t choice = 0;
+  const auto walk_us = [&](int64_t ctas, int64_t length, bool output) {
+    const int64_t key_images = key_tiles * (1 + in.channel_gate + output), images = key_images + 2 + output;
+    const double bytes = static_cast<double>(images * kImage * 2 * std::min(ctas, sms));
+    const double chunk_us = std::max(output ? kChunkUs : kTransitionUs, bytes / kBytesPerUs);
+    return kLaunchUs + static_cast<double>(ceil_div(ctas, sms) * length) * chunk_us;
+  };
+  Plan plan;
+  double best = walk_us(rows * value_tiles, chunks, true);
   for (int64_t spans = 2; spans <= std::min<int64_t>(chunks, 2 * sms); ++spans) {
-    const int64_t length = ceil_div(chunks, spans), parts = ceil_div(chunks, length);
-    if (parts != spans) continue;
-    const int64_t first_pass = rows * ((spans - 1) * value_tiles + (spans - 2) * key_tiles);
-    const double us = static_cast<double>(length) *
-                          (waves(first_pass) * kTransitionUs + waves(rows * spans * value_tiles) * kWalkUs) +
-                      static_cast<double>(spans - 2) * waves(rows * value_tiles * 8) * kComposeUs +
-                      kLaunchesUs;
-    if (us < best) best = us, choice = length;
+    const int64_t length = ceil_div(chunks, spans);
+    if (ceil_div(chunks, length) != spans) continue;
+    const int64_t transitions = rows * ((spans - 1) * value_tiles + (spans - 2) * key_tiles);
+    const double compositions = static_cast<double>((spans - 2) * ceil_div(rows * value_tiles * 8, sms));
+    const double us = walk_us(transitions, length, false) + kComposeUs + kSpanUs * compositions +
+                      walk_us(rows * spans * value_tiles, length, true);
+    if (us < best) best = us, plan.span_chunks = length;
   }
-  return choice;
+  // P costs a second read of Q, a write and a read. On a full GPU memory is the limit; on others the chain,
+  // which a second warpgroup on the SM slows down.
+  plan.prepare_P = in.channel_gate || plan.span_chunks > 0 || rows * value_tiles < sms * 3 / 4;
+  return plan;
 }
 
 // ---- Operator ----
@@ -70,14 +84,15 @@ std::tuple<Tensor, Tensor, Tensor> delta_fwd_states_cuda(
       new_empty(q, output_final_state ? state_shape : std::vector<int64_t>{0}, ScalarType::Float);
   make_loadable(x);
   const InputsSm90 in = kernel_inputs<void, float>(x, options);
-  Scratch scratch = allocate_scratch(q, in, choice, true);
+  const Plan plan = make_plan(in, choice.key.key_dim, device_info(q.get_device_index()).num_sms);
+
+  Scratch scratch = allocate_scratch(q, in, choice, plan.prepare_P, true);
   void* stream = current_stream(q);
   check_launch(op, choice.prepare({in, scratch.chunks}, stream));
   StatePassArgs pass{in, scratch.chunks};
-  if (const int64_t span = choose_span_chunks(in, choice.key.key_dim / kImageColumns,
-                                              device_info(q.get_device_index()).num_sms)) {
+  if (const int64_t span = plan.span_chunks) {
     pass.span_chunks = span;
-    const int64_t values = (x.V + kImageColumns - 1) / kImageColumns * kImageColumns;
+    const int64_t values = ceil_div(x.V, kImageColumns) * kImageColumns;
     const int64_t rows = Spans(in, span).total * x.HV, key_dim = choice.key.key_dim;
     const auto floats = [&](int64_t n) { return static_cast<float*>(scratch.bytes(q, n * 4)); };
     float* states = floats(rows * values * key_dim);

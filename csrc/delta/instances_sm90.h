@@ -139,7 +139,7 @@ struct Scratch {
 
 // Allocated from the caching allocator, so it may be dropped as soon as the kernels are launched.
 inline Scratch allocate_scratch(const Tensor& like, const InputsSm90& in, const KernelChoice& choice,
-                                bool with_P) {
+                                bool with_P, bool with_low = false) {
   const int64_t chunks = ChunkSlots(in).total * in.value_heads, image = kImage * 2;
   const int64_t key_images = choice.key.key_dim / kImageColumns;
   Scratch s;
@@ -151,6 +151,12 @@ inline Scratch allocate_scratch(const Tensor& like, const InputsSm90& in, const 
     s.chunks.Kt = s.bytes(like, chunks * key_images * image);
     s.chunks.Qh = s.bytes(like, chunks * key_images * image);
     s.chunks.decay = static_cast<float*>(s.bytes(like, chunks * choice.key.key_dim * 4));
+  }
+  if (with_low && choice.key.bf16) {  // float16 has digits enough
+    s.chunks.hard = static_cast<float*>(s.bytes(like, chunks * 4));
+    s.chunks.N_low = s.bytes(like, chunks * image);
+    if (with_P) s.chunks.P_low = s.bytes(like, chunks * image);
+    if (in.channel_gate) s.chunks.Kt_low = s.bytes(like, chunks * key_images * image);
   }
   return s;
 }

@@ -31,8 +31,8 @@ struct PrepareChannelTraits {
                                              cute::Shape<Int<kHalfRows>, Int<kKeyDim>>{}));
 
   // Groups of four channels, the even ones before the odd ones, so that lanes that read eight channels each
-  // read different banks; rows that follow each other begin 16 banks apart.
-  static constexpr int kOdd = kKeyDim / 2 + 16, kGateRow = kKeyDim + 16;
+  // read different banks; rows that follow each other begin 8 banks apart.
+  static constexpr int kOdd = kKeyDim / 2 + 8, kGateRow = kKeyDim + 8;
   static __device__ __forceinline__ int gate_at(int c) { return c / 4 % 2 * kOdd + c / 8 * 4 + c % 4; }
 
   // Q and the scaled rows die with the last product: N and P take the place of Q, A, split in halves, that
@@ -51,14 +51,19 @@ struct PrepareChannelTraits {
         alignas(1024) Element left[kTile];       // [K / 64][32 of k, 32 of q][64]
         alignas(1024) Element right[kTile / 2];  // [K / 64][32][64]
       };
-      alignas(1024) cutlass::bfloat16_t a[2][kImage];
+      struct {
+        alignas(1024) cutlass::bfloat16_t a[2][kImage];
+        alignas(1024) Element n_low[kImage];
+      };
     };
+    alignas(1024) Element p_low[kImage];
     alignas(128) float G[kRows][kGateRow];  // channel c at gate_at(c)
     alignas(128) float decay[kKeyDim];
     alignas(128) ChunkRows rows;
     float part[kParts][kKeyDim];  // sums of the parts
     float q_k[kRows];             // q_i . k_i
     TriangularScratch triangular;
+    float squares[4];
     uint64_t arrived;
   };
   static_assert(2 * (sizeof(Storage) + 1024) <= 228 * 1024, "two CTAs share an SM");
@@ -261,14 +266,15 @@ __device__ __forceinline__ void scale_level(typename Traits::Storage& s, const P
   }
 }
 
-// Kh and Kt, to scratch.
-template <class Traits>
+// Kh and Kt, to scratch; or what rounding Kt lost.
+template <class Traits, bool kLow>
 __device__ __forceinline__ void scale_keys(typename Traits::Storage& s, const PrepareArgs& args,
                                            const ChunkPlace& place) {
   using Element = typename Traits::Element;
   const int thread = threadIdx.x - 128, piece = thread % Traits::kPieces;
   auto* Kh = static_cast<Element*>(args.scratch.Kh) + place.index * Traits::kTile;
-  auto* Kt = static_cast<Element*>(args.scratch.Kt) + place.index * Traits::kTile;
+  auto* Kt =
+      static_cast<Element*>(kLow ? args.scratch.Kt_low : args.scratch.Kt) + place.index * Traits::kTile;
   const Eight G_end = load_gates<Traits>(s.G, kRows - 1, piece);
 #pragma unroll 2
   for (int row = thread / Traits::kPieces; row < kRows; row += 128 / Traits::kPieces) {
@@ -278,8 +284,18 @@ __device__ __forceinline__ void scale_keys(typename Traits::Storage& s, const Pr
     CUTE_UNROLL
     for (int i = 0; i < 8; ++i) k.x[i] *= norm;
     const Eight G = load_gates<Traits>(s.G, row, piece);
-    *piece_at(Kh, kRows, row, piece) = inside ? scaled<Element>(k, decay_between(G, Eight{}), 1.f) : uint4{};
-    *piece_at(Kt, kRows, row, piece) = inside ? scaled<Element>(k, decay_between(G_end, G), 1.f) : uint4{};
+    const Eight e = decay_between(G_end, G);
+    uint4 w = scaled<Element>(k, e, 1.f);
+    if constexpr (kLow) {
+      const auto lost = [&](int i, uint32_t high) {
+        return pack_low<Element>(k.x[i] * e.x[i], k.x[i + 1] * e.x[i + 1], high);
+      };
+      w = {lost(0, w.x), lost(2, w.y), lost(4, w.z), lost(6, w.w)};
+    } else {
+      *piece_at(Kh, kRows, row, piece) =
+          inside ? scaled<Element>(k, decay_between(G, Eight{}), 1.f) : uint4{};
+    }
+    *piece_at(Kt, kRows, row, piece) = inside ? w : uint4{};
   }
 }
 
@@ -298,7 +314,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
   const int valid = place.valid;
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, t = lane % 4;
   const float scale = static_cast<float>(in.scale);
+  const bool with_low = args.scratch.hard != nullptr;
   const auto p_piece = [&](int row, int piece) { return image_piece(s.p, row, piece); };
+  const auto low_piece = [&](int row, int piece) { return image_piece(s.p_low, row, piece); };
 
   if (thread == 0) {
     Barrier::init(&s.arrived, 1);
@@ -329,16 +347,22 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
     diagonal_level<Traits, 3>(s, warp, pairs[3]);
     __syncthreads();  // Q and the scaled rows are free, the rows complete
     for (int x = lane; x < 16 * 8; x += 32) {
-      if (x % 8 >= 2 * warp) *reinterpret_cast<uint4*>(p_piece(16 * warp + x / 8, x % 8)) = uint4{0, 0, 0, 0};
+      if (x % 8 < 2 * warp) continue;
+      *reinterpret_cast<uint4*>(p_piece(16 * warp + x / 8, x % 8)) = uint4{0, 0, 0, 0};
+      *reinterpret_cast<uint4*>(low_piece(16 * warp + x / 8, x % 8)) = uint4{0, 0, 0, 0};
     }
     __syncwarp();
     if (lane < 16) {
       const int i = 16 * warp + lane;
-      p_piece(i, i / 8)[i % 8] = static_cast<Element>(p_of(i, i, s.q_k[i]));
+      const float p = p_of(i, i, s.q_k[i]);
+      p_piece(i, i / 8)[i % 8] = static_cast<Element>(p);
+      low_piece(i, i / 8)[i % 8] = low_half<Element>(p);
     }
     const auto put = [&](int i, int j, float a, float p) {
       s.triangular.diagonal[warp][j % 16][i % 16] = a_of(i, j, a);
-      p_piece(i, j / 8)[j % 8] = static_cast<Element>(p_of(i, j, p));
+      p = p_of(i, j, p);
+      p_piece(i, j / 8)[j % 8] = static_cast<Element>(p);
+      low_piece(i, j / 8)[j % 8] = low_half<Element>(p);
     };
     for_level<0>(warp, pairs[0], put);
     for_level<1>(warp, pairs[1], put);
@@ -387,8 +411,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
       if (warp < 6) {
         put_pair(s.a, s.triangular, i, piece, a_of(i, j, x0), a_of(i, j + 1, x1));
       } else {
-        *reinterpret_cast<uint32_t*>(p_piece(i, piece) + 2 * t) =
-            pack<Element>(p_of(i, j, x0), p_of(i, j + 1, x1));
+        x0 = p_of(i, j, x0), x1 = p_of(i, j + 1, x1);
+        const uint32_t high = pack<Element>(x0, x1);
+        *reinterpret_cast<uint32_t*>(p_piece(i, piece) + 2 * t) = high;
+        *reinterpret_cast<uint32_t*>(low_piece(i, piece) + 2 * t) = pack_low<Element>(x0, x1, high);
       }
     };
     CUTE_UNROLL
@@ -406,16 +432,36 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
   }
   cutlass::arch::fence_view_async_shared();
   __syncthreads();
-  if (warp >= 4) return scale_keys<Traits>(s, args, place);
-  invert(s.a, s.triangular, s.n);
-  cutlass::arch::fence_view_async_shared();
-  cutlass::arch::NamedBarrier::sync(128, 1);
+  if (warp < 4) {
+    put_squares(s.squares, invert<false>(s.a, s.triangular, s.n, s.n));
+    cutlass::arch::fence_view_async_shared();
+  } else {
+    scale_keys<Traits, false>(s, args, place);
+  }
+  __syncthreads();
+  const auto to = [&](void* scratch) { return static_cast<Element*>(scratch) + place.index * kImage; };
+  const bool hard = with_low && is_hard(s.squares, valid);
   if (thread == 0) {
-    const auto to = [&](void* scratch) { return static_cast<Element*>(scratch) + place.index * kImage; };
     copy_out(args.scratch.rows + place.index, &s.rows, sizeof(ChunkRows));
     copy_out(to(args.scratch.N), s.n, kImageBytes);
     copy_out(to(args.scratch.P), s.p, kImageBytes);
     copy_out(args.scratch.decay + place.index * kKeyDim, s.decay, kKeyDim * 4);
+    if (with_low) args.scratch.hard[place.index] = hard ? 1.f : 0.f;
+    tma_store_arrive();
+    tma_store_wait<0>();
+  }
+  if (!hard) return;
+  __syncthreads();  // the results have been read
+  if (warp < 4) {
+    invert<true>(s.a, s.triangular, s.n, s.n_low);
+    cutlass::arch::fence_view_async_shared();
+  } else {
+    scale_keys<Traits, true>(s, args, place);
+  }
+  __syncthreads();
+  if (thread == 0) {
+    copy_out(to(args.scratch.N_low), s.n_low, kImageBytes);
+    copy_out(to(args.scratch.P_low), s.p_low, kImageBytes);
     tma_store_arrive();
     tma_store_wait<0>();
   }

@@ -36,6 +36,7 @@ struct PrepareTraits {
     };
     alignas(128) ChunkRows rows;
     TriangularScratch triangular;
+    float squares[4];
     uint64_t arrived;
   };
 };
@@ -127,7 +128,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 4)
 
   // A = beta_i k_i . k_j e^{G_i - G_j} below the diagonal, P = scale q_i . k_j e^{G_i - G_j} with it.
   // Selected, not multiplied by 0: rows past the end may hold anything.
-  uint32_t p_words[16];
+  const bool with_low = args.scratch.hard != nullptr;
+  uint32_t p_words[16], p_low[16];
   CUTE_UNROLL
   for (int h = 0; h < 2; ++h) {
     const int i = 16 * warp + 8 * h + lane / 4;
@@ -146,21 +148,38 @@ __global__ void __launch_bounds__(Traits::kThreads, 4)
         a[e] = i > j + e && i < valid ? a_row * decay * kk(at) : 0.f;
         if constexpr (Traits::kWithP) p[e] = i >= j + e && i < valid ? p_row * decay * qk(at) : 0.f;
       }
-      if constexpr (Traits::kWithP) p_words[2 * n + h] = pack<Element>(p[0], p[1]);
+      if constexpr (Traits::kWithP) {
+        p_words[2 * n + h] = pack<Element>(p[0], p[1]);
+        p_low[2 * n + h] = with_low ? pack_low<Element>(p[0], p[1], p_words[2 * n + h]) : 0;
+      }
       put_pair(s.a, s.triangular, i, n, a[0], a[1]);
     }
   }
+  const auto to = [&](void* scratch) { return static_cast<Element*>(scratch) + place.index * kImage; };
   if constexpr (Traits::kWithP) store_rows(s.p, warp, p_words);
-  invert(s.a, s.triangular, s.n);
+  put_squares(s.squares, invert<false>(s.a, s.triangular, s.n, s.n));
+  cutlass::arch::fence_view_async_shared();
+  __syncthreads();
+  const bool hard = with_low && is_hard(s.squares, valid);
+  if (thread == 0) {
+    copy_out(args.scratch.rows + place.index, &s.rows, sizeof(ChunkRows));
+    copy_out(to(args.scratch.N), s.n, kImageBytes);
+    if constexpr (Traits::kWithP) copy_out(to(args.scratch.P), s.p, kImageBytes);
+    if (with_low) args.scratch.hard[place.index] = hard ? 1.f : 0.f;
+    tma_store_arrive();
+    tma_store_wait<0>();
+  }
+  if (!hard) return;
+  __syncthreads();  // the results have been read
+  invert<true>(s.a, s.triangular, s.n, s.p);
+  __syncthreads();
+  auto* low = reinterpret_cast<Element*>(s.a[0]);
+  if constexpr (Traits::kWithP) store_rows(low, warp, p_low);
   cutlass::arch::fence_view_async_shared();
   __syncthreads();
   if (thread == 0) {
-    const int64_t at = place.index;
-    copy_out(args.scratch.rows + at, &s.rows, sizeof(ChunkRows));
-    copy_out(static_cast<Element*>(args.scratch.N) + at * kImage, s.n, kImageBytes);
-    if constexpr (Traits::kWithP) {
-      copy_out(static_cast<Element*>(args.scratch.P) + at * kImage, s.p, kImageBytes);
-    }
+    copy_out(to(args.scratch.N_low), s.p, kImageBytes);
+    if constexpr (Traits::kWithP) copy_out(to(args.scratch.P_low), low, kImageBytes);
     tma_store_arrive();
     tma_store_wait<0>();
   }

@@ -48,22 +48,34 @@ __device__ __forceinline__ void put_pair(cutlass::bfloat16_t (&a)[2][kImage], Tr
   }
 }
 
-// The first four warps of a CTA, after put_pair of the whole lower triangle; the others are not waited for.
 template <class Element>
-__device__ __forceinline__ void invert(cutlass::bfloat16_t (&a)[2][kImage], TriangularScratch& triangular,
-                                       Element* image) {
+__device__ __forceinline__ Element low_half(float x) {
+  return static_cast<Element>(x - static_cast<float>(static_cast<Element>(x)));
+}
+
+// The first four warps of a CTA, after put_pair of the whole lower triangle; the others are not waited for.
+// Returns the sum of the squares of N that this thread has. With kLow, once more: `low` receives what
+// rounding lost.
+template <bool kLow, class Element>
+__device__ __forceinline__ float invert(cutlass::bfloat16_t (&a)[2][kImage], TriangularScratch& triangular,
+                                        Element* image, Element* low) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   __syncwarp();
-  float column[16];
+  float column[16], squares = 0.f;
   invert_diagonal_block(triangular, warp, column);
+  const auto put_column = [&](Element* to, const auto& rounded) {
+    if (lane >= 16) return;
+    CUTE_UNROLL
+    for (int i = 0; i < 16; ++i)
+      image_piece(to, 16 * warp + i, 2 * warp + lane / 8)[lane % 8] = rounded(i > lane ? column[i] : 0.f);
+  };
+  put_column(image, [](float x) { return static_cast<Element>(x); });
   if (lane < 16) {
     CUTE_UNROLL
-    for (int i = 0; i < 16; ++i) {
-      image_piece(image, 16 * warp + i, 2 * warp + lane / 8)[lane % 8] =
-          static_cast<Element>(i > lane ? column[i] : 0.f);
-    }
+    for (int i = 1; i < 16; ++i) squares += i > lane ? column[i] * column[i] : 0.f;
   }
   cutlass::arch::NamedBarrier::sync(128, 1);
+  if constexpr (kLow) put_column(low, [](float x) { return low_half<Element>(x); });
   if (warp < 3) {
     const auto load_a = [&](int I, int M) {
       SplitFragment f;
@@ -74,17 +86,41 @@ __device__ __forceinline__ void invert(cutlass::bfloat16_t (&a)[2][kImage], Tria
       return f;
     };
     const auto store = [&](int I, const float (&y)[2][4]) {
-      SM90_U16x8_STSM_T::copy(pack<Element>(y[0][0], y[0][1]), pack<Element>(y[0][2], y[0][3]),
-                              pack<Element>(y[1][0], y[1][1]), pack<Element>(y[1][2], y[1][3]),
+      uint32_t words[4], lost[4];
+      CUTE_UNROLL
+      for (int w = 0; w < 4; ++w) {
+        const float y0 = y[w / 2][2 * (w % 2)], y1 = y[w / 2][2 * (w % 2) + 1];
+        words[w] = pack<Element>(y0, y1);
+        lost[w] = pack_low<Element>(y0, y1, words[w]);
+        squares += y0 * y0 + y1 * y1;
+      }
+      SM90_U16x8_STSM_T::copy(words[0], words[1], words[2], words[3],
                               matrices_at<false>(image, 16 * I, 2 * warp));
+      if constexpr (kLow) {
+        SM90_U16x8_STSM_T::copy(lost[0], lost[1], lost[2], lost[3],
+                                matrices_at<false>(low, 16 * I, 2 * warp));
+      }
     };
     solve_block_column(triangular, warp, load_a, store);
   } else {
     for (int x = lane; x < 3 * kRows * 2; x += 32) {  // blocks above the diagonal
       const int row = x / 2 % kRows, piece = 2 * (x / (2 * kRows) + 1) + x % 2;
-      if (piece / 2 > row / 16) *reinterpret_cast<uint4*>(image_piece(image, row, piece)) = uint4{0, 0, 0, 0};
+      if (piece / 2 <= row / 16) continue;
+      *reinterpret_cast<uint4*>(image_piece(image, row, piece)) = uint4{0, 0, 0, 0};
+      if constexpr (kLow) *reinterpret_cast<uint4*>(image_piece(low, row, piece)) = uint4{0, 0, 0, 0};
     }
   }
+  return squares;
+}
+
+// Warp sums of the squares to shared memory; all of them are there after the next barrier.
+__device__ __forceinline__ void put_squares(float (&sums)[4], float squares) {
+  CUTE_UNROLL
+  for (int step = 16; step > 0; step /= 2) squares += __shfl_xor_sync(0xffffffffu, squares, step);
+  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = squares;
+}
+__device__ __forceinline__ bool is_hard(const float (&sums)[4], int rows) {
+  return sums[0] + sums[1] + sums[2] + sums[3] > kHardSquare * static_cast<float>(rows);
 }
 
 // ---- Write strengths ----

@@ -60,12 +60,21 @@ struct ChunkRows {
 struct ChunkScratch {
   ChunkRows* rows;
   void* N;  // image of T - I, strictly lower, rounded to 16 bit
-  void* P;  // image of scale P (normalised q and k), lower with diagonal; null: not wanted
+  void* P;  // image of scale P (normalised q and k), lower with diagonal; null: not wanted, or, with a gate
+            // per head, left to the state pass
   // With a gate per channel, K padded to 64 or 128: images [K / 64] of Kh, Kt and scale Qh, normalised.
   void *Kh, *Kt, *Qh;
   float* decay;  // [K]: e^{G_C}
   float* G;      // [64][K]: G of every row as in ChunkRows; null: not wanted
+  // What rounding N, P and Kt to 16 bit lost, as images like theirs. Only for chunks whose keys repeat and
+  // whose writes are strong, where results are small differences of what these multiply; or all null.
+  float* hard;  // 1 for such a chunk, else 0, and then the low halves are not written
+  void *N_low, *P_low, *Kt_low;
 };
+
+// A chunk is hard if the mean square of a row of N is larger. Random keys with beta up to 1: 0.2 (K = 128) or
+// 0.37 (K = 64); beta uniform up to 2: 0.36, 0.7; identical keys with beta 0.9 to 1: 0.9.
+constexpr float kHardSquare = 0.75f;
 
 // ---- Kernels; each returns a cudaError_t. Tag is bf16 or fp16, kKeyDim the padded K ----
 

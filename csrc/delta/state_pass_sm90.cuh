@@ -5,8 +5,11 @@
 //   R^T = S^T K^T,  X^T = (V^T - R^T) beta,  V'^T = X^T + X^T N^T,  S^T <- e^{G_C} S^T + V'^T K,  O^T = S^T
 //   Q^T + V'^T P^T
 // (decays and norms of a gate per head are factors of columns of the accumulators). One warp streams the
-// tiles of the next chunks into a ring of stages, one carries O away. Plan and budget: README.md.
+// tiles of the next chunks into a ring of stages, one carries O away, and where memory is the limit and not
+// the chain, a second warpgroup computes P. Plan and budget: README.md.
 #pragma once
+
+#include <cutlass/arch/reg_reconfig.h>
 
 #include "delta/chunk_sm90.cuh"
 
@@ -14,17 +17,23 @@ namespace nearfield::delta {
 
 // ---- Layouts and storage ----
 
-template <class Tag, int kKeyDim_, bool kChannelGate_, bool kOutput_>
+template <class Tag, int kKeyDim_, bool kChannelGate_, bool kOutput_, bool kComputeP_ = false>
 struct StatePassTraits {
   using Element = element_t<Tag>;
   static constexpr int kKeyDim = kKeyDim_;
-  static constexpr bool kChannelGate = kChannelGate_, kOutput = kOutput_;
+  static constexpr bool kChannelGate = kChannelGate_, kOutput = kOutput_, kComputeP = kComputeP_;
+  static constexpr bool kReadP = kOutput && !kComputeP;
   static constexpr int kKeyImages = kKeyDim / kImageColumns;
   static constexpr int kKeyTile = kKeyDim * kRows;  // elements
   static constexpr int kStages = 3;
+  static constexpr bool kLow = std::is_same_v<Tag, bf16>;  // low halves, if any, take a second stage
 
-  // The warpgroup of the chain, then the warps that load and store.
-  static constexpr int kHelpers = 128, kThreads = 192;
+  // Warpgroups: the chain, the one that computes P, if any, and one of which two warps load and store.
+  static constexpr int kHelpers = kComputeP ? 256 : 128;  // first thread of the last warpgroup
+  static constexpr int kThreads = kComputeP ? 384 : 192;
+  // Hand-over of registers among three warpgroups, which start with 168 each.
+  static constexpr int kChainRegisters = 248, kMixRegisters = 152, kHelperRegisters = 104;
+  static_assert(kChainRegisters + kMixRegisters + kHelperRegisters <= 3 * 168);
 
   template <int kN, GMMA::Major kMajor>
   using Mma = decltype(make_tiled_mma(
@@ -32,6 +41,8 @@ struct StatePassTraits {
                            kMajor>()));
   using MmaToToken = Mma<kRows, GMMA::Major::K>;     // (64 values, 64 tokens)
   using MmaToState = Mma<kKeyDim, GMMA::Major::MN>;  // (64 values, K)
+  using MmaP = decltype(make_tiled_mma(
+      GMMA::ss_op_selector<Element, Element, float, cute::Shape<Int<kRows>, Int<kRows>, Int<kKeyDim>>>()));
 
   struct alignas(1024) Stage {
     Element k[kKeyTile];                           // with a gate per channel Kh
@@ -47,18 +58,20 @@ struct StatePassTraits {
     float q_read[kOutput ? kHeadRows : 0];
     float decay[kChannelGate ? kKeyDim : 0];
   };
-  static constexpr int kRowsBytes = kChannelGate ? kRows * 4 : (kOutput ? 6 : 5) * kRows * 4;
-  static constexpr int kBytes = kKeyTile * 2 * (1 + kChannelGate + kOutput) +
-                                kImageBytes * (kOutput ? 3 : 2) + kRowsBytes +
-                                (kChannelGate ? kKeyDim * 4 : 0);
+  static constexpr int kRowsBytes = kChannelGate ? kRows * 4 : (kReadP ? 6 : 5) * kRows * 4;
+  static constexpr int kBytes = kKeyTile * 2 * (1 + kChannelGate + kOutput) + kImageBytes * (kReadP ? 3 : 2) +
+                                kRowsBytes + (kChannelGate ? kKeyDim * 4 : 0);
+  static constexpr int kLowBytes = kImageBytes * (kReadP ? 2 : 1) + (kChannelGate ? kKeyTile * 2 : 0);
 
   struct Storage {
     Stage stage[kStages];
     alignas(1024) Element out[kImage];                    // O or V' on the way out
     alignas(1024) Element state[kOutput ? 0 : kKeyTile];  // entering states on the way out
     StageRows rows[kStages];
-    Ring<kStages> ring;  // tiles: loading warp -> chain
-    Ring<1> ring_out;    // O: chain -> storing warp
+    bool hard[kStages];    // the low halves are in the next stage
+    Ring<kStages> ring;    // tiles: loading warp -> chain
+    Ring<kStages> ring_p;  // P, if computed: `full` only, `empty` is that of `ring`
+    Ring<1> ring_out;      // O: chain -> storing warp
   };
   static_assert(sizeof(Storage) <= 227 * 1024, "a Hopper CTA has 227 KB of shared memory");
 };
@@ -80,9 +93,19 @@ __device__ void load(typename Traits::Storage& s, const TokenMaps& maps, const S
   constexpr int kKeyDim = Traits::kKeyDim;
   const int head_k = static_cast<int>(head / (a.in.value_heads / a.in.heads));
   const int chunks = sequence.chunks();
+  const bool may_be_hard = Traits::kLow && a.scratch.hard != nullptr;
+  const auto hardness = [&](int c) {
+    const bool known = may_be_hard && c < chunks;
+    return known ? a.scratch.hard[(sequence.first_slot + c) * a.in.value_heads + head] : 0.f;
+  };
+  float next_hardness = hardness(0);  // looked at a chunk later: nobody waits for it
   RingIndex<Traits::kStages> at;
   for (int c = 0; c < chunks; ++c) {
+    const float hardness_now = next_hardness;
+    next_hardness = hardness(c + 1);
     s.ring.wait_empty(at);
+    const bool hard = hardness_now != 0.f;
+    s.hard[at.stage] = hard;
     s.ring.expect_bytes(at, Traits::kBytes);
     auto& stage = s.stage[at.stage];
     uint64_t* full = &s.ring.full[at.stage];
@@ -112,7 +135,17 @@ __device__ void load(typename Traits::Storage& s, const TokenMaps& maps, const S
       copy_in(stage.k_write, image(a.scratch.Kt, Traits::kKeyImages), Traits::kKeyTile * 2, full);
       copy_in(s.rows[at.stage].decay, a.scratch.decay + chunk * kKeyDim, kKeyDim * 4, full);
     }
-    if constexpr (Traits::kOutput) copy_in(stage.p, image(a.scratch.P, 1), kImageBytes, full);
+    if constexpr (Traits::kReadP) copy_in(stage.p, image(a.scratch.P, 1), kImageBytes, full);
+    at.advance();
+    if (!hard) continue;
+    s.ring.wait_empty(at);
+    s.ring.expect_bytes(at, Traits::kLowBytes);
+    auto& low = s.stage[at.stage];
+    full = &s.ring.full[at.stage];
+    copy_in(low.n, image(a.scratch.N_low, 1), kImageBytes, full);
+    if constexpr (Traits::kReadP) copy_in(low.p, image(a.scratch.P_low, 1), kImageBytes, full);
+    if constexpr (Traits::kChannelGate)
+      copy_in(low.k_write, image(a.scratch.Kt_low, Traits::kKeyImages), Traits::kKeyTile * 2, full);
     at.advance();
   }
 }
@@ -151,6 +184,79 @@ __device__ void store(typename Traits::Storage& s, const StatePassArgs& a, const
     s.ring_out.release(at);
     at.advance();
     out += kRows * stride;
+  }
+}
+
+// ---- Warpgroup that computes P ----
+
+//   P_ij = scale q_i . k_j e^{G_i - G_j}, lower with diagonal; and the factors of Q. Rows past the end become
+//   0.
+template <class Traits>
+__device__ void mix(typename Traits::Storage& s, const StatePassArgs& a, const Sequence& sequence) {
+  using Element = typename Traits::Element;
+  constexpr int kKeyDim = Traits::kKeyDim;
+  const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32, quad = lane % 4;
+  const int chunks = sequence.chunks();
+  const float scale = static_cast<float>(a.in.scale);
+  typename Traits::MmaP mma;
+  const auto thread_mma = mma.get_slice(thread);
+  Tensor qk = partition_fragment_C(mma, cute::Shape<Int<kRows>, Int<kRows>>{});
+  RingIndex<Traits::kStages> at;
+  for (int c = 0; c < chunks; ++c) {
+    auto& stage = s.stage[at.stage];
+    auto& rows = s.rows[at.stage];
+    const int valid = valid_rows(sequence, c);
+    s.ring.wait_full(at);
+    compiler_fence();
+    Tensor sK = make_tensor(make_smem_ptr(stage.k), LayoutByRow<Element, kKeyDim>{});
+    Tensor sQ = make_tensor(make_smem_ptr(stage.q), LayoutByRow<Element, kKeyDim>{});
+    Tensor tQ = thread_mma.partition_fragment_A(sQ), tK = thread_mma.partition_fragment_B(sK);
+    issue_gemm<true>(mma, tQ, tK, qk);
+    const float q_norm = a.in.qk_l2norm ? inverse_norm<kKeyDim>(stage.q) : 1.f;
+    if (thread % 2 == 0) {
+      const int row = thread / 2;
+      rows.q_read[row] = row < valid ? scale * q_norm : 0.f;
+    }
+    cutlass::arch::NamedBarrier::sync(128, 1);
+    float factor[2], G[2];
+    CUTE_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      const int i = 16 * warp + 8 * h + lane / 4;
+      factor[h] = rows.q_read[i];
+      G[h] = rows.G[i];
+    }
+    cutlass::arch::NamedBarrier::sync(128, 1);
+    if (thread < kRows) rows.q_read[thread] *= exp2_fast(rows.G[thread]);
+    warpgroup_wait<0>();
+    uint32_t words[16];
+    CUTE_UNROLL
+    for (int n = 0; n < 8; ++n) {
+      const int j = 8 * n + 2 * quad;
+      const float2 G_j = *reinterpret_cast<const float2*>(&rows.G[j]);
+      const float2 k_j = *reinterpret_cast<const float2*>(&rows.k_norm[j]);
+      CUTE_UNROLL
+      for (int h = 0; h < 2; ++h) {
+        const int i = 16 * warp + 8 * h + lane / 4;
+        float p[2];
+        CUTE_UNROLL
+        for (int e = 0; e < 2; ++e) {
+          const bool below = i >= j + e && i < valid;
+          const float decay = exp2_fast(below ? G[h] - (e ? G_j.y : G_j.x) : 0.f) * (e ? k_j.y : k_j.x);
+          p[e] = below ? factor[h] * decay * qk(4 * n + 2 * h + e) : 0.f;
+        }
+        words[2 * n + h] = pack<Element>(p[0], p[1]);
+      }
+    }
+    store_rows(stage.p, warp, words);
+    cutlass::arch::fence_view_async_shared();
+    __syncwarp();
+    const bool two_stages = Traits::kLow && s.hard[at.stage];
+    if (lane == 0) s.ring_p.arrive_full(at);
+    at.advance();
+    if (two_stages) {  // the next stage has the low halves
+      if (lane == 0) s.ring_p.arrive_full(at);
+      at.advance();
+    }
   }
 }
 
@@ -244,6 +350,17 @@ __device__ __forceinline__ void walk(typename Traits::Storage& s, const StatePas
   Tensor S16 = make_tensor<Element>(accumulator_as_a(S.layout()));
   Tensor X16 = make_tensor<Element>(accumulator_as_a(R.layout()));
   Tensor V16 = make_tensor<Element>(accumulator_as_a(R.layout()));
+  Tensor L16 = make_tensor<Element>(accumulator_as_a(R.layout()));
+  const auto for_words = [](auto& to, const auto& word) {
+    CUTE_UNROLL
+    for (int x = 0; x < 16; ++x) reinterpret_cast<uint32_t*>(to.data())[x] = word(x);
+  };
+  // What rounding R into `high` lost.
+  const auto lost = [&](auto& low, const auto& high) {
+    for_words(low, [&](int x) {
+      return pack_low<Element>(R(2 * x), R(2 * x + 1), reinterpret_cast<const uint32_t*>(high.data())[x]);
+    });
+  };
   const auto round = [](auto& from, auto& to) {
     Tensor view = make_tensor(from.data(), to.layout());
     convert_to(view, to);
@@ -264,6 +381,13 @@ __device__ __forceinline__ void walk(typename Traits::Storage& s, const StatePas
     auto& stage = s.stage[at.stage];
     const auto& rows = s.rows[at.stage];
     const int valid = valid_rows(sequence, c);
+    // Of a hard chunk the low halves are in the next stage, whose keys' place keeps V' while registers are
+    // short. Asked anew each time, for the same reason.
+    const auto hard = [&] { return Traits::kLow && *const_cast<const volatile bool*>(&s.hard[at.stage]); };
+    const auto low = [&]() ->
+        typename Traits::Stage& { return s.stage[at.stage + 1 == Traits::kStages ? 0 : at.stage + 1]; };
+    constexpr bool kKeepsR = kKeyDim == 128;
+    const auto kept_R = [&] { return reinterpret_cast<float*>(low().k) + thread; };
     const auto columns_of = [&](const float* row, int j) {
       return *reinterpret_cast<const float2*>(row + 8 * j + 2 * quad);
     };
@@ -336,6 +460,7 @@ __device__ __forceinline__ void walk(typename Traits::Storage& s, const StatePas
       }
     }
     round(R, X16);
+    if (hard()) lost(L16, X16);
     // V' = X + N X; meanwhile S <- e^{G_C} S
     issue_gemm<false>(mma_token, X16, by_row(stage.n, Int<kRows>{}), R);
     if constexpr (Traits::kChannelGate) {
@@ -356,6 +481,19 @@ __device__ __forceinline__ void walk(typename Traits::Storage& s, const StatePas
       for (int j = 0; j < 8; ++j) write[j] = columns_of(rows.k_write, j);
     }
     warpgroup_wait<0>();
+    if (hard()) {
+      auto after = at;
+      after.advance();
+      s.ring.wait_full(after);
+      compiler_fence();
+      issue_gemm<false>(mma_token, X16, by_row(low().n, Int<kRows>{}), R);
+      issue_gemm<false>(mma_token, L16, by_row(stage.n, Int<kRows>{}), R);
+      warpgroup_wait<0>();
+      if constexpr (kKeepsR) {
+        CUTE_UNROLL
+        for (int x = 0; x < 32; ++x) kept_R()[128 * x] = R(x);
+      }
+    }
 
     // S += Kt^T V'; then O = scale Qh S + P V'
     if constexpr (!Traits::kChannelGate) {
@@ -373,6 +511,10 @@ __device__ __forceinline__ void walk(typename Traits::Storage& s, const StatePas
     }
     round(R, V16);
     if constexpr (kOutput) {
+      if constexpr (Traits::kComputeP) {
+        s.ring_p.wait_full(at);
+        compiler_fence();
+      }
       if constexpr (!Traits::kChannelGate) {
         CUTE_UNROLL
         for (int j = 0; j < 8; ++j) {
@@ -391,12 +533,48 @@ __device__ __forceinline__ void walk(typename Traits::Storage& s, const StatePas
     if constexpr (kOutput) {
       warpgroup_fence_operand(S);  // the rounding stays above the wait
       warpgroup_wait<0>();
+    }
+    if (hard()) {
+      if constexpr (kKeepsR) {
+        CUTE_UNROLL
+        for (int x = 0; x < 32; ++x) R(x) = kept_R()[128 * x];
+        cutlass::arch::fence_view_async_shared();  // the copy engine writes there next
+      }
+      if constexpr (Traits::kChannelGate) {
+        round(R, X16);
+        lost(L16, X16);
+        issue_gemm<false>(mma_state, L16, by_key(stage.k_write), S);
+        issue_gemm<false>(mma_state, X16, by_key(low().k_write), S);
+      } else {
+        for_words(L16, [&](int x) {
+          const float2 k_write = columns_of(rows.k_write, x / 2);
+          const float w0 = k_write.x * R(2 * x), w1 = k_write.y * R(2 * x + 1);
+          return pack_low<Element>(w0, w1, pack<Element>(w0, w1));
+        });
+        issue_gemm<false>(mma_state, L16, by_key(stage.k), S);
+      }
+      warpgroup_wait<0>();
+      round(S, S16);
+      if constexpr (kOutput) {
+        round(R, V16);
+        lost(L16, V16);
+        issue_gemm<false>(mma_token, L16, by_row(stage.p, Int<kRows>{}), O);
+        if constexpr (Traits::kReadP) issue_gemm<false>(mma_token, V16, by_row(low().p, Int<kRows>{}), O);
+        warpgroup_wait<0>();
+      }
+    }
+    if constexpr (kOutput) {
       round(O, V16);
       hand_over(V16);
     }
     if (valid == kRows) keep(c, S);
+    const bool two_stages = hard();
     s.ring.release(at);
     at.advance();
+    if (two_stages) {
+      s.ring.release(at);
+      at.advance();
+    }
   }
   if constexpr (!kOutput) tma_store_wait<0>();
 }
@@ -470,6 +648,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   }
   if (threadIdx.x == 0) {
     s.ring.init(1, 4);
+    s.ring_p.init(4, 1);
     s.ring_out.init(4, 1);
     cutlass::arch::fence_barrier_init();
     prefetch_map(maps.q);
@@ -477,13 +656,19 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     prefetch_map(maps.v);
   }
   __syncthreads();
-  const int warp = threadIdx.x / 32;
-  if (warp < 4) {
+  const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32;
+  if (warpgroup == 0) {
+    if constexpr (Traits::kComputeP) cutlass::arch::warpgroup_reg_alloc<Traits::kChainRegisters>();
     walk_part<Traits>(s, a, part, slot, head, first_value);
-  } else if (warp == 4) {
-    if (threadIdx.x == Traits::kHelpers) load<Traits>(s, maps, a, part.sequence, head, first_value);
+  } else if (Traits::kComputeP && warpgroup == 1) {
+    if constexpr (Traits::kComputeP) {
+      cutlass::arch::warpgroup_reg_dealloc<Traits::kMixRegisters>();
+      mix<Traits>(s, a, part.sequence);
+    }
   } else {
-    store<Traits>(s, a, part.sequence, head, first_value);
+    if constexpr (Traits::kComputeP) cutlass::arch::warpgroup_reg_dealloc<Traits::kHelperRegisters>();
+    if (threadIdx.x == Traits::kHelpers) load<Traits>(s, maps, a, part.sequence, head, first_value);
+    if (warp == Traits::kHelpers / 32 + 1) store<Traits>(s, a, part.sequence, head, first_value);
   }
 }
 
@@ -510,6 +695,12 @@ template <class Tag, int kKeyDim, bool kChannelGate>
 int state_pass_sm90<Tag, kKeyDim, kChannelGate>::run(const StatePassArgs& args, void* stream_) {
   const auto stream = static_cast<cudaStream_t>(stream_);
   constexpr bool kBf16 = std::is_same_v<Tag, bf16>;
+  if constexpr (!kChannelGate) {
+    if (args.o != nullptr && args.scratch.P == nullptr) {
+      using Traits = StatePassTraits<Tag, kKeyDim, kChannelGate, true, true>;
+      return launch_state_pass<Traits>(args, kBf16, stream);
+    }
+  }
   if (args.o != nullptr) {
     return launch_state_pass<StatePassTraits<Tag, kKeyDim, kChannelGate, true>>(args, kBf16, stream);
   }

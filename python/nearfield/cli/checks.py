@@ -15,7 +15,13 @@ from torch import Tensor
 
 from nearfield import delta_rule, delta_rule_step, gna, lla, local_linear_attention, probe_attention
 from nearfield._accuracy import Accuracy, measure
-from nearfield.delta import delta_rule_commit, delta_rule_reference, delta_rule_verify
+from nearfield.delta import (
+    delta_rule_commit,
+    delta_rule_reference,
+    delta_rule_states,
+    delta_rule_states_reference,
+    delta_rule_verify,
+)
 from nearfield.lla import reference as lla_reference
 
 Check = Callable[[torch.device, torch.dtype], dict[str, Accuracy]]
@@ -159,6 +165,24 @@ def _delta_chunks(device: torch.device, dtype: torch.dtype, backward: bool) -> d
 @check("delta_fwd")
 def _(device: torch.device, dtype: torch.dtype) -> dict[str, Accuracy]:
     return _delta_chunks(device, dtype, backward=False)
+
+
+@check("delta_fwd_states")
+def _(device: torch.device, dtype: torch.dtype) -> dict[str, Accuracy]:
+    def ours(state: Tensor, **inputs: Any) -> Tensors:
+        return {"states": delta_rule_states(**inputs, initial_state=state, every=1)[2]}
+
+    def reference(
+        q: Tensor, k: Tensor, v: Tensor, beta: Tensor, state: Tensor, g: Tensor | None = None
+    ) -> Tensors:
+        return {"states": delta_rule_states_reference(k, v, beta, g, 1, state)}
+
+    found: dict[str, Accuracy] = {}
+    for form in DELTA:
+        inputs = _delta_inputs(form, dtype, 130)
+        parts = _compare(ours, reference, inputs, None, device, eager_dtype=dtype, factor=DELTA_FACTOR)
+        found |= {f"{form} {name}": accuracy for name, accuracy in parts.items()}
+    return found
 
 
 @check("delta_bwd")
