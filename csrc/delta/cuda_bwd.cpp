@@ -107,7 +107,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> delta
   Tensor dg = defined(g) ? token_rows(q, x, x.gate_shape(), wide) : absent_or(false, {});
   Tensor d_initial = absent_or(defined(initial_state), x.state_shape(state_v_first));
   Tensor dA_log = absent_or(defined(A_log), {x.HV});
-  Tensor ddt_bias = absent_or(defined(dt_bias), {x.HV});
+  Tensor ddt_bias = absent_or(defined(dt_bias), {x.channel_gate ? x.HV * x.K : x.HV});
   if (empty && defined(initial_state) && defined(d_final)) d_initial = torch::stable::clone(*d_final);
   if (!empty) {
     make_loadable(x);
