@@ -69,6 +69,7 @@ struct ChunkGradientChannelTraits : ChunkGradientTraits<Tag, kKeyDim_> {
       float parked_dq[8][kParked];
     };
     float beta[kRows], k_norm[kRows], q_norm[kRows];
+    GradientPlace place;
     uint64_t qk_here, values_here, state_here, d_state_here;
   };
   static_assert(sizeof(Sums) + sizeof(float2) * kRows * kBlockRows <= kTile * sizeof(Element));
@@ -138,7 +139,7 @@ __device__ __forceinline__ void scale_blocks(Storage& s, const float* G, int kKe
     const float4 a = from[0], b = from[1];
     g[0] = a.x, g[1] = a.y, g[2] = a.z, g[3] = a.w, g[4] = b.x, g[5] = b.y, g[6] = b.z, g[7] = b.w;
   };
-  CUTE_UNROLL
+  CUTE_NO_UNROLL
   for (int block = 0; block < kBlocks; ++block) {
     const int row = kBlockRows * block + threadIdx.x / 16;
     const auto at = [&](Element* images) -> uint4& {
@@ -342,34 +343,44 @@ __device__ __forceinline__ void pairs_in_block(Storage& s, int wg, int block, co
     before = here;
     dg[i] = 0.f;
   }
-  CUTE_UNROLL
-  for (int i = 0; i < kBlockRows; ++i) {
-    const float q = s.q_norm[first + i] * value(s.q, i), beta = s.beta[first + i], beta_k = beta * k[i];
-    const float dP = s.diagonal[block][i][i].y;
-    float dq = dP * k[i], dk_row = 0.f, e = 1.f, pair[kBlockRows];
-    dk[i] += dP * q;
-    CUTE_UNROLL
-    for (int j = i - 1; j >= 0; --j) {
-      e *= decay[j + 1];
-      const float2 d = s.diagonal[block][i][j];
-      const float source = e * k[j], reader = d.x * beta_k + d.y * q;
-      dq += d.y * source;
-      dk_row += d.x * source;
-      dk[j] += e * reader;
-      pair[j] = source * reader;
-    }
-    float sum = 0.f;
-    CUTE_UNROLL
-    for (int j = 0; j < i; ++j) dg[j + 1] += sum += pair[j];
-    dk[i] += beta * dk_row;
-    parked_at(s.parked_dq[part], i, z.column) += dq;
-    if (z.no_division >> i & 1) {
-      float dot = k[i] * dk_row;
+  const auto four_rows = [&](auto group) {  // a loop: code that is only run once has to be fetched each time
+    constexpr int kFirst = 4 * decltype(group)::value, kColumns = kFirst + 4;
+    CUTE_NO_UNROLL
+    for (int i = kFirst; i < kColumns; ++i) {
+      const float q = s.q_norm[first + i] * value(s.q, i), k_i = s.k_norm[first + i] * value(s.k, i);
+      const float beta = s.beta[first + i], beta_k = beta * k_i;
+      float dq = 0.f, dk_row = 0.f, e = 1.f, pair[kColumns];
       CUTE_UNROLL
-      for (int step = 16; step >= 1; step /= 2) dot += __shfl_xor_sync(0xffffffffu, dot, step);
-      if (lane == 0) s.sums.k_diagonal[wg][first + i] += dot;
+      for (int j = kColumns - 1; j >= 0; --j) {  // dA and dP are 0 above the diagonal
+        if (j < kColumns - 1) e = j < kFirst || j < i ? e * decay[j + 1] : 1.f;
+        const float2 d = s.diagonal[block][i][j];
+        const float source = e * k[j], reader = d.x * beta_k + d.y * q;
+        dq += d.y * source;
+        dk_row += d.x * source;
+        dk[j] += e * reader;
+        pair[j] = source * reader;
+      }
+      float sum = 0.f;
+      CUTE_UNROLL
+      for (int j = 0; j < kColumns; ++j) {
+        if (j >= kFirst) dk[j] += j == i ? beta * dk_row : 0.f;
+        if (j == kColumns - 1) continue;
+        sum += pair[j];
+        dg[j + 1] += j < kFirst || j < i ? sum : 0.f;
+      }
+      parked_at(s.parked_dq[part], i, z.column) += dq;
+      if (z.no_division >> i & 1) {
+        float dot = k_i * dk_row;
+        CUTE_UNROLL
+        for (int step = 16; step >= 1; step /= 2) dot += __shfl_xor_sync(0xffffffffu, dot, step);
+        if (lane == 0) s.sums.k_diagonal[wg][first + i] += dot;
+      }
     }
-  }
+  };
+  four_rows(Int<0>{});
+  four_rows(Int<1>{});
+  four_rows(Int<2>{});
+  four_rows(Int<3>{});
   CUTE_UNROLL
   for (int i = 0; i < kBlockRows; ++i) parked_at(s.parked_dk[part], i, z.column) += dk[i];
 }
@@ -387,70 +398,46 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   constexpr int kKeyDim = Traits::kKeyDim;
   auto& s = shared_storage<typename Traits::Storage>();
   const InputsSm90& in = args.in;
-  const int64_t slot = blockIdx.x / in.value_heads, head = blockIdx.x % in.value_heads;
-  const Sequence sequence = sequence_of(in, sequence_at_slot(in, slot));
-  const int64_t chunk = slot - sequence.first_slot;
+  GradientPlace place;
+  const bool inside = place.find(in);
   const int wg = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32, quad = lane % 4;
-  const int64_t rate_part = ((slot * 8 + 4 * wg + warp) * in.value_heads) + head;
-  const int64_t bias_part = ((slot * 4 + warp) * in.value_heads + head) * in.key_dim;
-  if (chunk < 0 || chunk * kRows >= sequence.length) {
+
+  if (!inside) {
     if (args.rate_parts == nullptr) return;
-    if (lane == 0) args.rate_parts[rate_part] = 0.f;
+    if (lane == 0) args.rate_parts[place.part(in, 8, 4 * wg + warp)] = 0.f;
+    const int64_t part = place.part(in, 4, warp) * in.key_dim;
     for (int c = 64 * wg + lane; c < min(64 * wg + 64, static_cast<int>(in.key_dim)); c += 32)
-      args.bias_parts[bias_part + c] = 0.f;
+      args.bias_parts[part + c] = 0.f;
     return;
   }
-  const int64_t token = sequence.begin + chunk * kRows, head_k = head / (in.value_heads / in.heads);
-  const int valid = static_cast<int>(min(static_cast<int64_t>(kRows), sequence.length - chunk * kRows));
-  const int value_images = static_cast<int>((in.value_dim + kImageColumns - 1) / kImageColumns);
-  const ChunkRows& rows = args.rows[slot * in.value_heads + head];
-  const float* G = args.G + (slot * in.value_heads + head) * kRows * kKeyDim;
-  const int state_bytes = value_images * Traits::kImages * kImageBytes;
-  const int64_t state = (slot * in.value_heads + head) * state_bytes;
+  const int value_images = place.value_images;
+  const ChunkRows& rows = args.rows[place.chunk];
+  const float* G = args.G + place.chunk * kRows * kKeyDim;
 
   if (threadIdx.x == 0) {
     for (uint64_t* barrier : {&s.qk_here, &s.values_here, &s.state_here, &s.d_state_here})
       Barrier::init(barrier, 1);
     cutlass::arch::fence_barrier_init();
-    const int h = static_cast<int>(head), h_k = static_cast<int>(head_k);
-    Barrier::arrive_and_expect_tx(&s.values_here, 3 * value_images * kImageBytes);
-    for (int v = 0; v < value_images; ++v) {
-      load_tokens<64>(maps.y, &s.values_here, s.y + v * kImage, 64 * v, token, h, sequence.batch);
-      load_tokens<64>(maps.v_new, &s.values_here, s.v_new + v * kImage, 64 * v, token, h, sequence.batch);
-      load_tokens<64>(maps.dout, &s.values_here, s.dout + v * kImage, 64 * v, token, h, sequence.batch);
-    }
-    Barrier::arrive_and_expect_tx(&s.state_here, state_bytes);
-    copy_in(s.state, static_cast<const char*>(args.states) + state, state_bytes, &s.state_here);
+    s.place = place;
+    load_values(s, maps, args, place);
+    const int head_k = static_cast<int>(place.head_k);
     Barrier::arrive_and_expect_tx(&s.qk_here, 2 * Traits::kTile * 2);
-    load_tokens<kKeyDim>(maps.k, &s.qk_here, s.k, 0, token, h_k, sequence.batch);
-    load_tokens<kKeyDim>(maps.q, &s.qk_here, s.q, 0, token, h_k, sequence.batch);
+    load_tokens<kKeyDim>(maps.k, &s.qk_here, s.k, 0, place.token, head_k, place.sequence.batch);
+    load_tokens<kKeyDim>(maps.q, &s.qk_here, s.q, 0, place.token, head_k, place.sequence.batch);
   }
   if (threadIdx.x < kRows) {
     s.beta[threadIdx.x] = rows.beta[threadIdx.x];
     s.k_norm[threadIdx.x] = rows.k_norm[threadIdx.x];
     s.q_norm[threadIdx.x] = rows.q_norm[threadIdx.x];
   }
-  const Element* v = nullptr;
-  if (threadIdx.x / 4 < valid && fabsf(rows.beta[threadIdx.x / 4]) < kLeastDivisor) {
-    v = static_cast<const Element*>(in.v.data) + sequence.batch * in.v.batch +
-        (token + threadIdx.x / 4) * in.v.token + head * in.v.head;
-  }
+  const Element* v = place.value_row<Element>(in, rows, threadIdx.x / 4);
   __syncthreads();
+  const GradientPlace& z = s.place;  // frees registers
   Barrier::wait(&s.qk_here, 0);
   Barrier::wait(&s.values_here, 0);
   asm volatile("" ::: "memory");
-  if (valid < kRows) {  // the next sequence, or padding that may hold NaN
-    const int pieces = (kRows - valid) * (kImageColumns / 8);
-    for (Element* images : {s.q, s.k, s.v_new, s.dout, s.y}) {
-      for (int c = 0; c < Traits::kImages; ++c) {
-        auto* first = reinterpret_cast<uint4*>(images + c * kImage + valid * kImageColumns);
-        for (int i = threadIdx.x; i < pieces; i += Traits::kThreads) first[i] = uint4{0, 0, 0, 0};
-      }
-    }
-    cutlass::arch::fence_view_async_shared();
-    __syncthreads();
-  }
+  clear_tail(s, z.valid);
 
   // This thread's rows of every accumulator, its columns of a piece of 8 channels, and their gates.
   const int row0 = kBlockRows * warp + lane / 4;
@@ -479,7 +466,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     Element* left = wg == 0 ? s.y : s.dout;
     multiply<true, ByRow>(mma_rows, left, s.v_new, product);
     if (value_images == 2) multiply<false, ByRow>(mma_rows, left + kImage, s.v_new + kImage, product);
-    value_dots(s.y, s.v_new, v, static_cast<int>(in.value_dim), y_vnew, y_v);
+    value_dots(s.y, s.v_new, v, z.values(in), y_vnew, y_v);
     warpgroup_wait<0>();
     const float factor = wg == 0 ? -1.f : static_cast<float>(in.scale);
     CUTE_UNROLL
@@ -508,10 +495,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   through_state(s.y, s.state, dk_row);
   warpgroup_wait<0>();
   __syncthreads();  // dO and Y are free
-  if (threadIdx.x == 0) {
-    Barrier::arrive_and_expect_tx(&s.d_state_here, state_bytes);
-    copy_in(s.d_state, static_cast<const char*>(args.d_states) + state, state_bytes, &s.d_state_here);
-  }
+  if (threadIdx.x == 0) load_states(s.d_state, args.d_states, &s.d_state_here, z);
   Element *q_image = s.q + wg * kImage, *k_image = s.k + wg * kImage;
   float2 enter, leave;
   {
@@ -607,12 +591,12 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     dk_row(at + 1) = beta[h] * dk_row(at + 1) + dk_column(at + 1);
   });
   __syncwarp();
-  const int64_t first_token = sequence.batch * in.tokens + token;
-  const int64_t gate_stride = in.value_heads * in.key_dim;
-  const int64_t first_gate =
-      ((first_token + kBlockRows * warp) * in.value_heads + head) * in.key_dim + 64 * wg;
-  const int block_rows = valid - kBlockRows * warp;  // may be negative
-  CUTE_UNROLL
+  // In dg, and in g.
+  const int64_t dg_stride = z.row * in.key_dim, g_stride = in.value_heads * in.key_dim;
+  float* dg_block = args.dg + z.first_row * in.key_dim + kBlockRows * warp * dg_stride + 64 * wg;
+  const float* g_block = in.g + z.token_head(in, kBlockRows * warp) * in.key_dim + 64 * wg;
+  const int block_rows = z.valid - kBlockRows * warp;  // may be negative
+  CUTE_NO_UNROLL
   for (int e = 0; e < 2; ++e) {
     const int column = lane + 32 * e, channel = 64 * wg + column;
     float whole = s.sums.through[channel];
@@ -634,8 +618,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     for (int t = kBlockRows - 1; t >= 0; --t) {
       sum += parked_at(parked_q, t, column);
       // dg waits at its place until the pairs of the block are known
-      if (t < block_rows && channel < in.key_dim)
-        args.dg[first_gate + column + t * gate_stride] = others[t] + sum + whole;
+      if (t < block_rows && channel < in.key_dim) dg_block[column + t * dg_stride] = others[t] + sum + whole;
     }
   }
   __syncwarp();
@@ -645,7 +628,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
 
   // 6. Pairs within the block; the gate's gradient through its activation.
   {
-    const float rate = in.A_log != nullptr ? expf(in.A_log[head]) : 1.f;
+    const float rate = in.A_log != nullptr ? expf(in.A_log[z.head]) : 1.f;
     const uint32_t no_division = __ballot_sync(
         0xffffffffu, lane < kBlockRows && fabsf(s.beta[kBlockRows * warp + lane % 16]) < kLeastDivisor);
     float d_rate = 0.f;
@@ -656,40 +639,37 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       pairs_in_block(s, wg, warp, {column, G + kBlockRows * warp * kKeyDim + channel, kKeyDim, no_division},
                      dg);
       if (channel >= in.key_dim) continue;
-      const float bias = in.dt_bias != nullptr ? in.dt_bias[head * in.key_dim + channel] : 0.f;
+      const float bias = in.dt_bias != nullptr ? in.dt_bias[z.head * in.key_dim + channel] : 0.f;
       CUTE_UNROLL
-      for (int t = 0; t < kBlockRows; ++t) {
-        if (t >= block_rows) continue;
-        float& out = args.dg[first_gate + column + t * gate_stride];
-        dg[t] += out;
-        float da = dg[t];
-        if (in.gate != Gate::kLog) {
-          const float x = in.g[first_gate + column + t * gate_stride] + bias;
-          if (in.gate == Gate::kSoftplus) {
-            da = -dg[t] * rate * sigmoid(x);
-            d_rate += dg[t] * log2_decay(in, x, rate) * (1.f / kLog2e);
-          } else {
-            const float open = sigmoid(rate * x);
-            da = dg[t] * static_cast<float>(in.gate_bound) * open * (1.f - open) * rate;
-            d_rate += da * x;
-          }
-          d_bias += da;
+      for (int t = 0; t < kBlockRows; ++t)
+        if (t < block_rows) dg_block[column + t * dg_stride] += dg[t];
+      CUTE_NO_UNROLL
+      for (int t = 0; t < (in.gate == Gate::kLog ? 0 : min(block_rows, kBlockRows)); ++t) {
+        float& out = dg_block[column + t * dg_stride];
+        const float dg_t = out, x = g_block[column + t * g_stride] + bias;
+        if (in.gate == Gate::kSoftplus) {
+          out = -dg_t * rate * sigmoid(x);
+          d_rate += dg_t * log2_decay(in, x, rate) * (1.f / kLog2e);
+        } else {
+          const float open = sigmoid(rate * x);
+          out = dg_t * static_cast<float>(in.gate_bound) * open * (1.f - open) * rate;
+          d_rate += out * x;
         }
-        out = da;
+        d_bias += out;
       }
-      if (args.rate_parts != nullptr) args.bias_parts[bias_part + channel] = d_bias;
+      if (args.rate_parts != nullptr) args.bias_parts[z.part(in, 4, warp) * in.key_dim + channel] = d_bias;
     }
     if (args.rate_parts != nullptr) {
       CUTE_UNROLL
       for (int step = 16; step >= 1; step /= 2) d_rate += __shfl_xor_sync(0xffffffffu, d_rate, step);
-      if (lane == 0) args.rate_parts[rate_part] = d_rate;
+      if (lane == 0) args.rate_parts[z.part(in, 8, 4 * wg + warp)] = d_rate;
     }
   }
   __syncwarp();
   for_parked(parked_q, [&](int at, float2& x) { dq(at) = x.x, dq(at + 1) = x.y; });
   for_parked(parked_k, [&](int at, float2& x) { dk_row(at) = x.x, dk_row(at + 1) = x.y; });
   __syncthreads();  // the sums are complete
-  if (threadIdx.x < valid) {
+  if (threadIdx.x < z.valid) {
     const int i = threadIdx.x;
     const float beta_i = s.beta[i];
     float dbeta = fabsf(beta_i) >= kLeastDivisor ? s.sums.y_vnew[i] / beta_i
@@ -697,11 +677,11 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
                                                        s.sums.k_diagonal[0][i] + s.sums.k_diagonal[1][i];
     if (in.beta_activation != BetaActivation::kNone)
       dbeta *= beta_i * (1.f - beta_i / (in.beta_activation == BetaActivation::kSigmoid2 ? 2.f : 1.f));
-    args.dbeta[(first_token + i) * in.value_heads + head] = dbeta;
+    args.dbeta[z.first_row + i * z.row] = dbeta;
   }
   scale_rows(dq, q_norm[0], q_norm[1]);
   scale_rows(dk_row, k_norm[0], k_norm[1]);
-  finish_rows(args, s.sums, q_image, k_image, dq, dk_row, q_norm, k_norm, first_token, head, head_k, valid);
+  finish_rows(args, z, s.sums, q_image, k_image, dq, dk_row, q_norm, k_norm);
 }
 
 template <class Tag, int kKeyDim>

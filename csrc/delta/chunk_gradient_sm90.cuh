@@ -14,6 +14,61 @@
 
 namespace nearfield::delta {
 
+// Below this |beta|, V'_i / beta_i has lost digits of V'_i (in fp16, to its smallest numbers).
+constexpr float kLeastDivisor = 1.f / 64;
+
+// ---- Which chunk ----
+
+// A CTA has a slot, a value head and a block of its values.
+struct GradientPlace {
+  Sequence sequence;
+  int64_t slot, head, head_k, block, blocks;
+  int64_t token, chunk;    // the first token; [slot][value head]
+  int64_t first_row, row;  // in [B, T, HV, blocks]: the first token, and from one to the next
+  int64_t state_images;    // before those of this block
+  int valid, value_images;
+
+  __device__ __forceinline__ bool find(const InputsSm90& in) {
+    const int64_t tiles = (in.value_dim + kImageColumns - 1) / kImageColumns;
+    const auto value_heads = static_cast<uint32_t>(in.value_heads);
+    const uint32_t block_count = static_cast<uint32_t>(tiles + 1) / 2, index = blockIdx.x / block_count;
+    blocks = block_count;
+    block = blockIdx.x % block_count;
+    chunk = index;
+    slot = index / value_heads;
+    const uint32_t h = index % value_heads;
+    head = h;
+    head_k = h / (value_heads / static_cast<uint32_t>(in.heads));
+    sequence = sequence_of(in, sequence_at_slot(in, slot));
+    const int64_t first = (slot - sequence.first_slot) * kRows;
+    token = sequence.begin + first;
+    row = in.value_heads * blocks;
+    first_row = (sequence.batch * in.tokens + token) * row + head * blocks + block;
+    value_images = static_cast<int>(min(tiles - 2 * block, static_cast<int64_t>(2)));
+    state_images = (chunk * tiles + 2 * block) * 2;
+    valid = static_cast<int>(min(static_cast<int64_t>(kRows), sequence.length - first));
+    return first >= 0 && first < sequence.length;
+  }
+  // Index of a token of the chunk in [B, T, HV].
+  __device__ __forceinline__ int64_t token_head(const InputsSm90& in, int i) const {
+    return (sequence.batch * in.tokens + token + i) * in.value_heads + head;
+  }
+  __device__ __forceinline__ int64_t part(const InputsSm90& in, int count, int which) const {
+    return ((slot * count + which) * blocks + block) * in.value_heads + head;
+  }
+  __device__ __forceinline__ int values(const InputsSm90& in) const {
+    return static_cast<int>(min(in.value_dim - block * kValueBlock, kValueBlock));
+  }
+  // V of a token, in rows whose dbeta needs it.
+  template <class Element>
+  __device__ __forceinline__ const Element* value_row(const InputsSm90& in, const ChunkRows& rows,
+                                                      int i) const {
+    if (i >= valid || fabsf(rows.beta[i]) >= kLeastDivisor) return nullptr;
+    return static_cast<const Element*>(in.v.data) + sequence.batch * in.v.batch + (token + i) * in.v.token +
+           head * in.v.head + block * kValueBlock;
+  }
+};
+
 // ---- Layouts and storage ----
 
 template <class Tag, int kKeyDim_>
@@ -62,19 +117,58 @@ struct ChunkGradientTraits {
     };
     alignas(16) float G[kRows];
     float k_norm[kRows];
+    GradientPlace place;
     uint64_t qk_here, values_here, state_here, d_state_here;
   };
   static_assert(2 * (sizeof(Storage) + 1024) <= 228 * 1024, "two CTAs on an SM");
 };
-
-// Below this |beta|, V'_i / beta_i has lost digits of V'_i (in fp16, to its smallest numbers).
-constexpr float kLeastDivisor = 1.f / 64;
 
 struct ChunkGradientMaps {
   CUtensorMap q, k, dout, y, v_new;
 };
 
 // ---- Steps ----
+
+template <class Element>
+__device__ __forceinline__ void load_states(Element* to, const void* states, uint64_t* barrier,
+                                            const GradientPlace& z) {
+  const int bytes = 2 * z.value_images * kImageBytes;
+  cutlass::arch::ClusterTransactionBarrier::arrive_and_expect_tx(barrier, bytes);
+  copy_in(to, static_cast<const char*>(states) + z.state_images * kImageBytes, bytes, barrier);
+}
+
+// One thread: Y, V' and dO, then S.
+template <class Storage>
+__device__ __forceinline__ void load_values(Storage& s, const ChunkGradientMaps& maps,
+                                            const ChunkGradientArgs& args, const GradientPlace& z) {
+  using Barrier = cutlass::arch::ClusterTransactionBarrier;
+  const int head = static_cast<int>(z.head), first = static_cast<int>(z.block * kValueBlock);
+  Barrier::arrive_and_expect_tx(&s.values_here, 3 * z.value_images * kImageBytes);
+  for (int v = 0; v < z.value_images; ++v) {
+    const auto load = [&](const CUtensorMap& map, auto* images) {
+      load_tokens<64>(map, &s.values_here, images + v * kImage, first + 64 * v, z.token, head,
+                      z.sequence.batch);
+    };
+    load(maps.y, s.y);
+    load(maps.v_new, s.v_new);
+    load(maps.dout, s.dout);
+  }
+  load_states(s.state, args.states, &s.state_here, z);
+}
+// Rows past the end are the next sequence, or padding that may hold NaN. All threads.
+template <class Storage>
+__device__ __forceinline__ void clear_tail(Storage& s, int valid) {
+  if (valid == kRows) return;
+  const int pieces = (kRows - valid) * (kImageColumns / 8);
+  static_assert(offsetof(Storage, y) == 4 * sizeof(s.q), "ten images in a row");
+  CUTE_NO_UNROLL
+  for (int i = threadIdx.x; i < 10 * pieces; i += static_cast<int>(blockDim.x)) {
+    auto* first = reinterpret_cast<uint4*>(s.q + i / pieces * kImage + valid * kImageColumns);
+    first[i % pieces] = uint4{0, 0, 0, 0};
+  }
+  cutlass::arch::fence_view_async_shared();
+  __syncthreads();
+}
 
 // acc (+)= A B over `images` pairs of images, each contracting 64.
 template <bool kZeroInit, class Layout, class Element, class Mma, class Acc>
@@ -255,19 +349,17 @@ __device__ __forceinline__ void store_head_gradient(int warp, const Acc& acc, fl
 // dq and dk of this warpgroup's 64 features, times the factors of the norms, to where they belong. q and k:
 // their images, overwritten. All threads.
 template <class Element, class Sums, class Acc>
-__device__ __forceinline__ void finish_rows(const ChunkGradientArgs& args, Sums& sums, Element* q, Element* k,
-                                            Acc& dq, Acc& dk, const float (&q_norm)[2],
-                                            const float (&k_norm)[2], int64_t first_token, int64_t head,
-                                            int64_t head_k, int valid) {
+__device__ __forceinline__ void finish_rows(const ChunkGradientArgs& args, const GradientPlace& z, Sums& sums,
+                                            Element* q, Element* k, Acc& dq, Acc& dk,
+                                            const float (&q_norm)[2], const float (&k_norm)[2]) {
   const InputsSm90& in = args.in;
   const int wg = threadIdx.x / 128, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
   const int row0 = 16 * warp + lane / 4, first_key = wg * kImageColumns;
   const int columns = static_cast<int>(in.key_dim) - first_key;
   if (args.dq_heads != nullptr) {
-    const int64_t out = (first_token * in.value_heads + head) * in.key_dim + first_key;
-    const int64_t stride = in.value_heads * in.key_dim;
-    store_head_gradient(warp, dq, args.dq_heads + out, stride, valid, columns);
-    store_head_gradient(warp, dk, args.dk_heads + out, stride, valid, columns);
+    const int64_t out = z.first_row * in.key_dim + first_key, stride = z.row * in.key_dim;
+    store_head_gradient(warp, dq, args.dq_heads + out, stride, z.valid, columns);
+    store_head_gradient(warp, dk, args.dk_heads + out, stride, z.valid, columns);
     return;
   }
   if (in.qk_l2norm) {  // dx = z - x rstd^2 (x . z), where z = rstd dy
@@ -293,17 +385,16 @@ __device__ __forceinline__ void finish_rows(const ChunkGradientArgs& args, Sums&
     subtract_rows(k, warp, along[1], dk);
   }
   cutlass::arch::NamedBarrier::sync(128, 1 + wg);  // Q and K have been read
-  const int64_t out = (first_token * in.heads + head_k) * in.key_dim + first_key;
-  const int64_t stride = in.heads * in.key_dim;
-  store_gradient(q, warp, dq, static_cast<Element*>(args.dq) + out, stride, valid, columns);
-  store_gradient(k, warp, dk, static_cast<Element*>(args.dk) + out, stride, valid, columns);
+  // one block, and as many value heads as key heads
+  const int64_t out = z.first_row * in.key_dim + first_key, stride = z.row * in.key_dim;
+  store_gradient(q, warp, dq, static_cast<Element*>(args.dq) + out, stride, z.valid, columns);
+  store_gradient(k, warp, dk, static_cast<Element*>(args.dk) + out, stride, z.valid, columns);
 }
 
 // One warp, two tokens per lane: dbeta and dg from the sums, and through the activations of beta and gate.
 template <class Sums>
-__device__ __forceinline__ void finish_tokens(const ChunkGradientArgs& a, const Sums& sums,
-                                              const ChunkRows& rows, int64_t first_row, int valid,
-                                              int64_t head, int64_t part) {
+__device__ __forceinline__ void finish_tokens(const ChunkGradientArgs& a, const GradientPlace& z,
+                                              const Sums& sums, const ChunkRows& rows) {
   const InputsSm90& in = a.in;
   const int lane = threadIdx.x % 32;
   constexpr uint32_t kAll = 0xffffffffu;
@@ -335,14 +426,14 @@ __device__ __forceinline__ void finish_tokens(const ChunkGradientArgs& a, const 
   for (int w = 0; w < 8; ++w) through += sums.through[w];
   through *= exp2_fast(rows.G[kRows - 1]);
 
-  const float rate = in.A_log != nullptr ? expf(in.A_log[head]) : 1.f;
-  const float bias = in.dt_bias != nullptr ? in.dt_bias[head] : 0.f;
+  const float rate = in.A_log != nullptr ? expf(in.A_log[z.head]) : 1.f;
+  const float bias = in.dt_bias != nullptr ? in.dt_bias[z.head] : 0.f;
   float d_rate = 0.f, d_bias = 0.f;
   CUTE_UNROLL
   for (int e = 0; e < 2; ++e) {
     const int i = 2 * lane + e;
-    if (i >= valid) continue;
-    const int64_t at = first_row + i * in.value_heads;
+    if (i >= z.valid) continue;
+    const int64_t at = z.first_row + i * z.row;
     const float beta = rows.beta[i];
     if (in.beta_activation != BetaActivation::kNone) {
       const float top = in.beta_activation == BetaActivation::kSigmoid2 ? 2.f : 1.f;
@@ -358,7 +449,7 @@ __device__ __forceinline__ void finish_tokens(const ChunkGradientArgs& a, const 
     const float dg = through + readers + sources + pairs;
     float da = dg;
     if (in.gate != Gate::kLog) {
-      const float x = in.g[at] + bias;
+      const float x = in.g[z.token_head(in, i)] + bias;
       if (in.gate == Gate::kSoftplus) {
         da = -dg * rate * sigmoid(x);
         d_rate += dg * log2_decay(in, x, rate) * (1.f / kLog2e);
@@ -378,8 +469,8 @@ __device__ __forceinline__ void finish_tokens(const ChunkGradientArgs& a, const 
     d_bias += __shfl_xor_sync(kAll, d_bias, step);
   }
   if (lane == 0) {
-    a.rate_parts[part] = d_rate;
-    a.bias_parts[part] = d_bias;
+    a.rate_parts[z.part(in, 1, 0)] = d_rate;
+    a.bias_parts[z.part(in, 1, 0)] = d_bias;
   }
 }
 
@@ -395,43 +486,29 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
   using ByRow = LayoutByRow<Element, kImageColumns>;
   auto& s = shared_storage<typename Traits::Storage>();
   const InputsSm90& in = args.in;
-  const int64_t slot = blockIdx.x / in.value_heads, head = blockIdx.x % in.value_heads;
-  const int64_t part = blockIdx.x;
-  const Sequence sequence = sequence_of(in, sequence_at_slot(in, slot));
-  const int64_t chunk = slot - sequence.first_slot;
-  if (chunk < 0 || chunk * kRows >= sequence.length) {
-    if (args.rate_parts != nullptr && threadIdx.x == 0) args.rate_parts[part] = args.bias_parts[part] = 0.f;
+  GradientPlace place;
+  if (!place.find(in)) {
+    if (args.rate_parts != nullptr && threadIdx.x == 0)
+      args.rate_parts[place.part(in, 1, 0)] = args.bias_parts[place.part(in, 1, 0)] = 0.f;
     return;
   }
-  const int64_t token = sequence.begin + chunk * kRows, head_k = head / (in.value_heads / in.heads);
-  const int valid = static_cast<int>(min(static_cast<int64_t>(kRows), sequence.length - chunk * kRows));
   const int wg = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32, quad = lane % 4;
-  const int value_images = static_cast<int>((in.value_dim + kImageColumns - 1) / kImageColumns);
-  const ChunkRows& rows = args.rows[slot * in.value_heads + head];
+  const int value_images = place.value_images;
+  const ChunkRows& rows = args.rows[place.chunk];
 
   if (threadIdx.x == 0) {
     for (uint64_t* barrier : {&s.qk_here, &s.values_here, &s.state_here, &s.d_state_here})
       Barrier::init(barrier, 1);
     cutlass::arch::fence_barrier_init();
-    const int h = static_cast<int>(head), h_k = static_cast<int>(head_k);
+    s.place = place;
+    const int head_k = static_cast<int>(place.head_k);
     Barrier::arrive_and_expect_tx(&s.qk_here, 2 * Traits::kTile * 2 + 2 * kRows * 4);
-    load_tokens<Traits::kKeyDim>(maps.k, &s.qk_here, s.k, 0, token, h_k, sequence.batch);
-    load_tokens<Traits::kKeyDim>(maps.q, &s.qk_here, s.q, 0, token, h_k, sequence.batch);
+    load_tokens<Traits::kKeyDim>(maps.k, &s.qk_here, s.k, 0, place.token, head_k, place.sequence.batch);
+    load_tokens<Traits::kKeyDim>(maps.q, &s.qk_here, s.q, 0, place.token, head_k, place.sequence.batch);
     copy_in(s.G, rows.G, kRows * 4, &s.qk_here);
     copy_in(s.k_norm, rows.k_norm, kRows * 4, &s.qk_here);
-    Barrier::arrive_and_expect_tx(&s.values_here, 3 * value_images * kImageBytes);
-    for (int v = 0; v < value_images; ++v) {
-      load_tokens<64>(maps.y, &s.values_here, s.y + v * kImage, 64 * v, token, h, sequence.batch);
-      load_tokens<64>(maps.v_new, &s.values_here, s.v_new + v * kImage, 64 * v, token, h, sequence.batch);
-      load_tokens<64>(maps.dout, &s.values_here, s.dout + v * kImage, 64 * v, token, h, sequence.batch);
-    }
-  }
-  const int state_bytes = value_images * Traits::kImages * kImageBytes;
-  const int64_t state = (slot * in.value_heads + head) * state_bytes;
-  if (threadIdx.x == 0) {
-    Barrier::arrive_and_expect_tx(&s.state_here, state_bytes);
-    copy_in(s.state, static_cast<const char*>(args.states) + state, state_bytes, &s.state_here);
+    load_values(s, maps, args, place);
   }
   // This thread's rows of every accumulator: 16 warp + lane / 4 and + 8.
   const int row0 = 16 * warp + lane / 4;
@@ -441,26 +518,13 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
     beta[h] = rows.beta[row0 + 8 * h];
     left_norm[h] = wg == 0 ? rows.k_norm[row0 + 8 * h] : rows.q_norm[row0 + 8 * h];
   }
-  const Element* v = nullptr;
-  if (threadIdx.x / 4 < valid && fabsf(rows.beta[threadIdx.x / 4]) < kLeastDivisor) {
-    v = static_cast<const Element*>(in.v.data) + sequence.batch * in.v.batch +
-        (token + threadIdx.x / 4) * in.v.token + head * in.v.head;
-  }
+  const Element* v = place.value_row<Element>(in, rows, threadIdx.x / 4);
   __syncthreads();
+  const GradientPlace& z = s.place;  // frees registers
   Barrier::wait(&s.qk_here, 0);
   Barrier::wait(&s.values_here, 0);
   asm volatile("" ::: "memory");
-  if (valid < kRows) {  // the next sequence, or padding that may hold NaN
-    const int pieces = (kRows - valid) * (kImageColumns / 8);
-    for (Element* images : {s.q, s.k, s.v_new, s.dout, s.y}) {
-      for (int c = 0; c < Traits::kImages; ++c) {
-        auto* first = reinterpret_cast<uint4*>(images + c * kImage + valid * kImageColumns);
-        for (int i = threadIdx.x; i < pieces; i += Traits::kThreads) first[i] = uint4{0, 0, 0, 0};
-      }
-    }
-    cutlass::arch::fence_view_async_shared();
-    __syncthreads();
-  }
+  clear_tail(s, z.valid);
 
   // 1. First warpgroup: Y V'^T and K K^T. Second: dO V'^T and Q K^T. (rows i, rows j)
   typename Traits::MmaRows mma_rows;
@@ -478,7 +542,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
     multiply<false, ByRow>(mma_rows, left + kImage, s.k + kImage, product);
     multiply<true, ByRow>(mma_rows, d_left, s.v_new, d_product);
     if (value_images == 2) multiply<false, ByRow>(mma_rows, d_left + kImage, s.v_new + kImage, d_product);
-    value_dots(s.y, s.v_new, v, static_cast<int>(in.value_dim), y_vnew, y_v);
+    value_dots(s.y, s.v_new, v, z.values(in), y_vnew, y_v);
     warpgroup_wait<0>();
     const float sign = wg == 0 ? -1.f : static_cast<float>(in.scale);
     CUTE_UNROLL
@@ -523,10 +587,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
   through_state(s.y, s.state, dk);
   warpgroup_wait<0>();
   __syncthreads();  // dO and Y are free
-  if (threadIdx.x == 0) {
-    Barrier::arrive_and_expect_tx(&s.d_state_here, state_bytes);
-    copy_in(s.d_state, static_cast<const char*>(args.d_states) + state, state_bytes, &s.d_state_here);
-  }
+  if (threadIdx.x == 0) load_states(s.d_state, args.d_states, &s.d_state_here, z);
   float q_dot[2], k_dot[2], t_dot[2];
   Element *q_image = s.q + wg * kImage, *k_image = s.k + wg * kImage;
   row_dots(q_image, warp, dq, q_dot);
@@ -550,7 +611,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
     if (args.dg != nullptr) {
       const auto* S = reinterpret_cast<const uint4*>(s.state);
       const auto* dS = reinterpret_cast<const uint4*>(s.d_state);
-      for (int x = threadIdx.x; x < state_bytes / 16; x += Traits::kThreads) {
+      for (int x = threadIdx.x; x < 2 * value_images * kImageBytes / 16; x += Traits::kThreads) {
         const uint4 a = S[x], b = dS[x];
         const uint32_t left[4] = {a.x, a.y, a.z, a.w}, right[4] = {b.x, b.y, b.z, b.w};
         CUTE_UNROLL
@@ -610,10 +671,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
   multiply<false, Features>(mma_features, s.e, k_image, dk);
   multiply<false, Features>(mma_features, s.e_t, k_image, dk);
   multiply<false, Features>(mma_features, s.f_t, q_image, dk);
-  const int64_t first_token = sequence.batch * in.tokens + token;
-  if (threadIdx.x / 32 == 0) {
-    finish_tokens(args, s.sums, rows, first_token * in.value_heads + head, valid, head, part);
-  }
+  if (threadIdx.x / 32 == 0) finish_tokens(args, z, s.sums, rows);
   float q_norm[2], k_norm[2];
   CUTE_UNROLL
   for (int h = 0; h < 2; ++h) {
@@ -624,10 +682,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
   scale_rows(dq, q_norm[0], q_norm[1]);
   scale_rows(dk, k_norm[0], k_norm[1]);
 
-  finish_rows(args, s.sums, q_image, k_image, dq, dk, q_norm, k_norm, first_token, head, head_k, valid);
+  finish_rows(args, z, s.sums, q_image, k_image, dq, dk, q_norm, k_norm);
 }
 
-// One CTA per slot and value head.
 template <class Traits, class Kernel>
 cudaError_t launch_chunk_gradient(Kernel kernel, const ChunkGradientArgs& args, bool is_bf16, void* stream) {
   constexpr int kShared = sizeof(typename Traits::Storage);
@@ -645,7 +702,7 @@ cudaError_t launch_chunk_gradient(Kernel kernel, const ChunkGradientArgs& args, 
   if (e == cudaSuccess) e = encode(&maps.y, args.y, in.value_dim, in.value_heads);
   if (e == cudaSuccess) e = encode(&maps.v_new, args.v_new, in.value_dim, in.value_heads);
   if (e != cudaSuccess) return e;
-  const int64_t grid = ChunkSlots(in).total * in.value_heads;
+  const int64_t grid = ChunkSlots(in).total * in.value_heads * value_blocks(in);
   if (grid > std::numeric_limits<int>::max()) return cudaErrorInvalidConfiguration;
   kernel<<<static_cast<unsigned>(grid), Traits::kThreads, kShared, static_cast<cudaStream_t>(stream)>>>(maps,
                                                                                                         args);

@@ -16,7 +16,7 @@ namespace {
 // ---- Instances: what instances.def lists for the backward ----
 
 // Smaller head dims are padded with zeros inside the kernels.
-constexpr int64_t kKeyDim = 128, kMostValues = 128;
+constexpr int64_t kKeyDim = 128, kMostValues = 256;
 
 struct BackwardInstances {
   using Key = InstancesSm90::Key;
@@ -107,7 +107,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> delta
   Tensor dg = defined(g) ? token_rows(q, x, x.gate_shape(), wide) : absent_or(false, {});
   Tensor d_initial = absent_or(defined(initial_state), x.state_shape(state_v_first));
   Tensor dA_log = absent_or(defined(A_log), {x.HV});
-  Tensor ddt_bias = absent_or(defined(dt_bias), {x.HV});
+  Tensor ddt_bias = absent_or(defined(dt_bias), {x.channel_gate ? x.HV * x.K : x.HV});
   if (empty && defined(initial_state) && defined(d_final)) d_initial = torch::stable::clone(*d_final);
   if (!empty) {
     make_loadable(x);
@@ -140,21 +140,33 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> delta
     gradient.y = dense_rows(passes.y, x), gradient.v_new = dense_rows(passes.v_new, x);
     gradient.states = passes.states, gradient.d_states = passes.d_states;
     gradient.dq = dq.mutable_data_ptr(), gradient.dk = dk.mutable_data_ptr();
-    if (x.HV != x.H) {
-      const int64_t bytes = x.B * x.T * x.HV * x.K * 4;
+    const int64_t blocks = value_blocks(in), rows_of_blocks = x.B * x.T * x.HV * blocks;
+    if (x.HV != x.H || blocks > 1) {
+      const int64_t bytes = rows_of_blocks * x.K * 4;
       gradient.dq_heads = static_cast<float*>(scratch.bytes(q, bytes));
       gradient.dk_heads = static_cast<float*>(scratch.bytes(q, bytes));
     }
-    gradient.dbeta = static_cast<float*>(dbeta.mutable_data_ptr());
-    gradient.dg = float_or_null(defined(g), dg);
+    FinishGradientArgs finish{in};
+    finish.dbeta = gradient.dbeta = static_cast<float*>(dbeta.mutable_data_ptr());
+    finish.dg = gradient.dg = float_or_null(defined(g), dg);
+    if (blocks > 1) {
+      const auto rows_of = [&](int64_t width) {
+        return static_cast<float*>(scratch.bytes(q, rows_of_blocks * width * 4));
+      };
+      finish.dbeta_blocks = gradient.dbeta = rows_of(1);
+      if (defined(g)) finish.dg_blocks = gradient.dg = rows_of(in.gate_dim());
+    }
     if (defined(A_log) || defined(dt_bias)) {
-      const auto parts = [&](int64_t n) { return static_cast<float*>(scratch.bytes(q, chunks * n * 4)); };
+      const auto parts = [&](int64_t n) {
+        return static_cast<float*>(scratch.bytes(q, chunks * blocks * n * 4));
+      };
       gradient.rate_parts = parts(rate_parts_of(x.channel_gate));
       gradient.bias_parts = parts(bias_parts_of(x.channel_gate) * in.gate_dim());
     }
     check_launch(op, choice.gradient(gradient, stream));
 
-    FinishGradientArgs finish{in, gradient.dq_heads, gradient.dk_heads, gradient.dq, gradient.dk};
+    finish.dq_heads = gradient.dq_heads, finish.dk_heads = gradient.dk_heads;
+    finish.dq = gradient.dq, finish.dk = gradient.dk;
     finish.rate_parts = gradient.rate_parts, finish.bias_parts = gradient.bias_parts;
     finish.dA_log = float_or_null(defined(A_log), dA_log);
     finish.ddt_bias = float_or_null(defined(dt_bias), ddt_bias);

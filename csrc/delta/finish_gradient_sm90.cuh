@@ -21,8 +21,8 @@ __global__ void __launch_bounds__(kFinishThreads)
   if (token >= tokens) return;
   const int lane = threadIdx.x % 32;
   const bool is_k = blockIdx.y == 1;
-  const int64_t group = in.value_heads / in.heads, K = in.key_dim;
-  const float* parts = (is_k ? args.dk_heads : args.dq_heads) + (token * in.value_heads + head * group) * K;
+  const int64_t group = in.value_heads / in.heads * value_blocks(in), K = in.key_dim;
+  const float* parts = (is_k ? args.dk_heads : args.dq_heads) + row * group * K;
   const Rows<void>& x = is_k ? in.k : in.q;
   const auto* raw =
       reinterpret_cast<const uint32_t*>(static_cast<const Element*>(x.data) + token / in.tokens * x.batch +
@@ -61,6 +61,20 @@ __global__ void __launch_bounds__(kFinishThreads)
   }
 }
 
+// out [rows][width] = sum over blocks of parts [rows][blocks][width].
+static __global__ void __launch_bounds__(kFinishThreads)
+    sum_blocks_kernel(const __grid_constant__ InputsSm90 in, const float* parts, int64_t width, float* out) {
+  const int64_t at = static_cast<int64_t>(blockIdx.x) * kFinishThreads + threadIdx.x;
+  const int64_t tokens =
+      in.cu_seqlens != nullptr ? min(in.cu_seqlens[in.sequences], in.tokens) : in.batch * in.tokens;
+  if (at >= tokens * in.value_heads * width) return;
+  const int64_t blocks = value_blocks(in);
+  parts += at / width * blocks * width + at % width;
+  float sum = 0.f;
+  for (int64_t b = 0; b < blocks; ++b) sum += parts[b * width];
+  out[at] = sum;
+}
+
 // out[column] = sum over rows of parts [rows][columns]. A CTA has 32 columns; each of its warps every 32nd
 // row.
 static __global__ void __launch_bounds__(1024)
@@ -88,10 +102,18 @@ int finish_gradient_sm90<Tag>::run(const FinishGradientArgs& args, void* stream_
     const dim3 grid(static_cast<unsigned>((rows + per_block - 1) / per_block), 2);
     sum_heads_kernel<element_t<Tag>><<<grid, kFinishThreads, 0, stream>>>(args);
   }
+  const auto sum_blocks = [&](const float* parts, int64_t width, float* out) {
+    if (parts == nullptr) return;
+    const int64_t elements = in.batch * in.tokens * in.value_heads * width;
+    sum_blocks_kernel<<<static_cast<unsigned>((elements + kFinishThreads - 1) / kFinishThreads),
+                        kFinishThreads, 0, stream>>>(in, parts, width, out);
+  };
+  sum_blocks(args.dbeta_blocks, 1, args.dbeta);
+  sum_blocks(args.dg_blocks, in.gate_dim(), args.dg);
   const auto sum_parts = [&](const float* parts, int64_t per_slot, int64_t columns, float* out) {
     if (out == nullptr) return;
     sum_parts_kernel<<<static_cast<unsigned>((columns + 31) / 32), 1024, 0, stream>>>(
-        parts, ChunkSlots(in).total * per_slot, columns, out);
+        parts, ChunkSlots(in).total * per_slot * value_blocks(in), columns, out);
   };
   sum_parts(args.rate_parts, rate_parts_of(in.channel_gate), in.value_heads, args.dA_log);
   sum_parts(args.bias_parts, bias_parts_of(in.channel_gate), in.value_heads * in.gate_dim(), args.ddt_bias);

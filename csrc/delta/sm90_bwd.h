@@ -27,27 +27,34 @@ struct backward_passes_sm90 {
   static int run(const BackwardPassesArgs& args, void* stream);
 };
 
+// The chunk gradient is a sum over values. Blocks of them are treated as value heads of their own, and summed
+// in the end.
+constexpr int64_t kValueBlock = 128;
+constexpr int64_t value_blocks(const InputsSm90& in) {
+  return (in.value_dim + kValueBlock - 1) / kValueBlock;
+}
+
 struct ChunkGradientArgs {
   InputsSm90 in;
   const ChunkRows* rows;
   const float* G;            // ChunkScratch.G: with a gate per channel
   Rows<void> d_o, y, v_new;  // [B, T, HV, V]
   const void *states, *d_states;
-  // One value head per key head: dq and dk [B, T, H, K] contiguous. Else *_heads: [B, T, HV, K] contiguous,
-  // gradients of what is normalised, times the factor of the norm.
+  // One value head per key head and one block: dq and dk [B, T, H, K] contiguous. Else *_heads: [B, T, HV,
+  // blocks, K] contiguous, gradients of what is normalised, times the factor of the norm.
   void *dq, *dk;
   float *dq_heads, *dk_heads;
-  float* dbeta;  // [B, T, HV]
-  float* dg;     // [B, T, HV] or [B, T, HV, K], or null
+  float* dbeta;  // [B, T, HV, blocks]
+  float* dg;     // [B, T, HV, blocks] or [B, T, HV, blocks, K], or null
   // Sums over some tokens (and channels) of a chunk for dA_log and ddt_bias, [slot][rate_parts_of or
-  // bias_parts_of the gate][value head] and, with a gate per channel, [.., value head, K] for the latter; or
-  // both null.
+  // bias_parts_of the gate][block][value head] and, with a gate per channel, [.., value head, K] for the
+  // latter; or both null.
   float *rate_parts, *bias_parts;
 };
 constexpr int64_t rate_parts_of(bool channel_gate) { return channel_gate ? 8 : 1; }
 constexpr int64_t bias_parts_of(bool channel_gate) { return channel_gate ? 4 : 1; }
 
-// All gradients of a chunk but dv, for all chunks at once; at most 128 values. A gate per head, or none.
+// All gradients of a chunk but dv, for all chunks at once. A gate per head, or none.
 template <class Tag, int kKeyDim>
 struct chunk_gradient_sm90 {
   static int run(const ChunkGradientArgs& args, void* stream);
@@ -60,13 +67,15 @@ struct chunk_gradient_channel_sm90 {
 
 struct FinishGradientArgs {
   InputsSm90 in;
+  const float *dbeta_blocks, *dg_blocks;  // as above; null: dbeta or dg is finished
+  float *dbeta, *dg;
   const float *dq_heads, *dk_heads;  // as above; null: dq and dk are finished
   void *dq, *dk;
   const float *rate_parts, *bias_parts;  // as above, or null
   float *dA_log, *ddt_bias;              // [HV]; [HV] or [HV, K]; or null
 };
 
-// The sums over the value heads of a group and over the tokens, in a fixed order.
+// The sums over the value heads of a group, the blocks of values and the tokens, in a fixed order.
 template <class Tag>
 struct finish_gradient_sm90 {
   static int run(const FinishGradientArgs& args, void* stream);
