@@ -1,6 +1,9 @@
 """Neighborhood attention's kernels under compute-sanitizer, forward and backward, both backends.
 
-python tests/sanitize.py [memcheck racecheck synccheck initcheck]
+python tests/sanitize.py [memcheck synccheck ...]
+
+racecheck does not follow how the Hopper kernels hand buffers over, the arrival of one lane on a barrier in shared memory
+after __syncwarp(), and reports every such buffer; for races there are the bitwise tests in test_gna_gpu.py.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from pathlib import Path
 import torch
 from test_gna import Case
 
-TOOLS = ["memcheck", "racecheck"]
+TOOLS = ["memcheck"]
 # Every layout of a block (32 to 256 features), masks, partial boxes, gathered rows, groups of heads; the first has more
 # tiles than an H100 has multiprocessors, so that buffers go round across tiles.
 CASES = [
