@@ -21,6 +21,7 @@ class Work:
 
     flops: float
     bytes: float  # read and written once
+    visited_flops: float = 0.0  # of ours, with what whole tiles add; 0: not known
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from nearfield import neighborhood_attention
 from nearfield._accuracy import Accuracy, measure
+from nearfield._explain import explain as explain_call
 from nearfield.bench.case import OURS, Contender, Group, Pass, Work
+from nearfield.gna import explain
 from nearfield.gna.reference import visible_keys
 
 CHECKED_QUERIES = 16
@@ -57,7 +59,21 @@ class GnaCase:
         return bound
 
     def facts(self) -> dict[str, float]:
-        return {"flop_bound": 1.0 if self._causal_line else self.flop_bound()}
+        bounds = {"flop_bound": 1.0 if self._causal_line else self.flop_bound()}
+        shares = {f"{name}_full_share": part.full_share for name, part in self._tiles().items()}
+        return bounds | {name: share for name, share in shares.items() if share is not None}
+
+    def _tiles(self) -> dict[Pass, explain.Pass]:
+        """What the GPU runs, if there is one: a CPU's tiles are as small as its vector registers."""
+        if not torch.cuda.is_available():
+            return {}
+        q = torch.empty(self.shape, device="meta", dtype=torch.bfloat16)
+        major, minor = torch.cuda.get_device_capability()
+        told = explain_call(
+            neighborhood_attention, q, q, q, self.window, **self.parameters, architecture=f"sm_{major}{minor}"
+        )
+        assert isinstance(told, explain.NeighborhoodExplanation)
+        return {"fwd": told.forward, "bwd": told.backward}
 
     @property
     def _causal_line(self) -> bool:
@@ -68,7 +84,12 @@ class GnaCase:
         tokens = math.prod(self.size)
         flops = 4.0 * tokens * tokens * self.dim * self.heads * self.batch / self.flop_bound()
         tensor = float(math.prod(self.shape) * dtype.itemsize)  # q, k, v, out and their gradients
-        return {"fwd": Work(flops, 4 * tensor), "bwd": Work(2.5 * flops, 8 * tensor)}
+        work: dict[Pass, Work] = {"fwd": Work(flops, 4 * tensor), "bwd": Work(2.5 * flops, 8 * tensor)}
+        for name, part in self._tiles().items():
+            if part.tile_bound:
+                visited = work[name].flops * self.flop_bound() / part.tile_bound
+                work[name] = replace(work[name], visited_flops=visited)
+        return work
 
     def contenders(self, device: torch.device, dtype: torch.dtype) -> Iterator[Contender]:
         q, k, v = leaves = [

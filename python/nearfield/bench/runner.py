@@ -101,6 +101,8 @@ def _time_ours(
         ms = row[f"{name}_ms"] = time_ms(call, BUDGET_MS[device.type], device=device)
         if name in work:
             row[f"{name}_useful_tflops"] = work[name].flops / ms / 1e9
+            if work[name].visited_flops:
+                row[f"{name}_visited_tflops"] = work[name].visited_flops / ms / 1e9
         if device.type == "cuda":  # a scaled-down case has no target, and lies in the CPU's caches
             row[f"{name}_host_us"] = host_us(call)
             if name in work:
