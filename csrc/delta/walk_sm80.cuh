@@ -1,0 +1,291 @@
+// The serial walk over the chunks of a sequence. A warp keeps S^T of 16 values in float32 registers, and
+// every product leaves the tensor cores in the layout in which it is the next one's left operand:
+//   R^T = V^T - S^T Kh^T     r^T = R^T + (beta R)^T Z^T     V' = beta r
+//   O^T = S^T Qh^T + V'^T P^T     S^T <- e^{G_C} S^T + V'^T Kt
+// and back, with dS^T in the place of S^T:
+//   Y^T = dO^T P + dS^T Kt^T, then += (beta Y)^T Z     dR = beta Y
+//   dS^T <- e^{G_C} dS^T + dO^T Qh - dR^T Kh
+// The right operands are 64 x 64 tiles, which a ring in shared memory brings in the order of their use.
+#pragma once
+
+#include "delta/tile_sm80.cuh"
+
+namespace nearfield::delta {
+
+template <class Element>
+constexpr int kWalkStages = kIsWide<Element> ? 5 : 7;
+
+// The tiles of all chunks of a walk, one after the other. Every thread copies its share.
+template <class Element>
+class TileStream {
+ public:
+  // `order(n)` is the tile that comes n-th in a chunk, of `per_chunk`; `step`: elements from chunk to chunk.
+  __device__ TileStream(const Element* first, int64_t step, int chunks, int per_chunk)
+      : chunk_(first), step_(step), left_(chunks), per_chunk_(per_chunk) {}
+
+  template <class Order>
+  __device__ __forceinline__ void start(const Order& order) {
+    for (int i = 0; i < kWalkStages<Element> - 1; ++i) load(order);
+  }
+
+  // The next tile. Only one at a time: the one before is overwritten.
+  template <class Order>
+  __device__ __forceinline__ const Element* next(const Order& order) {
+    cute::cp_async_wait<kWalkStages<Element> - 2>();
+    __syncthreads();
+    const Element* tile = shared(read_);
+    read_ = read_ + 1 == kWalkStages<Element> ? 0 : read_ + 1;
+    load(order);
+    return tile;
+  }
+
+ private:
+  const Element* chunk_;
+  int64_t step_;
+  int left_, per_chunk_, in_chunk_ = 0, read_ = 0, write_ = 0;
+
+  __device__ __forceinline__ static Element* shared(int stage) {
+    return reinterpret_cast<Element*>(portable_shared) + stage * kTileShared<Element>;
+  }
+  template <class Order>
+  __device__ __forceinline__ void load(const Order& order) {
+    if (left_ > 0) {
+      copy_tile(shared(write_), chunk_ + order(in_chunk_) * kTileElements, static_cast<int>(blockDim.x));
+      if (++in_chunk_ == per_chunk_) {
+        in_chunk_ = 0;
+        chunk_ += step_;
+        --left_;
+      }
+    }
+    cute::cp_async_fence();
+    write_ = write_ + 1 == kWalkStages<Element> ? 0 : write_ + 1;
+  }
+};
+
+template <class Element, int kKeyDim>
+struct WalkCta {
+  static constexpr int kKeys = kKeyDim / kTile;
+  const WalkSm80Args& args;
+  const InputsSm80& in;
+  const int64_t hv, n;
+  const ChunkTiles tiles;
+  int64_t b, begin, slot;  // of the first chunk
+  int chunks, length;
+  int lane, value;  // value: the first of this warp's 16
+
+  __device__ explicit WalkCta(const WalkSm80Args& a)
+      : args(a), in(a.in), hv(blockIdx.y), n(blockIdx.z), tiles(a.in.key_dim, kIsWide<Element>) {
+    if (in.cu_seqlens != nullptr) {
+      begin = in.cu_seqlens[n], slot = begin / kChunk + n, b = 0;
+      length = static_cast<int>(max(static_cast<int64_t>(0), min(in.cu_seqlens[n + 1], in.tokens) - begin));
+    } else {
+      begin = 0, b = n, length = static_cast<int>(in.tokens);
+      slot = n * ((in.tokens + kChunk - 1) / kChunk);
+    }
+    chunks = (length + kTile - 1) / kTile;
+    lane = static_cast<int>(threadIdx.x) % 32;
+    value = static_cast<int>(blockIdx.x % value_tiles() * args.value_warps + threadIdx.x / 32) * 16;
+  }
+
+  __device__ unsigned value_tiles() const { return gridDim.x / (args.backward ? 2 : 1); }
+  __device__ int64_t chunk_index(int chunk) const { return (slot + chunk) * in.value_heads + hv; }
+  __device__ int rows_of(int chunk) const { return min(kTile, length - chunk * kTile); }
+
+  // ---- States ----
+
+  __device__ int64_t state_at(int v, int c) const {
+    const int64_t chain = (n * in.value_heads + hv) * in.state_size();
+    return chain + (in.state_v_first ? v * in.key_dim + c : c * in.value_dim + v);
+  }
+  // f(value, key channel, element) over the elements that exist.
+  template <class F>
+  __device__ __forceinline__ void for_state(Rows64 (&S)[kKeys], const F& f) const {
+    CUTE_UNROLL
+    for (int block = 0; block < kKeys; ++block)
+      for_each(S[block], [&](int row, int column, float& x) {
+        const int v = value + row, c = block * kTile + column;
+        if (v < in.value_dim && c < in.key_dim) f(v, c, x);
+      });
+  }
+  __device__ void load_state(Rows64 (&S)[kKeys], const float* from) const {
+    CUTE_UNROLL
+    for (int block = 0; block < kKeys; ++block) S[block].clear();
+    if (from != nullptr) for_state(S, [&](int v, int c, float& x) { x = from[state_at(v, c)]; });
+  }
+  __device__ void store_state(Rows64 (&S)[kKeys], float* to) const {
+    if (to != nullptr) for_state(S, [&](int v, int c, float& x) { to[state_at(v, c)] = x; });
+  }
+  __device__ __forceinline__ void decay_state(Rows64 (&S)[kKeys], int chunk) const {
+    const float* decay = args.scratch.decay + chunk_index(chunk) * kKeyDim + lane % 4 * 2;
+    CUTE_UNROLL
+    for (int block = 0; block < kKeys; ++block) {
+      CUTE_UNROLL
+      for (int m = 0; m < 8; ++m) {
+        const float2 e = *reinterpret_cast<const float2*>(decay + block * kTile + 8 * m);
+        auto& x = S[block].tile[0][m];
+        x[0] *= e.x, x[1] *= e.y, x[2] *= e.x, x[3] *= e.y;
+      }
+    }
+  }
+
+  // ---- Rows of tokens, as columns of an accumulator ----
+
+  __device__ __forceinline__ void load_tokens(Rows64& x, const Rows<void>& from, int chunk) const {
+    if (from.data == nullptr) return x.clear();
+    const Element* first = row_at<Element>(from, b, begin + chunk * kTile, hv) + value;
+    const int rows = rows_of(chunk);
+    for_each(x, [&](int row, int token, float& at) {
+      const bool inside = token < rows && value + row < in.value_dim;
+      at = inside ? static_cast<float>(first[token * from.token + row]) : 0.f;
+    });
+  }
+  __device__ __forceinline__ void store_tokens(Rows64& x, void* to, int chunk) const {
+    const int64_t stride = in.value_heads * in.value_dim;
+    const int64_t t = b * in.tokens + begin + chunk * kTile;
+    Element* first = static_cast<Element*>(to) + t * stride + hv * in.value_dim + value;
+    const int rows = rows_of(chunk);
+    for_each(x, [&](int row, int token, float& at) {
+      if (token < rows && value + row < in.value_dim) first[token * stride + row] = Element(at);
+    });
+  }
+  // [token][value] tile of scratch
+  __device__ __forceinline__ void store_token_tile(Rows64& x, void* to, int chunk) const {
+    const int64_t tile = chunk_index(chunk) * tiles_of(in.value_dim) + value / kTile;
+    Element* first = static_cast<Element*>(to) + tile * kTileElements + value % kTile;
+    for_each(x, [&](int row, int token, float& at) { first[token * kTile + row] = Element(at); });
+  }
+  // [value][channel] tiles of scratch
+  __device__ __forceinline__ void store_state_tiles(Rows64 (&S)[kKeys], void* to, int chunk) const {
+    const int64_t tile = (chunk_index(chunk) * tiles_of(in.value_dim) + value / kTile) * kKeys;
+    Element* first = static_cast<Element*>(to) + tile * kTileElements + value % kTile * kTile;
+    CUTE_UNROLL
+    for (int block = 0; block < kKeys; ++block)
+      for_each(S[block], [&](int row, int column, float& at) {
+        first[block * kTileElements + row * kTile + column] = Element(at);
+      });
+  }
+  __device__ __forceinline__ void scale_tokens(Rows64& to, const Rows64& from, int chunk, float sign) const {
+    const float* beta = args.scratch.rows[chunk_index(chunk)].beta + lane % 4 * 2;
+    CUTE_UNROLL
+    for (int m = 0; m < 8; ++m) {
+      const float2 e = *reinterpret_cast<const float2*>(beta + 8 * m);
+      const auto& x = from.tile[0][m];
+      auto& y = to.tile[0][m];
+      y[0] = sign * e.x * x[0], y[1] = sign * e.y * x[1], y[2] = sign * e.x * x[2], y[3] = sign * e.y * x[3];
+    }
+  }
+
+  // ---- The walks ----
+
+  __device__ const Element* chunk_tiles(int chunk) const {
+    return static_cast<const Element*>(args.scratch.tiles) +
+           chunk_index(chunk) * tiles.total() * kTileElements;
+  }
+
+  __device__ void forward(bool with_output) const {
+    Rows64 S[kKeys];
+    load_state(S, in.initial_state);
+    // Kh, Z, Qh, P, Kt lie in this order; without output Qh and P are left out.
+    const int before = kKeys + tiles.parts, skipped = with_output ? 0 : kKeys + 1;
+    const auto order = [&](int i) { return i < before ? i : i + skipped; };
+    const int per_chunk = before + kKeys + (with_output ? kKeys + 1 : 0);
+    const int64_t step = in.value_heads * tiles.total() * kTileElements;
+    TileStream<Element> stream(chunk_tiles(0), step, chunks, per_chunk);
+    stream.start(order);
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+      Rows64 V, R;
+      load_tokens(V, in.v, chunk);
+      if (args.backward) store_state_tiles(S, args.left.S, chunk);
+      R.clear();
+      CUTE_UNROLL
+      for (int block = 0; block < kKeys; ++block) multiply_tile<true>(R, S[block], stream.next(order));
+      CUTE_UNROLL
+      for (int m = 0; m < 8; ++m) {
+        CUTE_UNROLL
+        for (int i = 0; i < 4; ++i) R.tile[0][m][i] = V.tile[0][m][i] - R.tile[0][m][i];
+      }
+      scale_tokens(V, R, chunk, 1.f);
+      multiply_tile<true, Part::kBoth>(R, V, stream.next(order));
+      if constexpr (!kIsWide<Element>) multiply_tile<true>(R, V, stream.next(order));
+      if (args.backward) store_token_tile(R, args.left.r, chunk);
+      scale_tokens(V, R, chunk, 1.f);  // V'
+      if (with_output) {
+        R.clear();  // O
+        CUTE_UNROLL
+        for (int block = 0; block < kKeys; ++block) multiply_tile<true>(R, S[block], stream.next(order));
+        multiply_tile<true>(R, V, stream.next(order));
+        store_tokens(R, args.o, chunk);
+      }
+      decay_state(S, chunk);
+      CUTE_UNROLL
+      for (int block = 0; block < kKeys; ++block) multiply_tile<false>(S[block], V, stream.next(order));
+    }
+    store_state(S, args.final_state);
+  }
+
+  __device__ void backward() const {
+    Rows64 dS[kKeys];
+    load_state(dS, args.d_final);
+    // P, Kt, Z, Qh, Kh
+    const int first_Z = 1 + kKeys, first_Qh = first_Z + tiles.parts, first_Kh = first_Qh + kKeys;
+    const auto order = [&](int i) {
+      if (i < first_Z) return tiles.P() + i;
+      if (i < first_Qh) return tiles.Z() + i - first_Z;
+      return i < first_Kh ? tiles.Qh() + i - first_Qh : i - first_Kh;
+    };
+    const int64_t step = in.value_heads * tiles.total() * kTileElements;
+    TileStream<Element> stream(chunk_tiles(chunks - 1), -step, chunks, first_Kh + kKeys);
+    stream.start(order);
+    for (int chunk = chunks - 1; chunk >= 0; --chunk) {
+      Rows64 d_o, Y, dR;
+      load_tokens(d_o, args.d_o, chunk);
+      store_state_tiles(dS, args.left.dS, chunk);
+      Y.clear();
+      multiply_tile<false>(Y, d_o, stream.next(order));
+      CUTE_UNROLL
+      for (int block = 0; block < kKeys; ++block) multiply_tile<true>(Y, dS[block], stream.next(order));
+      scale_tokens(dR, Y, chunk, 1.f);
+      multiply_tile<false, Part::kBoth>(Y, dR, stream.next(order));
+      if constexpr (!kIsWide<Element>) multiply_tile<false>(Y, dR, stream.next(order));
+      store_token_tile(Y, args.left.Y, chunk);
+      scale_tokens(dR, Y, chunk, 1.f);
+      store_tokens(dR, args.dv, chunk);
+      scale_tokens(dR, Y, chunk, -1.f);
+      decay_state(dS, chunk);
+      CUTE_UNROLL
+      for (int block = 0; block < kKeys; ++block) multiply_tile<false>(dS[block], d_o, stream.next(order));
+      CUTE_UNROLL
+      for (int block = 0; block < kKeys; ++block) multiply_tile<false>(dS[block], dR, stream.next(order));
+    }
+    store_state(dS, args.d_initial);
+  }
+
+  __device__ void run() const {
+    if (!args.backward) return forward(args.o != nullptr);
+    if (blockIdx.x >= value_tiles()) return backward();
+    forward(false);
+  }
+};
+
+template <class Element, int kKeyDim>
+__global__ void __launch_bounds__(128) walk_sm80_kernel(const __grid_constant__ WalkSm80Args args) {
+  WalkCta<Element, kKeyDim>(args).run();
+}
+
+template <class Tag, int kKeyDim>
+int walk_sm80<Tag, kKeyDim>::run(const WalkSm80Args& args, void* stream) {
+  using Element = portable_t<Tag>;
+  constexpr int kBytes = kWalkStages<Element> * kTileShared<Element> * static_cast<int>(sizeof(Element));
+  static_assert(kBytes <= 99 * 1024, "CTAs of 8.6, 8.9 and 12.0 have 99 KB");
+  auto* kernel = &walk_sm80_kernel<Element, kKeyDim>;
+  if (const int error = allow_shared(kernel, kBytes)) return error;
+  // The gradient reads whole tiles of values, so the backward writes them.
+  const int64_t values = args.backward ? tiles_of(args.in.value_dim) * kTile : args.in.value_dim;
+  const int64_t width = 16 * args.value_warps, value_tiles = (values + width - 1) / width;
+  const dim3 grid(static_cast<unsigned>(value_tiles * (args.backward ? 2 : 1)),
+                  static_cast<unsigned>(args.in.value_heads), static_cast<unsigned>(args.in.sequences));
+  kernel<<<grid, 32 * args.value_warps, kBytes, static_cast<cudaStream_t>(stream)>>>(args);
+  return cudaGetLastError();
+}
+
+}  // namespace nearfield::delta
