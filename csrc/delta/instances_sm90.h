@@ -3,6 +3,7 @@
 #pragma once
 
 #include "delta/checks.h"
+#include "delta/sm80.h"
 #include "delta/sm90.h"
 #include "delta/sm90_bwd.h"
 #include "delta/step.h"

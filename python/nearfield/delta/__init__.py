@@ -1,5 +1,6 @@
 """The gated delta rule: DeltaNet, Gated DeltaNet and Kimi Delta Attention."""
 
+from nearfield.delta.explain import DeltaExplanation
 from nearfield.delta.op import (
     PendingTokens,
     delta_rule,
@@ -10,6 +11,7 @@ from nearfield.delta.op import (
 from nearfield.delta.reference import delta_rule_reference
 
 __all__ = [
+    "DeltaExplanation",
     "PendingTokens",
     "delta_rule",
     "delta_rule_commit",
