@@ -78,21 +78,24 @@ struct PortableCall {
   std::vector<Tensor> memory;  // from the caching allocator: may be dropped once the kernels are launched
   ScratchSm80 scratch{};
 
-  PortableCall(const char* op_, const Inputs& x_, const Options& options)
+  PortableCall(const char* op_, const Inputs& x_, const Options& options, bool backward,
+               const Rows<void>& d_o)
       : op(op_),
         x(x_),
         in(kernel_inputs<void, float>(x_, options)),
         dtype(x_.q.scalar_type()),
         wide(dtype == ScalarType::Float),
-        tiles(x_.K, wide),
+        tiles(x_.K, x_.V, wide),
         chunks(ChunkSlots(in).total * x_.HV),
         stream(current_stream(x_.q)) {
     const int64_t padded = tiles.keys * kTile;
     scratch.rows = static_cast<ChunkRowsSm80*>(bytes(chunks * static_cast<int64_t>(sizeof(ChunkRowsSm80))));
-    scratch.tiles = bytes(chunks * tiles.total() * tile_bytes());
+    scratch.tiles = bytes(chunks * tiles.total(backward) * tile_bytes());
+    scratch.backward = backward;
     scratch.decay = floats(chunks * padded);
     if (in.channel_gate) scratch.G = floats(chunks * kTile * padded);
-    run(op, PortableInstances::all().prepare, dtype, in.channel_gate, PrepareSm80Args{in, scratch}, stream);
+    run(op, PortableInstances::all().prepare, dtype, in.channel_gate, PrepareSm80Args{in, scratch, d_o},
+        stream);
   }
 
   void* bytes(int64_t n) {
@@ -114,7 +117,7 @@ struct PortableCall {
 
 void portable_forward(const char* op, const Inputs& x, const Options& options, const Tensor& o,
                       float* final_state) {
-  PortableCall call(op, x, options);
+  PortableCall call(op, x, options, false, {});
   WalkSm80Args walk{call.in, call.scratch};
   walk.o = o.mutable_data_ptr(), walk.final_state = final_state;
   call.walk(walk);
@@ -122,18 +125,17 @@ void portable_forward(const char* op, const Inputs& x, const Options& options, c
 
 void portable_backward(const char* op, const Inputs& x, const Options& options, const OptTensor& d_o,
                        const OptTensor& d_final, const GradientsOut& out) {
-  PortableCall call(op, x, options);
+  PortableCall call(op, x, options, true, defined(d_o) ? rows<void>(*d_o) : Rows<void>{});
   const int64_t value_tiles = call.chunks * tiles_of(x.V), state_tiles = value_tiles * call.tiles.keys;
   WalkSm80Args walk{call.in, call.scratch};
   walk.backward = true;
   walk.left = {call.bytes(value_tiles * call.tile_bytes()), call.bytes(value_tiles * call.tile_bytes()),
                call.bytes(state_tiles * call.tile_bytes()), call.bytes(state_tiles * call.tile_bytes())};
-  if (defined(d_o)) walk.d_o = rows<void>(*d_o);
   walk.d_final = data_or_null<float>(d_final);
   walk.dv = out.dv.mutable_data_ptr(), walk.d_initial = out.d_initial;
   call.walk(walk);
 
-  GradientSm80Args gradient{call.in, call.scratch, walk.left, walk.d_o};
+  GradientSm80Args gradient{call.in, call.scratch, walk.left};
   gradient.dq_heads = call.floats(x.B * x.T * x.HV * x.K);
   gradient.dk_heads = call.floats(x.B * x.T * x.HV * x.K);
   gradient.dbeta = out.dbeta, gradient.dg = out.dg;

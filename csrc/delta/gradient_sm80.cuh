@@ -60,16 +60,17 @@ struct GradientCta {
         place(find_chunk(a.in, blockIdx.x)),
         hv(blockIdx.y),
         chunk(static_cast<int64_t>(blockIdx.x) * a.in.value_heads + blockIdx.y),
-        tiles(a.in.key_dim, kIsWide<Element>),
+        tiles(a.in.key_dim, a.in.value_dim, kIsWide<Element>),
         warp(static_cast<int>(threadIdx.x) / 32),
         lane(static_cast<int>(threadIdx.x) % 32) {}
 
   // ---- Tiles ----
 
   __device__ int64_t head() const { return hv / (in.value_heads / in.heads); }
-  __device__ int value_blocks() const { return static_cast<int>(tiles_of(in.value_dim)); }
+  __device__ int value_blocks() const { return tiles.values; }
   __device__ const Element* chunk_tile(int index) const {
-    return static_cast<const Element*>(args.scratch.tiles) + (chunk * tiles.total() + index) * kTileElements;
+    return static_cast<const Element*>(args.scratch.tiles) +
+           (chunk * tiles.total(true) + index) * kTileElements;
   }
   __device__ void copy_values(int x, const void* from, int block) const {
     copy_tile(shared.x[x],
@@ -80,11 +81,8 @@ struct GradientCta {
     const int64_t index = (chunk * value_blocks() + value_block) * tiles.keys + key_block;
     copy_tile(shared.x[x], static_cast<const Element*>(from) + index * kTileElements, kTileThreads);
   }
-  __device__ void load_d_o(int x, int block) const {
-    const bool given = args.d_o.data != nullptr;
-    const Element* first = given ? row_at<Element>(args.d_o, place.b, place.t, hv) + block * kTile : nullptr;
-    load_rows(shared.x[x], first, args.d_o.token, given ? place.rows : 0,
-              static_cast<int>(in.value_dim) - block * kTile);
+  __device__ void copy_d_o(int x, int block) const {
+    copy_tile(shared.x[x], chunk_tile(tiles.dO() + block), kTileThreads);
   }
   __device__ static void arrived() {
     cute::cp_async_fence();
@@ -114,7 +112,7 @@ struct GradientCta {
     for (int block = 0; block < value_blocks(); ++block) {
       copy_values(0, args.left.r, block);
       copy_values(1, args.left.Y, block);
-      load_d_o(2, block);
+      copy_d_o(2, block);
       arrived();
       multiply_tiles<false, true>(Yr, shared.x[1], 16 * warp, shared.x[0]);
       multiply_tiles<false, true>(Or, shared.x[2], 16 * warp, shared.x[0]);
@@ -169,7 +167,7 @@ struct GradientCta {
     float through = 0.f;
     dq.clear(), dk.clear(), dKt.clear();
     for (int v = 0; v < value_blocks(); ++v) {
-      load_d_o(0, v);
+      copy_d_o(0, v);
       copy_values(1, args.left.Y, v);
       copy_state(2, args.left.S, v, block);
       arrived();

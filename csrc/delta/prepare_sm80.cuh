@@ -78,12 +78,13 @@ struct PrepareCta {
         place(find_chunk(a.in, blockIdx.x)),
         hv(blockIdx.y),
         chunk(static_cast<int64_t>(blockIdx.x) * a.in.value_heads + blockIdx.y),
-        tiles(a.in.key_dim, kIsWide<Element>),
+        tiles(a.in.key_dim, a.in.value_dim, kIsWide<Element>),
         warp(static_cast<int>(threadIdx.x) / 32),
         lane(static_cast<int>(threadIdx.x) % 32) {}
 
   __device__ Element* tile(int index) const {
-    return static_cast<Element*>(args.scratch.tiles) + (chunk * tiles.total() + index) * kTileElements;
+    return static_cast<Element*>(args.scratch.tiles) +
+           (chunk * tiles.total(args.scratch.backward) + index) * kTileElements;
   }
   __device__ int64_t head() const { return hv / (in.value_heads / in.heads); }
 
@@ -264,26 +265,41 @@ struct PrepareCta {
     }
   }
 
-  // Abar_ij and P_ij go where they are needed.
-  __device__ void place_pair(int i, int j, float a, float p) {
+  // Abar_ij goes where the substitution reads it.
+  __device__ void keep_pair(int i, int j, float a) {
     shared.solve.Z[i * kTile + j] = a;
     shared.solve.A[j * kColumnSm80 + i] = a * shared.rows.beta[j];
-    tile(tiles.Abar())[i * kTile + j] = Element(a);
-    tile(tiles.P())[i * kTile + j] = Element(p * static_cast<float>(in.scale));
   }
 
   __device__ void emit_Z() {
+    constexpr int kPiece = Piece<Element>::kCount;
     Element* out = tile(tiles.Z());
-    for (int x = threadIdx.x; x < kTile * kTile; x += kTileThreads) {
-      const float z = shared.solve.Z[x];
-      const Element high(z);
-      out[x] = high;
-      if constexpr (!kIsWide<Element>) out[kTileElements + x] = Element(z - static_cast<float>(high));
+    for (int first = kPiece * threadIdx.x; first < kTile * kTile; first += kPiece * kTileThreads) {
+      Piece<Element> high, low;
+      CUTE_UNROLL
+      for (int c = 0; c < kPiece; ++c) {
+        const float z = shared.solve.Z[first + c];
+        high.at[c] = Element(z);
+        low.at[c] = Element(z - static_cast<float>(high.at[c]));
+      }
+      *reinterpret_cast<Piece<Element>*>(out + first) = high;
+      if constexpr (!kIsWide<Element>) *reinterpret_cast<Piece<Element>*>(out + kTileElements + first) = low;
     }
+  }
+
+  // V or dO, padded with zeros.
+  __device__ void copy_values(const Rows<void>& from, int index) {
+    const bool given = from.data != nullptr;
+    const Element* first = given ? row_at<Element>(from, place.b, place.t, hv) : nullptr;
+    for (int block = 0; block < tiles.values; ++block)
+      copy_rows<kTile>(tile(index + block), first + block * kTile, from.token, given ? place.rows : 0,
+                       static_cast<int>(in.value_dim) - block * kTile);
   }
 
   __device__ void run() {
     if (place.rows == 0) return;
+    copy_values(in.v, tiles.V());
+    if (args.scratch.backward) copy_values(args.d_o, tiles.dO());
     prepare_rows();
     const auto& rows = shared.rows;
     if (threadIdx.x < kTile) {
@@ -313,23 +329,31 @@ struct PrepareCta {
       emit_features(block);
       __syncthreads();
     }
-    const auto row_column = [&](int n, int x, int& i, int& j) {
-      i = 16 * warp + lane / 4 + x / 2 * 8, j = 8 * n + lane % 4 * 2 + x % 2;
+    struct alignas(2 * sizeof(Element)) Pair {
+      Element at[2];
     };
     CUTE_UNROLL
     for (int n = 0; n < 8; ++n) {
       CUTE_UNROLL
-      for (int x = 0; x < 4; ++x) {
-        int i, j;
-        row_column(n, x, i, j);
-        float a = A.tile[0][n][x], p = P.tile[0][n][x];
-        if constexpr (!kChannelGate) {
-          const float decay =
-              i >= j ? exp2f(static_cast<float>(rows.G[i] - rows.G[j])) * rows.k_norm[j] : 0.f;
-          a = i > j ? a * decay * rows.k_norm[i] : 0.f;
-          p = i >= j ? p * decay * rows.q_norm[i] : 0.f;
+      for (int half = 0; half < 2; ++half) {
+        const int i = 16 * warp + lane / 4 + 8 * half, first = 8 * n + lane % 4 * 2;
+        Pair a_pair, p_pair;
+        CUTE_UNROLL
+        for (int c = 0; c < 2; ++c) {
+          const int j = first + c;
+          float a = A.tile[0][n][2 * half + c], p = P.tile[0][n][2 * half + c];
+          if constexpr (!kChannelGate) {
+            const float gap = static_cast<float>(rows.G[i] - rows.G[j]);
+            const float decay = i >= j ? exp2f(gap) * rows.k_norm[j] : 0.f;
+            a = i > j ? a * decay * rows.k_norm[i] : 0.f;
+            p = i >= j ? p * decay * rows.q_norm[i] : 0.f;
+          }
+          keep_pair(i, j, a);
+          a_pair.at[c] = Element(a);
+          p_pair.at[c] = Element(p * static_cast<float>(in.scale));
         }
-        place_pair(i, j, a, p);
+        *reinterpret_cast<Pair*>(tile(tiles.Abar()) + i * kTile + first) = a_pair;
+        *reinterpret_cast<Pair*>(tile(tiles.P()) + i * kTile + first) = p_pair;
       }
     }
     __syncthreads();
@@ -341,8 +365,11 @@ struct PrepareCta {
         pair_of(lane + 32 * n, i, j);
         const bool diagonal = i == j;
         i += 16 * warp, j += 16 * warp;
-        place_pair(i, j, diagonal ? 0.f : near_A[n] * rows.k_norm[i] * rows.k_norm[j],
-                   near_P[n] * rows.q_norm[i] * rows.k_norm[j]);
+        const float a = diagonal ? 0.f : near_A[n] * rows.k_norm[i] * rows.k_norm[j];
+        const float p = near_P[n] * rows.q_norm[i] * rows.k_norm[j];
+        keep_pair(i, j, a);
+        tile(tiles.Abar())[i * kTile + j] = Element(a);
+        tile(tiles.P())[i * kTile + j] = Element(p * static_cast<float>(in.scale));
       }
       __syncthreads();
     }

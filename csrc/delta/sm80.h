@@ -28,21 +28,24 @@ struct ChunkRowsSm80 {
 // Tiles of a chunk: [rows of the chunk][features], or [row i][row j]. T = I + diag(beta) Z; the two factors
 // of Z's error are split: Z is a high and a low part in 16-bit types.
 struct ChunkTiles {
-  int keys, parts;  // K / 64; parts of Z
-  constexpr ChunkTiles(int64_t key_dim, bool is_float)
-      : keys(key_tiles_of(key_dim)), parts(is_float ? 1 : 2) {}
+  int keys, parts, values;  // K / 64; parts of Z; V / 64
+  constexpr ChunkTiles(int64_t key_dim, int64_t value_dim, bool is_float)
+      : keys(key_tiles_of(key_dim)), parts(is_float ? 1 : 2), values(static_cast<int>(tiles_of(value_dim))) {}
   constexpr int Kh() const { return 0; }                 // normalised, e^{G_i}
   constexpr int Z() const { return keys; }               // strictly lower
   constexpr int Qh() const { return keys + parts; }      // normalised, scale e^{G_i}
   constexpr int P() const { return 2 * keys + parts; }   // scale P, lower with diagonal
   constexpr int Kt() const { return P() + 1; }           // normalised, e^{G_C - G_i}
   constexpr int Abar() const { return P() + 1 + keys; }  // strictly lower
-  constexpr int total() const { return Abar() + 1; }
+  constexpr int V() const { return Abar() + 1; }
+  constexpr int dO() const { return V() + values; }  // for the gradient only
+  constexpr int total(bool backward) const { return V() + values * (backward ? 2 : 1); }
 };
 
 struct ScratchSm80 {
   ChunkRowsSm80* rows;  // [slot][value head]
-  void* tiles;          // [slot][value head][ChunkTiles]
+  void* tiles;          // [slot][value head][ChunkTiles::total]
+  bool backward;        // whether dO is among them
   float* decay;         // [slot][value head][K padded]: e^{G_C}
   float* G;             // [slot][value head][64][K padded] with a gate per channel, in units of log2
 };
@@ -50,6 +53,7 @@ struct ScratchSm80 {
 struct PrepareSm80Args {
   InputsSm80 in;
   ScratchSm80 scratch;
+  Rows<void> d_o;  // [B, T, HV, V]; data null: zero, or no gradient
 };
 
 template <class Tag, bool kChannelGate>
@@ -74,7 +78,6 @@ struct WalkSm80Args {
   // Backward: both directions in one launch.
   bool backward;
   WalkTiles left;
-  Rows<void> d_o;        // data null: zero
   const float* d_final;  // like initial_state, or null: zero
   void* dv;              // [B, T, HV, V] contiguous
   float* d_initial;      // like initial_state, or null
@@ -90,7 +93,6 @@ struct GradientSm80Args {
   InputsSm80 in;
   ScratchSm80 scratch;
   WalkTiles left;
-  Rows<void> d_o;
   float *dq_heads, *dk_heads;  // [B, T, HV, K]: gradients of the normalised rows
   float* dbeta;                // [B, T, HV]
   float* dg;                   // [B, T, HV(, K)] or null

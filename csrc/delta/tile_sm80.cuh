@@ -160,35 +160,61 @@ struct alignas(16) Piece {  // what one access moves
 // Starts copying a tile from scratch.
 template <class Element>
 __device__ __forceinline__ void copy_tile(Element* shared, const Element* tile, int num_threads) {
-  constexpr int kPiece = Piece<Element>::kCount, kPieces = kTile / kPiece;
+  constexpr int kPiece = Piece<Element>::kCount, kPieces = kTile / kPiece;  // num_threads is a multiple
+  const int thread = static_cast<int>(threadIdx.x);
+  Element* to = shared + thread / kPieces * kTileRow<Element> + thread % kPieces * kPiece;
+  const Element* from = tile + thread * kPiece;
+  const int to_step = num_threads / kPieces * kTileRow<Element>, from_step = num_threads * kPiece;
 #pragma unroll 4
-  for (int i = threadIdx.x; i < kTile * kPieces; i += num_threads) {
-    const int row = i / kPieces, piece = i % kPieces;
-    cute::SM80_CP_ASYNC_CACHEGLOBAL<cute::uint128_t>::copy(
-        *reinterpret_cast<const cute::uint128_t*>(tile + i * kPiece),
-        *reinterpret_cast<cute::uint128_t*>(shared + row * kTileRow<Element> + piece * kPiece));
-  }
+  for (int i = kTile * kPieces / num_threads; i > 0; --i, to += to_step, from += from_step)
+    cute::SM80_CP_ASYNC_CACHEGLOBAL<cute::uint128_t>::copy(*reinterpret_cast<const cute::uint128_t*>(from),
+                                                           *reinterpret_cast<cute::uint128_t*>(to));
 }
 
 // Rows of a token tensor, any strides; zeros past the rows and past the features.
+template <int kToRow, class Element>
+__device__ __forceinline__ void copy_rows(Element* to, const Element* first, int64_t stride, int rows,
+                                          int features) {
+  constexpr int kPiece = Piece<Element>::kCount, kPieces = kTile / kPiece, kEach = 4;
+  constexpr int kRowStep = kTileThreads / kPieces;
+  const bool whole =
+      reinterpret_cast<uintptr_t>(first) % 16 == 0 && stride % kPiece == 0 && features >= kTile;
+  const int column = static_cast<int>(threadIdx.x) % kPieces * kPiece;
+  for (int row = static_cast<int>(threadIdx.x) / kPieces; row < kTile; row += kEach * kRowStep) {
+    Piece<Element> piece[kEach];
+    if (whole) {  // without branches, so that the loads overlap
+      const Element* from = first + column;
+      CUTE_UNROLL
+      for (int i = 0; i < kEach; ++i) {
+        const int at = row + i * kRowStep;
+        if (rows > 0) piece[i] = *reinterpret_cast<const Piece<Element>*>(from + min(at, rows - 1) * stride);
+      }
+      CUTE_UNROLL
+      for (int i = 0; i < kEach; ++i) {
+        if (row + i * kRowStep < rows) continue;
+        CUTE_UNROLL
+        for (int c = 0; c < kPiece; ++c) piece[i].at[c] = Element(0.f);
+      }
+    } else {
+      CUTE_UNROLL
+      for (int i = 0; i < kEach; ++i) {
+        const int at = row + i * kRowStep;
+        CUTE_UNROLL
+        for (int c = 0; c < kPiece; ++c)
+          piece[i].at[c] =
+              at < rows && column + c < features ? first[at * stride + column + c] : Element(0.f);
+      }
+    }
+    CUTE_UNROLL
+    for (int i = 0; i < kEach; ++i)
+      *reinterpret_cast<Piece<Element>*>(to + (row + i * kRowStep) * kToRow + column) = piece[i];
+  }
+}
+
 template <class Element>
 __device__ __forceinline__ void load_rows(Element* shared, const Element* first, int64_t stride, int rows,
                                           int features) {
-  constexpr int kPiece = Piece<Element>::kCount, kPieces = kTile / kPiece;
-  const bool aligned = reinterpret_cast<uintptr_t>(first) % 16 == 0 && stride % kPiece == 0;
-#pragma unroll 4
-  for (int i = threadIdx.x; i < kTile * kPieces; i += kTileThreads) {
-    const int row = i / kPieces, column = i % kPieces * kPiece;
-    Piece<Element> piece;
-    if (aligned && row < rows && column + kPiece <= features) {
-      piece = *reinterpret_cast<const Piece<Element>*>(first + row * stride + column);
-    } else {
-      CUTE_UNROLL
-      for (int c = 0; c < kPiece; ++c)
-        piece.at[c] = row < rows && column + c < features ? first[row * stride + column + c] : Element(0.f);
-    }
-    *reinterpret_cast<Piece<Element>*>(shared + row * kTileRow<Element> + column) = piece;
-  }
+  copy_rows<kTileRow<Element>>(shared, first, stride, rows, features);
 }
 
 // ---- Chunks ----

@@ -13,16 +13,36 @@
 namespace nearfield::delta {
 
 template <class Element>
-constexpr int kWalkStages = kIsWide<Element> ? 5 : 7;
+constexpr int kWalkStages = kIsWide<Element> ? 4 : 6;
+constexpr int kWalkRows = 4;  // chunks whose beta and decay are in shared memory
 
-// The tiles of all chunks of a walk, one after the other. Every thread copies its share.
-template <class Element>
+template <class Element, int kKeyDim>
+struct WalkShared {
+  static constexpr int kOutRow = 16 + Piece<Element>::kCount;
+  alignas(16) Element tile[kWalkStages<Element>][kTileShared<Element>];
+  alignas(16) Element out[4][kTile * kOutRow];  // [token][value] of each warp
+  alignas(16) float beta[kWalkRows][kTile];
+  alignas(16) float decay[kWalkRows][kKeyDim];
+};
+
+// The tiles of all chunks of a walk, one after the other, and with the first of a chunk its beta and decay.
+// Every thread copies its share.
+template <class Element, int kKeyDim>
 class TileStream {
  public:
-  // `order(n)` is the tile that comes n-th in a chunk, of `per_chunk`; `step`: elements from chunk to chunk.
-  __device__ TileStream(const Element* first, int64_t step, int chunks, int per_chunk)
-      : chunk_(first), step_(step), left_(chunks), per_chunk_(per_chunk) {}
+  using Shared = WalkShared<Element, kKeyDim>;
+  struct Chunk {  // where the first chunk is, and how far it is to the next
+    const Element* tiles;
+    const ChunkRowsSm80* rows;
+    const float* decay;
+    int64_t step;  // chunks in scratch
+    int tiles_per_step;
+  };
+  // `per_chunk`: tiles of a chunk that are used.
+  __device__ TileStream(Shared& shared, const Chunk& first, int chunks, int per_chunk)
+      : shared_(shared), chunk_(first), left_(chunks), per_chunk_(per_chunk) {}
 
+  // `order(n)` is the tile that comes n-th in a chunk.
   template <class Order>
   __device__ __forceinline__ void start(const Order& order) {
     for (int i = 0; i < kWalkStages<Element> - 1; ++i) load(order);
@@ -33,27 +53,37 @@ class TileStream {
   __device__ __forceinline__ const Element* next(const Order& order) {
     cute::cp_async_wait<kWalkStages<Element> - 2>();
     __syncthreads();
-    const Element* tile = shared(read_);
+    const Element* tile = shared_.tile[read_];
     read_ = read_ + 1 == kWalkStages<Element> ? 0 : read_ + 1;
     load(order);
     return tile;
   }
 
  private:
-  const Element* chunk_;
-  int64_t step_;
-  int left_, per_chunk_, in_chunk_ = 0, read_ = 0, write_ = 0;
+  Shared& shared_;
+  Chunk chunk_;
+  int left_, per_chunk_, in_chunk_ = 0, read_ = 0, write_ = 0, rows_ = 0;
 
-  __device__ __forceinline__ static Element* shared(int stage) {
-    return reinterpret_cast<Element*>(portable_shared) + stage * kTileShared<Element>;
+  __device__ __forceinline__ static void copy_floats(float* to, const float* from, int count) {
+    for (int i = 4 * static_cast<int>(threadIdx.x); i < count; i += 4 * static_cast<int>(blockDim.x))
+      cute::SM80_CP_ASYNC_CACHEGLOBAL<cute::uint128_t>::copy(
+          *reinterpret_cast<const cute::uint128_t*>(from + i), *reinterpret_cast<cute::uint128_t*>(to + i));
   }
   template <class Order>
   __device__ __forceinline__ void load(const Order& order) {
     if (left_ > 0) {
-      copy_tile(shared(write_), chunk_ + order(in_chunk_) * kTileElements, static_cast<int>(blockDim.x));
+      copy_tile(shared_.tile[write_], chunk_.tiles + order(in_chunk_) * kTileElements,
+                static_cast<int>(blockDim.x));
+      if (in_chunk_ == 0) {
+        copy_floats(shared_.beta[rows_ % kWalkRows], chunk_.rows->beta, kTile);
+        copy_floats(shared_.decay[rows_ % kWalkRows], chunk_.decay, kKeyDim);
+        ++rows_;
+      }
       if (++in_chunk_ == per_chunk_) {
         in_chunk_ = 0;
-        chunk_ += step_;
+        chunk_.tiles += chunk_.step * chunk_.tiles_per_step * kTileElements;
+        chunk_.rows += chunk_.step;
+        chunk_.decay += chunk_.step * kKeyDim;
         --left_;
       }
     }
@@ -65,16 +95,24 @@ class TileStream {
 template <class Element, int kKeyDim>
 struct WalkCta {
   static constexpr int kKeys = kKeyDim / kTile;
+  using Shared = WalkShared<Element, kKeyDim>;
+  using Stream = TileStream<Element, kKeyDim>;
   const WalkSm80Args& args;
   const InputsSm80& in;
+  Shared& shared;
   const int64_t hv, n;
   const ChunkTiles tiles;
   int64_t b, begin, slot;  // of the first chunk
   int chunks, length;
-  int lane, value;  // value: the first of this warp's 16
+  int warp, lane, value;  // value: the first of this warp's 16
 
-  __device__ explicit WalkCta(const WalkSm80Args& a)
-      : args(a), in(a.in), hv(blockIdx.y), n(blockIdx.z), tiles(a.in.key_dim, kIsWide<Element>) {
+  __device__ WalkCta(const WalkSm80Args& a, Shared& s)
+      : args(a),
+        in(a.in),
+        shared(s),
+        hv(blockIdx.y),
+        n(blockIdx.z),
+        tiles(a.in.key_dim, a.in.value_dim, kIsWide<Element>) {
     if (in.cu_seqlens != nullptr) {
       begin = in.cu_seqlens[n], slot = begin / kChunk + n, b = 0;
       length = static_cast<int>(max(static_cast<int64_t>(0), min(in.cu_seqlens[n + 1], in.tokens) - begin));
@@ -83,8 +121,8 @@ struct WalkCta {
       slot = n * ((in.tokens + kChunk - 1) / kChunk);
     }
     chunks = (length + kTile - 1) / kTile;
-    lane = static_cast<int>(threadIdx.x) % 32;
-    value = static_cast<int>(blockIdx.x % value_tiles() * args.value_warps + threadIdx.x / 32) * 16;
+    lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+    value = (static_cast<int>(blockIdx.x % value_tiles()) * args.value_warps + warp) * 16;
   }
 
   __device__ unsigned value_tiles() const { return gridDim.x / (args.backward ? 2 : 1); }
@@ -115,8 +153,9 @@ struct WalkCta {
   __device__ void store_state(Rows64 (&S)[kKeys], float* to) const {
     if (to != nullptr) for_state(S, [&](int v, int c, float& x) { to[state_at(v, c)] = x; });
   }
-  __device__ __forceinline__ void decay_state(Rows64 (&S)[kKeys], int chunk) const {
-    const float* decay = args.scratch.decay + chunk_index(chunk) * kKeyDim + lane % 4 * 2;
+  // `turn`: how many chunks came before.
+  __device__ __forceinline__ void decay_state(Rows64 (&S)[kKeys], int turn) const {
+    const float* decay = shared.decay[turn % kWalkRows] + lane % 4 * 2;
     CUTE_UNROLL
     for (int block = 0; block < kKeys; ++block) {
       CUTE_UNROLL
@@ -130,42 +169,78 @@ struct WalkCta {
 
   // ---- Rows of tokens, as columns of an accumulator ----
 
-  __device__ __forceinline__ void load_tokens(Rows64& x, const Rows<void>& from, int chunk) const {
-    if (from.data == nullptr) return x.clear();
-    const Element* first = row_at<Element>(from, b, begin + chunk * kTile, hv) + value;
-    const int rows = rows_of(chunk);
-    for_each(x, [&](int row, int token, float& at) {
-      const bool inside = token < rows && value + row < in.value_dim;
-      at = inside ? static_cast<float>(first[token * from.token + row]) : 0.f;
-    });
+  // This warp's values of a tile [token][value].
+  __device__ __forceinline__ void read_tokens(Rows64& x, const Element* tile) const {
+    const Element* first = tile + value % kTile + lane / 4 + lane % 4 * 2 * kTileRow<Element>;
+    CUTE_UNROLL
+    for (int m = 0; m < 8; ++m) {
+      CUTE_UNROLL
+      for (int i = 0; i < 4; ++i)
+        x.tile[0][m][i] = static_cast<float>(first[(8 * m + i % 2) * kTileRow<Element> + i / 2 * 8]);
+    }
   }
-  __device__ __forceinline__ void store_tokens(Rows64& x, void* to, int chunk) const {
+  // Token t goes to `to + t * stride`, `values` of this warp's 16 values.
+  __device__ __forceinline__ void write_tokens(const Rows64& x, Element* to, int64_t stride, int rows,
+                                               int values) const {
+    constexpr int kRow = Shared::kOutRow, kPiece = Piece<Element>::kCount, kPieces = 16 / kPiece;
+    Element* staged = shared.out[warp];
+    Element* first = staged + lane / 4 + lane % 4 * 2 * kRow;
+    __syncwarp();
+    CUTE_UNROLL
+    for (int m = 0; m < 8; ++m) {
+      CUTE_UNROLL
+      for (int i = 0; i < 4; ++i) first[(8 * m + i % 2) * kRow + i / 2 * 8] = Element(x.tile[0][m][i]);
+    }
+    __syncwarp();
+    const bool whole = values >= 16 && reinterpret_cast<uintptr_t>(to) % 16 == 0 && stride % kPiece == 0;
+    if (whole) {
+      CUTE_UNROLL
+      for (int i = 0; i < kTile * kPieces / 32; ++i) {
+        const int t = (lane + 32 * i) / kPieces, c = lane % kPieces * kPiece;
+        if (t < rows)
+          *reinterpret_cast<Piece<Element>*>(to + t * stride + c) =
+              *reinterpret_cast<const Piece<Element>*>(staged + t * kRow + c);
+      }
+    } else {
+      for (int i = lane; i < 16 * rows; i += 32)
+        if (i % 16 < values) to[i / 16 * stride + i % 16] = staged[i / 16 * kRow + i % 16];
+    }
+  }
+  // Into [B, T, HV, V].
+  __device__ __forceinline__ void store_tokens(const Rows64& x, void* to, int chunk) const {
     const int64_t stride = in.value_heads * in.value_dim;
     const int64_t t = b * in.tokens + begin + chunk * kTile;
-    Element* first = static_cast<Element*>(to) + t * stride + hv * in.value_dim + value;
-    const int rows = rows_of(chunk);
-    for_each(x, [&](int row, int token, float& at) {
-      if (token < rows && value + row < in.value_dim) first[token * stride + row] = Element(at);
-    });
+    write_tokens(x, static_cast<Element*>(to) + t * stride + hv * in.value_dim + value, stride,
+                 rows_of(chunk), static_cast<int>(in.value_dim) - value);
   }
-  // [token][value] tile of scratch
-  __device__ __forceinline__ void store_token_tile(Rows64& x, void* to, int chunk) const {
-    const int64_t tile = chunk_index(chunk) * tiles_of(in.value_dim) + value / kTile;
-    Element* first = static_cast<Element*>(to) + tile * kTileElements + value % kTile;
-    for_each(x, [&](int row, int token, float& at) { first[token * kTile + row] = Element(at); });
+  // Into [token][value] tiles of scratch.
+  __device__ __forceinline__ void store_token_tile(const Rows64& x, void* to, int chunk) const {
+    const int64_t tile = chunk_index(chunk) * tiles.values + value / kTile;
+    write_tokens(x, static_cast<Element*>(to) + tile * kTileElements + value % kTile, kTile, kTile, 16);
   }
-  // [value][channel] tiles of scratch
-  __device__ __forceinline__ void store_state_tiles(Rows64 (&S)[kKeys], void* to, int chunk) const {
-    const int64_t tile = (chunk_index(chunk) * tiles_of(in.value_dim) + value / kTile) * kKeys;
-    Element* first = static_cast<Element*>(to) + tile * kTileElements + value % kTile * kTile;
+  // Into [value][channel] tiles of scratch.
+  __device__ __forceinline__ void store_state_tiles(const Rows64 (&S)[kKeys], void* to, int chunk) const {
+    struct alignas(2 * sizeof(Element)) Pair {
+      Element at[2];
+    };
+    const int64_t tile = (chunk_index(chunk) * tiles.values + value / kTile) * kKeys;
+    Element* first =
+        static_cast<Element*>(to) + tile * kTileElements + (value % kTile + lane / 4) * kTile + lane % 4 * 2;
     CUTE_UNROLL
-    for (int block = 0; block < kKeys; ++block)
-      for_each(S[block], [&](int row, int column, float& at) {
-        first[block * kTileElements + row * kTile + column] = Element(at);
-      });
+    for (int block = 0; block < kKeys; ++block) {
+      CUTE_UNROLL
+      for (int m = 0; m < 8; ++m) {
+        CUTE_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          const float* x = &S[block].tile[0][m][2 * half];
+          *reinterpret_cast<Pair*>(first + block * kTileElements + half * 8 * kTile + 8 * m) =
+              Pair{{Element(x[0]), Element(x[1])}};
+        }
+      }
+    }
   }
-  __device__ __forceinline__ void scale_tokens(Rows64& to, const Rows64& from, int chunk, float sign) const {
-    const float* beta = args.scratch.rows[chunk_index(chunk)].beta + lane % 4 * 2;
+  __device__ __forceinline__ void scale_tokens(Rows64& to, const Rows64& from, int turn, float sign) const {
+    const float* beta = shared.beta[turn % kWalkRows] + lane % 4 * 2;
     CUTE_UNROLL
     for (int m = 0; m < 8; ++m) {
       const float2 e = *reinterpret_cast<const float2*>(beta + 8 * m);
@@ -177,24 +252,27 @@ struct WalkCta {
 
   // ---- The walks ----
 
-  __device__ const Element* chunk_tiles(int chunk) const {
-    return static_cast<const Element*>(args.scratch.tiles) +
-           chunk_index(chunk) * tiles.total() * kTileElements;
+  __device__ typename Stream::Chunk first_chunk(int chunk, int direction) const {
+    const int64_t index = chunk_index(chunk);
+    const int total = tiles.total(args.scratch.backward);
+    return {static_cast<const Element*>(args.scratch.tiles) + index * total * kTileElements,
+            args.scratch.rows + index, args.scratch.decay + index * kKeyDim, direction * in.value_heads,
+            total};
   }
 
   __device__ void forward(bool with_output) const {
     Rows64 S[kKeys];
     load_state(S, in.initial_state);
-    // Kh, Z, Qh, P, Kt lie in this order; without output Qh and P are left out.
+    // V, then Kh, Z, Qh, P, Kt, which lie in this order; without output Qh and P are left out.
     const int before = kKeys + tiles.parts, skipped = with_output ? 0 : kKeys + 1;
-    const auto order = [&](int i) { return i < before ? i : i + skipped; };
-    const int per_chunk = before + kKeys + (with_output ? kKeys + 1 : 0);
-    const int64_t step = in.value_heads * tiles.total() * kTileElements;
-    TileStream<Element> stream(chunk_tiles(0), step, chunks, per_chunk);
+    const int values = tiles.V() + value / kTile;
+    const auto order = [&](int i) { return i == 0 ? values : i <= before ? i - 1 : i - 1 + skipped; };
+    const int per_chunk = 1 + before + kKeys + (with_output ? kKeys + 1 : 0);
+    Stream stream(shared, first_chunk(0, 1), chunks, per_chunk);
     stream.start(order);
     for (int chunk = 0; chunk < chunks; ++chunk) {
       Rows64 V, R;
-      load_tokens(V, in.v, chunk);
+      read_tokens(V, stream.next(order));
       if (args.backward) store_state_tiles(S, args.left.S, chunk);
       R.clear();
       CUTE_UNROLL
@@ -226,32 +304,34 @@ struct WalkCta {
   __device__ void backward() const {
     Rows64 dS[kKeys];
     load_state(dS, args.d_final);
-    // P, Kt, Z, Qh, Kh
-    const int first_Z = 1 + kKeys, first_Qh = first_Z + tiles.parts, first_Kh = first_Qh + kKeys;
+    // dO, P, Kt, Z, Qh, Kh
+    const int first_Z = 2 + kKeys, first_Qh = first_Z + tiles.parts, first_Kh = first_Qh + kKeys;
+    const int values = tiles.dO() + value / kTile;
     const auto order = [&](int i) {
-      if (i < first_Z) return tiles.P() + i;
+      if (i == 0) return values;
+      if (i < first_Z) return tiles.P() + i - 1;
       if (i < first_Qh) return tiles.Z() + i - first_Z;
       return i < first_Kh ? tiles.Qh() + i - first_Qh : i - first_Kh;
     };
-    const int64_t step = in.value_heads * tiles.total() * kTileElements;
-    TileStream<Element> stream(chunk_tiles(chunks - 1), -step, chunks, first_Kh + kKeys);
+    Stream stream(shared, first_chunk(chunks - 1, -1), chunks, first_Kh + kKeys);
     stream.start(order);
     for (int chunk = chunks - 1; chunk >= 0; --chunk) {
       Rows64 d_o, Y, dR;
-      load_tokens(d_o, args.d_o, chunk);
+      const int turn = chunks - 1 - chunk;
+      read_tokens(d_o, stream.next(order));
       store_state_tiles(dS, args.left.dS, chunk);
       Y.clear();
       multiply_tile<false>(Y, d_o, stream.next(order));
       CUTE_UNROLL
       for (int block = 0; block < kKeys; ++block) multiply_tile<true>(Y, dS[block], stream.next(order));
-      scale_tokens(dR, Y, chunk, 1.f);
+      scale_tokens(dR, Y, turn, 1.f);
       multiply_tile<false, Part::kBoth>(Y, dR, stream.next(order));
       if constexpr (!kIsWide<Element>) multiply_tile<false>(Y, dR, stream.next(order));
       store_token_tile(Y, args.left.Y, chunk);
-      scale_tokens(dR, Y, chunk, 1.f);
+      scale_tokens(dR, Y, turn, 1.f);
       store_tokens(dR, args.dv, chunk);
-      scale_tokens(dR, Y, chunk, -1.f);
-      decay_state(dS, chunk);
+      scale_tokens(dR, Y, turn, -1.f);
+      decay_state(dS, turn);
       CUTE_UNROLL
       for (int block = 0; block < kKeys; ++block) multiply_tile<false>(dS[block], d_o, stream.next(order));
       CUTE_UNROLL
@@ -269,13 +349,13 @@ struct WalkCta {
 
 template <class Element, int kKeyDim>
 __global__ void __launch_bounds__(128) walk_sm80_kernel(const __grid_constant__ WalkSm80Args args) {
-  WalkCta<Element, kKeyDim>(args).run();
+  WalkCta<Element, kKeyDim>(args, *reinterpret_cast<WalkShared<Element, kKeyDim>*>(portable_shared)).run();
 }
 
 template <class Tag, int kKeyDim>
 int walk_sm80<Tag, kKeyDim>::run(const WalkSm80Args& args, void* stream) {
   using Element = portable_t<Tag>;
-  constexpr int kBytes = kWalkStages<Element> * kTileShared<Element> * static_cast<int>(sizeof(Element));
+  constexpr int kBytes = sizeof(WalkShared<Element, kKeyDim>);
   static_assert(kBytes <= 99 * 1024, "CTAs of 8.6, 8.9 and 12.0 have 99 KB");
   auto* kernel = &walk_sm80_kernel<Element, kKeyDim>;
   if (const int error = allow_shared(kernel, kBytes)) return error;
