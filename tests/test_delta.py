@@ -20,7 +20,10 @@ from nearfield.delta import (
     delta_rule,
     delta_rule_commit,
     delta_rule_reference,
+    delta_rule_states,
+    delta_rule_states_reference,
     delta_rule_step,
+    delta_rule_transition,
     delta_rule_verify,
 )
 from torch import Tensor
@@ -409,6 +412,56 @@ def test_repeated_keys(kind: str, gate: str, beta_top: float, dtype: torch.dtype
     args["k"] = correlated_keys(kind, args["k"].shape).to(dtype)
     args["beta"] = (beta_top * (0.9 + 0.1 * torch.rand(args["beta"].shape))).to(args["beta"].dtype)
     check(args, l2_factor=2, factor=FLOAT32_REPEATED_FACTOR if dtype == torch.float32 else None)
+
+
+@pytest.mark.parametrize("gate", GATE_KINDS)
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("bounds", [None, [0, 0, 130, 131, 320, 320]], ids=["batch", "packed"])
+def test_states_on_the_way(bounds: list[int] | None, every: int, gate: str) -> None:
+    """The states after every so many chunks are the final states of prefixes."""
+    args = make(B=2 if bounds is None else 1, T=327, gate=gate, sequences=5 if bounds else None)
+    cu = None if bounds is None else torch.tensor(bounds)
+    for v_first in (False, True):
+        o, final, states = delta_rule_states(**args, every=every, cu_seqlens=cu, state_v_first=v_first)
+        inputs = (args[name] for name in ("k", "v", "beta"))
+        want = delta_rule_states_reference(
+            *inputs, args.get("g"), every, args["initial_state"], cu_seqlens=cu, state_v_first=v_first
+        )
+        torch.testing.assert_close(states, want)
+        plain = delta_rule(**args, output_final_state=True, cu_seqlens=cu, state_v_first=v_first)
+        assert torch.equal(o, plain[0])
+        assert torch.equal(final, plain[1])
+        args["initial_state"] = args["initial_state"].transpose(-1, -2).contiguous()
+
+
+@pytest.mark.parametrize("gate", GATE_KINDS)
+@pytest.mark.parametrize("bounds", [None, [0, 0, 30, 100]], ids=["batch", "packed"])
+def test_transition(bounds: list[int] | None, gate: str) -> None:
+    """S -> M S + N is what a sequence does to its initial state; spans compose."""
+    args = make(B=2 if bounds is None else 1, T=100, gate=gate, sequences=3 if bounds else None)
+    cu = None if bounds is None else torch.tensor(bounds)
+    span = [args[name] for name in ("k", "v", "beta")] + [args.get("g")]
+    M, N = delta_rule_transition(*span, cu_seqlens=cu)
+    _, want = delta_rule(**args, output_final_state=True, cu_seqlens=cu)
+    torch.testing.assert_close(M @ args["initial_state"] + N, want)
+    if bounds is None:
+        halves = [
+            delta_rule_transition(*(x if x is None else x[:, rows] for x in span))
+            for rows in (slice(0, 37), slice(37, None))
+        ]
+        (M1, N1), (M2, N2) = halves
+        torch.testing.assert_close(M2 @ M1, M)
+        torch.testing.assert_close(M2 @ N1 + N2, N)
+
+
+def test_states_and_transitions_say_what_they_refuse() -> None:
+    args = make()
+    with pytest.raises(ValueError, match="every is 0"):
+        delta_rule_states(**args, every=0)
+    with pytest.raises(ValueError, match="no gradient"):
+        delta_rule_states(**args | {"k": args["k"].requires_grad_()}, every=1)
+    with pytest.raises(ValueError, match="delta_rule_transition: beta"):
+        delta_rule_transition(args["k"].detach(), args["v"], args["beta"][:, :5])
 
 
 @pytest.mark.parametrize("gate", GATE_KINDS)
@@ -998,6 +1051,10 @@ def test_opcheck(name: str) -> None:
     ops = torch.ops.nearfield
     torch.library.opcheck(ops.delta_fwd.default, (*arguments, True))
     torch.library.opcheck(ops.delta_fwd.default, (*arguments, False))
+    torch.library.opcheck(
+        ops.delta_fwd_states.default,
+        (*(a.detach() if isinstance(a, Tensor) else a for a in arguments), True, 1),
+    )
     with torch.no_grad():
         o, state = ops.delta_fwd(*arguments, True)
     detached = [a.detach() if isinstance(a, Tensor) else a for a in arguments]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 pytestmark = pytest.mark.gpu
 
 DTYPES = [torch.bfloat16, torch.float16]
-GATE_KINDS = ("none", "head")
+GATE_KINDS = ("none", "head", "channel")
 
 
 @pytest.fixture(autouse=True, params=["hopper", "portable"])
@@ -93,38 +93,43 @@ def test_lengths(T: int, gate: str) -> None:
         check(make(B=2, T=T, K=128, V=128, gate=gate, dtype=torch.bfloat16, initial=initial))
 
 
+@pytest.mark.parametrize("gate", ["head", "channel"])
 @pytest.mark.parametrize("HV", [1, 2, 4, 8])
-def test_grouped_value_heads(HV: int) -> None:
-    args: dict[str, Any] = make(B=2, T=200, H=1, HV=HV, K=128, V=64, dtype=torch.bfloat16)
+def test_grouped_value_heads(HV: int, gate: str) -> None:
+    args: dict[str, Any] = make(B=2, T=200, H=1, HV=HV, K=128, V=64, gate=gate, dtype=torch.bfloat16)
     check(args)
     check(args | {"use_qk_l2norm": True})
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("gate", ["head", "channel"])
 @pytest.mark.parametrize("activation", ["none", "sigmoid", "sigmoid2"])
-def test_fused_norm_and_beta(activation: str, dtype: torch.dtype) -> None:
-    args: dict[str, Any] = make(T=200, HV=4, K=128, V=128, dtype=dtype)
+def test_fused_norm_and_beta(activation: str, gate: str, dtype: torch.dtype) -> None:
+    args: dict[str, Any] = make(T=200, HV=4, K=128, V=128, gate=gate, dtype=dtype)
     args["q"], args["k"] = 3 * args["q"], 5 * args["k"]
     if activation != "none":
         args["beta"] = 3 * torch.randn(args["beta"].shape)
     check(args | {"use_qk_l2norm": True, "beta_activation": activation})
 
 
+@pytest.mark.parametrize("K", [128, 72])
+@pytest.mark.parametrize("gate", ["head", "channel"])
 @pytest.mark.parametrize("option", ["softplus", "softplus-bias", "bounded", "bounded-A", "bounded-A-bias"])
-def test_fused_gates(option: str) -> None:
-    args: dict[str, Any] = make(T=200, HV=4, K=128, V=128, dtype=torch.bfloat16)
+def test_fused_gates(option: str, gate: str, K: int) -> None:
+    args: dict[str, Any] = make(T=200, HV=4, K=K, V=128, gate=gate, dtype=torch.bfloat16)
     args["g"] = torch.randn(args["g"].shape)
     args["gate"] = option.split("-")[0]
     if "softplus" in option or "A" in option:
         args["A_log"] = 0.5 * torch.randn(4)
     if "bias" in option:
-        args["dt_bias"] = torch.randn(4)
+        args["dt_bias"] = torch.randn(args["g"].shape[2:])
     args["gate_bound"] = -3.0
     check(args)
 
 
-def test_small_tensors_in_16_bit() -> None:
-    args = make(T=200, K=128, V=128, dtype=torch.bfloat16)
+@pytest.mark.parametrize("gate", ["head", "channel"])
+def test_small_tensors_in_16_bit(gate: str) -> None:
+    args = make(T=200, K=128, V=128, gate=gate, dtype=torch.bfloat16)
     args["beta"], args["g"] = args["beta"].bfloat16(), args["g"].bfloat16()
     check(args)
 
@@ -186,9 +191,10 @@ def test_packed(bounds: list[int], gate: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("gate", ["head", "channel"])
 @pytest.mark.parametrize("kind", ["0", "-1e-6", "-5", "-50", "-1e4", "-inf", "mixed", "rare-inf", "one-inf"])
-def test_hostile_gates(kind: str, dtype: torch.dtype) -> None:
-    args = make(B=1, T=500, K=128, V=128, gate="head", dtype=dtype)
+def test_hostile_gates(kind: str, gate: str, dtype: torch.dtype) -> None:
+    args = make(B=1, T=500, K=128, V=128, gate=gate, dtype=dtype)
     args["g"] = hostile_gates(kind, args["g"].shape)
     got = check(args)
     if kind == "-inf":
@@ -196,8 +202,9 @@ def test_hostile_gates(kind: str, dtype: torch.dtype) -> None:
         assert (got["initial_state"] == 0).all()
 
 
-def test_first_gate_without_a_state_has_no_gradient() -> None:
-    got = check(make(T=100, K=128, V=128, initial=False, dtype=torch.bfloat16))
+@pytest.mark.parametrize("gate", ["head", "channel"])
+def test_first_gate_without_a_state_has_no_gradient(gate: str) -> None:
+    got = check(make(T=100, K=128, V=128, gate=gate, initial=False, dtype=torch.bfloat16))
     assert (got["g"][:, 0] == 0).all()
 
 
@@ -211,33 +218,37 @@ def test_zero_gates_are_no_gates() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("gate", ["none", "channel"])
 @pytest.mark.parametrize("beta", [0.0, 1e-6, 1.0, 1.99])
-def test_constant_beta(beta: float, dtype: torch.dtype) -> None:
-    args = make(T=300, K=128, V=128, gate="none", dtype=dtype)
+def test_constant_beta(beta: float, gate: str, dtype: torch.dtype) -> None:
+    args = make(T=300, K=128, V=128, gate=gate, dtype=dtype)
     args["beta"] = torch.full_like(args["beta"], beta)
     check(args, factor=2)
 
 
-def test_zero_rows() -> None:
-    args: dict[str, Any] = make(T=100, K=128, V=128, dtype=torch.bfloat16)
+@pytest.mark.parametrize("gate", ["head", "channel"])
+def test_zero_rows(gate: str) -> None:
+    args: dict[str, Any] = make(T=100, K=128, V=128, gate=gate, dtype=torch.bfloat16)
     args["q"][:, 10:20] = 0
     args["k"][:, 15:70] = 0
     check(args | {"use_qk_l2norm": True})
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("gate", ["head", "channel"])
 @pytest.mark.parametrize("beta_top", [1.0, 1.9])
 @pytest.mark.parametrize("kind", ["identical", "plus-minus", "four-dimensional", "correlated"])
-def test_repeated_keys(kind: str, beta_top: float, dtype: torch.dtype) -> None:
-    args = make(B=1, T=300, K=128, V=128, gate="head", strength=0.01, dtype=dtype)
+def test_repeated_keys(kind: str, beta_top: float, gate: str, dtype: torch.dtype) -> None:
+    args = make(B=1, T=300, K=128, V=128, gate=gate, strength=0.01, dtype=dtype)
     args["k"] = correlated_keys(kind, args["k"].shape).to(dtype)
     args["beta"] = beta_top * (0.9 + 0.1 * torch.rand(args["beta"].shape))
     check(args, factor=2)
 
 
-def test_initial_states() -> None:
+@pytest.mark.parametrize("gate", ["head", "channel"])
+def test_initial_states(gate: str) -> None:
     """None is zero, bit by bit; a large one."""
-    args = cuda(make(T=200, K=128, V=128, strength=0.05, dtype=torch.bfloat16))
+    args = cuda(make(T=200, K=128, V=128, gate=gate, strength=0.05, dtype=torch.bfloat16))
     upstream = output_gradients(args)
     zero = run(delta_rule, args | {"initial_state": torch.zeros_like(args["initial_state"])}, *upstream, None)
     none = run(delta_rule, {n: t for n, t in args.items() if n != "initial_state"}, *upstream, None)
@@ -267,9 +278,10 @@ def test_strides() -> None:
 # ----------------------------------------------------------------------------------------- framework contract
 
 
+@pytest.mark.parametrize("gate", ["head", "channel"])
 @pytest.mark.parametrize("H", [2, 96])
-def test_bitwise_repeatable(H: int) -> None:
-    args = cuda(make(B=2, T=500, H=H, HV=2 * H, K=128, V=128, dtype=torch.bfloat16))
+def test_bitwise_repeatable(H: int, gate: str) -> None:
+    args = cuda(make(B=2, T=500, H=H, HV=2 * H, K=128, V=128, gate=gate, dtype=torch.bfloat16))
     upstream = output_gradients(args)
     first = run(delta_rule, args, *upstream, None)
     for _ in range(10):
@@ -281,8 +293,9 @@ def operands(args: dict[str, Any], d_o: Tensor | None, d_state: Tensor | None) -
     return (d_o, d_state, *(args.get(n) for n in names), 0.1, False, 0, 0, -5.0, False)
 
 
-def test_side_stream_and_graph() -> None:
-    args = cuda(make(B=1, T=500, H=4, HV=4, K=128, V=128, dtype=torch.bfloat16))
+@pytest.mark.parametrize("gate", ["head", "channel"])
+def test_side_stream_and_graph(gate: str) -> None:
+    args = cuda(make(B=1, T=500, H=4, HV=4, K=128, V=128, gate=gate, dtype=torch.bfloat16))
     inputs = operands(args, *output_gradients(args))
     want = torch.ops.nearfield.delta_bwd(*inputs)
     stream = torch.cuda.Stream()
@@ -303,8 +316,9 @@ def test_side_stream_and_graph() -> None:
         assert torch.equal(a, c)
 
 
-def test_compile_and_opcheck() -> None:
-    args = cuda(make(B=1, T=200, H=2, HV=4, K=128, V=128, sequences=2, dtype=torch.bfloat16))
+@pytest.mark.parametrize("gate", ["head", "channel"])
+def test_compile_and_opcheck(gate: str) -> None:
+    args = cuda(make(B=1, T=200, H=2, HV=4, K=128, V=128, gate=gate, sequences=2, dtype=torch.bfloat16))
     args["cu_seqlens"] = torch.tensor([0, 70, 190], device="cuda")
     upstream = output_gradients(args)
     torch._dynamo.reset()
@@ -333,36 +347,41 @@ def test_what_is_not_built_is_refused(backend: str) -> None:
 
 
 class Mixer(nn.Module):
-    """Two residual layers of the gated delta rule, computed by ``rule``."""
+    """Two residual layers of a delta rule, computed by ``rule``; ``gates``: log decays per head."""
 
-    def __init__(self, rule: Any, dtype: torch.dtype, width: int = 64, heads: int = 2) -> None:
+    def __init__(self, rule: Any, dtype: torch.dtype, gates: int, width: int = 64, heads: int = 2) -> None:
         super().__init__()
-        self.rule, self.dtype, self.heads, self.width = rule, dtype, heads, width
-        self.into = nn.ModuleList(nn.Linear(width, 3 * width + 2 * heads) for _ in range(2))
+        self.rule, self.dtype, self.gates, self.heads, self.width = rule, dtype, gates, heads, width
+        self.into = nn.ModuleList(nn.Linear(width, 3 * width + (1 + gates) * heads) for _ in range(2))
         self.out = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
-        self.A_log, self.dt_bias = nn.Parameter(torch.zeros(2, heads)), nn.Parameter(torch.zeros(2, heads))
+        self.A_log, self.dt_bias = (
+            nn.Parameter(torch.zeros(2, heads)),
+            nn.Parameter(torch.zeros(2, heads * gates)),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         B, T, D = x.shape
         for i in range(2):
-            *qkv, b, a = self.into[i](x).split([D, D, D, self.heads, self.heads], -1)
+            *qkv, b, a = self.into[i](x).split([D, D, D, self.heads, self.gates * self.heads], -1)
             q, k, v = (t.reshape(B, T, self.heads, -1).to(self.dtype) for t in qkv)
-            o, _ = self.rule(
-                q=q, k=k, v=v, beta=b, g=a, use_qk_l2norm=True, beta_activation="sigmoid", gate="softplus",
-                A_log=self.A_log[i], dt_bias=self.dt_bias[i],
-            )  # fmt: skip
+            gate: dict[str, Any] = {}
+            if self.gates:
+                a = a if self.gates == 1 else a.reshape(B, T, self.heads, -1)
+                gate = {"g": a, "gate": "softplus", "A_log": self.A_log[i], "dt_bias": self.dt_bias[i]}
+            o, _ = self.rule(q=q, k=k, v=v, beta=b, use_qk_l2norm=True, beta_activation="sigmoid", **gate)
             x = x + self.out[i](o.reshape(B, T, D).to(x.dtype))
         return x
 
 
-def test_training_follows_float32() -> None:
+@pytest.mark.parametrize("gates", [0, 1, 32], ids=["DeltaNet", "GDN", "KDA"])
+def test_training_follows_float32(gates: int) -> None:
     """300 steps towards a teacher: the loss stays within 1 % of training with the float32 reference."""
     torch.manual_seed(1)
-    teacher = Mixer(delta_rule_by_chunks, torch.float32).cuda()
-    start = Mixer(delta_rule, torch.bfloat16).cuda().state_dict()
+    teacher = Mixer(delta_rule_by_chunks, torch.float32, gates).cuda()
+    start = Mixer(delta_rule, torch.bfloat16, gates).cuda().state_dict()
     losses = []
     for rule, dtype in ((delta_rule, torch.bfloat16), (delta_rule_by_chunks, torch.float32)):
-        model = Mixer(rule, dtype).cuda()
+        model = Mixer(rule, dtype, gates).cuda()
         model.load_state_dict(start)
         optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
         generator = torch.Generator("cuda").manual_seed(2)

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from delta_chunks import delta_rule_by_chunks
-from nearfield.delta import delta_rule
+from nearfield.delta import delta_rule, delta_rule_states, delta_rule_transition
 from test_delta import L2_16BIT, SEQUENCES, correlated_keys, hostile_gates, make, name_of
 from torch import Tensor
 
@@ -85,12 +85,79 @@ def test_lengths(T: int, gate: str) -> None:
 
 @pytest.mark.parametrize("gate", GATE_KINDS)
 def test_many_heads(gate: str) -> None:
-    """More chains than SMs: two value tiles share a CTA."""
+    """More chains than SMs."""
     check(make(B=3, T=200, H=32, HV=64, K=128, V=128, gate=gate, dtype=torch.bfloat16))
 
 
 def test_long_sequence() -> None:
     check(make(B=1, T=20000, H=1, HV=2, K=128, V=128, strength=0.01, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("dims", [(128, 128), (64, 72), (72, 200)], ids=str)
+@pytest.mark.parametrize("gate", GATE_KINDS)
+def test_few_heads_split_the_sequence(gate: str, dims: tuple[int, int]) -> None:
+    """Long sequences of few heads are walked in spans, from the states composed of the spans before."""
+    for initial in (True, False):
+        args = make(
+            T=9000, H=1, K=dims[0], V=dims[1], gate=gate, strength=0.01, dtype=torch.bfloat16, initial=initial
+        )
+        check(args)
+
+
+@pytest.mark.parametrize("gate", GATE_KINDS)
+@pytest.mark.parametrize(
+    "bounds",
+    [[0, 20000], [0, 0, 9000, 9001, 9001, 20000], [0, 64, 14000, 15024]],
+    ids=["one", "uneven", "long"],
+)
+def test_split_packed_sequences(bounds: list[int], gate: str) -> None:
+    N, T = len(bounds) - 1, bounds[-1] + 7
+    args = make(B=1, T=T, H=1, K=128, V=64, gate=gate, strength=0.01, sequences=N, dtype=torch.bfloat16)
+    args["initial_state"] = args["initial_state"].transpose(-1, -2).contiguous()
+    o, _ = check(args | {"cu_seqlens": torch.tensor(bounds), "state_v_first": True})
+    assert (o[:, bounds[-1] :] == 0).all()
+
+
+@pytest.mark.parametrize("gate", GATE_KINDS)
+@pytest.mark.parametrize(
+    "bounds", [None, [0, 0, 130, 131, 400, 400], [0, 9000, 12000]], ids=["batch", "packed", "split"]
+)
+def test_states_on_the_way(bounds: list[int] | None, gate: str) -> None:
+    T = bounds[-1] + 7 if bounds else 400
+    args = make(
+        B=1 if bounds else 2, T=T, H=1, K=128, V=64, gate=gate, strength=0.01, dtype=torch.bfloat16,
+        sequences=len(bounds) - 1 if bounds else None,
+    )  # fmt: skip
+    args = cuda(args | ({"cu_seqlens": torch.tensor(bounds)} if bounds else {}))
+    o, final, states = delta_rule_states(**args, every=2)
+    plain, plain_final = delta_rule(**args, output_final_state=True)
+    assert plain_final is not None
+    assert torch.equal(o, plain)
+    assert torch.equal(final, plain_final)
+    assert states.shape[:2] == (args["q"].shape[0], T // 128)
+    for n, (start, end) in enumerate(pairwise(bounds or [0, T])):
+        S = args["initial_state"][n : n + 1] if bounds else args["initial_state"]
+        S = S.double()
+        for i in range((end - start) // 128):
+            part = {
+                name: args[name][:, start + 128 * i : start + 128 * (i + 1)]
+                for name in args
+                if name in ("q", "k", "v", "beta", "g")
+            }
+            _, S = delta_rule_by_chunks(**double(part), initial_state=S, output_final_state=True)
+            assert S is not None
+            kept = states[:, start // 128 + i].double()
+            assert float((kept - S).norm()) <= L2_16BIT["final_state"] * float(S.norm())
+
+
+@pytest.mark.parametrize("gate", GATE_KINDS)
+def test_transition(gate: str) -> None:
+    args = cuda(make(T=300, K=128, V=64, gate=gate, strength=0.01, dtype=torch.bfloat16))
+    M, N = delta_rule_transition(args["k"], args["v"], args["beta"], args.get("g"))
+    _, want = delta_rule_by_chunks(**double(args), output_final_state=True)
+    assert want is not None
+    got = M.double() @ args["initial_state"].double() + N.double()
+    assert float((got - want).norm()) <= 2 * L2_16BIT["final_state"] * float(want.norm())
 
 
 def test_no_tokens_keep_the_state() -> None:
@@ -265,9 +332,9 @@ def test_repeated_keys(
     args = make(B=1, T=300, K=128, V=128, gate=gate, strength=0.01, dtype=dtype)
     args["k"] = correlated_keys(kind, args["k"].shape).to(dtype)
     args["beta"] = beta_top * (0.9 + 0.1 * torch.rand(args["beta"].shape))
-    if backend == "hopper" and dtype == torch.bfloat16 and (beta_top > 1 or gate == "channel"):
+    if dtype == torch.bfloat16 and (beta_top > 1 or gate == "channel" or backend == "portable"):
         request.applymarker(
-            pytest.mark.xfail(reason="N and P rounded to bfloat16: up to 2.3 % (README, Numbers)")
+            pytest.mark.xfail(reason="operands rounded to bfloat16: up to 2.3 % (README, Numbers)")
         )
     check(args, factor=2)
 

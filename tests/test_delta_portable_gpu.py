@@ -9,7 +9,7 @@ import pytest
 import torch
 from delta_chunks import delta_rule_by_chunks
 from nearfield import explain
-from nearfield.delta import delta_rule, delta_rule_reference
+from nearfield.delta import delta_rule, delta_rule_reference, delta_rule_states
 from test_delta import (
     FLOAT32_FACTOR,
     FLOAT32_REPEATED_FACTOR,
@@ -60,7 +60,9 @@ def check(args: dict[str, Any], *, factor: float = FLOAT32_FACTOR) -> dict[str, 
     "dims", [(128, 128), (64, 64), (72, 40), (37, 70), (256, 256), (130, 20), (1, 3), (200, 300)]
 )
 def test_float32_head_dims(dims: tuple[int, int], gate: str) -> None:
-    check(make(B=2, T=150, H=2, HV=4, K=dims[0], V=dims[1], gate=gate, dtype=torch.float32))
+    # A key of one channel is 1 or -1: all keys repeat.
+    factor = FLOAT32_REPEATED_FACTOR if dims[0] == 1 else FLOAT32_FACTOR
+    check(make(B=2, T=150, H=2, HV=4, K=dims[0], V=dims[1], gate=gate, dtype=torch.float32), factor=factor)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
@@ -116,6 +118,18 @@ def test_hostile_channel_gates(kind: str) -> None:
     if kind == "-inf":
         assert (got["g"] == 0).all()
         assert (got["initial_state"] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_states_on_the_way(dtype: torch.dtype) -> None:
+    """Those of calls that end there, bit by bit; packed sequences have their own."""
+    args = {n: t.cuda() for n, t in make(B=2, T=300, K=44, V=40, dtype=dtype).items()}
+    _, final, states = delta_rule_states(**args, every=2)
+    assert states.shape == (2, 2, 2, 44, 40)
+    for i in range(2):
+        part = {n: t if n == "initial_state" else t[:, : 128 * (i + 1)] for n, t in args.items()}
+        assert torch.equal(delta_rule(**part, output_final_state=True, backend="portable")[1], states[:, i])
+    assert torch.equal(delta_rule(**args, output_final_state=True, backend="portable")[1], final)
 
 
 def test_repeatable_and_graph() -> None:

@@ -306,18 +306,46 @@ def test_stopping_rule_is_honoured_and_reported(tol: float, max_iters: int) -> N
         assert (aux.ratio <= tol).all()
 
 
-def test_iterations_and_ratio_are_those_of_the_cpu() -> None:
-    """The rule is the CPU's; where a row sits on its edge the rounding of the products may cost or save a step."""
+def steps_with_rounded_directions(inputs: Inputs, lam: float, tol: float, max_iters: int) -> Tensor:
+    """Iterations of each row of one causal head if the direction of a step is a vector of fp16 numbers over a power of two."""
+    q, k = inputs.q[0, :, 0].double(), inputs.k[0, :, 0].double()
+    p = (q @ k.mT * inputs.scale).masked_fill(~torch.ones(len(q), len(k)).tril().bool(), -math.inf).softmax(1)
+    mean = p @ k
+    r = q - mean
+    direction, steps, acc = r.clone(), torch.zeros(len(q), dtype=torch.int), torch.zeros(len(q), dtype=F64)
+    live = torch.ones(len(q), dtype=torch.bool)
+    for _ in range(max_iters):
+        unit = 2 ** direction.abs().amax(1, keepdim=True).clamp_min(1e-30).log2().ceil()
+        direction = (direction / unit).half().double() * unit
+        e = p * (direction @ k.mT - (direction * mean).sum(1, keepdim=True))
+        image = e @ k - e.sum(1, keepdim=True) * mean + lam * direction
+        alpha = (direction * r).sum(1) / (direction * image).sum(1)
+        removed, rz = alpha * (direction * r).sum(1), r.pow(2).sum(1)
+        r = r - alpha[:, None] * image
+        acc += removed
+        steps += live
+        live = live & (removed > tol**2 * (1 + acc))
+        direction = torch.where(
+            live[:, None], r + (r.pow(2).sum(1) / rz)[:, None] * direction, torch.zeros(())
+        )
+    return steps
+
+
+def test_iterations_are_those_of_rounded_directions() -> None:
+    """Which step is a row's last hangs on rounding where it has fewer keys than dimensions; the mean over rows does not.
+
+    Against the CPU, whose directions are not rounded, this costs half a step at most (measured: 0.01 to 0.47).
+    """
     for make, d in ((rope, 64), (plain, 128), (cluster, 32)):
         inputs = make(300, d).cast(torch.bfloat16)
         options = {"lam": 0.3, "scale": inputs.scale, "tol": 1e-2, "max_iters": 40, "return_aux": True}
         cpu = local_linear_attention(*(t.float() for t in inputs[:3]), **options)[1]  # type: ignore[arg-type]
         gpu = local_linear_attention(*cuda(inputs, torch.bfloat16)[:3], **options)[1]  # type: ignore[arg-type]
-        steps = (gpu.iterations.cpu() - cpu.iterations).abs()
-        assert steps.max() <= 2
-        assert (steps > 0).float().mean() < 0.05
-        same = steps == 0
-        torch.testing.assert_close(gpu.ratio.cpu()[same], cpu.ratio[same], rtol=0.1, atol=1e-4)
+        steps = gpu.iterations[0, 1:, 0].cpu().double()  # the first row has one key
+        want = steps_with_rounded_directions(inputs, 0.3, 1e-2, 40)[1:].double()
+        chance = 4 * (steps - want).std() / len(steps) ** 0.5
+        assert (steps - want).mean().abs() <= max(chance, 1 / len(steps))
+        assert (gpu.ratio <= 1e-2).all()
         torch.testing.assert_close(gpu.lse.cpu(), cpu.lse, rtol=1e-5, atol=1e-4)
 
 

@@ -3,7 +3,8 @@
 // As there, a warpgroup owns 64 value columns and keeps dS^T [64 values, K] in float32 registers, and every
 // intermediate leaves the tensor cores as left operand of the next product:
 //   dV'^T = dS^T Kt^T + s dO^T P,  Y^T = dV'^T + dV'^T N,  dS^T <- e^{G_C} dS^T + s dO^T Qh - beta Y^T Kh
-// One warp streams the tiles of the next chunks, one carries Y and dV away.
+// One warp streams the tiles of the next chunks, one carries Y and dV away. With a gate per head, decays and
+// norms are factors of columns of the accumulators; with one per channel, prepare has left Kh, Kt and s Qh.
 #pragma once
 
 #include "delta/sm90_bwd.h"
@@ -13,28 +14,34 @@ namespace nearfield::delta {
 
 // ---- Layouts and storage ----
 
-template <class Tag, int kKeyDim_>
+template <class Tag, int kKeyDim_, bool kChannelGate_>
 struct ReversePassTraits {
-  using Forward = StatePassTraits<Tag, kKeyDim_, false, false>;
+  using Forward = StatePassTraits<Tag, kKeyDim_, kChannelGate_, false>;
   using Element = typename Forward::Element;
   static constexpr int kKeyDim = kKeyDim_, kKeyImages = Forward::kKeyImages, kKeyTile = Forward::kKeyTile;
-  static constexpr int kStages = 3;
+  static constexpr bool kChannelGate = kChannelGate_;
+  static constexpr int kStages = kChannelGate ? 2 : 3;
   using MmaToToken = typename Forward::MmaToToken;                             // (64 values, 64 tokens)
   using MmaToColumn = typename Forward::template Mma<kRows, GMMA::Major::MN>;  // the same; B by column
   using MmaToState = typename Forward::MmaToState;                             // (64 values, K)
 
   struct alignas(1024) Stage {
-    Element k[kKeyTile];
-    Element q[kKeyTile];
+    Element k[kKeyTile];                           // with a gate per channel Kh
+    Element k_write[kChannelGate ? kKeyTile : 0];  // Kt
+    Element q[kKeyTile];                           // with a gate per channel s Qh
     Element dout[kImage];
     Element n[kImage];
     Element p[kImage];
   };
-  struct alignas(128) StageRows {  // the beginning of ChunkRows
-    float G[kRows], beta[kRows], k_read[kRows], k_write[kRows], k_norm[kRows], q_read[kRows];
+  static constexpr int kHeadRows = kChannelGate ? 0 : kRows;
+  struct alignas(128) StageRows {  // the beginning of ChunkRows, or beta and decay
+    float G[kHeadRows], beta[kRows], k_read[kHeadRows], k_write[kHeadRows], k_norm[kHeadRows],
+        q_read[kHeadRows];
+    float decay[kChannelGate ? kKeyDim : 0];
   };
-  static_assert(offsetof(StageRows, q_read) == offsetof(ChunkRows, q_read));
-  static constexpr int kBytes = 2 * kKeyTile * 2 + 3 * kImageBytes + static_cast<int>(sizeof(StageRows));
+  static_assert(kChannelGate || offsetof(StageRows, q_read) == offsetof(ChunkRows, q_read));
+  static constexpr int kBytes =
+      (2 + kChannelGate) * kKeyTile * 2 + 3 * kImageBytes + static_cast<int>(sizeof(StageRows));
 
   struct Storage {
     Stage stage[kStages];
@@ -70,11 +77,22 @@ __device__ void load_reverse(typename Traits::Storage& s, const BackwardMaps& ma
     uint64_t* full = &s.ring.full[at.stage];
     const int64_t token = sequence.begin + static_cast<int64_t>(c) * kRows;
     const int64_t chunk = (sequence.first_slot + c) * a.in.value_heads + head;
-    load_tokens<kKeyDim>(maps.tokens.k, full, stage.k, 0, token, head_k, sequence.batch);
-    load_tokens<kKeyDim>(maps.tokens.q, full, stage.q, 0, token, head_k, sequence.batch);
+    if constexpr (Traits::kChannelGate) {
+      const auto tile = [&](void* scratch) {
+        return static_cast<Element*>(scratch) + chunk * Traits::kKeyTile;
+      };
+      copy_in(stage.k_write, tile(a.scratch.Kt), Traits::kKeyTile * 2, full);
+      copy_in(stage.q, tile(a.scratch.Qh), Traits::kKeyTile * 2, full);
+      copy_in(stage.k, tile(a.scratch.Kh), Traits::kKeyTile * 2, full);
+      copy_in(s.rows[at.stage].beta, a.scratch.rows[chunk].beta, kRows * 4, full);
+      copy_in(s.rows[at.stage].decay, a.scratch.decay + chunk * kKeyDim, kKeyDim * 4, full);
+    } else {
+      load_tokens<kKeyDim>(maps.tokens.k, full, stage.k, 0, token, head_k, sequence.batch);
+      load_tokens<kKeyDim>(maps.tokens.q, full, stage.q, 0, token, head_k, sequence.batch);
+      copy_in(&s.rows[at.stage], a.scratch.rows + chunk, sizeof(typename Traits::StageRows), full);
+    }
     load_tokens<kImageColumns>(maps.dout, full, stage.dout, first_value, token, static_cast<int>(head),
                                sequence.batch);
-    copy_in(&s.rows[at.stage], a.scratch.rows + chunk, sizeof(typename Traits::StageRows), full);
     copy_in(stage.p, static_cast<Element*>(a.scratch.P) + chunk * kImage, kImageBytes, full);
     copy_in(stage.n, static_cast<Element*>(a.scratch.N) + chunk * kImage, kImageBytes, full);
     at.advance();
@@ -195,11 +213,17 @@ __device__ void walk_reverse(typename Traits::Storage& s, const BackwardPassesAr
     s.ring.wait_full(at);
     compiler_fence();
     if (valid < kRows) {
-      clear_rows(stage.k, Traits::kKeyImages, valid);
-      clear_rows(stage.q, Traits::kKeyImages, valid);
+      if constexpr (!Traits::kChannelGate) {
+        clear_rows(stage.k, Traits::kKeyImages, valid);
+        clear_rows(stage.q, Traits::kKeyImages, valid);
+      }
       clear_rows(stage.dout, 1, valid);
     }
-    issue_gemm<true>(mma_token, S16, by_row(stage.k), R);
+    if constexpr (Traits::kChannelGate) {
+      issue_gemm<true>(mma_token, S16, by_row(stage.k_write), R);
+    } else {
+      issue_gemm<true>(mma_token, S16, by_row(stage.k), R);
+    }
 
     // Meanwhile dS, the gradient of the state after this chunk, leaves.
     tma_store_wait<0>();
@@ -224,23 +248,33 @@ __device__ void walk_reverse(typename Traits::Storage& s, const BackwardPassesAr
 
     // dS <- e^{G_C} dS + s Qh^T dO, behind it
     load_transposed(stage.dout, warp, words_of(dO16));
-    const float decay = exp2_fast(rows.G[kRows - 1]);
-    CUTE_UNROLL
-    for (int x = 0; x < size(S); ++x) S(x) *= decay;
-    CUTE_UNROLL
-    for (int j = 0; j < 8; ++j) {
-      const float2 q_read = columns_of(rows.q_read, j);
+    if constexpr (Traits::kChannelGate) {
       CUTE_UNROLL
-      for (int x = 2 * j; x < 2 * j + 2; ++x) {
-        const float2 dO = unpack<Element>(words_of(dO16)[x]);
-        words_of(X16)[x] = pack<Element>(q_read.x * dO.x, q_read.y * dO.y);
+      for (int j = 0; j < kKeyDim / 8; ++j) {
+        const float2 decay = columns_of(rows.decay, j);
+        CUTE_UNROLL
+        for (int x = 4 * j; x < 4 * j + 4; ++x) S(x) *= x % 2 ? decay.y : decay.x;
       }
+      issue_gemm<false>(mma_state, dO16, by_key(stage.q), S);
+    } else {
+      const float decay = exp2_fast(rows.G[kRows - 1]);
+      CUTE_UNROLL
+      for (int x = 0; x < size(S); ++x) S(x) *= decay;
+      CUTE_UNROLL
+      for (int j = 0; j < 8; ++j) {
+        const float2 q_read = columns_of(rows.q_read, j);
+        CUTE_UNROLL
+        for (int x = 2 * j; x < 2 * j + 2; ++x) {
+          const float2 dO = unpack<Element>(words_of(dO16)[x]);
+          words_of(X16)[x] = pack<Element>(q_read.x * dO.x, q_read.y * dO.y);
+        }
+      }
+      issue_gemm<false>(mma_state, X16, by_key(stage.q), S);
     }
-    issue_gemm<false>(mma_state, X16, by_key(stage.q), S);
     warpgroup_wait<1>();
 
     // dV' = Kt dS + s P^T dO
-    scale_columns(rows.k_write);
+    if constexpr (!Traits::kChannelGate) scale_columns(rows.k_write);
     issue_gemm<false>(mma_column, dO16, by_column(stage.p), R);
     warpgroup_wait<0>();
 
@@ -255,7 +289,8 @@ __device__ void walk_reverse(typename Traits::Storage& s, const BackwardPassesAr
     round(R, dv16);
     CUTE_UNROLL
     for (int j = 0; j < 8; ++j) {
-      const float2 k_read = columns_of(rows.k_read, j);
+      float2 k_read{1.f, 1.f};
+      if constexpr (!Traits::kChannelGate) k_read = columns_of(rows.k_read, j);
       CUTE_UNROLL
       for (int x = 2 * j; x < 2 * j + 2; ++x)
         words_of(X16)[x] = pack<Element>(-k_read.x * R(2 * x), -k_read.y * R(2 * x + 1));
@@ -293,7 +328,8 @@ __global__ void __launch_bounds__(Forward::kThreads, 1)
   const Sequence sequence = sequence_of(in, n);
   auto& r = shared_storage<typename Reverse::Storage>();
   auto& f = shared_storage<typename Forward::Storage>();
-  const StatePassArgs pass{in, a.scratch, nullptr, nullptr, a.states, a.v_new};
+  StatePassArgs pass{in, a.scratch};
+  pass.states = a.states, pass.v_new = a.v_new;
   if (threadIdx.x == 0) {
     if (reverse) {
       r.ring.init(1, 4);
@@ -318,10 +354,10 @@ __global__ void __launch_bounds__(Forward::kThreads, 1)
   }
 }
 
-template <class Tag, int kKeyDim>
-int backward_passes_sm90<Tag, kKeyDim>::run(const BackwardPassesArgs& args, void* stream) {
-  using Forward = StatePassTraits<Tag, kKeyDim, false, false>;
-  using Reverse = ReversePassTraits<Tag, kKeyDim>;
+template <class Tag, int kKeyDim, bool kChannelGate>
+int backward_passes_sm90<Tag, kKeyDim, kChannelGate>::run(const BackwardPassesArgs& args, void* stream) {
+  using Forward = StatePassTraits<Tag, kKeyDim, kChannelGate, false>;
+  using Reverse = ReversePassTraits<Tag, kKeyDim, kChannelGate>;
   constexpr bool kBf16 = std::is_same_v<Tag, bf16>;
   constexpr int kShared =
       static_cast<int>(std::max(sizeof(typename Forward::Storage), sizeof(typename Reverse::Storage)));

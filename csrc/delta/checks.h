@@ -175,6 +175,17 @@ inline Tensor token_rows(const Tensor& like, const Inputs& x, const std::vector<
   return defined(x.cu_seqlens) ? new_zeros(like, shape, dtype) : new_empty(like, shape, dtype);
 }
 
+// The states after every so many whole chunks, to be written by a kernel; rows without a chunk stay zero.
+inline Tensor kept_states(const char* op, const Inputs& x, bool v_first, int64_t every) {
+  STD_TORCH_CHECK(every >= 0, op, ": states_every is ", every, " chunks, expected at least 0");
+  auto shape = x.state_shape(v_first);
+  if (every == 0) return new_empty(x.q, {0}, state_dtype(x.q));
+  shape[0] = x.T / (every * kChunk);
+  shape.insert(shape.begin(), x.B);
+  return defined(x.cu_seqlens) ? new_zeros(x.q, shape, state_dtype(x.q))
+                               : new_empty(x.q, shape, state_dtype(x.q));
+}
+
 // The pool of states of a decode step: dense but for its first stride.
 inline void check_pool(const char* op, const Tensor& state, const Inputs& x, bool state_v_first) {
   auto shape = x.state_shape(state_v_first);

@@ -165,8 +165,29 @@ __device__ __forceinline__ void value_dots(Element* y, Element* v_new, const Ele
   }
 }
 
+// Eight lanes (lane / 4) share 16 columns, 8 n + 2 (lane % 4) and the next, n < 8; their sums end with n =
+// lane / 4 with its bits reversed.
+__device__ __forceinline__ float2 sum_over_lanes(float (&column)[16]) {
+  const int lane = threadIdx.x % 32;
+  CUTE_UNROLL
+  for (int step = 16, left = 8; step >= 4; step /= 2, left /= 2) {  // each step halves the columns of a lane
+    const bool upper = lane & step;
+    CUTE_UNROLL
+    for (int x = 0; x < left; ++x) {
+      const float give = upper ? column[x] : column[x + left];
+      const float keep = upper ? column[x + left] : column[x];
+      column[x] = keep + __shfl_xor_sync(0xffffffffu, give, step);
+    }
+  }
+  return {column[0], column[1]};
+}
+__device__ __forceinline__ int column_after_sum() {
+  const int lane = threadIdx.x % 32;
+  return 8 * ((lane >> 4 & 1) * 4 + (lane >> 3 & 1) * 2 + (lane >> 2 & 1)) + 2 * (lane % 4);
+}
+
 // Sum over rows i >= t and columns j < t of a strictly lower (64, 64) accumulator, over this warp's 16 rows:
-// the lane ends with t = 8 n + 2 (lane % 4) and t + 1, n = lane / 4 with its bits reversed.
+// the lane ends with t = column_after_sum() and t + 1.
 template <class Acc>
 __device__ __forceinline__ float2 pair_sums(const Acc& m, int warp) {
   const int lane = threadIdx.x % 32, quad = lane % 4;
@@ -191,18 +212,7 @@ __device__ __forceinline__ float2 pair_sums(const Acc& m, int warp) {
       before += __shfl_sync(kAll, sum, 3, 4);
     }
   }
-  // Eight lanes share their 16 columns: each step halves them.
-  CUTE_UNROLL
-  for (int step = 16, left = 8; step >= 4; step /= 2, left /= 2) {
-    const bool upper = lane & step;
-    CUTE_UNROLL
-    for (int x = 0; x < left; ++x) {
-      const float give = upper ? column[x] : column[x + left];
-      const float keep = upper ? column[x + left] : column[x];
-      column[x] = keep + __shfl_xor_sync(kAll, give, step);
-    }
-  }
-  return {column[0], column[1]};
+  return sum_over_lanes(column);
 }
 
 // A warp's 16 rows of a (64, 64) accumulator, rounded, to rows of `out` that are `stride` elements apart.
@@ -242,11 +252,58 @@ __device__ __forceinline__ void store_head_gradient(int warp, const Acc& acc, fl
   }
 }
 
+// dq and dk of this warpgroup's 64 features, times the factors of the norms, to where they belong. q and k:
+// their images, overwritten. All threads.
+template <class Element, class Sums, class Acc>
+__device__ __forceinline__ void finish_rows(const ChunkGradientArgs& args, Sums& sums, Element* q, Element* k,
+                                            Acc& dq, Acc& dk, const float (&q_norm)[2],
+                                            const float (&k_norm)[2], int64_t first_token, int64_t head,
+                                            int64_t head_k, int valid) {
+  const InputsSm90& in = args.in;
+  const int wg = threadIdx.x / 128, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
+  const int row0 = 16 * warp + lane / 4, first_key = wg * kImageColumns;
+  const int columns = static_cast<int>(in.key_dim) - first_key;
+  if (args.dq_heads != nullptr) {
+    const int64_t out = (first_token * in.value_heads + head) * in.key_dim + first_key;
+    const int64_t stride = in.value_heads * in.key_dim;
+    store_head_gradient(warp, dq, args.dq_heads + out, stride, valid, columns);
+    store_head_gradient(warp, dk, args.dk_heads + out, stride, valid, columns);
+    return;
+  }
+  if (in.qk_l2norm) {  // dx = z - x rstd^2 (x . z), where z = rstd dy
+    float q_dot[2], k_dot[2];
+    row_dots(q, warp, dq, q_dot);
+    row_dots(k, warp, dk, k_dot);
+    if (lane % 4 == 0) {
+      CUTE_UNROLL
+      for (int h = 0; h < 2; ++h) {
+        sums.q_dq[wg][row0 + 8 * h] = q_dot[h];
+        sums.k_dk[wg][row0 + 8 * h] = k_dot[h];
+      }
+    }
+    __syncthreads();
+    float along[2][2];
+    CUTE_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      const int i = row0 + 8 * h;
+      along[0][h] = q_norm[h] * q_norm[h] * (sums.q_dq[0][i] + sums.q_dq[1][i]);
+      along[1][h] = k_norm[h] * k_norm[h] * (sums.k_dk[0][i] + sums.k_dk[1][i]);
+    }
+    subtract_rows(q, warp, along[0], dq);
+    subtract_rows(k, warp, along[1], dk);
+  }
+  cutlass::arch::NamedBarrier::sync(128, 1 + wg);  // Q and K have been read
+  const int64_t out = (first_token * in.heads + head_k) * in.key_dim + first_key;
+  const int64_t stride = in.heads * in.key_dim;
+  store_gradient(q, warp, dq, static_cast<Element*>(args.dq) + out, stride, valid, columns);
+  store_gradient(k, warp, dk, static_cast<Element*>(args.dk) + out, stride, valid, columns);
+}
+
 // One warp, two tokens per lane: dbeta and dg from the sums, and through the activations of beta and gate.
 template <class Sums>
 __device__ __forceinline__ void finish_tokens(const ChunkGradientArgs& a, const Sums& sums,
                                               const ChunkRows& rows, int64_t first_row, int valid,
-                                              int64_t head, int64_t part, int64_t parts) {
+                                              int64_t head, int64_t part) {
   const InputsSm90& in = a.in;
   const int lane = threadIdx.x % 32;
   constexpr uint32_t kAll = 0xffffffffu;
@@ -314,15 +371,15 @@ __device__ __forceinline__ void finish_tokens(const ChunkGradientArgs& a, const 
     }
     a.dg[at] = da;
   }
-  if (a.gate_parts == nullptr) return;
+  if (a.rate_parts == nullptr) return;
   CUTE_UNROLL
   for (int step = 16; step >= 1; step /= 2) {
     d_rate += __shfl_xor_sync(kAll, d_rate, step);
     d_bias += __shfl_xor_sync(kAll, d_bias, step);
   }
   if (lane == 0) {
-    a.gate_parts[part] = d_rate;
-    a.gate_parts[parts + part] = d_bias;
+    a.rate_parts[part] = d_rate;
+    a.bias_parts[part] = d_bias;
   }
 }
 
@@ -339,12 +396,11 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
   auto& s = shared_storage<typename Traits::Storage>();
   const InputsSm90& in = args.in;
   const int64_t slot = blockIdx.x / in.value_heads, head = blockIdx.x % in.value_heads;
-  const int64_t parts = gridDim.x, part = blockIdx.x;
+  const int64_t part = blockIdx.x;
   const Sequence sequence = sequence_of(in, sequence_at_slot(in, slot));
   const int64_t chunk = slot - sequence.first_slot;
   if (chunk < 0 || chunk * kRows >= sequence.length) {
-    if (args.gate_parts != nullptr && threadIdx.x == 0)
-      args.gate_parts[part] = args.gate_parts[parts + part] = 0.f;
+    if (args.rate_parts != nullptr && threadIdx.x == 0) args.rate_parts[part] = args.bias_parts[part] = 0.f;
     return;
   }
   const int64_t token = sequence.begin + chunk * kRows, head_k = head / (in.value_heads / in.heads);
@@ -547,11 +603,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
     s.sums.y_vnew[threadIdx.x / 4] = y_vnew;
     s.sums.y_v[threadIdx.x / 4] = y_v;
   }
-  {
-    const int n = (lane >> 4 & 1) * 4 + (lane >> 3 & 1) * 2 + (lane >> 2 & 1);
-    *reinterpret_cast<float2*>(&s.sums.pairs[threadIdx.x / 32][8 * n + 2 * quad]) = pairs;
-    if (lane == 0) s.sums.through[threadIdx.x / 32] = through;
-  }
+  *reinterpret_cast<float2*>(&s.sums.pairs[threadIdx.x / 32][column_after_sum()]) = pairs;
+  if (lane == 0) s.sums.through[threadIdx.x / 32] = through;
   __syncthreads();
   multiply<false, Features>(mma_features, s.f, k_image, dq);
   multiply<false, Features>(mma_features, s.e, k_image, dk);
@@ -559,7 +612,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
   multiply<false, Features>(mma_features, s.f_t, q_image, dk);
   const int64_t first_token = sequence.batch * in.tokens + token;
   if (threadIdx.x / 32 == 0) {
-    finish_tokens(args, s.sums, rows, first_token * in.value_heads + head, valid, head, part, parts);
+    finish_tokens(args, s.sums, rows, first_token * in.value_heads + head, valid, head, part);
   }
   float q_norm[2], k_norm[2];
   CUTE_UNROLL
@@ -571,55 +624,20 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
   scale_rows(dq, q_norm[0], q_norm[1]);
   scale_rows(dk, k_norm[0], k_norm[1]);
 
-  const int first_key = wg * kImageColumns, columns = static_cast<int>(in.key_dim) - first_key;
-  if (args.dq_heads != nullptr) {
-    const int64_t out = (first_token * in.value_heads + head) * in.key_dim + first_key;
-    const int64_t stride = in.value_heads * in.key_dim;
-    store_head_gradient(warp, dq, args.dq_heads + out, stride, valid, columns);
-    store_head_gradient(warp, dk, args.dk_heads + out, stride, valid, columns);
-    return;
-  }
-  if (in.qk_l2norm) {  // dx = z - x rstd^2 (x . z), where z = rstd dy
-    row_dots(q_image, warp, dq, q_dot);
-    row_dots(k_image, warp, dk, k_dot);
-    if (quad == 0) {
-      CUTE_UNROLL
-      for (int h = 0; h < 2; ++h) {
-        s.sums.q_dq[wg][row0 + 8 * h] = q_dot[h];
-        s.sums.k_dk[wg][row0 + 8 * h] = k_dot[h];
-      }
-    }
-    __syncthreads();
-    float along[2][2];
-    CUTE_UNROLL
-    for (int h = 0; h < 2; ++h) {
-      const int i = row0 + 8 * h;
-      along[0][h] = q_norm[h] * q_norm[h] * (s.sums.q_dq[0][i] + s.sums.q_dq[1][i]);
-      along[1][h] = k_norm[h] * k_norm[h] * (s.sums.k_dk[0][i] + s.sums.k_dk[1][i]);
-    }
-    subtract_rows(q_image, warp, along[0], dq);
-    subtract_rows(k_image, warp, along[1], dk);
-  }
-  cutlass::arch::NamedBarrier::sync(128, 1 + wg);  // Q and K have been read
-  const int64_t out = (first_token * in.heads + head_k) * in.key_dim + first_key;
-  const int64_t stride = in.heads * in.key_dim;
-  store_gradient(q_image, warp, dq, static_cast<Element*>(args.dq) + out, stride, valid, columns);
-  store_gradient(k_image, warp, dk, static_cast<Element*>(args.dk) + out, stride, valid, columns);
+  finish_rows(args, s.sums, q_image, k_image, dq, dk, q_norm, k_norm, first_token, head, head_k, valid);
 }
 
-template <class Tag, int kKeyDim>
-int chunk_gradient_sm90<Tag, kKeyDim>::run(const ChunkGradientArgs& args, void* stream) {
-  using Traits = ChunkGradientTraits<Tag, kKeyDim>;
+// One CTA per slot and value head.
+template <class Traits, class Kernel>
+cudaError_t launch_chunk_gradient(Kernel kernel, const ChunkGradientArgs& args, bool is_bf16, void* stream) {
   constexpr int kShared = sizeof(typename Traits::Storage);
-  constexpr bool kBf16 = std::is_same_v<Tag, bf16>;
-  const auto kernel = chunk_gradient_kernel<Traits>;
   static const cudaError_t attribute =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
   if (attribute != cudaSuccess) return attribute;
   const InputsSm90& in = args.in;
   ChunkGradientMaps maps{};
   const auto encode = [&](CUtensorMap* map, const Rows<void>& t, int64_t features, int64_t heads) {
-    return encode_tokens(map, t, kBf16, features, in.tokens, heads, in.batch);
+    return encode_tokens(map, t, is_bf16, features, in.tokens, heads, in.batch);
   };
   cudaError_t e = encode(&maps.q, in.q, in.key_dim, in.heads);
   if (e == cudaSuccess) e = encode(&maps.k, in.k, in.key_dim, in.heads);
@@ -632,6 +650,13 @@ int chunk_gradient_sm90<Tag, kKeyDim>::run(const ChunkGradientArgs& args, void* 
   kernel<<<static_cast<unsigned>(grid), Traits::kThreads, kShared, static_cast<cudaStream_t>(stream)>>>(maps,
                                                                                                         args);
   return cudaGetLastError();
+}
+
+template <class Tag, int kKeyDim>
+int chunk_gradient_sm90<Tag, kKeyDim>::run(const ChunkGradientArgs& args, void* stream) {
+  using Traits = ChunkGradientTraits<Tag, kKeyDim>;
+  return launch_chunk_gradient<Traits>(chunk_gradient_kernel<Traits>, args, std::is_same_v<Tag, bf16>,
+                                       stream);
 }
 
 }  // namespace nearfield::delta

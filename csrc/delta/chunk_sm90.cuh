@@ -192,13 +192,14 @@ __device__ __forceinline__ Sequence sequence_of(const InputsSm90& in, int64_t n)
   return {0, begin, end - begin, begin / kRows + n};
 }
 
-// The sequence whose slots contain `slot`; its chunk there may lie beyond the end.
-__device__ __forceinline__ int64_t sequence_at_slot(const InputsSm90& in, int64_t slot) {
-  if (in.cu_seqlens == nullptr) return slot / ((in.tokens + kRows - 1) / kRows);
+// The sequence whose slots, each of so many tokens, contain `slot`; its tokens there may lie beyond the end.
+__device__ __forceinline__ int64_t sequence_at_slot(const InputsSm90& in, int64_t slot,
+                                                    int64_t tokens = kRows) {
+  if (in.cu_seqlens == nullptr) return slot / ((in.tokens + tokens - 1) / tokens);
   int64_t low = 0, high = in.sequences;  // the answer is in [low, high)
   while (high - low > 1) {
     const int64_t middle = (low + high) / 2;
-    if (in.cu_seqlens[middle] / kRows + middle <= slot) {
+    if (in.cu_seqlens[middle] / tokens + middle <= slot) {
       low = middle;
     } else {
       high = middle;
@@ -206,6 +207,38 @@ __device__ __forceinline__ int64_t sequence_at_slot(const InputsSm90& in, int64_
   }
   return low;
 }
+
+// Slot of the first span of so many tokens of sequence n.
+__device__ __forceinline__ int64_t first_span(const InputsSm90& in, int64_t n, const Sequence& sequence,
+                                              int64_t tokens) {
+  return in.cu_seqlens == nullptr ? n * ((in.tokens + tokens - 1) / tokens) : sequence.begin / tokens + n;
+}
+
+// What a CTA walks over: a sequence, or a span of one.
+struct Part {
+  int64_t n;          // sequence
+  bool first, last;   // of its parts
+  int first_chunk;    // in the sequence
+  Sequence sequence;  // cut to the part
+
+  // False: the slot has no part.
+  __device__ __forceinline__ bool find(const InputsSm90& in, int64_t slot, int64_t span_tokens) {
+    if (span_tokens == 0) {
+      n = slot, first = last = true, first_chunk = 0, sequence = sequence_of(in, n);
+      return true;
+    }
+    n = sequence_at_slot(in, slot, span_tokens);
+    sequence = sequence_of(in, n);
+    const int64_t skipped = (slot - first_span(in, n, sequence, span_tokens)) * span_tokens;
+    if (skipped > 0 && skipped >= sequence.length) return false;
+    first = skipped == 0, last = skipped + span_tokens >= sequence.length;
+    first_chunk = static_cast<int>(skipped / kRows);
+    sequence.begin += skipped;
+    sequence.first_slot += first_chunk;
+    sequence.length = min(span_tokens, sequence.length - skipped);
+    return true;
+  }
+};
 
 // ---- Gates and write strengths ----
 
@@ -221,13 +254,17 @@ __device__ __forceinline__ float activated_beta(const InputsSm90& in, float b) {
   return (in.beta_activation == BetaActivation::kSigmoid2 ? 2.f : 1.f) * sigmoid(b);
 }
 
+__device__ __forceinline__ float in_log2(float g) {
+  g *= kLog2e;
+  return g < kLowestGate ? kLowestGate : g;  // NaN stays NaN
+}
+
 // log2 of the decay. `a` is the raw gate, rate exp(A_log) or 1; bias is added by the caller.
 __device__ __forceinline__ float log2_decay(const InputsSm90& in, float a, float rate) {
   float g = a;
   if (in.gate == Gate::kSoftplus) g = -rate * (a > 20.f ? a : log1pf(expf(a)));
   if (in.gate == Gate::kBounded) g = static_cast<float>(in.gate_bound) * sigmoid(rate * a);
-  g *= kLog2e;
-  return g < kLowestGate ? kLowestGate : g;  // NaN stays NaN
+  return in_log2(g);
 }
 
 }  // namespace nearfield::delta

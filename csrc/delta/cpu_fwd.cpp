@@ -27,6 +27,14 @@ void run_delta_fwd_cpu(const DeltaFwdParams<In, F>& p) {
       const F* h0 = in.initial_state ? in.initial_state + chain * K * V : nullptr;
       load_state(h0, in.state_v_first, K, V, state.data());
       F* S = state.data() + j0;
+      const auto store = [&](F* states, int64_t row) {
+        F* to = states + (row * HV + hv) * K * V;
+        for (int64_t c = 0; c < K; ++c)
+          for (int64_t j = 0; j < width; ++j)
+            to[in.state_v_first ? (j0 + j) * K + c : c * V + j0 + j] = S[c * V + j];
+      };
+      const int64_t kept_tokens = p.states ? p.states_every * kChunk : 1;
+      const int64_t first_row = in.cu_seqlens ? span.begin / kept_tokens : n * (in.tokens / kept_tokens);
       for (int64_t t = 0; t < span.length; t += kChunk) {
         chunk.load(in, span.b, span.begin + t, std::min(kChunk, span.length - t), hv);
         chunk.prepare(/*with_output=*/true);
@@ -40,12 +48,11 @@ void run_delta_fwd_cpu(const DeltaFwdParams<In, F>& p) {
           for (int64_t j = 0; j < width; ++j) o[j] = static_cast<In>(O[i * width + j]);
         }
         chunk.advance_state(S, V, V_new.data(), width);
+        const int64_t after = t / kChunk + 1;
+        if (p.states && chunk.n == kChunk && after % p.states_every == 0)
+          store(p.states, first_row + after / p.states_every - 1);
       }
-      if (!p.final_state) continue;
-      F* hT = p.final_state + chain * K * V;
-      for (int64_t c = 0; c < K; ++c)
-        for (int64_t j = 0; j < width; ++j)
-          hT[in.state_v_first ? (j0 + j) * K + c : c * V + j0 + j] = S[c * V + j];
+      if (p.final_state) store(p.final_state, n);
     }
   });
 }

@@ -28,13 +28,19 @@ struct BackwardInstances {
   std::vector<Entry<ChunkGradientArgs>> gradient;
   std::vector<Entry<FinishGradientArgs>> finish;
 
-  template <class Tag, int kKeys>
-  void add(backward_passes_sm90<Tag, kKeys>*) {
-    passes.push_back({{std::is_same_v<Tag, bf16>, kKeys, false}, &backward_passes_sm90<Tag, kKeys>::run});
+  template <class Tag, int kKeys, bool kChannelGate>
+  void add(backward_passes_sm90<Tag, kKeys, kChannelGate>*) {
+    using Kernel = backward_passes_sm90<Tag, kKeys, kChannelGate>;
+    passes.push_back({{std::is_same_v<Tag, bf16>, kKeys, kChannelGate}, &Kernel::run});
   }
   template <class Tag, int kKeys>
   void add(chunk_gradient_sm90<Tag, kKeys>*) {
     gradient.push_back({{std::is_same_v<Tag, bf16>, kKeys, false}, &chunk_gradient_sm90<Tag, kKeys>::run});
+  }
+  template <class Tag, int kKeys>
+  void add(chunk_gradient_channel_sm90<Tag, kKeys>*) {
+    using Kernel = chunk_gradient_channel_sm90<Tag, kKeys>;
+    gradient.push_back({{std::is_same_v<Tag, bf16>, kKeys, true}, &Kernel::run});
   }
   template <class Tag>
   void add(finish_gradient_sm90<Tag>*) {
@@ -59,13 +65,12 @@ struct BackwardChoice {
 };
 
 BackwardChoice choose_backward(const char* op, const Inputs& x) {
-  STD_TORCH_CHECK(!x.channel_gate, op, ": g has one gate per channel; supported on CUDA: one per head");
   choose_kernels(op, x);  // what the forward supports
   STD_TORCH_CHECK(x.K <= kKeyDim && x.V <= kMostValues, op, ": q has ", x.K, " and v ", x.V,
                   " channels; supported on CUDA: up to ", kKeyDim, " and ", kMostValues);
   static const BackwardInstances instances;
   const bool is_bf16 = x.q.scalar_type() == ScalarType::BFloat16;
-  const InstancesSm90::Key key{is_bf16, kKeyDim, false};
+  const InstancesSm90::Key key{is_bf16, kKeyDim, x.channel_gate};
   BackwardChoice choice{{key, InstancesSm90::find(InstancesSm90::all().prepare, key), nullptr},
                         InstancesSm90::find(instances.passes, key),
                         InstancesSm90::find(instances.gradient, key),
@@ -121,10 +126,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> delta
     d_o = defined(d_o) ? loadable(*d_o) : new_zeros(q, {x.B, x.T, x.HV, x.V}, type);
     const InputsSm90 in = kernel_inputs<void, float>(x, options);
     Scratch scratch = allocate_scratch(q, in, choice.prepare, true);
+    const int64_t chunks = ChunkSlots(in).total * x.HV;
+    if (x.channel_gate)
+      scratch.chunks.G = static_cast<float*>(scratch.bytes(q, chunks * kChunk * kKeyDim * 4));
     void* stream = current_stream(q);
     check_launch(op, choice.prepare.prepare({in, scratch.chunks}, stream));
 
-    const int64_t chunks = ChunkSlots(in).total * x.HV;
     const int64_t tiles = (x.V + kImageColumns - 1) / kImageColumns;
     const int64_t state_bytes = chunks * tiles * (kKeyDim / kImageColumns) * kImage * 2;
     const int64_t value_bytes = x.B * x.T * x.HV * x.V * 2;
@@ -137,7 +144,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> delta
     passes.d_initial = float_or_null(defined(initial_state), d_initial);
     check_launch(op, choice.passes(passes, stream));
 
-    ChunkGradientArgs gradient{in, scratch.chunks.rows};
+    ChunkGradientArgs gradient{in, scratch.chunks.rows, scratch.chunks.G};
     gradient.d_o = passes.d_o;
     gradient.y = dense_rows(passes.y, x), gradient.v_new = dense_rows(passes.v_new, x);
     gradient.states = passes.states, gradient.d_states = passes.d_states;
@@ -149,12 +156,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> delta
     }
     gradient.dbeta = static_cast<float*>(dbeta.mutable_data_ptr());
     gradient.dg = float_or_null(defined(g), dg);
-    if (defined(A_log) || defined(dt_bias))
-      gradient.gate_parts = static_cast<float*>(scratch.bytes(q, 2 * chunks * 4));
+    if (defined(A_log) || defined(dt_bias)) {
+      const auto parts = [&](int64_t n) { return static_cast<float*>(scratch.bytes(q, chunks * n * 4)); };
+      gradient.rate_parts = parts(rate_parts_of(x.channel_gate));
+      gradient.bias_parts = parts(bias_parts_of(x.channel_gate) * in.gate_dim());
+    }
     check_launch(op, choice.gradient(gradient, stream));
 
     FinishGradientArgs finish{in, gradient.dq_heads, gradient.dk_heads, gradient.dq, gradient.dk};
-    finish.gate_parts = gradient.gate_parts;
+    finish.rate_parts = gradient.rate_parts, finish.bias_parts = gradient.bias_parts;
     finish.dA_log = float_or_null(defined(A_log), dA_log);
     finish.ddt_bias = float_or_null(defined(dt_bias), ddt_bias);
     check_launch(op, choice.finish(finish, stream));

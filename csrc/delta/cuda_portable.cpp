@@ -116,10 +116,11 @@ struct PortableCall {
 }  // namespace
 
 void portable_forward(const char* op, const Inputs& x, const Options& options, const Tensor& o,
-                      float* final_state) {
+                      float* final_state, float* states, int64_t states_every) {
   PortableCall call(op, x, options, false, {});
   WalkSm80Args walk{call.in, call.scratch};
   walk.o = o.mutable_data_ptr(), walk.final_state = final_state;
+  walk.states = states, walk.states_every = states_every;
   call.walk(walk);
 }
 

@@ -64,6 +64,10 @@ struct DeltaFwdParams {
   DeltaInputs<In, F> in;
   In* o;           // [B, T, HV, V]; rows past the last sequence are not written
   F* final_state;  // like initial_state, or null
+  // [B, T / 64 / every, HV, ..] like initial_state, or null: the states after every so many whole chunks.
+  // Packed sequence n begins with row cu_seqlens[n] / 64 / every.
+  F* states;
+  int64_t states_every;  // chunks
 };
 
 template <class In, class F>

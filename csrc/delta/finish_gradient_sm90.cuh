@@ -61,22 +61,22 @@ __global__ void __launch_bounds__(kFinishThreads)
   }
 }
 
-// One CTA per value head (and per sum, blockIdx.y).
-static __global__ void __launch_bounds__(kFinishThreads)
-    sum_chunks_kernel(const __grid_constant__ FinishGradientArgs args, int64_t slots) {
-  const int64_t HV = args.in.value_heads;
-  float* out = blockIdx.y == 0 ? args.dA_log : args.ddt_bias;
-  if (out == nullptr) return;
-  const float* parts = args.gate_parts + blockIdx.y * slots * HV + blockIdx.x;
-  __shared__ double sums[kFinishThreads];
+// out[column] = sum over rows of parts [rows][columns]. A CTA has 32 columns; each of its warps every 32nd
+// row.
+static __global__ void __launch_bounds__(1024)
+    sum_parts_kernel(const float* parts, int64_t rows, int64_t columns, float* out) {
+  __shared__ double sums[32][33];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int64_t column = static_cast<int64_t>(blockIdx.x) * 32 + lane;
   double sum = 0.0;
-  for (int64_t slot = threadIdx.x; slot < slots; slot += kFinishThreads) sum += parts[slot * HV];
-  sums[threadIdx.x] = sum;
-  for (int half = kFinishThreads / 2; half >= 1; half /= 2) {
-    __syncthreads();
-    if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
-  }
-  if (threadIdx.x == 0) out[blockIdx.x] = static_cast<float>(sums[0]);
+  if (column < columns)
+    for (int64_t row = warp; row < rows; row += 32) sum += parts[row * columns + column];
+  sums[lane][warp] = sum;
+  __syncthreads();
+  sum = sums[warp][lane];
+  for (int step = 16; step >= 1; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+  const int64_t mine = static_cast<int64_t>(blockIdx.x) * 32 + warp;
+  if (lane == 0 && mine < columns) out[mine] = static_cast<float>(sum);
 }
 
 template <class Tag>
@@ -88,10 +88,13 @@ int finish_gradient_sm90<Tag>::run(const FinishGradientArgs& args, void* stream_
     const dim3 grid(static_cast<unsigned>((rows + per_block - 1) / per_block), 2);
     sum_heads_kernel<element_t<Tag>><<<grid, kFinishThreads, 0, stream>>>(args);
   }
-  if (args.gate_parts != nullptr) {
-    const dim3 grid(static_cast<unsigned>(in.value_heads), 2);
-    sum_chunks_kernel<<<grid, kFinishThreads, 0, stream>>>(args, ChunkSlots(in).total);
-  }
+  const auto sum_parts = [&](const float* parts, int64_t per_slot, int64_t columns, float* out) {
+    if (out == nullptr) return;
+    sum_parts_kernel<<<static_cast<unsigned>((columns + 31) / 32), 1024, 0, stream>>>(
+        parts, ChunkSlots(in).total * per_slot, columns, out);
+  };
+  sum_parts(args.rate_parts, rate_parts_of(in.channel_gate), in.value_heads, args.dA_log);
+  sum_parts(args.bias_parts, bias_parts_of(in.channel_gate), in.value_heads * in.gate_dim(), args.ddt_bias);
   return cudaGetLastError();
 }
 

@@ -11,13 +11,6 @@
 
 namespace nearfield::delta {
 
-inline void check_hopper(const char* op, const Tensor& q) {
-  const DeviceInfo device = device_info(q.get_device_index());
-  STD_TORCH_CHECK(device.capability == 90, op, ": the GPU has compute capability ", device.capability / 10,
-                  ".", device.capability % 10, "; this build (", NEARFIELD_CUDA_ARCHS,
-                  ") has kernels for 9.0 (Hopper)");
-}
-
 inline void check_launch(const char* op, int error) {
   STD_TORCH_CHECK(error == 0, op, ": ", cuda_error_string(error));
 }
@@ -41,6 +34,7 @@ struct InstancesSm90 {
   };
   std::vector<Entry<PrepareArgs>> prepare;
   std::vector<Entry<StatePassArgs>> state_pass;
+  std::vector<Entry<ComposeSpansArgs>> compose_spans;  // its key has the key dim only
 
   template <class Tag, int kKeyDim, bool kChannelGate>
   void add(prepare_sm90<Tag, kKeyDim, kChannelGate>*) {
@@ -51,6 +45,10 @@ struct InstancesSm90 {
   void add(state_pass_sm90<Tag, kKeyDim, kChannelGate>*) {
     using Kernel = state_pass_sm90<Tag, kKeyDim, kChannelGate>;
     state_pass.push_back({{std::is_same_v<Tag, bf16>, kKeyDim, kChannelGate}, &Kernel::run});
+  }
+  template <int kKeyDim>
+  void add(compose_spans_sm90<kKeyDim>*) {
+    compose_spans.push_back({{false, kKeyDim, false}, &compose_spans_sm90<kKeyDim>::run});
   }
   void add(const void*) {}
 
@@ -77,6 +75,7 @@ struct KernelChoice {
   InstancesSm90::Key key;
   int (*prepare)(const PrepareArgs&, void*);
   int (*state_pass)(const StatePassArgs&, void*);
+  int (*compose_spans)(const ComposeSpansArgs&, void*);
 };
 
 inline KernelChoice choose_kernels(const char* op, const Inputs& x) {
@@ -85,7 +84,7 @@ inline KernelChoice choose_kernels(const char* op, const Inputs& x) {
                   torch::headeronly::toString(dtype), "; supported on CUDA: bfloat16, float16");
   STD_TORCH_CHECK(x.K % 8 == 0 && x.V % 8 == 0, op, ": q has ", x.K, " and v ", x.V,
                   " channels; supported on CUDA: multiples of 8");
-  KernelChoice choice{{dtype == ScalarType::BFloat16, 0, x.channel_gate}, nullptr, nullptr};
+  KernelChoice choice{{dtype == ScalarType::BFloat16, 0, x.channel_gate}, nullptr, nullptr, nullptr};
   std::ostringstream built;
   for (const auto& e : InstancesSm90::all().prepare) {
     if (e.key.bf16 != choice.key.bf16 || e.key.channel_gate != x.channel_gate) continue;
@@ -99,7 +98,9 @@ inline KernelChoice choose_kernels(const char* op, const Inputs& x) {
                   x.channel_gate ? "channel" : "head",
                   "; supported on CUDA: multiples of 8 up to the largest of [", built.str(), "]");
   choice.state_pass = InstancesSm90::find(InstancesSm90::all().state_pass, choice.key);
-  STD_TORCH_CHECK(choice.state_pass != nullptr, op,
+  choice.compose_spans =
+      InstancesSm90::find(InstancesSm90::all().compose_spans, {false, choice.key.key_dim, false});
+  STD_TORCH_CHECK(choice.state_pass != nullptr && choice.compose_spans != nullptr, op,
                   ": prepare was built for these arguments, the state pass was not");
   return choice;
 }

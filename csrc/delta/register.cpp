@@ -11,16 +11,18 @@ void check_no_backend(const char* op, const std::optional<std::string>& backend)
                   "\", but q is on the CPU; supported there: none");
 }
 
-std::tuple<Tensor, Tensor> delta_fwd_cpu(Tensor q, Tensor k, Tensor v, Tensor beta, OptTensor g,
-                                         OptTensor initial_state, OptTensor A_log, OptTensor dt_bias,
-                                         OptTensor cu_seqlens, double scale, bool qk_l2norm,
-                                         int64_t beta_activation, int64_t gate, double gate_bound,
-                                         bool state_v_first, bool output_final_state,
-                                         std::optional<std::string> backend) {
+std::tuple<Tensor, Tensor, Tensor> delta_fwd_states_cpu(Tensor q, Tensor k, Tensor v, Tensor beta,
+                                                        OptTensor g, OptTensor initial_state, OptTensor A_log,
+                                                        OptTensor dt_bias, OptTensor cu_seqlens, double scale,
+                                                        bool qk_l2norm, int64_t beta_activation, int64_t gate,
+                                                        double gate_bound, bool state_v_first,
+                                                        bool output_final_state, int64_t states_every,
+                                                        std::optional<std::string> backend) {
   check_no_backend("delta_fwd", backend);
   const Options options{scale, qk_l2norm, beta_activation, gate, gate_bound, state_v_first};
   const Inputs x =
       check_inputs("delta_fwd", q, k, v, beta, g, initial_state, A_log, dt_bias, cu_seqlens, options);
+  Tensor states = kept_states("delta_fwd", x, state_v_first, states_every);
   const ScalarType dtype = state_dtype(q);
   Tensor o = token_rows(q, x, {x.B, x.T, x.HV, x.V}, q.scalar_type());
   Tensor final_state =
@@ -30,8 +32,21 @@ std::tuple<Tensor, Tensor> delta_fwd_cpu(Tensor q, Tensor k, Tensor v, Tensor be
     using F = compute_t<In>;
     run_delta_fwd_cpu(DeltaFwdParams<In, F>{
         kernel_inputs<In, F>(x, options), static_cast<In*>(o.mutable_data_ptr()),
-        output_final_state ? static_cast<F*>(final_state.mutable_data_ptr()) : nullptr});
+        output_final_state ? static_cast<F*>(final_state.mutable_data_ptr()) : nullptr,
+        states_every > 0 ? static_cast<F*>(states.mutable_data_ptr()) : nullptr, states_every});
   });
+  return {o, final_state, states};
+}
+
+std::tuple<Tensor, Tensor> delta_fwd_cpu(Tensor q, Tensor k, Tensor v, Tensor beta, OptTensor g,
+                                         OptTensor initial_state, OptTensor A_log, OptTensor dt_bias,
+                                         OptTensor cu_seqlens, double scale, bool qk_l2norm,
+                                         int64_t beta_activation, int64_t gate, double gate_bound,
+                                         bool state_v_first, bool output_final_state,
+                                         std::optional<std::string> backend) {
+  const auto [o, final_state, states] =
+      delta_fwd_states_cpu(q, k, v, beta, g, initial_state, A_log, dt_bias, cu_seqlens, scale, qk_l2norm,
+                           beta_activation, gate, gate_bound, state_v_first, output_final_state, 0, backend);
   return {o, final_state};
 }
 
@@ -200,6 +215,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(nearfield, m) {
       "float gate_bound, bool state_v_first, bool output_final_state, str? backend=None) -> (Tensor o, "
       "Tensor "
       "final_state)");
+  // The same, and the states after every so many whole chunks of 64 tokens; 0: none. No gradient.
+  m.def(
+      "delta_fwd_states(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, Tensor? initial_state, Tensor? "
+      "A_log, Tensor? dt_bias, Tensor? cu_seqlens, float scale, bool qk_l2norm, int beta_activation, int "
+      "gate, "
+      "float gate_bound, bool state_v_first, bool output_final_state, int states_every, str? backend=None) "
+      "-> (Tensor o, Tensor "
+      "final_state, Tensor states)");
   // The gradient of an absent input has no elements.
   m.def(
       "delta_bwd(Tensor? d_o, Tensor? d_final, Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, "
@@ -229,6 +252,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(nearfield, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(nearfield, CPU, m) {
   m.impl("delta_fwd", TORCH_BOX(&delta_fwd_cpu));
+  m.impl("delta_fwd_states", TORCH_BOX(&delta_fwd_states_cpu));
   m.impl("delta_bwd", TORCH_BOX(&delta_bwd_cpu));
   m.impl("delta_step", TORCH_BOX(&delta_step_cpu));
   m.impl("delta_verify", TORCH_BOX(&delta_verify_cpu));

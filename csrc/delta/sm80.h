@@ -75,6 +75,8 @@ struct WalkSm80Args {
   // Forward; o null: no output, and Qh and P are not read.
   void* o;             // [B, T, HV, V] contiguous
   float* final_state;  // like initial_state, or null
+  float* states;       // after every so many whole chunks, as delta_fwd_states returns them, or null
+  int64_t states_every;
   // Backward: both directions in one launch.
   bool backward;
   WalkTiles left;

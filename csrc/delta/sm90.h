@@ -30,6 +30,16 @@ struct ChunkSlots {
 constexpr int kImageRows = 64, kImageColumns = 64;
 constexpr int64_t kImage = kImageRows * kImageColumns;  // elements
 
+// A long sequence may be split into spans of whole chunks, which then have slots in the same way.
+struct Spans {
+  int64_t tokens;  // of a span
+  int64_t total;
+  Spans(const InputsSm90& in, int64_t span_chunks) : tokens(span_chunks * kChunk) {
+    total = in.cu_seqlens ? in.tokens / tokens + in.sequences
+                          : in.sequences * ((in.tokens + tokens - 1) / tokens);
+  }
+};
+
 // ---- Scratch: what `prepare` finds out about a chunk; arrays indexed [slot][value head] ----
 
 // Gates in units of log2 are cut off where 2^g is 0 in float32 anyway, so that -inf has differences.
@@ -79,13 +89,39 @@ struct StatePassArgs {
   void* states;  // image [slot][value head][V / 64][K / 64] (K and V padded): S^T of the state that enters
                  // the chunk, rows are values, rounded to 16 bit
   void* v_new;   // [B, T, HV, V] contiguous: V'
+  // The states after every so many whole chunks of a sequence, [row][value head] like
+  // initial_state; sequence n begins with row n (T / 64 / chunks), packed with cu_seqlens[n] / 64 / chunks.
+  float* boundary_states;
+  int64_t boundary_chunks;  // 0: not wanted
+  // With split sequences; K and V padded to whole tiles:
+  int64_t span_chunks;       // chunks of a span; 0: sequences are not split
+  const float* span_states;  // [span][value head][V][K]: state that enters each span but the first of a
+                             // sequence
+  float* transitions;        // [span][value head][V + K][K]: see below; without output only
+  bool all_transitions;      // also of the last span of a sequence, and from a state of zero for the first
 };
 
-// The serial walk over the chunks of a sequence: V', S, and O. One CTA per (sequence, value head, 64 values).
-// With a gate per head it computes P itself; with one per channel it reads P from scratch.
+// The serial walk over the chunks of a sequence: V', S, and O. One CTA per (sequence or span, value head, 64
+// values). With `transitions`, what a span does to the state that enters it, S -> M S + N: N^T, the state
+// after the span that started with zero, then M^T. M is the same walk without values from S = I, so its
+// columns are further tiles of 64 "values". For the first span of a sequence, whose entering state is known,
+// N is the state after it, and M is absent; unless all_transitions, the last span is absent.
 template <class Tag, int kKeyDim, bool kChannelGate>
 struct state_pass_sm90 {
   static int run(const StatePassArgs& args, void* stream);
+};
+
+struct ComposeSpansArgs {
+  InputsSm90 in;
+  int64_t span_chunks;
+  const float* transitions;  // as above
+  float* span_states;        // as above
+};
+
+// The states that enter the spans of a sequence, from the transitions of the spans before, in float32.
+template <int kKeyDim>
+struct compose_spans_sm90 {
+  static int run(const ComposeSpansArgs& args, void* stream);
 };
 
 }  // namespace nearfield::delta

@@ -21,8 +21,8 @@ struct BackwardPassesArgs {
 };
 
 // Both walks over the chunks, which need nothing from each other, side by side in one launch: half of the
-// CTAs recompute the states, the other half carry their gradients. A gate per head.
-template <class Tag, int kKeyDim>
+// CTAs recompute the states, the other half carry their gradients.
+template <class Tag, int kKeyDim, bool kChannelGate>
 struct backward_passes_sm90 {
   static int run(const BackwardPassesArgs& args, void* stream);
 };
@@ -30,20 +30,31 @@ struct backward_passes_sm90 {
 struct ChunkGradientArgs {
   InputsSm90 in;
   const ChunkRows* rows;
+  const float* G;            // ChunkScratch.G: with a gate per channel
   Rows<void> d_o, y, v_new;  // [B, T, HV, V]
   const void *states, *d_states;
   // One value head per key head: dq and dk [B, T, H, K] contiguous. Else *_heads: [B, T, HV, K] contiguous,
   // gradients of what is normalised, times the factor of the norm.
   void *dq, *dk;
   float *dq_heads, *dk_heads;
-  float* dbeta;       // [B, T, HV]
-  float* dg;          // [B, T, HV] or null
-  float* gate_parts;  // [2][slot][value head]: sums of a chunk for dA_log and ddt_bias, or null
+  float* dbeta;  // [B, T, HV]
+  float* dg;     // [B, T, HV] or [B, T, HV, K], or null
+  // Sums over some tokens (and channels) of a chunk for dA_log and ddt_bias, [slot][rate_parts_of or
+  // bias_parts_of the gate][value head] and, with a gate per channel, [.., value head, K] for the latter; or
+  // both null.
+  float *rate_parts, *bias_parts;
 };
+constexpr int64_t rate_parts_of(bool channel_gate) { return channel_gate ? 8 : 1; }
+constexpr int64_t bias_parts_of(bool channel_gate) { return channel_gate ? 4 : 1; }
 
-// All gradients of a chunk but dv, for all chunks at once. A gate per head, at most 128 values.
+// All gradients of a chunk but dv, for all chunks at once; at most 128 values. A gate per head, or none.
 template <class Tag, int kKeyDim>
 struct chunk_gradient_sm90 {
+  static int run(const ChunkGradientArgs& args, void* stream);
+};
+// The same for a gate per channel; reads scratch.G.
+template <class Tag, int kKeyDim>
+struct chunk_gradient_channel_sm90 {
   static int run(const ChunkGradientArgs& args, void* stream);
 };
 
@@ -51,8 +62,8 @@ struct FinishGradientArgs {
   InputsSm90 in;
   const float *dq_heads, *dk_heads;  // as above; null: dq and dk are finished
   void *dq, *dk;
-  const float* gate_parts;   // as above, or null
-  float *dA_log, *ddt_bias;  // [HV] or null
+  const float *rate_parts, *bias_parts;  // as above, or null
+  float *dA_log, *ddt_bias;              // [HV]; [HV] or [HV, K]; or null
 };
 
 // The sums over the value heads of a group and over the tokens, in a fixed order.

@@ -4,12 +4,9 @@
 // shared memory or a barrier:
 //   R^T = S^T K^T,  X^T = (V^T - R^T) beta,  V'^T = X^T + X^T N^T,  S^T <- e^{G_C} S^T + V'^T K,  O^T = S^T
 //   Q^T + V'^T P^T
-// (decays and norms of a gate per head are factors of columns of the accumulators). Everything else is done
-// by others: one warp streams the tiles of the next chunks into a ring of stages, one carries O away, and a
-// second warpgroup computes P ahead of time. Plan and budget: README.md.
+// (decays and norms of a gate per head are factors of columns of the accumulators). One warp streams the
+// tiles of the next chunks into a ring of stages, one carries O away. Plan and budget: README.md.
 #pragma once
-
-#include <cutlass/arch/reg_reconfig.h>
 
 #include "delta/chunk_sm90.cuh"
 
@@ -22,17 +19,12 @@ struct StatePassTraits {
   using Element = element_t<Tag>;
   static constexpr int kKeyDim = kKeyDim_;
   static constexpr bool kChannelGate = kChannelGate_, kOutput = kOutput_;
-  static constexpr bool kComputeP = kOutput && !kChannelGate;
   static constexpr int kKeyImages = kKeyDim / kImageColumns;
   static constexpr int kKeyTile = kKeyDim * kRows;  // elements
   static constexpr int kStages = 3;
 
-  // Warpgroups: the chain, the one that computes P, and one of which two warps load and store.
-  static constexpr int kHelpers = kComputeP ? 256 : 128;  // first thread of the last warpgroup
-  static constexpr int kThreads = kComputeP ? 384 : 192;
-  // Hand-over of registers among three warpgroups, which start with 168 each.
-  static constexpr int kChainRegisters = 248, kMixRegisters = 152, kHelperRegisters = 104;
-  static_assert(kChainRegisters + kMixRegisters + kHelperRegisters <= 3 * 168);
+  // The warpgroup of the chain, then the warps that load and store.
+  static constexpr int kHelpers = 128, kThreads = 192;
 
   template <int kN, GMMA::Major kMajor>
   using Mma = decltype(make_tiled_mma(
@@ -40,8 +32,6 @@ struct StatePassTraits {
                            kMajor>()));
   using MmaToToken = Mma<kRows, GMMA::Major::K>;     // (64 values, 64 tokens)
   using MmaToState = Mma<kKeyDim, GMMA::Major::MN>;  // (64 values, K)
-  using MmaP = decltype(make_tiled_mma(
-      GMMA::ss_op_selector<Element, Element, float, cute::Shape<Int<kRows>, Int<kRows>, Int<kKeyDim>>>()));
 
   struct alignas(1024) Stage {
     Element k[kKeyTile];                           // with a gate per channel Kh
@@ -52,15 +42,14 @@ struct StatePassTraits {
     Element p[kOutput ? kImage : 0];
   };
   static constexpr int kHeadRows = kChannelGate ? 0 : kRows;
-  struct alignas(128) StageRows {
-    float G[kHeadRows], beta[kRows], k_read[kHeadRows], k_write[kHeadRows],
-        k_norm[kHeadRows];    // as in ChunkRows
-    float q_read[kHeadRows];  // from the warpgroup that computes P
+  struct alignas(128) StageRows {  // with a gate per head the beginning of ChunkRows
+    float G[kHeadRows], beta[kRows], k_read[kHeadRows], k_write[kHeadRows], k_norm[kHeadRows];
+    float q_read[kOutput ? kHeadRows : 0];
     float decay[kChannelGate ? kKeyDim : 0];
   };
-  static constexpr int kRowsBytes = (4 * kHeadRows + kRows) * 4;
-  static constexpr int kBytes = kKeyTile * 2 * (1 + kChannelGate + kOutput) + kImageBytes * 2 +
-                                (kOutput && !kComputeP ? kImageBytes : 0) + kRowsBytes +
+  static constexpr int kRowsBytes = kChannelGate ? kRows * 4 : (kOutput ? 6 : 5) * kRows * 4;
+  static constexpr int kBytes = kKeyTile * 2 * (1 + kChannelGate + kOutput) +
+                                kImageBytes * (kOutput ? 3 : 2) + kRowsBytes +
                                 (kChannelGate ? kKeyDim * 4 : 0);
 
   struct Storage {
@@ -68,9 +57,8 @@ struct StatePassTraits {
     alignas(1024) Element out[kImage];                    // O or V' on the way out
     alignas(1024) Element state[kOutput ? 0 : kKeyTile];  // entering states on the way out
     StageRows rows[kStages];
-    Ring<kStages> ring;    // tiles: loading warp -> chain
-    Ring<kStages> ring_p;  // P: `full` only, `empty` is that of `ring`
-    Ring<1> ring_out;      // O: chain -> storing warp
+    Ring<kStages> ring;  // tiles: loading warp -> chain
+    Ring<1> ring_out;    // O: chain -> storing warp
   };
   static_assert(sizeof(Storage) <= 227 * 1024, "a Hopper CTA has 227 KB of shared memory");
 };
@@ -110,8 +98,12 @@ __device__ void load(typename Traits::Storage& s, const TokenMaps& maps, const S
     }
     const ChunkRows* rows = a.scratch.rows + chunk;
     copy_in(&s.rows[at.stage], Traits::kChannelGate ? rows->beta : rows->G, Traits::kRowsBytes, full);
-    if constexpr (Traits::kComputeP) {
-      load_tokens<kKeyDim>(maps.q, full, stage.q, 0, token, head_k, sequence.batch);
+    if constexpr (Traits::kOutput) {
+      if constexpr (Traits::kChannelGate) {
+        copy_in(stage.q, image(a.scratch.Qh, Traits::kKeyImages), Traits::kKeyTile * 2, full);
+      } else {
+        load_tokens<kKeyDim>(maps.q, full, stage.q, 0, token, head_k, sequence.batch);
+      }
     }
     load_tokens<kImageColumns>(maps.v, full, stage.v, first_value, token, static_cast<int>(head),
                                sequence.batch);
@@ -119,11 +111,8 @@ __device__ void load(typename Traits::Storage& s, const TokenMaps& maps, const S
     if constexpr (Traits::kChannelGate) {
       copy_in(stage.k_write, image(a.scratch.Kt, Traits::kKeyImages), Traits::kKeyTile * 2, full);
       copy_in(s.rows[at.stage].decay, a.scratch.decay + chunk * kKeyDim, kKeyDim * 4, full);
-      if constexpr (Traits::kOutput) {
-        copy_in(stage.q, image(a.scratch.Qh, Traits::kKeyImages), Traits::kKeyTile * 2, full);
-        copy_in(stage.p, image(a.scratch.P, 1), kImageBytes, full);
-      }
     }
+    if constexpr (Traits::kOutput) copy_in(stage.p, image(a.scratch.P, 1), kImageBytes, full);
     at.advance();
   }
 }
@@ -165,74 +154,6 @@ __device__ void store(typename Traits::Storage& s, const StatePassArgs& a, const
   }
 }
 
-// ---- Warpgroup that computes P ----
-
-//   P_ij = scale q_i . k_j e^{G_i - G_j}, lower with diagonal; and the factors of Q. Rows past the end become
-//   0.
-template <class Traits>
-__device__ void mix(typename Traits::Storage& s, const StatePassArgs& a, const Sequence& sequence) {
-  using Element = typename Traits::Element;
-  constexpr int kKeyDim = Traits::kKeyDim;
-  const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32, quad = lane % 4;
-  const int chunks = sequence.chunks();
-  const float scale = static_cast<float>(a.in.scale);
-  typename Traits::MmaP mma;
-  const auto thread_mma = mma.get_slice(thread);
-  Tensor qk = partition_fragment_C(mma, cute::Shape<Int<kRows>, Int<kRows>>{});
-  RingIndex<Traits::kStages> at;
-  for (int c = 0; c < chunks; ++c) {
-    auto& stage = s.stage[at.stage];
-    auto& rows = s.rows[at.stage];
-    const int valid = valid_rows(sequence, c);
-    s.ring.wait_full(at);
-    compiler_fence();
-    Tensor sK = make_tensor(make_smem_ptr(stage.k), LayoutByRow<Element, kKeyDim>{});
-    Tensor sQ = make_tensor(make_smem_ptr(stage.q), LayoutByRow<Element, kKeyDim>{});
-    Tensor tQ = thread_mma.partition_fragment_A(sQ), tK = thread_mma.partition_fragment_B(sK);
-    issue_gemm<true>(mma, tQ, tK, qk);
-    const float q_norm = a.in.qk_l2norm ? inverse_norm<kKeyDim>(stage.q) : 1.f;
-    if (thread % 2 == 0) {
-      const int row = thread / 2;
-      rows.q_read[row] = row < valid ? scale * q_norm : 0.f;
-    }
-    cutlass::arch::NamedBarrier::sync(128, 1);
-    float factor[2], G[2];
-    CUTE_UNROLL
-    for (int h = 0; h < 2; ++h) {
-      const int i = 16 * warp + 8 * h + lane / 4;
-      factor[h] = rows.q_read[i];
-      G[h] = rows.G[i];
-    }
-    cutlass::arch::NamedBarrier::sync(128, 1);
-    if (thread < kRows) rows.q_read[thread] *= exp2_fast(rows.G[thread]);
-    warpgroup_wait<0>();
-    uint32_t words[16];
-    CUTE_UNROLL
-    for (int n = 0; n < 8; ++n) {
-      const int j = 8 * n + 2 * quad;
-      const float2 G_j = *reinterpret_cast<const float2*>(&rows.G[j]);
-      const float2 k_j = *reinterpret_cast<const float2*>(&rows.k_norm[j]);
-      CUTE_UNROLL
-      for (int h = 0; h < 2; ++h) {
-        const int i = 16 * warp + 8 * h + lane / 4;
-        float p[2];
-        CUTE_UNROLL
-        for (int e = 0; e < 2; ++e) {
-          const bool below = i >= j + e && i < valid;
-          const float decay = exp2_fast(below ? G[h] - (e ? G_j.y : G_j.x) : 0.f) * (e ? k_j.y : k_j.x);
-          p[e] = below ? factor[h] * decay * qk(4 * n + 2 * h + e) : 0.f;
-        }
-        words[2 * n + h] = pack<Element>(p[0], p[1]);
-      }
-    }
-    store_rows(stage.p, warp, words);
-    cutlass::arch::fence_view_async_shared();
-    __syncwarp();
-    if (lane == 0) s.ring_p.arrive_full(at);
-    at.advance();
-  }
-}
-
 // ---- Chain ----
 
 // Rows of a token tile past the end of the sequence belong to the next one, or are padding that may hold NaN.
@@ -258,9 +179,45 @@ __device__ __forceinline__ void for_state(int first_value, const F& f) {
   }
 }
 
-template <class Traits>
-__device__ void walk(typename Traits::Storage& s, const StatePassArgs& a, const Sequence& sequence, int64_t n,
-                     int64_t head, int first_value) {
+// 64 values of a state in global memory.
+struct StateRows {
+  float* data = nullptr;  // null: zero, or not wanted
+  int64_t value, key;     // strides
+  int values, keys;       // what lies beyond is zero, or not written
+};
+
+// Of one head of initial_state or final_state.
+__device__ __forceinline__ StateRows rows_of_state(const InputsSm90& in, const float* states, int64_t n,
+                                                   int64_t head, int first_value) {
+  if (states == nullptr) return {};
+  const int64_t value = in.state_v_first ? in.key_dim : 1, key = in.state_v_first ? 1 : in.value_dim;
+  return {const_cast<float*>(states) + (n * in.value_heads + head) * in.state_size() + first_value * value,
+          value, key, static_cast<int>(in.value_dim) - first_value, static_cast<int>(in.key_dim)};
+}
+
+template <int kKeyDim, class Accumulator>
+__device__ __forceinline__ void load_state(Accumulator& S, const StateRows& from) {
+  clear(S);
+  if (from.data == nullptr) return;
+  for_state<kKeyDim>(0, [&](int x, int value, int key) {
+    if (value < from.values && key < from.keys) S(x) = from.data[value * from.value + key * from.key];
+  });
+}
+
+template <int kKeyDim, class Accumulator>
+__device__ __forceinline__ void store_state(const Accumulator& S, const StateRows& to) {
+  if (to.data == nullptr) return;
+  for_state<kKeyDim>(0, [&](int x, int value, int key) {
+    if (value < to.values && key < to.keys) to.data[value * to.value + key * to.key] = S(x);
+  });
+}
+
+// Leaves the state after the walk in S, which holds the entering one. After every whole chunk, counted from
+// 0, it is offered to keep(chunk, S).
+template <class Traits, class Accumulator, class Keep>
+__device__ __forceinline__ void walk(typename Traits::Storage& s, const StatePassArgs& a,
+                                     const Sequence& sequence, int64_t head, int first_value, Accumulator& S,
+                                     const Keep& keep) {
   using Element = typename Traits::Element;
   constexpr int kKeyDim = Traits::kKeyDim;
   constexpr bool kOutput = Traits::kOutput;
@@ -282,8 +239,7 @@ __device__ void walk(typename Traits::Storage& s, const StatePassArgs& a, const 
     return thread_state.partition_fragment_B(
         make_tensor(make_smem_ptr(image), LayoutByFeature<Element, kKeyDim>{}));
   };
-  Tensor S = partition_fragment_C(mma_state, cute::Shape<Int<64>, Int<kKeyDim>>{});  // S^T, (values, keys)
-  Tensor R = partition_fragment_C(mma_token, cute::Shape<Int<64>, Int<kRows>>{});    // (values, tokens)
+  Tensor R = partition_fragment_C(mma_token, cute::Shape<Int<64>, Int<kRows>>{});  // (values, tokens)
   Tensor O = partition_fragment_C(mma_token, cute::Shape<Int<64>, Int<kRows>>{});
   Tensor S16 = make_tensor<Element>(accumulator_as_a(S.layout()));
   Tensor X16 = make_tensor<Element>(accumulator_as_a(R.layout()));
@@ -292,17 +248,6 @@ __device__ void walk(typename Traits::Storage& s, const StatePassArgs& a, const 
     Tensor view = make_tensor(from.data(), to.layout());
     convert_to(view, to);
   };
-
-  const int64_t state = (n * in.value_heads + head) * in.state_size();
-  const auto state_at = [&](int value, int key) {
-    return state + (in.state_v_first ? value * in.key_dim + key : key * in.value_dim + value);
-  };
-  clear(S);
-  if (in.initial_state != nullptr) {
-    for_state<kKeyDim>(first_value, [&](int at, int value, int key) {
-      if (value < in.value_dim && key < in.key_dim) S(at) = in.initial_state[state_at(value, key)];
-    });
-  }
 
   RingIndex<Traits::kStages> at;
   RingIndex<1> at_out;
@@ -322,16 +267,11 @@ __device__ void walk(typename Traits::Storage& s, const StatePassArgs& a, const 
     const auto columns_of = [&](const float* row, int j) {
       return *reinterpret_cast<const float2*>(row + 8 * j + 2 * quad);
     };
-    // Kh S and Qh S; meanwhile O of the last chunk leaves, beta V arrives
+    // Kh S and Qh S; meanwhile beta V arrives
     s.ring.wait_full(at);
     compiler_fence();
     issue_gemm<true>(mma_token, S16, by_row(stage.k, Int<kKeyDim>{}), R);
-    if constexpr (kOutput && Traits::kComputeP) {
-      Tensor O16 = make_tensor<Element>(accumulator_as_a(R.layout()));
-      round(O, O16);
-      issue_gemm<true>(mma_token, S16, by_row(stage.q, Int<kKeyDim>{}), O);
-      if (c > 0) hand_over(O16);
-    } else if constexpr (kOutput) {
+    if constexpr (kOutput) {
       issue_gemm<true>(mma_token, S16, by_row(stage.q, Int<kKeyDim>{}), O);
     } else {
       if (a.states != nullptr) {
@@ -433,9 +373,7 @@ __device__ void walk(typename Traits::Storage& s, const StatePassArgs& a, const 
     }
     round(R, V16);
     if constexpr (kOutput) {
-      if constexpr (Traits::kComputeP) {
-        s.ring_p.wait_full(at);
-        compiler_fence();
+      if constexpr (!Traits::kChannelGate) {
         CUTE_UNROLL
         for (int j = 0; j < 8; ++j) {
           const float2 q_read = columns_of(rows.q_read, j);
@@ -453,27 +391,67 @@ __device__ void walk(typename Traits::Storage& s, const StatePassArgs& a, const 
     if constexpr (kOutput) {
       warpgroup_fence_operand(S);  // the rounding stays above the wait
       warpgroup_wait<0>();
-      // Without the other warpgroup ptxas waits for all products before a hand-over between them (C7518).
-      if constexpr (!Traits::kComputeP) {
-        round(O, V16);
-        hand_over(V16);
-      }
-    }
-    s.ring.release(at);
-    at.advance();
-  }
-  if constexpr (Traits::kComputeP) {
-    if (chunks > 0) {
       round(O, V16);
       hand_over(V16);
     }
-  }
-  if (a.final_state != nullptr) {
-    for_state<kKeyDim>(first_value, [&](int x, int value, int key) {
-      if (value < in.value_dim && key < in.key_dim) a.final_state[state_at(value, key)] = S(x);
-    });
+    if (valid == kRows) keep(c, S);
+    s.ring.release(at);
+    at.advance();
   }
   if constexpr (!kOutput) tma_store_wait<0>();
+}
+
+template <class Traits>
+__device__ __forceinline__ auto make_state() {  // S^T, (values, keys)
+  return partition_fragment_C(typename Traits::MmaToState{}, cute::Shape<Int<64>, Int<Traits::kKeyDim>>{});
+}
+
+// A whole sequence.
+template <class Traits>
+__device__ void walk(typename Traits::Storage& s, const StatePassArgs& a, const Sequence& sequence, int64_t n,
+                     int64_t head, int first_value) {
+  auto S = make_state<Traits>();
+  load_state<Traits::kKeyDim>(S, rows_of_state(a.in, a.in.initial_state, n, head, first_value));
+  walk<Traits>(s, a, sequence, head, first_value, S, [](int, const auto&) {});
+  store_state<Traits::kKeyDim>(S, rows_of_state(a.in, a.final_state, n, head, first_value));
+}
+
+// A sequence or a span of one, with the states or transitions at its ends. `slot` counts either.
+template <class Traits>
+__device__ void walk_part(typename Traits::Storage& s, const StatePassArgs& a, const Part& part, int64_t slot,
+                          int64_t head, int first_value) {
+  constexpr int kKeyDim = Traits::kKeyDim;
+  const int64_t values = (a.in.value_dim + kImageColumns - 1) / kImageColumns * kImageColumns;
+  const auto in_scratch = [&](const float* data, int64_t rows) -> StateRows {
+    return {const_cast<float*>(data) + ((slot * a.in.value_heads + head) * rows + first_value) * kKeyDim,
+            kKeyDim, 1, kImageColumns, kKeyDim};
+  };
+  auto S = make_state<Traits>();
+  if (first_value >= values) {
+    for_state<kKeyDim>(static_cast<int>(first_value - values),
+                       [&](int x, int column, int key) { S(x) = column == key ? 1.f : 0.f; });
+  } else if (part.first && !a.all_transitions) {
+    load_state<kKeyDim>(S, rows_of_state(a.in, a.in.initial_state, part.n, head, first_value));
+  } else {
+    load_state<kKeyDim>(S, a.span_states != nullptr ? in_scratch(a.span_states, values) : StateRows{});
+  }
+  walk<Traits>(s, a, part.sequence, head, first_value, S, [&](int chunk, const auto& state) {
+    if (a.boundary_chunks == 0) return;
+    const InputsSm90& in = a.in;
+    const int every = static_cast<int>(a.boundary_chunks), after = part.first_chunk + chunk + 1;
+    if (after % every != 0) return;
+    const int64_t tokens = a.boundary_chunks * kRows;
+    const int64_t begin =
+        in.cu_seqlens == nullptr ? part.n * (in.tokens / tokens) : sequence_of(in, part.n).begin / tokens;
+    StateRows to = rows_of_state(in, a.boundary_states, begin + after / every - 1, head, first_value);
+    asm volatile("" : "+l"(to.value), "+l"(to.key));  // or 64 offsets live in registers all along
+    store_state<kKeyDim>(state, to);
+  });
+  if (a.transitions != nullptr) {
+    store_state<kKeyDim>(S, in_scratch(a.transitions, values + kKeyDim));
+  } else if (part.last) {
+    store_state<kKeyDim>(S, rows_of_state(a.in, a.final_state, part.n, head, first_value));
+  }
 }
 
 // ---- Kernel and launch ----
@@ -481,14 +459,17 @@ __device__ void walk(typename Traits::Storage& s, const StatePassArgs& a, const 
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     state_pass_kernel(const __grid_constant__ TokenMaps maps, const __grid_constant__ StatePassArgs a,
-                      int value_tiles) {
+                      int tiles) {
   auto& s = shared_storage<typename Traits::Storage>();
-  const int tile = blockIdx.x % value_tiles, first_value = tile * kImageColumns;
-  const int64_t row = blockIdx.x / value_tiles, head = row % a.in.value_heads, n = row / a.in.value_heads;
-  const Sequence sequence = sequence_of(a.in, n);
+  const int tile = blockIdx.x % tiles, first_value = tile * kImageColumns;
+  const int64_t row = blockIdx.x / tiles, head = row % a.in.value_heads, slot = row / a.in.value_heads;
+  Part part;
+  if (!part.find(a.in, slot, a.span_chunks * kRows)) return;
+  if (a.transitions != nullptr && !a.all_transitions) {  // those that nobody composes
+    if (part.last || (part.first && first_value >= a.in.value_dim)) return;
+  }
   if (threadIdx.x == 0) {
     s.ring.init(1, 4);
-    s.ring_p.init(4, 1);
     s.ring_out.init(4, 1);
     cutlass::arch::fence_barrier_init();
     prefetch_map(maps.q);
@@ -496,19 +477,13 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     prefetch_map(maps.v);
   }
   __syncthreads();
-  const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32;
-  if (warpgroup == 0) {
-    if constexpr (Traits::kComputeP) cutlass::arch::warpgroup_reg_alloc<Traits::kChainRegisters>();
-    walk<Traits>(s, a, sequence, n, head, first_value);
-  } else if (Traits::kComputeP && warpgroup == 1) {
-    if constexpr (Traits::kComputeP) {
-      cutlass::arch::warpgroup_reg_dealloc<Traits::kMixRegisters>();
-      mix<Traits>(s, a, sequence);
-    }
+  const int warp = threadIdx.x / 32;
+  if (warp < 4) {
+    walk_part<Traits>(s, a, part, slot, head, first_value);
+  } else if (warp == 4) {
+    if (threadIdx.x == Traits::kHelpers) load<Traits>(s, maps, a, part.sequence, head, first_value);
   } else {
-    if constexpr (Traits::kComputeP) cutlass::arch::warpgroup_reg_dealloc<Traits::kHelperRegisters>();
-    if (threadIdx.x == Traits::kHelpers) load<Traits>(s, maps, a, sequence, head, first_value);
-    if (warp == Traits::kHelpers / 32 + 1) store<Traits>(s, a, sequence, head, first_value);
+    store<Traits>(s, a, part.sequence, head, first_value);
   }
 }
 
@@ -521,8 +496,10 @@ cudaError_t launch_state_pass(const StatePassArgs& args, bool is_bf16, cudaStrea
   if (attribute != cudaSuccess) return attribute;
   TokenMaps maps{};
   if (const cudaError_t e = encode_inputs(&maps, args.in, is_bf16)) return e;
-  const int64_t tiles = (args.in.value_dim + kImageColumns - 1) / kImageColumns;
-  const int64_t grid = args.in.sequences * args.in.value_heads * tiles;
+  const int64_t tiles = (args.in.value_dim + kImageColumns - 1) / kImageColumns +
+                        (args.transitions != nullptr ? Traits::kKeyImages : 0);
+  const int64_t parts = args.span_chunks > 0 ? Spans(args.in, args.span_chunks).total : args.in.sequences;
+  const int64_t grid = parts * args.in.value_heads * tiles;
   if (grid > std::numeric_limits<int>::max()) return cudaErrorInvalidConfiguration;
   kernel<<<static_cast<unsigned>(grid), Traits::kThreads, kShared, stream>>>(maps, args,
                                                                              static_cast<int>(tiles));

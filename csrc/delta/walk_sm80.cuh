@@ -131,9 +131,10 @@ struct WalkCta {
 
   // ---- States ----
 
-  __device__ int64_t state_at(int v, int c) const {
-    const int64_t chain = (n * in.value_heads + hv) * in.state_size();
-    return chain + (in.state_v_first ? v * in.key_dim + c : c * in.value_dim + v);
+  __device__ int64_t chain() const { return n * in.value_heads + hv; }
+  // In an array of states.
+  __device__ int64_t state_at(int64_t state, int v, int c) const {
+    return state * in.state_size() + (in.state_v_first ? v * in.key_dim + c : c * in.value_dim + v);
   }
   // f(value, key channel, element) over the elements that exist.
   template <class F>
@@ -148,10 +149,17 @@ struct WalkCta {
   __device__ void load_state(Rows64 (&S)[kKeys], const float* from) const {
     CUTE_UNROLL
     for (int block = 0; block < kKeys; ++block) S[block].clear();
-    if (from != nullptr) for_state(S, [&](int v, int c, float& x) { x = from[state_at(v, c)]; });
+    if (from != nullptr) for_state(S, [&](int v, int c, float& x) { x = from[state_at(chain(), v, c)]; });
   }
-  __device__ void store_state(Rows64 (&S)[kKeys], float* to) const {
-    if (to != nullptr) for_state(S, [&](int v, int c, float& x) { to[state_at(v, c)] = x; });
+  __device__ void store_state(Rows64 (&S)[kKeys], float* to, int64_t state) const {
+    if (to != nullptr) for_state(S, [&](int v, int c, float& x) { to[state_at(state, v, c)] = x; });
+  }
+  // The state after a chunk that ends a span.
+  __device__ void keep_state(Rows64 (&S)[kKeys], int chunk) const {
+    if (args.states == nullptr || (chunk + 1) % args.states_every != 0 || rows_of(chunk) < kTile) return;
+    const int64_t span = kChunk * args.states_every;
+    const int64_t entry = b * (in.tokens / span) + begin / span + (chunk + 1) / args.states_every - 1;
+    store_state(S, args.states, entry * in.value_heads + hv);
   }
   // `turn`: how many chunks came before.
   __device__ __forceinline__ void decay_state(Rows64 (&S)[kKeys], int turn) const {
@@ -297,8 +305,9 @@ struct WalkCta {
       decay_state(S, chunk);
       CUTE_UNROLL
       for (int block = 0; block < kKeys; ++block) multiply_tile<false>(S[block], V, stream.next(order));
+      keep_state(S, chunk);
     }
-    store_state(S, args.final_state);
+    store_state(S, args.final_state, chain());
   }
 
   __device__ void backward() const {
@@ -337,7 +346,7 @@ struct WalkCta {
       CUTE_UNROLL
       for (int block = 0; block < kKeys; ++block) multiply_tile<false>(dS[block], dR, stream.next(order));
     }
-    store_state(dS, args.d_initial);
+    store_state(dS, args.d_initial, chain());
   }
 
   __device__ void run() const {

@@ -13,7 +13,7 @@
 
 namespace nearfield::lla {
 
-// A weight is p times this times HeadUnits::share.
+// A weight is about p times this times HeadUnits::share.
 constexpr float kPairUnit = 256.f, kPairLog2 = 8.f;
 
 // ---- Per query: shift of the exponent, x.kbar, r's constant, D's ----
@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(256) pair_rows_kernel(const __grid_constant__ 
   const int rows = p.q.tiles_per_head * kTileRows;  // a multiple of 128
   const int64_t source = (static_cast<int64_t>(head / p.heads) * p.m + row) * p.heads + head % p.heads;
   const float lse = row < p.m ? a.lse[source] : -INFINITY;
-  PairRow out{INFINITY, 0.f, 0.f, 0.f};  // a query that sees nothing: exp2(anything - inf) = 0
+  PairRow out{INFINITY, 0.f, 0.f, 0.f, 0.f};  // a query that sees nothing: exp2(anything - inf) = 0
   if (lse != -INFINITY) {
     const int kv_head = head / p.heads * p.kv_heads + head % p.heads / (p.heads / p.kv_heads);
     const float k_unit = operand_unit(p.k, kv_head), inverse = 1.f / k_unit;
@@ -54,7 +54,8 @@ __global__ void __launch_bounds__(256) pair_rows_kernel(const __grid_constant__ 
     const RowSums sums = a.row_sums[source];
     const float y_inverse = 1.f / operand_unit(a.minus_y_tiles, head);
     const float one = fminf(1.f / (k_unit * operand_unit(a.x_tiles, head)), 1.f);
-    out = {lse * kLog2e - kPairLog2, xbar, y_inverse * sums.gbar + ybar, one * y_inverse * sums.d};
+    out = {whole_shift(lse, p.visible.lone(row)) - kPairLog2, sums.weight, xbar, y_inverse * sums.gbar + ybar,
+           one * y_inverse * sums.d};
   } else {
 #pragma unroll
     for (int o = kLanes / 2; o > 0; o /= 2) {  // the other rows of the warp shuffle
@@ -273,7 +274,7 @@ __device__ __forceinline__ void bwd_key_consume(typename Traits::Storage& s, con
             const int query = first_query + column;
             if (query < seen_by[i].begin || query >= seen_by[i].end) exponent = -INFINITY;
           }
-          const float w = exp2_approx(exponent);
+          const float w = row.weight * exp2_approx(exponent);
           const float slopes = fmaf(tSrT(e) - row.xbar, units.slope, units.one), r = tSrR(e) - row.rbar;
           tSrS(e) = w * units.share * slopes;
           tSrT(e) = w * units.ds * fmaf(slopes, r, -row.d);

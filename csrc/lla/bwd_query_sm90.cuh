@@ -8,8 +8,8 @@
 
 namespace nearfield::lla {
 
-// The row maximum is not saved. Weights are p times this, so that rows of up to 2^16 keys stay above the
-// underflow of fp16.
+// The row maximum is not saved. Weights are about p times this, so that rows of up to 2^16 keys stay above
+// the underflow of fp16.
 constexpr float kWeightUnit = 64.f, kWeightLog2 = 6.f;
 
 template <class Traits>
@@ -42,7 +42,7 @@ __device__ __forceinline__ void bwd_query_consume(typename Traits::Storage& s, c
   CUTE_UNROLL
   for (int i = 0; i < 2; ++i) {
     lse[i] = tile.inside[i] ? a.lse[tile.output_row(i)] : -INFINITY;
-    tile.shift[i] = lse[i] == -INFINITY ? 0.f : lse[i] * kLog2e - kWeightLog2;
+    tile.shift[i] = whole_shift(lse[i], tile.lone(i)) - kWeightLog2;
   }
   CUTE_UNROLL
   for (int e = 0; e < 4 * kQuads; e += 2) {
@@ -61,8 +61,8 @@ __device__ __forceinline__ void bwd_query_consume(typename Traits::Storage& s, c
   Tensor tSrS = tile.make_scores();
   Tensor tSrR = tile.make_scores();
 
-  // ---- h, in `v`, and Gbar; both over the unit of the row of dO ----
-  float gbar[2] = {0.f, 0.f}, row_sum[2] = {0.f, 0.f};
+  // ---- The sum of the weights; h, in `v`, and Gbar, both over the unit of the row of dO ----
+  float omega[2] = {0.f, 0.f}, gbar[2] = {0.f, 0.f}, row_sum[2] = {0.f, 0.f};
   tile.template sweep<Stream::kPairsSumKeys>(
       v, tSrS,
       [&](int key, int value) {
@@ -74,6 +74,7 @@ __device__ __forceinline__ void bwd_query_consume(typename Traits::Storage& s, c
         CUTE_UNROLL
         for (int e = 0; e < tile.kScores; e += 2) {
           const int i = tile.row_of(e);
+          omega[i] += tSrS(e) + tSrS(e + 1);
           tSrS(e) *= tSrR(e) * d_inverse[i];
           tSrS(e + 1) *= tSrR(e + 1) * d_inverse[i];
           gbar[i] += tSrS(e) + tSrS(e + 1);
@@ -81,8 +82,15 @@ __device__ __forceinline__ void bwd_query_consume(typename Traits::Storage& s, c
         }
       },
       [] {});
+  tile.add_over_row(omega);
   tile.add_over_row(gbar);
   tile.add_over_row(row_sum);
+  float inverse_omega[2];
+  CUTE_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    if (omega[i] == 0.f) omega[i] = kWeightUnit;  // sees no key
+    inverse_omega[i] = 1.f / omega[i];
+  }
   // sum_j E_ij (k_j - kbar) is h whatever constant is taken off Gam. It is solved for over a power of two per
   // row.
   CUTE_UNROLL
@@ -92,14 +100,14 @@ __device__ __forceinline__ void bwd_query_consume(typename Traits::Storage& s, c
     for (int e = 4 * j; e < 4 * j + 4; ++e) {
       const int i = tile.row_of(e);
       const float m = e % 4 == 0 ? mean.x : e % 4 == 1 ? mean.y : e % 4 == 2 ? mean.z : mean.w;
-      v(e) = (v(e) - row_sum[i] * m) * (1.f / kWeightUnit);
+      v(e) = (v(e) - row_sum[i] * m) * inverse_omega[i];
     }
   }
   float h_unit[2];
   SplitRows::largest_of_rows(tile, v, h_unit);
   CUTE_UNROLL
   for (int i = 0; i < 2; ++i) {
-    gbar[i] *= 1.f / kWeightUnit;
+    gbar[i] *= inverse_omega[i];
     h_unit[i] = operand_unit(h_unit[i]);
     const float inverse = 1.f / h_unit[i];
     CUTE_UNROLL
@@ -111,7 +119,7 @@ __device__ __forceinline__ void bwd_query_consume(typename Traits::Storage& s, c
   // ---- y; D_i = lam_i x_i.y_i + x_i.e_i, or x_i.h_i for a given x ----
   const RowRidge ridge = a.solve ? load_ridge(tile, a.ridge, lse, k_unit) : RowRidge{};
   ConjugateGradient<Traits, MeanKeys<Traits>> cg{
-      tile, kbar, ridge, {1.f / kWeightUnit, 1.f / kWeightUnit}, 0.f};
+      tile, kbar, ridge, {inverse_omega[0], inverse_omega[1]}, 0.f};
   if (a.solve) {
     solve(tile, cg, v, a.tol, a.max_iters);
   } else {
@@ -155,7 +163,8 @@ __device__ __forceinline__ void bwd_query_consume(typename Traits::Storage& s, c
     d_sum[i] = (ridge_term[i] + rest[i]) * h_unit[i] - d_lse[i];
     if (!tile.inside[i] || tile.quad != 0) continue;
     if (a.solve && a.ridge.channels == 1) a.dlam[tile.output_row(i)] = lam_factor[i] * xy[i];
-    a.row_sums[tile.output_row(i)] = {gbar[i] * d_unit[i], d_sum[i] * d_unit[i]};
+    a.row_sums[tile.output_row(i)] = {gbar[i] * d_unit[i], d_sum[i] * d_unit[i],
+                                      kWeightUnit * inverse_omega[i]};
   }
 
   // ---- dq = scale sum_j dS_ij k_j + y; dS = p (a r - D), where r is one chain of products [dO, -y] [V, K]^T
@@ -235,7 +244,7 @@ __device__ __forceinline__ void bwd_query_consume(typename Traits::Storage& s, c
   const float y_factor = -gam_unit / k_unit;
   CUTE_UNROLL
   for (int i = 0; i < 2; ++i) {
-    const float weight_unit = kWeightUnit * one[i] * y_inverse[i];
+    const float weight_unit = omega[i] * one[i] * y_inverse[i];
     row_sum[i] -= weight_unit * d_lse[i];
     dq_factor[i] = p.scale * k_unit * gam_unit * d_unit[i] / weight_unit;
   }

@@ -87,8 +87,10 @@ class Operands {
     args_.head_dim = head_dim;
   }
 
-  // Rows are padded to a multiple of `rows_of_block`.
-  Operand add(const Tensor& t, int64_t rows_of_block = kTileRows, float least_unit = 0.f) {
+  // Rows are padded to a multiple of `rows_of_block`; those of queries that `fitted` lets see one key are
+  // blanked.
+  Operand add(const Tensor& t, int64_t rows_of_block = kTileRows, float least_unit = 0.f,
+              const Visibility* fitted = nullptr) {
     const auto size = t.sizes(), stride = t.strides();
     const int64_t tiles = (size[1] + rows_of_block - 1) / rows_of_block * (rows_of_block / kTileRows);
     memory_.push_back(
@@ -103,7 +105,9 @@ class Operands {
                                    static_cast<int>(size[1]),
                                    static_cast<int>(size[2]),
                                    static_cast<int>(size[3]),
-                                   out};
+                                   out,
+                                   fitted != nullptr,
+                                   fitted ? *fitted : Visibility{}};
     return out;
   }
 
@@ -125,7 +129,7 @@ class Operands {
 
 QueryProblem make_query_problem(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
                                 double scale, bool is_causal, const std::optional<int64_t>& window,
-                                Operands& operands) {
+                                bool backward, Operands& operands) {
   const auto s = q.sizes();
   QueryProblem p{};
   p.batch = static_cast<int>(s[0]), p.m = static_cast<int>(s[1]), p.heads = static_cast<int>(s[2]);
@@ -135,7 +139,7 @@ QueryProblem make_query_problem(const char* op, const Tensor& q, const Tensor& k
   p.scale = static_cast<float>(scale);
   STD_TORCH_CHECK(s[0] * s[2] <= 65535 && int64_t{p.query_blocks()} * s[0] * s[2] <= INT32_MAX, op,
                   ": batch times heads is ", s[0] * s[2], "; supported on CUDA: up to 65535");
-  p.q = operands.add(q, 2 * kTileRows);
+  p.q = operands.add(q, 2 * kTileRows, 0.f, backward ? &p.visible : nullptr);
   p.k = operands.add(k);
   p.v = operands.add(v);
   return p;
@@ -171,7 +175,7 @@ Fwd fwd_cuda(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor&
   void* stream = current_stream(q);
   Operands operands(op, q, instance.head_dim);
   FwdSm90Args args{};
-  args.problem = make_query_problem(op, q, k, v, scale, is_causal, window, operands);
+  args.problem = make_query_problem(op, q, k, v, scale, is_causal, window, false, operands);
   operands.write(q.scalar_type(), stream);
   args.solve = true;
   args.ridge = make_ridge<float>(lam, absolute);
@@ -210,7 +214,7 @@ ProbeFwd probe_fwd_cuda(const Tensor& q_, const Tensor& x_, const Tensor& k_, co
   void* stream = current_stream(q);
   Operands operands(op, q, instance.head_dim);
   FwdSm90Args args{};
-  args.problem = make_query_problem(op, q, k, v, scale, is_causal, window, operands);
+  args.problem = make_query_problem(op, q, k, v, scale, is_causal, window, false, operands);
   operands.write(q.scalar_type(), stream);
   args.given = view_of<float>(x);
   args.is_bf16 = q.scalar_type() == ScalarType::BFloat16;
@@ -251,7 +255,7 @@ std::array<Tensor, 5> backward(const char* op, const Tensor& d_o_, const Tensor&
   void* stream = current_stream(q);
   Operands operands(op, q, of_queries.head_dim);
   BwdSm90Args args{};
-  args.problem = make_query_problem(op, q, k, v, scale, is_causal, window, operands);
+  args.problem = make_query_problem(op, q, k, v, scale, is_causal, window, true, operands);
   args.d_o = operands.add(d_o, 2 * kTileRows);
   operands.write(dtype, stream);
   args.solve = lam != nullptr;
@@ -263,7 +267,7 @@ std::array<Tensor, 5> backward(const char* op, const Tensor& d_o_, const Tensor&
   args.kbar = static_cast<const float*>(kbar.const_data_ptr());
   args.lse = static_cast<const float*>(lse.const_data_ptr());
   const Tensor minus_y = new_empty(q, shape_of(q), ScalarType::Float);
-  const Tensor row_sums = new_empty(q, {s[0], s[1], s[2], 2}, ScalarType::Float);
+  const Tensor row_sums = new_empty(q, {s[0], s[1], s[2], 3}, ScalarType::Float);
   args.minus_y = data_of<float>(minus_y);
   args.row_sums = reinterpret_cast<RowSums*>(data_of<float>(row_sums));
   args.dq = dq.mutable_data_ptr();
@@ -271,11 +275,12 @@ std::array<Tensor, 5> backward(const char* op, const Tensor& d_o_, const Tensor&
   args.dlam = lam ? data_of<float>(dlam) : nullptr;
   check_launch(op, of_queries.run(args, stream));
 
-  args.x_tiles = operands.add(x, 2 * kTileRows);
+  args.x_tiles = operands.add(x, 2 * kTileRows, 0.f, &args.problem.visible);
   args.minus_y_tiles = operands.add(minus_y, 2 * kTileRows, 1.f);
   operands.write(ScalarType::Float, stream);
-  const Tensor pair_rows =
-      new_empty(q, {s[0], s[2], int64_t{args.problem.q.tiles_per_head} * kTileRows, 4}, ScalarType::Float);
+  const Tensor pair_rows = new_empty(
+      q, {s[0], s[2], int64_t{args.problem.q.tiles_per_head} * kTileRows, sizeof(PairRow) / sizeof(float)},
+      ScalarType::Float);
   args.pair_rows = reinterpret_cast<PairRow*>(data_of<float>(pair_rows));
   args.dk = dk.mutable_data_ptr();
   args.dv = dv.mutable_data_ptr();

@@ -129,7 +129,7 @@ __device__ __forceinline__ void fwd_consume(typename Traits::Storage& s, const F
   CUTE_UNROLL
   for (int i = 0; i < 2; ++i) {
     one[i] = fminf(x.inverse[i], 1.f);
-    slope[i] = x.unit[i] * one[i];
+    slope[i] = tile.lone(i) ? 0.f : x.unit[i] * one[i];
     factor[i] = v_unit * inverse_omega[i] / one[i];
   }
   Tensor tSrT = tile.make_scores();

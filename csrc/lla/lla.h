@@ -39,6 +39,12 @@ struct Visibility {
     return {begin, std::max(begin, w.end(position))};
   }
 
+  // A lone key leaves nothing to fit: o = v, and no gradient but that of v.
+  NEARFIELD_HOST_DEVICE bool lone(int64_t i) const {
+    const Range seen = keys(i);
+    return seen.end - seen.begin == 1;
+  }
+
   // Queries that see any of the keys [first, last].
   NEARFIELD_HOST_DEVICE Range any_seen_by(int64_t first, int64_t last) const {
     const Window w{n, window, 1, causal};

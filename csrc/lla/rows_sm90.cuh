@@ -20,6 +20,13 @@ __device__ __forceinline__ void store_pair(__half* at, float a, float b) {
   *reinterpret_cast<__half2*>(at) = __floats2half2_rn(a, b);
 }
 
+// What is subtracted from the logits of a row in the backward, up to another integer: its lse to the nearest
+// integer, so that it is the same number in all passes whatever integer they add. The rest is a factor of the
+// weights, 1 over their sum: exp2(s - lse) alone would carry the rounding of lse, 1e-4 at logits of 1000.
+__device__ __forceinline__ float whole_shift(float lse, bool lone) {
+  return lone || lse == -INFINITY ? 0.f : rintf(lse * kLog2e);
+}
+
 // Rows of a (64, D) accumulator times a factor to [B, m, Hq, features]; features are a multiple of 8.
 template <class T, class Tile, class Sum>
 __device__ __forceinline__ void store_rows(const Tile& tile, T* out, int features, const Sum& v,

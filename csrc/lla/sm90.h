@@ -26,6 +26,10 @@ struct OperandSource {
   int64_t batch_stride, row_stride, head_stride;
   int rows, heads, features;
   Operand out;
+  // If set, the rows are queries, and those that see one key are written as zeros: with q = 0 and x = 0 the
+  // backward of such a row is exact, whatever its logit and ridge.
+  bool blank_lone_rows;
+  Visibility visible;
 };
 
 struct OperandsArgs {
@@ -70,12 +74,12 @@ struct fwd_sm90 {
 };
 
 // What the gradients of the keys need of a query.
-struct alignas(8) RowSums {
-  float gbar, d;
+struct RowSums {
+  float gbar, d, weight;
 };
 struct alignas(16) PairRow {
-  float shift, xbar, rbar,
-      d;  // p = exp2(scaled logit - shift), x.kbar, Gbar + y.kbar, D; in units of the operands
+  float shift, weight, xbar, rbar,
+      d;  // p = weight exp2(scaled logit - shift), x.kbar, Gbar + y.kbar, D; in units of the operands
 };
 
 // Units of the backward. Gam'_ij = dO'_i.v'_j of operands is Gam_ij over the units of dO and V: "gam units".

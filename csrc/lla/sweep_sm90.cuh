@@ -191,6 +191,7 @@ struct QueryTile {
 
   __device__ __forceinline__ static int row_of(int e) { return e / 2 % 2; }
   __device__ __forceinline__ int column_of(int e) const { return e / 4 * 8 + 2 * quad + e % 2; }
+  __device__ __forceinline__ bool lone(int i) const { return keys[i].end - keys[i].begin == 1; }
   // Row of a [B, m, Hq] tensor.
   __device__ __forceinline__ int64_t output_row(int i) const {
     return (static_cast<int64_t>(block.batch) * p.m + row[i]) * p.heads + block.head;

@@ -8,7 +8,8 @@ from nearfield.delta.op import (
     delta_rule_step,
     delta_rule_verify,
 )
-from nearfield.delta.reference import delta_rule_reference
+from nearfield.delta.reference import delta_rule_reference, delta_rule_states_reference
+from nearfield.delta.spans import delta_rule_states, delta_rule_transition
 
 __all__ = [
     "DeltaExplanation",
@@ -16,6 +17,9 @@ __all__ = [
     "delta_rule",
     "delta_rule_commit",
     "delta_rule_reference",
+    "delta_rule_states",
+    "delta_rule_states_reference",
     "delta_rule_step",
+    "delta_rule_transition",
     "delta_rule_verify",
 ]

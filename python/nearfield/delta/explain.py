@@ -13,7 +13,7 @@ from nearfield.delta import op
 
 _KERNELS = {
     ("hopper", False): ("prepare_sm90", "state_pass_sm90"),
-    ("hopper", True): ("prepare_sm90", "backward_passes_sm90", "chunk_gradient_sm90", "finish_gradient_sm90"),
+    ("hopper", True): ("prepare_sm90", "backward_passes_sm90", "{gradient}", "finish_gradient_sm90"),
     ("portable", False): ("prepare_sm80", "walk_sm80"),
     ("portable", True): ("prepare_sm80", "walk_sm80", "gradient_sm80"),
 }
@@ -90,4 +90,7 @@ def _pass(
     except RuntimeError as error:
         # Torch puts the place in the source in front, and sometimes a trace behind.
         return Pass(refused=re.sub(r"^.*?(?=delta_[fb]wd: )", "", str(error).split("\n")[0]))
-    return Pass(name, _KERNELS[name, backward], because or None)
+    channel_gate = g is not None and g.dim() == 4
+    gradient = "chunk_gradient_channel_sm90" if channel_gate else "chunk_gradient_sm90"
+    kernels = tuple(kernel.format(gradient=gradient) for kernel in _KERNELS[name, backward])
+    return Pass(name, kernels, because or None)

@@ -18,6 +18,7 @@ BETA_ACTIVATIONS = {"none": 0, "sigmoid": 1, "sigmoid2": 2}
 GATES = {"log": 0, "softplus": 1, "bounded": 2}
 BACKENDS = ("hopper", "portable")
 MAX_STEP = 8
+CHUNK = 64  # tokens
 
 _log = logging.getLogger("nearfield")
 
@@ -84,25 +85,11 @@ def delta_rule(
     Returns:
         ``o [B, T, HV, V]`` in q's dtype and the final state, or None without ``output_final_state``.
     """
-    op = "delta_rule"
-    _check_inputs(op, q, k, v, beta, g, A_log, dt_bias, initial_state=initial_state, cu_seqlens=cu_seqlens)
-    q, k, v = _runtime.autocast(q, k, v)
-    _check_options(op, q, k, v, beta, g, A_log, dt_bias, beta_activation, gate, gate_bound)
-    (B, _, _, K), (HV, V) = q.shape, v.shape[2:]
-    scale = K**-0.5 if scale is None else float(scale)
-    sequences = B
-    if cu_seqlens is not None:
-        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
-            _runtime.shape_error(op, "cu_seqlens", cu_seqlens, "[N + 1]")
-        if cu_seqlens.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"{op}: cu_seqlens has dtype {cu_seqlens.dtype}; supported: int32, int64")
-        if B != 1:
-            raise ValueError(f"{op}: cu_seqlens packs sequences into a batch of 1, but q has batch {B}")
-        sequences = cu_seqlens.shape[0] - 1
-    if initial_state is not None:
-        _check_state(op, "initial_state", initial_state, q, [sequences, HV, K, V], state_v_first)
-    _runtime.check_device(op, q, FWD_DEVICES)
-    _check_backend(op, backend, q, k, v, beta, g)
+    q, k, v, scale = check_rule(
+        "delta_rule", q, k, v, beta, g, scale, initial_state, cu_seqlens, beta_activation, gate, A_log, dt_bias,
+        gate_bound, state_v_first,
+    )  # fmt: skip
+    _check_backend("delta_rule", backend, q, k, v, beta, g)
     o, final_state = torch.ops.nearfield.delta_fwd(
         q, k, v, beta, g, initial_state, A_log, _flat(dt_bias), cu_seqlens,
         scale, use_qk_l2norm, BETA_ACTIVATIONS[beta_activation], GATES[gate], gate_bound, state_v_first,
@@ -251,6 +238,31 @@ def delta_rule_commit(
     _check_indices(op, pending.k.shape[0], 0, state, read_idx, write_idx, per_token=False)
     _runtime.check_device(op, state, STEP_DEVICES)
     torch.ops.nearfield.delta_commit(state, *pending, accepted, read_idx, write_idx, state_v_first)
+
+
+def check_rule(
+    op: str, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, scale: float | None,
+    initial_state: Tensor | None, cu_seqlens: Tensor | None, beta_activation: str, gate: str, A_log: Tensor | None,
+    dt_bias: Tensor | None, gate_bound: float, state_v_first: bool,
+) -> tuple[Tensor, Tensor, Tensor, float]:  # fmt: skip
+    """What ``delta_rule`` and its kin ask of their inputs. Returns q, k, v as autocast wants them, and the scale."""
+    _check_inputs(op, q, k, v, beta, g, A_log, dt_bias, initial_state=initial_state, cu_seqlens=cu_seqlens)
+    q, k, v = _runtime.autocast(q, k, v)
+    _check_options(op, q, k, v, beta, g, A_log, dt_bias, beta_activation, gate, gate_bound)
+    (B, _, _, K), (HV, V) = q.shape, v.shape[2:]
+    sequences = B
+    if cu_seqlens is not None:
+        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+            _runtime.shape_error(op, "cu_seqlens", cu_seqlens, "[N + 1]")
+        if cu_seqlens.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"{op}: cu_seqlens has dtype {cu_seqlens.dtype}; supported: int32, int64")
+        if B != 1:
+            raise ValueError(f"{op}: cu_seqlens packs sequences into a batch of 1, but q has batch {B}")
+        sequences = cu_seqlens.shape[0] - 1
+    if initial_state is not None:
+        _check_state(op, "initial_state", initial_state, q, [sequences, HV, K, V], state_v_first)
+    _runtime.check_device(op, q, FWD_DEVICES)
+    return q, k, v, K**-0.5 if scale is None else float(scale)
 
 
 def _check_step(
@@ -474,6 +486,25 @@ def _(
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     shape = [sequences, HV, V, K] if state_v_first else [sequences, HV, K, V]
     return q.new_empty(v.shape), q.new_empty(shape if output_final_state else [0], dtype=_state_dtype(q))
+
+
+@torch.library.register_fake("nearfield::delta_fwd_states")  # type: ignore[untyped-decorator]
+def _(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, initial_state: Tensor | None,
+    A_log: Tensor | None, dt_bias: Tensor | None, cu_seqlens: Tensor | None, scale: float, qk_l2norm: bool,
+    beta_activation: int, gate: int, gate_bound: float, state_v_first: bool, output_final_state: bool,
+    states_every: int, backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    (B, T, _, K), (HV, V) = q.shape, v.shape[2:]
+    sequences = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    state = [HV, V, K] if state_v_first else [HV, K, V]
+    kept = [B, T // (CHUNK * states_every), *state] if states_every else [0]
+    wide = _state_dtype(q)
+    return (
+        q.new_empty(v.shape),
+        q.new_empty([sequences, *state] if output_final_state else [0], dtype=wide),
+        q.new_empty(kept, dtype=wide),
+    )
 
 
 @torch.library.register_fake("nearfield::delta_bwd")  # type: ignore[untyped-decorator]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,3 +109,34 @@ def delta_rule_reference(
         return o, None
     final_state = torch.cat(states) if states else v.new_zeros(0, HV, K, V)
     return o, final_state.transpose(-1, -2) if state_v_first else final_state
+
+
+def delta_rule_states_reference(
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    every: int,
+    initial_state: Tensor | None,
+    **options: Any,
+) -> Tensor:
+    """The states of :func:`nearfield.delta.delta_rule_states`: final states of longer and longer prefixes."""
+    (B, T, HV, V), K = v.shape, k.shape[3]
+    cu_seqlens = options.pop("cu_seqlens", None)
+    rows = T // (64 * every)
+    shape = (V, K) if options.get("state_v_first") else (K, V)
+    states = v.new_zeros(B, rows, HV, *shape, dtype=beta.dtype)
+    bounds = [0, T] if cu_seqlens is None else cu_seqlens.tolist()
+    for n, (start, end) in enumerate(pairwise(bounds)):
+        S = initial_state
+        if cu_seqlens is not None and initial_state is not None:
+            S = initial_state[n : n + 1]
+        for i in range((end - start) // (64 * every)):
+            part = slice(start + 64 * every * i, start + 64 * every * (i + 1))
+            k_i, g_i = k[:, part], None if g is None else g[:, part]
+            _, S = delta_rule_reference(
+                k_i, k_i, v[:, part], beta[:, part], g_i, initial_state=S, output_final_state=True, **options
+            )
+            assert S is not None
+            states[:, start // (64 * every) + i] = S
+    return states

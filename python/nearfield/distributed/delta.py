@@ -20,6 +20,7 @@ from nearfield.delta.op import (
     _check_options,
     _check_state,
 )
+from nearfield.delta.spans import transition
 from nearfield.distributed.replicated import replicated
 
 _OP = "distributed.delta_rule"
@@ -96,7 +97,7 @@ class _Spans(torch.autograd.Function):
         A_log: Tensor | None, dt_bias: Tensor | None, options: tuple[Any, ...], group: dist.ProcessGroup | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         ctx.set_materialize_grads(False)
-        N, M = _affine_map(q, k, v, beta, g, A_log, dt_bias, options)
+        M, N = transition(k, v, beta, g, A_log, dt_bias, None, options)
         if initial_state is not None:
             N = N + M @ initial_state  # the others need not know of it
         state = initial_state
@@ -136,22 +137,6 @@ class _Spans(torch.autograd.Function):
             grads = gradients(d_state if d_final is None else d_state + d_final)
         needed = ctx.needs_input_grad
         return (*(grad if need else None for grad, need in zip(grads, needed, strict=False)), None, None)
-
-
-def _affine_map(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, A_log: Tensor | None, dt_bias: Tensor | None,
-    options: tuple[Any, ...],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """N ``[B, HV, K, V]`` and M ``[B, HV, K, K]`` of a span: what it makes of no memory, and of the identity."""
-    (B, T, HV, V), K = v.shape, q.shape[3]
-    exact = torch.float64 if q.dtype == torch.float64 else torch.float32
-    identity = torch.eye(K, dtype=exact, device=q.device).expand(B, HV, K, K)
-    start = torch.cat([identity.new_zeros(B, HV, K, V), identity], -1)
-    values = torch.cat([v, v.new_zeros(B, T, HV, K)], -1)
-    end: Tensor = torch.ops.nearfield.delta_fwd(
-        q, k, values, beta, g, start, A_log, dt_bias, None, *options, True
-    )[1]
-    return end[..., :V], end[..., V:].contiguous()
 
 
 def _gather_pairs(a: Tensor, b: Tensor, group: dist.ProcessGroup | None) -> list[tuple[Tensor, Tensor]]:
