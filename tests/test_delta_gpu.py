@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import sys
 from itertools import pairwise
 from typing import Any
 
@@ -18,6 +20,14 @@ pytestmark = pytest.mark.gpu
 
 DTYPES = [torch.bfloat16, torch.float16]
 GATE_KINDS = ("none", "head", "channel")
+
+
+@pytest.fixture(autouse=True, params=["hopper", "portable"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every test runs on both backends."""
+    name: str = request.param
+    monkeypatch.setattr(sys.modules[__name__], "delta_rule", functools.partial(delta_rule, backend=name))
+    return name
 
 
 def cuda(args: dict[str, Any]) -> dict[str, Any]:
@@ -316,10 +326,16 @@ def test_zero_rows() -> None:
 @pytest.mark.parametrize("beta_top", [1.0, 1.9])
 @pytest.mark.parametrize("gate", GATE_KINDS)
 @pytest.mark.parametrize("kind", ["identical", "plus-minus", "four-dimensional", "correlated"])
-def test_repeated_keys(kind: str, gate: str, beta_top: float, dtype: torch.dtype) -> None:
+def test_repeated_keys(
+    request: pytest.FixtureRequest, backend: str, kind: str, gate: str, beta_top: float, dtype: torch.dtype
+) -> None:
     args = make(B=1, T=300, K=128, V=128, gate=gate, strength=0.01, dtype=dtype)
     args["k"] = correlated_keys(kind, args["k"].shape).to(dtype)
     args["beta"] = beta_top * (0.9 + 0.1 * torch.rand(args["beta"].shape))
+    if dtype == torch.bfloat16 and backend == "portable":
+        request.applymarker(
+            pytest.mark.xfail(reason="operands rounded to bfloat16: up to 1.4 % (README, Numbers)")
+        )
     check(args, factor=2)
 
 
@@ -415,12 +431,15 @@ def test_compile_and_opcheck() -> None:
 @pytest.mark.parametrize(
     "dtype, K, V, words",
     [
-        (torch.float32, 64, 64, "supported on CUDA: bfloat16, float16"),
+        (torch.float32, 64, 64, "Hopper's kernels take bfloat16, float16"),
         (torch.bfloat16, 60, 64, "multiples of 8"),
         (torch.bfloat16, 64, 100, "multiples of 8"),
-        (torch.bfloat16, 264, 64, "up to the largest of"),
+        (torch.bfloat16, 264, 64, "channels"),
+        (torch.float64, 64, 64, "bfloat16, float16"),
     ],
 )
-def test_what_is_not_built_is_refused(dtype: torch.dtype, K: int, V: int, words: str) -> None:
+def test_what_is_not_built_is_refused(backend: str, dtype: torch.dtype, K: int, V: int, words: str) -> None:
+    if backend == "portable" and K <= 256 and dtype != torch.float64:
+        pytest.skip("the portable kernels serve it")
     with pytest.raises(RuntimeError, match=words):
         delta_rule(**cuda(make(T=9, K=K, V=V, dtype=dtype)))

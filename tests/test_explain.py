@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from nearfield import delta_rule, explain, gna, neighborhood_attention
+from nearfield import delta, delta_rule, delta_rule_step, explain, gna, neighborhood_attention
 from nearfield._runtime import devices_with_kernel
+from nearfield.delta.explain import Pass
 from nearfield.gna.reference import neighborhood_mask, visible_keys
 from torch import Tensor
 
@@ -246,9 +247,39 @@ def test_wrong_arguments_raise_as_in_the_call() -> None:
     with pytest.raises(ValueError, match="neighborhood_attention: the product of kernel_size"):
         ask(meta(1, 9, 2, 8), 10)
     with pytest.raises(
-        NotImplementedError, match="explain: delta_rule cannot be explained; supported: neigh"
+        NotImplementedError,
+        match="explain: delta_rule_step cannot be explained; supported: delta_rule, neigh",
     ):
-        explain(delta_rule, meta(1, 9, 2, 8))
+        explain(delta_rule_step, meta(1, 9, 2, 8))
+
+
+@pytest.mark.skipif("cuda" not in devices_with_kernel("delta_fwd"), reason="this build has no CUDA kernels")
+@pytest.mark.parametrize(
+    "K,V,dtype,architecture,forward,backward",
+    [
+        (128, 128, torch.bfloat16, "sm_90", "hopper", "hopper"),
+        (128, 256, torch.bfloat16, "sm_90", "hopper", "portable"),
+        (60, 64, torch.float16, "sm_90", "portable", "portable"),
+        (64, 64, torch.float32, "sm_90", "portable", "portable"),
+        (300, 64, torch.bfloat16, "sm_90", None, None),
+        (64, 64, torch.float64, "sm_90", None, None),
+        (64, 64, torch.float64, "cpu", "cpu", "cpu"),
+    ],
+)
+def test_delta_rule_names_its_backend(
+    K: int, V: int, dtype: torch.dtype, architecture: str, forward: str | None, backward: str | None
+) -> None:
+    q, v, beta = (meta(1, 9, 2, *d, dtype=dtype) for d in ([K], [V], []))
+    told = explain(delta_rule, q, q, v, beta, architecture=architecture)
+    assert isinstance(told, delta.DeltaExplanation)
+    for name, found in ((forward, told.forward), (backward, told.backward)):
+        assert found.backend == name
+        assert (found.because is not None) == (name == "portable")
+        assert (found.refused is not None) == (name is None)
+    assert ("portable kernels: " in str(told)) == ("portable" in (forward, backward))
+    if architecture == "sm_90" and dtype != torch.float64 and K <= 256:
+        named = explain(delta_rule, q, q, v, beta, architecture=architecture, backend="portable")
+        assert named.forward == Pass("portable", ("prepare_sm80", "walk_sm80"))
 
 
 def test_cpu_tiles_hold_a_register() -> None:

@@ -1,5 +1,5 @@
-// nearfield::delta_fwd on CUDA: picks the kernel instances, allocates scratch, launches prepare and state
-// pass.
+// nearfield::delta_fwd on CUDA: picks the backend and its kernel instances, allocates scratch, launches
+// prepare and state pass.
 #ifdef NEARFIELD_WITH_CUDA
 #include "nearfield_build.h"
 #endif
@@ -7,7 +7,9 @@
 #include <algorithm>
 #include <tuple>
 
+#include "delta/backend.h"
 #include "delta/checks.h"
+#include "delta/cuda_portable.h"
 #include "delta/instances_sm90.h"
 #include "delta/sm90.h"
 #include "nearfield/device.h"
@@ -65,13 +67,14 @@ Plan make_plan(const InputsSm90& in, int64_t key_dim, int64_t sms) {
 std::tuple<Tensor, Tensor, Tensor> delta_fwd_states_cuda(
     Tensor q, Tensor k, Tensor v, Tensor beta, OptTensor g, OptTensor initial_state, OptTensor A_log,
     OptTensor dt_bias, OptTensor cu_seqlens, double scale, bool qk_l2norm, int64_t beta_activation,
-    int64_t gate, double gate_bound, bool state_v_first, bool output_final_state, int64_t states_every) {
+    int64_t gate, double gate_bound, bool state_v_first, bool output_final_state, int64_t states_every,
+    std::optional<std::string> backend) {
   const char* op = "delta_fwd";
   const Options options{scale, qk_l2norm, beta_activation, gate, gate_bound, state_v_first};
   torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
-  check_hopper(op, q);
   Inputs x = check_inputs(op, q, k, v, beta, g, initial_state, A_log, dt_bias, cu_seqlens, options);
-  const KernelChoice choice = choose_kernels(op, x);
+  const int capability = device_info(q.get_device_index()).capability;
+  const bool portable = choose_backend({op, /*backward=*/false, capability, backend}, x).portable;
   Tensor states = kept_states(op, x, state_v_first, states_every);
   Tensor o = token_rows(q, x, {x.B, x.T, x.HV, x.V}, q.scalar_type());
   const std::vector<int64_t> state_shape = x.state_shape(state_v_first);
@@ -82,6 +85,15 @@ std::tuple<Tensor, Tensor, Tensor> delta_fwd_states_cuda(
   }
   Tensor final_state =
       new_empty(q, output_final_state ? state_shape : std::vector<int64_t>{0}, ScalarType::Float);
+  if (portable) {
+    const auto floats = [](bool wanted, const Tensor& t) {
+      return wanted ? static_cast<float*>(t.mutable_data_ptr()) : nullptr;
+    };
+    portable_forward(op, x, options, o, floats(output_final_state, final_state),
+                     floats(states_every > 0, states), states_every);
+    return {o, final_state, states};
+  }
+  const KernelChoice choice = choose_kernels(op, x);
   make_loadable(x);
   const InputsSm90 in = kernel_inputs<void, float>(x, options);
   const Plan plan = make_plan(in, choice.key.key_dim, device_info(q.get_device_index()).num_sms);
@@ -116,10 +128,11 @@ std::tuple<Tensor, Tensor> delta_fwd_cuda(Tensor q, Tensor k, Tensor v, Tensor b
                                           OptTensor initial_state, OptTensor A_log, OptTensor dt_bias,
                                           OptTensor cu_seqlens, double scale, bool qk_l2norm,
                                           int64_t beta_activation, int64_t gate, double gate_bound,
-                                          bool state_v_first, bool output_final_state) {
+                                          bool state_v_first, bool output_final_state,
+                                          std::optional<std::string> backend) {
   const auto [o, final_state, states] =
       delta_fwd_states_cuda(q, k, v, beta, g, initial_state, A_log, dt_bias, cu_seqlens, scale, qk_l2norm,
-                            beta_activation, gate, gate_bound, state_v_first, output_final_state, 0);
+                            beta_activation, gate, gate_bound, state_v_first, output_final_state, 0, backend);
   return {o, final_state};
 }
 

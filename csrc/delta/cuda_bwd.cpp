@@ -5,7 +5,9 @@
 #ifdef NEARFIELD_DELTA
 #include <tuple>
 
+#include "delta/backend.h"
 #include "delta/checks.h"
+#include "delta/cuda_portable.h"
 #include "delta/instances_sm90.h"
 #include "delta/sm90_bwd.h"
 #include "nearfield/device.h"
@@ -85,14 +87,15 @@ Rows<void> dense_rows(const void* data, const Inputs& x) { return {data, x.T * x
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> delta_bwd_cuda(
     OptTensor d_o, OptTensor d_final, Tensor q, Tensor k, Tensor v, Tensor beta, OptTensor g,
     OptTensor initial_state, OptTensor A_log, OptTensor dt_bias, OptTensor cu_seqlens, double scale,
-    bool qk_l2norm, int64_t beta_activation, int64_t gate, double gate_bound, bool state_v_first) {
+    bool qk_l2norm, int64_t beta_activation, int64_t gate, double gate_bound, bool state_v_first,
+    std::optional<std::string> backend) {
   const char* op = "delta_bwd";
   const Options options{scale, qk_l2norm, beta_activation, gate, gate_bound, state_v_first};
   torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
-  check_hopper(op, q);
   Inputs x = check_inputs(op, q, k, v, beta, g, initial_state, A_log, dt_bias, cu_seqlens, options);
   check_output_gradients(op, x, options, d_o, d_final);
-  const BackwardChoice choice = choose_backward(op, x);
+  const int capability = device_info(q.get_device_index()).capability;
+  const bool portable = choose_backend({op, /*backward=*/true, capability, backend}, x).portable;
 
   const ScalarType type = q.scalar_type(), wide = ScalarType::Float;
   const bool empty = x.N == 0 || x.T == 0;
@@ -109,7 +112,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> delta
   Tensor dA_log = absent_or(defined(A_log), {x.HV});
   Tensor ddt_bias = absent_or(defined(dt_bias), {x.channel_gate ? x.HV * x.K : x.HV});
   if (empty && defined(initial_state) && defined(d_final)) d_initial = torch::stable::clone(*d_final);
-  if (!empty) {
+  const auto float_or_null = [](bool present, const Tensor& t) {
+    return present ? static_cast<float*>(t.mutable_data_ptr()) : nullptr;
+  };
+  if (!empty && portable) {
+    portable_backward(op, x, options, d_o, d_final,
+                      {dq, dk, dv, static_cast<float*>(dbeta.mutable_data_ptr()),
+                       float_or_null(defined(g), dg), float_or_null(defined(initial_state), d_initial),
+                       float_or_null(defined(A_log), dA_log), float_or_null(defined(dt_bias), ddt_bias)});
+  } else if (!empty) {
+    const BackwardChoice choice = choose_backward(op, x);
     make_loadable(x);
     d_o = defined(d_o) ? loadable(*d_o) : new_zeros(q, {x.B, x.T, x.HV, x.V}, type);
     const InputsSm90 in = kernel_inputs<void, float>(x, options);
@@ -120,9 +132,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> delta
     void* stream = current_stream(q);
     check_launch(op, choice.prepare.prepare({in, scratch.chunks}, stream));
 
-    const auto float_or_null = [](bool present, const Tensor& t) {
-      return present ? static_cast<float*>(t.mutable_data_ptr()) : nullptr;
-    };
     const int64_t tiles = (x.V + kImageColumns - 1) / kImageColumns;
     const int64_t state_bytes = chunks * tiles * (kKeyDim / kImageColumns) * kImage * 2;
     const int64_t value_bytes = x.B * x.T * x.HV * x.V * 2;

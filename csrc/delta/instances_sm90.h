@@ -3,19 +3,13 @@
 #pragma once
 
 #include "delta/checks.h"
+#include "delta/sm80.h"
 #include "delta/sm90.h"
 #include "delta/sm90_bwd.h"
 #include "delta/step.h"
 #include "nearfield/device.h"
 
 namespace nearfield::delta {
-
-inline void check_hopper(const char* op, const Tensor& q) {
-  const DeviceInfo device = device_info(q.get_device_index());
-  STD_TORCH_CHECK(device.capability == 90, op, ": the GPU has compute capability ", device.capability / 10,
-                  ".", device.capability % 10, "; this build (", NEARFIELD_CUDA_ARCHS,
-                  ") has kernels for 9.0 (Hopper)");
-}
 
 inline void check_launch(const char* op, int error) {
   STD_TORCH_CHECK(error == 0, op, ": ", cuda_error_string(error));

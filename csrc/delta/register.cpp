@@ -6,12 +6,19 @@
 namespace nearfield::delta {
 namespace {
 
+void check_no_backend(const char* op, const std::optional<std::string>& backend) {
+  STD_TORCH_CHECK(!backend, op, ": backend is \"", *backend,
+                  "\", but q is on the CPU; supported there: none");
+}
+
 std::tuple<Tensor, Tensor, Tensor> delta_fwd_states_cpu(Tensor q, Tensor k, Tensor v, Tensor beta,
                                                         OptTensor g, OptTensor initial_state, OptTensor A_log,
                                                         OptTensor dt_bias, OptTensor cu_seqlens, double scale,
                                                         bool qk_l2norm, int64_t beta_activation, int64_t gate,
                                                         double gate_bound, bool state_v_first,
-                                                        bool output_final_state, int64_t states_every) {
+                                                        bool output_final_state, int64_t states_every,
+                                                        std::optional<std::string> backend) {
+  check_no_backend("delta_fwd", backend);
   const Options options{scale, qk_l2norm, beta_activation, gate, gate_bound, state_v_first};
   const Inputs x =
       check_inputs("delta_fwd", q, k, v, beta, g, initial_state, A_log, dt_bias, cu_seqlens, options);
@@ -35,18 +42,21 @@ std::tuple<Tensor, Tensor> delta_fwd_cpu(Tensor q, Tensor k, Tensor v, Tensor be
                                          OptTensor initial_state, OptTensor A_log, OptTensor dt_bias,
                                          OptTensor cu_seqlens, double scale, bool qk_l2norm,
                                          int64_t beta_activation, int64_t gate, double gate_bound,
-                                         bool state_v_first, bool output_final_state) {
+                                         bool state_v_first, bool output_final_state,
+                                         std::optional<std::string> backend) {
   const auto [o, final_state, states] =
       delta_fwd_states_cpu(q, k, v, beta, g, initial_state, A_log, dt_bias, cu_seqlens, scale, qk_l2norm,
-                           beta_activation, gate, gate_bound, state_v_first, output_final_state, 0);
+                           beta_activation, gate, gate_bound, state_v_first, output_final_state, 0, backend);
   return {o, final_state};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> delta_bwd_cpu(
     OptTensor d_o, OptTensor d_final, Tensor q, Tensor k, Tensor v, Tensor beta, OptTensor g,
     OptTensor initial_state, OptTensor A_log, OptTensor dt_bias, OptTensor cu_seqlens, double scale,
-    bool qk_l2norm, int64_t beta_activation, int64_t gate, double gate_bound, bool state_v_first) {
+    bool qk_l2norm, int64_t beta_activation, int64_t gate, double gate_bound, bool state_v_first,
+    std::optional<std::string> backend) {
   const char* op = "delta_bwd";
+  check_no_backend(op, backend);
   const Options options{scale, qk_l2norm, beta_activation, gate, gate_bound, state_v_first};
   const Inputs x = check_inputs(op, q, k, v, beta, g, initial_state, A_log, dt_bias, cu_seqlens, options);
   const ScalarType dtype = state_dtype(q);
@@ -202,21 +212,25 @@ STABLE_TORCH_LIBRARY_FRAGMENT(nearfield, m) {
   m.def(
       "delta_fwd(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, Tensor? initial_state, Tensor? A_log, "
       "Tensor? dt_bias, Tensor? cu_seqlens, float scale, bool qk_l2norm, int beta_activation, int gate, "
-      "float gate_bound, bool state_v_first, bool output_final_state) -> (Tensor o, Tensor final_state)");
+      "float gate_bound, bool state_v_first, bool output_final_state, str? backend=None) -> (Tensor o, "
+      "Tensor "
+      "final_state)");
   // The same, and the states after every so many whole chunks of 64 tokens; 0: none. No gradient.
   m.def(
       "delta_fwd_states(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, Tensor? initial_state, Tensor? "
       "A_log, Tensor? dt_bias, Tensor? cu_seqlens, float scale, bool qk_l2norm, int beta_activation, int "
       "gate, "
-      "float gate_bound, bool state_v_first, bool output_final_state, int states_every) -> (Tensor o, Tensor "
+      "float gate_bound, bool state_v_first, bool output_final_state, int states_every, str? backend=None) "
+      "-> (Tensor o, Tensor "
       "final_state, Tensor states)");
   // The gradient of an absent input has no elements.
   m.def(
       "delta_bwd(Tensor? d_o, Tensor? d_final, Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, "
       "Tensor? initial_state, Tensor? A_log, Tensor? dt_bias, Tensor? cu_seqlens, float scale, bool "
       "qk_l2norm, "
-      "int beta_activation, int gate, float gate_bound, bool state_v_first) -> (Tensor dq, Tensor dk, Tensor "
-      "dv, "
+      "int beta_activation, int gate, float gate_bound, bool state_v_first, str? backend=None) -> (Tensor "
+      "dq, "
+      "Tensor dk, Tensor dv, "
       "Tensor dbeta, Tensor dg, Tensor d_initial, Tensor dA_log, Tensor ddt_bias)");
   m.def(
       "delta_step(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, Tensor(a!) state, Tensor? read_idx, "

@@ -1,5 +1,6 @@
 """The gated delta rule: DeltaNet, Gated DeltaNet and Kimi Delta Attention."""
 
+from nearfield.delta.explain import DeltaExplanation
 from nearfield.delta.op import (
     PendingTokens,
     delta_rule,
@@ -11,6 +12,7 @@ from nearfield.delta.reference import delta_rule_reference, delta_rule_states_re
 from nearfield.delta.spans import delta_rule_states, delta_rule_transition
 
 __all__ = [
+    "DeltaExplanation",
     "PendingTokens",
     "delta_rule",
     "delta_rule_commit",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from typing import Any, Literal, NamedTuple, NoReturn
 
 import torch
@@ -14,8 +16,11 @@ Gate = Literal["log", "softplus", "bounded"]
 
 BETA_ACTIVATIONS = {"none": 0, "sigmoid": 1, "sigmoid2": 2}
 GATES = {"log": 0, "softplus": 1, "bounded": 2}
+BACKENDS = ("hopper", "portable")
 MAX_STEP = 8
 CHUNK = 64  # tokens
+
+_log = logging.getLogger("nearfield")
 
 FWD_DEVICES = _runtime.devices_with_kernel("delta_fwd")
 STEP_DEVICES = _runtime.devices_with_kernel("delta_step")
@@ -39,6 +44,7 @@ def delta_rule(
     dt_bias: Tensor | None = None,
     gate_bound: float = -5.0,
     state_v_first: bool = False,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Linear attention that corrects its memory: DeltaNet, Gated DeltaNet or KDA, by the shape of g.
 
@@ -67,6 +73,14 @@ def delta_rule(
         dt_bias: ``[HV]``, or ``[HV, K]`` (also flat) with a gate per channel; optional.
         gate_bound: lower bound of the log decay for "bounded", in [-5, 0).
         state_v_first: states are ``[N, HV, V, K]``.
+        backend: CUDA only. ``"hopper"``: the kernels for compute capability 9.0 (bfloat16 and float16, head dims that
+            are multiples of 8); ``"portable"``: those for every GPU since Ampere (float32 too, K up to 256, any V);
+            None: hopper where it serves the call, else portable, forward and backward each for itself. Where that
+            leaves a Hopper GPU's own kernels aside, the logger ``nearfield`` warns once per reason.
+            ``nearfield.explain`` tells which.
+
+    Raises:
+        RuntimeError: the GPU, the dtype or the head dims are not supported (by the backend asked for).
 
     Returns:
         ``o [B, T, HV, V]`` in q's dtype and the final state, or None without ``output_final_state``.
@@ -75,10 +89,11 @@ def delta_rule(
         "delta_rule", q, k, v, beta, g, scale, initial_state, cu_seqlens, beta_activation, gate, A_log, dt_bias,
         gate_bound, state_v_first,
     )  # fmt: skip
+    _check_backend("delta_rule", backend, q, k, v, beta, g)
     o, final_state = torch.ops.nearfield.delta_fwd(
         q, k, v, beta, g, initial_state, A_log, _flat(dt_bias), cu_seqlens,
         scale, use_qk_l2norm, BETA_ACTIVATIONS[beta_activation], GATES[gate], gate_bound, state_v_first,
-        output_final_state,
+        output_final_state, backend,
     )  # fmt: skip
     return o, final_state if output_final_state else None
 
@@ -301,6 +316,56 @@ def _check_pending(op: str, pending: PendingTokens | None, accepted: Tensor | No
     _check_index(op, "accepted", accepted, [[pending.k.shape[0]]])
 
 
+def _check_backend(
+    op: str, backend: str | None, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None
+) -> None:
+    if backend is not None:
+        if backend not in BACKENDS:
+            raise ValueError(f"{op}: backend is {backend!r}, expected one of {BACKENDS} or None")
+        if not q.is_cuda:
+            raise ValueError(f"{op}: backend is {backend!r}, but q is on {q.device}; supported there: None")
+    elif q.is_cuda and type(q) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling():
+        for backward in (False, True) if torch.is_grad_enabled() else (False,):
+            _warn_once_if_slower(
+                op, q.device, q.dtype, q.shape[3], v.shape[3], g is not None and g.dim() == 4, backward
+            )
+
+
+@functools.cache
+def _warn_once_if_slower(
+    op: str, device: torch.device, dtype: torch.dtype, K: int, V: int, channel_gate: bool, backward: bool
+) -> None:
+    major, minor = torch.cuda.get_device_capability(device)
+    if major != 9:
+        return
+    q, v = (torch.empty(1, 1, 1, d, dtype=dtype, device="meta") for d in (K, V))
+    beta = torch.empty(1, 1, 1, dtype=dtype, device="meta")
+    try:
+        name, because = plan(q, q, v, beta, q if channel_gate else beta, 10 * major + minor, backward, None)
+    except RuntimeError:  # no kernel: the call itself says so
+        return
+    if name == "portable":
+        what = "gradient" if backward else "forward"
+        _log.warning("%s: %s; the portable kernels run the %s instead", op, because, what)
+
+
+def plan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    capability: int,
+    backward: bool,
+    backend: str | None,
+) -> tuple[str, str]:
+    """The backend of a call with these tensors (of the meta device), and why it is not hopper."""
+    name, because = torch.ops.nearfield.delta_plan(q, k, v, beta, g, capability, backward, backend).split(
+        "|", 1
+    )
+    return name, because
+
+
 def _flat(dt_bias: Tensor | None) -> Tensor | None:
     return None if dt_bias is None else dt_bias.reshape(-1)
 
@@ -415,6 +480,7 @@ def _(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, initial_state: Tensor | None,
     A_log: Tensor | None, dt_bias: Tensor | None, cu_seqlens: Tensor | None, scale: float, qk_l2norm: bool,
     beta_activation: int, gate: int, gate_bound: float, state_v_first: bool, output_final_state: bool,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     K, (HV, V) = q.shape[3], v.shape[2:]
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -427,7 +493,7 @@ def _(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, initial_state: Tensor | None,
     A_log: Tensor | None, dt_bias: Tensor | None, cu_seqlens: Tensor | None, scale: float, qk_l2norm: bool,
     beta_activation: int, gate: int, gate_bound: float, state_v_first: bool, output_final_state: bool,
-    states_every: int,
+    states_every: int, backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     (B, T, _, K), (HV, V) = q.shape, v.shape[2:]
     sequences = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -446,7 +512,7 @@ def _(
     d_o: Tensor | None, d_final: Tensor | None, q: Tensor, k: Tensor, v: Tensor, beta: Tensor,
     g: Tensor | None, initial_state: Tensor | None, A_log: Tensor | None, dt_bias: Tensor | None,
     cu_seqlens: Tensor | None, scale: float, qk_l2norm: bool, beta_activation: int, gate: int,
-    gate_bound: float, state_v_first: bool,
+    gate_bound: float, state_v_first: bool, backend: str | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     def like(t: Tensor | None) -> Tensor:
         return q.new_empty(0, dtype=_state_dtype(q)) if t is None else t.new_empty(t.shape)
@@ -485,6 +551,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:9])
     ctx.options = inputs[9:15]
+    ctx.backend = inputs[16]
 
 
 def _backward(ctx: Any, d_o: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -493,7 +560,7 @@ def _backward(ctx: Any, d_o: Tensor | None, d_final: Tensor | None) -> tuple[Ten
         return (None,) * len(needed)
     if d_final is not None and d_final.dim() == 1:  # of the placeholder without output_final_state
         d_final = None
-    grads = torch.ops.nearfield.delta_bwd(d_o, d_final, *ctx.saved_tensors, *ctx.options)
+    grads = torch.ops.nearfield.delta_bwd(d_o, d_final, *ctx.saved_tensors, *ctx.options, ctx.backend)
     wanted = [grad if need else None for grad, need in zip(grads, needed, strict=False)]
     return (*wanted, *(None,) * (len(needed) - len(wanted)))
 
