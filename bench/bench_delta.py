@@ -1,6 +1,6 @@
 """The delta rule beside flash-linear-attention (where it is installed), measured in one run.
 
-python bench/bench_delta.py [--only TEXT] [--store] [--with-peer]
+python bench/bench_delta.py [--only TEXT] [--store] [--with-peer] [--backward]
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ class Case:
     batch: int
     heads: int
     tokens: int
-    target: float = 0.0  # milliseconds
+    target: float = 0.0  # milliseconds, forward
+    target_both: float = 0.0  # forward and backward
     decay: float = 0.1  # gates are uniform in [-decay, 0]
 
     @property
@@ -43,14 +44,14 @@ class Case:
 
 
 CASES = [
-    Case("DeltaNet", 1, 16, 8192, 0.17),
-    Case("DeltaNet", 1, 32, 32768, 0.62),
-    Case("DeltaNet", 4, 16, 4096, 0.18),
-    Case("GDN", 1, 16, 8192, 0.17),
-    Case("GDN", 1, 16, 8192, 0.17, decay=0.0),
-    Case("GDN", 1, 32, 32768, 0.62),
-    Case("GDN", 1, 32, 32768, 0.62, decay=0.0),
-    Case("GDN", 4, 16, 4096, 0.18),
+    Case("DeltaNet", 1, 16, 8192, 0.17, 0.75),
+    Case("DeltaNet", 1, 32, 32768, 0.62, 2.4),
+    Case("DeltaNet", 4, 16, 4096, 0.18, 0.75),
+    Case("GDN", 1, 16, 8192, 0.17, 0.75),
+    Case("GDN", 1, 16, 8192, 0.17, 0.75, decay=0.0),
+    Case("GDN", 1, 32, 32768, 0.62, 2.4),
+    Case("GDN", 1, 32, 32768, 0.62, 2.4, decay=0.0),
+    Case("GDN", 4, 16, 4096, 0.18, 0.75),
     Case("GDN", 8, 16, 8192),
     Case("GDN", 1, 4, 65536),
     Case("KDA", 1, 16, 8192, 0.30),
@@ -80,7 +81,13 @@ def peer(case: Case, args: dict[str, Tensor]) -> Callable[[], object]:
     return lambda: function(args["q"], args["k"], args["v"], g=args["g"], beta=args["beta"])
 
 
-def bench(case: Case, with_peer: bool) -> dict[str, object]:
+def forward_and_backward(
+    run: Callable[[], object], leaves: list[Tensor], d_o: Tensor
+) -> Callable[[], object]:
+    return lambda: torch.autograd.grad(run()[0], leaves, d_o)  # type: ignore[index]
+
+
+def bench(case: Case, with_peer: bool, backward: bool) -> dict[str, object]:
     args = inputs(case)
     ms = time_ms(lambda: delta_rule(**args), budget_ms=100)
     row: dict[str, object] = {
@@ -97,22 +104,34 @@ def bench(case: Case, with_peer: bool) -> dict[str, object]:
         row["difference"] = float((o - other).norm() / o.norm())
         row["fla_fwd_ms"] = time_ms(run, budget_ms=50)
         row["speedup"] = row["fla_fwd_ms"] / ms  # type: ignore[operator]
+    if backward:
+        leaves = [t.requires_grad_() for t in args.values()]
+        d_o = torch.randn_like(args["v"])
+        both = time_ms(forward_and_backward(lambda: delta_rule(**args), leaves, d_o), budget_ms=100)
+        row |= {"fwd_bwd_ms": both, "target_fwd_bwd_ms": case.target_both}
+        if with_peer:
+            row["fla_fwd_bwd_ms"] = time_ms(forward_and_backward(peer(case, args), leaves, d_o), budget_ms=50)
+            row["speedup_fwd_bwd"] = row["fla_fwd_bwd_ms"] / both  # type: ignore[operator]
     return row
 
 
 def show(rows: list[dict[str, object]]) -> None:
-    table = Table(*rows[0])
+    columns = list(dict.fromkeys(c for row in rows for c in row))
+    table = Table(*columns)
     for row in rows:
-        table.add_row(*(f"{v:.4f}" if isinstance(v, float) else str(v) for v in row.values()))
+        cells = (row.get(c, "") for c in columns)
+        table.add_row(*(f"{v:.4f}" if isinstance(v, float) else str(v) for v in cells))
     Console(width=160).print(table)
 
 
-def main(only: str = "", store: bool = False, with_peer: bool = False, commit: str = "") -> None:
+def main(
+    only: str = "", store: bool = False, with_peer: bool = False, backward: bool = False, commit: str = ""
+) -> None:
     print(header())
     rows = []
     for case in CASES:
         if only in case.name:
-            rows.append(bench(case, with_peer))
+            rows.append(bench(case, with_peer, backward))
             print(rows[-1], flush=True)
             torch.cuda.empty_cache()
     show(rows)
