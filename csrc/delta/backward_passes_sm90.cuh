@@ -278,9 +278,16 @@ __device__ void walk_reverse(typename Traits::Storage& s, const BackwardPassesAr
     issue_gemm<false>(mma_column, dO16, by_column(stage.p), R);
     warpgroup_wait<0>();
 
-    // Y = dV' + N^T dV'
+    // Y = dV' + N^T dV'. Where keys repeat, Y is a small difference: N multiplies what rounding dV' lost,
+    // too.
     round(R, X16);
+    CUTE_UNROLL
+    for (int x = 0; x < 16; ++x) {
+      const float2 high = unpack<Element>(words_of(X16)[x]);
+      words_of(Y16)[x] = pack<Element>(R(2 * x) - high.x, R(2 * x + 1) - high.y);
+    }
     issue_gemm<false>(mma_column, X16, by_column(stage.n), R);
+    issue_gemm<false>(mma_column, Y16, by_column(stage.n), R);
     warpgroup_wait<0>();
     round(R, Y16);
 
