@@ -6,7 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from nearfield import delta, delta_rule, delta_rule_step, explain, gna, neighborhood_attention
+from nearfield import (
+    delta,
+    delta_rule,
+    delta_rule_step,
+    explain,
+    gna,
+    local_linear_attention,
+    neighborhood_attention,
+    probe_attention,
+)
 from nearfield._runtime import devices_with_kernel
 from nearfield.delta.explain import Pass
 from nearfield.gna.reference import neighborhood_mask, visible_keys
@@ -248,7 +257,7 @@ def test_wrong_arguments_raise_as_in_the_call() -> None:
         ask(meta(1, 9, 2, 8), 10)
     with pytest.raises(
         NotImplementedError,
-        match="explain: delta_rule_step cannot be explained; supported: delta_rule, neigh",
+        match="explain: delta_rule_step cannot be explained; supported: delta_rule, local",
     ):
         explain(delta_rule_step, meta(1, 9, 2, 8))
 
@@ -302,3 +311,31 @@ def test_explaining_allocates_nothing_large() -> None:
     q = meta(16, 4096, 4096, 32, 128)  # 2^40 elements: only a shape
     for architecture in ("cpu", "sm_90"):
         assert ask(q, 7, architecture=architecture).flop_bound == pytest.approx(4096**2 / 49)
+
+
+def test_local_linear_attention_on_the_cpu() -> None:
+    q = torch.randn(1, 9, 2, 8)
+    told = explain(local_linear_attention, q, q, q, lam=1.0)
+    assert (told.backend, told.architecture) == ("cpu", "cpu")
+    with pytest.raises(ValueError, match="local_linear_attention: backend is 'portable', but q is on cpu"):
+        local_linear_attention(q, q, q, lam=1.0, backend="portable")
+    with pytest.raises(ValueError, match="probe_attention: backend is 'fast', expected one of"):
+        probe_attention(q, q, q, q, backend="fast")
+
+
+@pytest.mark.skipif(
+    "cuda" not in devices_with_kernel("lla_fwd"), reason="this build has no CUDA kernels: nothing to plan"
+)
+def test_local_linear_attention_falls_back_where_hopper_refuses() -> None:
+    def told(dim: int, dtype: torch.dtype, **kwargs: Any) -> Any:
+        q = meta(1, 9, 2, dim, dtype=dtype)
+        return explain(local_linear_attention, q, q, q, lam=1.0, architecture="sm_90", **kwargs)
+
+    assert told(64, torch.bfloat16).backend == "hopper"
+    assert told(64, torch.bfloat16, backend="portable").because is None
+    for dim, dtype, reason in ((60, torch.bfloat16, "multiples of 8"), (64, torch.float32, "dtype Float")):
+        fallen = told(dim, dtype)
+        assert (fallen.backend, fallen.head_dim) == ("portable", 64)
+        assert reason in fallen.because
+        assert reason in told(dim, dtype, backend="hopper").refused
+    assert "up to 128" in told(129, torch.bfloat16).refused

@@ -4,7 +4,8 @@
 #endif
 #ifdef NEARFIELD_LLA
 #include "lla/checks.h"
-#include "lla/sm90.h"
+#include "lla/plan.h"
+#include "lla/sm80.h"
 #include "nearfield/device.h"
 
 namespace nearfield::lla {
@@ -18,16 +19,41 @@ struct Instance {
   int (*run)(const Args&, void*);
 };
 
+struct Portable {
+  bool is_half;  // operands
+  int head_dim;
+  int (*operands)(const OperandsArgs&, void*);
+  int (*fwd)(const FwdSm80Args&, void*);
+  int (*bwd_queries)(const BwdSm80Args&, void*);
+  int (*bwd_dq)(const BwdSm80Args&, void*);
+  int (*bwd_dkv)(const BwdSm80Args&, void*);
+};
+
+template <class Tag, int kHeadDim>
+Portable portable() {
+  using Kernels = portable_sm80<Tag, kHeadDim>;
+  return {std::is_same_v<Tag, fp16>, kHeadDim,         &Kernels::operands, &Kernels::fwd,
+          &Kernels::bwd_queries,     &Kernels::bwd_dq, &Kernels::bwd_dkv};
+}
+
 // The list is read once per kernel; each reading drops the lines of the others.
 #define INSTANCE(kernel, ...) USE_##kernel(__VA_ARGS__)
 #define USE_operands_sm80(element)
 #define USE_step_sm80(element, d, dv)
 
+const std::vector<Portable> kPortable = {
+#define USE_portable_sm80(tag, dim) portable<tag, dim>(),
+#define USE_fwd_sm90(dim)
+#define USE_bwd_query_sm90(dim)
+#define USE_bwd_key_sm90(dim)
+#include "lla/instances.def"
+#undef USE_portable_sm80
+#undef USE_fwd_sm90
+};
+#define USE_portable_sm80(tag, dim)
 const std::vector<Instance<FwdSm90Args>> kForward = {
 #ifdef NEARFIELD_LLA_SM90
 #define USE_fwd_sm90(dim) {dim, &fwd_sm90<dim>::run},
-#define USE_bwd_query_sm90(dim)
-#define USE_bwd_key_sm90(dim)
 #include "lla/instances.def"
 #undef USE_fwd_sm90
 #undef USE_bwd_query_sm90
@@ -51,26 +77,29 @@ const std::vector<Instance<BwdSm90Args>> kBackwardOfKeys = {
 };
 #undef INSTANCE
 
+using Backend = std::optional<std::string>;
+
+Plan plan_of(const char* op, const Tensor& q, const Tensor& v, const Backend& backend) {
+  return choose_plan(op, q.scalar_type(), q.sizes()[3], v.sizes()[3],
+                     device_info(q.get_device_index()).capability, backend);
+}
+
+// The plan has checked that the instance is built.
 template <class Args>
-const Instance<Args>& pick(const char* op, const std::vector<Instance<Args>>& instances, const Tensor& q,
-                           const Tensor& v) {
-  const auto dtype = q.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, op, ": q has dtype ",
-                  torch::headeronly::toString(dtype), "; supported on CUDA: bfloat16, float16");
-  const DeviceInfo device = device_info(q.get_device_index());
-  STD_TORCH_CHECK(device.capability == 90, op, ": the GPU has compute capability ", device.capability / 10,
-                  ".", device.capability % 10, "; this build (", NEARFIELD_CUDA_ARCHS,
-                  ") has kernels for 9.0 (Hopper)");
-  const int64_t d = q.sizes()[3], dv = v.sizes()[3];
-  const Instance<Args>* best = nullptr;
-  std::ostringstream built;
-  for (const auto& i : instances) {
-    built << (built.tellp() ? ", " : "") << i.head_dim;
-    if (i.head_dim >= std::max(d, dv) && (best == nullptr || i.head_dim < best->head_dim)) best = &i;
-  }
-  STD_TORCH_CHECK(best != nullptr && d % 8 == 0 && dv % 8 == 0, op, ": head dims ", d, " of q and k and ", dv,
-                  " of v; supported on CUDA: multiples of 8 up to the largest built, of ", built.str());
-  return *best;
+const Instance<Args>& instance_of(const std::vector<Instance<Args>>& instances, const Plan& plan) {
+  return *std::find_if(instances.begin(), instances.end(),
+                       [&](const auto& i) { return i.head_dim == plan.head_dim; });
+}
+const Portable& portable_of(const Plan& plan, ScalarType dtype) {
+  return *std::find_if(kPortable.begin(), kPortable.end(), [&](const Portable& i) {
+    return i.head_dim == plan.head_dim && i.is_half == (dtype != ScalarType::Float);
+  });
+}
+
+Element element_of(ScalarType dtype) {
+  return dtype == ScalarType::BFloat16 ? Element::kBf16
+         : dtype == ScalarType::Half   ? Element::kFp16
+                                       : Element::kFp32;
 }
 
 void check_launch(const char* op, int error) {
@@ -79,12 +108,14 @@ void check_launch(const char* op, int error) {
 
 // ---- Operands ----
 
-// Tensors of the caller on their way to fp16 tiles; the memory lives as long as this object.
+// Tensors of the caller on their way to fp16 tiles, or to rows of float for float32 tensors; the memory lives
+// as long as this object.
 class Operands {
  public:
-  Operands(const char* op, const Tensor& like, int head_dim) : op_(op), like_(like) {
+  Operands(const char* op, const Tensor& like, const Plan& plan) : op_(op), like_(like) {
     args_.batch = static_cast<int>(like.sizes()[0]);
-    args_.head_dim = head_dim;
+    args_.head_dim = plan.head_dim;
+    if (like.scalar_type() == ScalarType::Float) float_rows_ = portable_of(plan, ScalarType::Float).operands;
   }
 
   // Rows are padded to a multiple of `rows_of_block`; those of queries that `fitted` lets see one key are
@@ -93,8 +124,8 @@ class Operands {
               const Visibility* fitted = nullptr) {
     const auto size = t.sizes(), stride = t.strides();
     const int64_t tiles = (size[1] + rows_of_block - 1) / rows_of_block * (rows_of_block / kTileRows);
-    memory_.push_back(
-        new_empty(like_, {size[0], size[2], tiles * kTileRows, args_.head_dim}, ScalarType::Half));
+    memory_.push_back(new_empty(like_, {size[0], size[2], tiles * kTileRows, args_.head_dim},
+                                float_rows_ ? ScalarType::Float : ScalarType::Half));
     memory_.push_back(new_empty(like_, {size[0], size[2]}, ScalarType::Float));
     const Operand out{memory_[memory_.size() - 2].mutable_data_ptr(), data_of<float>(memory_.back()),
                       static_cast<int>(tiles), least_unit};
@@ -113,9 +144,10 @@ class Operands {
 
   // Writes what was added since the last call; all of one dtype.
   void write(ScalarType dtype, void* stream) {
-    const auto run = dtype == ScalarType::BFloat16 ? operands_sm80<bf16>::run
-                     : dtype == ScalarType::Half   ? operands_sm80<fp16>::run
-                                                   : operands_sm80<float>::run;
+    const auto run = float_rows_                     ? float_rows_
+                     : dtype == ScalarType::BFloat16 ? operands_sm80<bf16>::run
+                     : dtype == ScalarType::Half     ? operands_sm80<fp16>::run
+                                                     : operands_sm80<float>::run;
     check_launch(op_, run(args_, stream));
     args_.count = 0;
   }
@@ -123,6 +155,7 @@ class Operands {
  private:
   const char* op_;
   const Tensor& like_;
+  int (*float_rows_)(const OperandsArgs&, void*) = nullptr;
   OperandsArgs args_{};
   std::vector<Tensor> memory_;
 };
@@ -152,14 +185,23 @@ bool nothing_to_do(const Tensor& q, const Tensor& k) { return q.numel() == 0 || 
 
 // ---- Forward ----
 
+void run_forward(const char* op, FwdSm80Args& args, const Plan& plan, const Tensor& q, void* stream) {
+  if (!plan.portable) return check_launch(op, instance_of(kForward, plan).run(args, stream));
+  const Tensor scratch = new_empty(q, {solver_scratch(args.problem, plan.head_dim)}, ScalarType::Float);
+  args.scratch = data_of<float>(scratch);
+  args.type = element_of(q.scalar_type());
+  check_launch(op, portable_of(plan, q.scalar_type()).fwd(args, stream));
+}
+
 using Fwd = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 Fwd fwd_cuda(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& lam, double scale,
-             bool is_causal, std::optional<int64_t> window, bool absolute, double tol, int64_t max_iters) {
+             bool is_causal, std::optional<int64_t> window, bool absolute, double tol, int64_t max_iters,
+             Backend backend) {
   const char* op = "lla_fwd";
   check_inputs(op, q_, k_, v_, window);
   check_lam(op, lam, q_);
   torch::stable::accelerator::DeviceGuard guard(q_.get_device_index());
-  const Instance<FwdSm90Args>& instance = pick(op, kForward, q_, v_);
+  const Plan plan = plan_of(op, q_, v_, backend);
   const Tensor q = dense_rows(q_), k = dense_rows(k_), v = dense_rows(v_);
   const auto s = q.sizes();
   Fwd out{new_empty(q, {s[0], s[1], s[2], v.sizes()[3]}),
@@ -175,8 +217,8 @@ Fwd fwd_cuda(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor&
     return out;
   }
   void* stream = current_stream(q);
-  Operands operands(op, q, instance.head_dim);
-  FwdSm90Args args{};
+  Operands operands(op, q, plan);
+  FwdSm80Args args{};
   args.problem = make_query_problem(op, q, k, v, scale, is_causal, window, false, operands);
   operands.write(q.scalar_type(), stream);
   args.solve = true;
@@ -190,17 +232,17 @@ Fwd fwd_cuda(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor&
   args.lse = data_of<float>(lse);
   args.iterations = data_of<int>(iterations);
   args.ratio = data_of<float>(ratio);
-  check_launch(op, instance.run(args, stream));
+  run_forward(op, args, plan, q, stream);
   return out;
 }
 
 using ProbeFwd = std::tuple<Tensor, Tensor, Tensor>;
 ProbeFwd probe_fwd_cuda(const Tensor& q_, const Tensor& x_, const Tensor& k_, const Tensor& v_, double scale,
-                        bool is_causal, std::optional<int64_t> window) {
+                        bool is_causal, std::optional<int64_t> window, Backend backend) {
   const char* op = "lla_probe_fwd";
   check_inputs(op, q_, k_, v_, window);
   torch::stable::accelerator::DeviceGuard guard(q_.get_device_index());
-  const Instance<FwdSm90Args>& instance = pick(op, kForward, q_, v_);
+  const Plan plan = plan_of(op, q_, v_, backend);
   const Tensor q = dense_rows(q_), x = dense_rows(x_), k = dense_rows(k_), v = dense_rows(v_);
   const auto s = q.sizes();
   check_statistic(op, "x", x, q, {s[0], s[1], s[2], s[3]});
@@ -214,8 +256,8 @@ ProbeFwd probe_fwd_cuda(const Tensor& q_, const Tensor& x_, const Tensor& k_, co
     return out;
   }
   void* stream = current_stream(q);
-  Operands operands(op, q, instance.head_dim);
-  FwdSm90Args args{};
+  Operands operands(op, q, plan);
+  FwdSm80Args args{};
   args.problem = make_query_problem(op, q, k, v, scale, is_causal, window, false, operands);
   operands.write(q.scalar_type(), stream);
   args.given = view_of<float>(x);
@@ -223,7 +265,7 @@ ProbeFwd probe_fwd_cuda(const Tensor& q_, const Tensor& x_, const Tensor& k_, co
   args.o = o.mutable_data_ptr();
   args.kbar = data_of<float>(kbar);
   args.lse = data_of<float>(lse);
-  check_launch(op, instance.run(args, stream));
+  run_forward(op, args, plan, q, stream);
   return out;
 }
 
@@ -233,13 +275,13 @@ ProbeFwd probe_fwd_cuda(const Tensor& q_, const Tensor& x_, const Tensor& k_, co
 std::array<Tensor, 5> backward(const char* op, const Tensor& d_o_, const Tensor& q_, const Tensor& k_,
                                const Tensor& v_, const Tensor* lam, const Tensor& x_, const Tensor& kbar_,
                                const Tensor& lse_, double scale, bool is_causal,
-                               std::optional<int64_t> window, bool absolute, double tol, int64_t max_iters) {
+                               std::optional<int64_t> window, bool absolute, double tol, int64_t max_iters,
+                               const Backend& backend) {
   check_inputs(op, q_, k_, v_, window);
   check_saved(op, q_, v_, d_o_, x_, kbar_, lse_);
   if (lam) check_lam(op, *lam, q_);
   torch::stable::accelerator::DeviceGuard guard(q_.get_device_index());
-  const Instance<BwdSm90Args>& of_queries = pick(op, kBackwardOfQueries, q_, v_);
-  const Instance<BwdSm90Args>& of_keys = pick(op, kBackwardOfKeys, q_, v_);
+  const Plan plan = plan_of(op, q_, v_, backend);
   const Tensor q = dense_rows(q_), k = dense_rows(k_), v = dense_rows(v_), d_o = dense_rows(d_o_),
                x = dense_rows(x_);
   const Tensor kbar = torch::stable::contiguous(kbar_), lse = torch::stable::contiguous(lse_);
@@ -255,8 +297,8 @@ std::array<Tensor, 5> backward(const char* op, const Tensor& d_o_, const Tensor&
     return out;
   }
   void* stream = current_stream(q);
-  Operands operands(op, q, of_queries.head_dim);
-  BwdSm90Args args{};
+  Operands operands(op, q, plan);
+  BwdSm80Args args{};
   args.problem = make_query_problem(op, q, k, v, scale, is_causal, window, true, operands);
   args.d_o = operands.add(d_o, 2 * kTileRows);
   operands.write(dtype, stream);
@@ -275,7 +317,18 @@ std::array<Tensor, 5> backward(const char* op, const Tensor& d_o_, const Tensor&
   args.dq = dq.mutable_data_ptr();
   args.dx = lam ? nullptr : data_of<float>(dx);
   args.dlam = lam ? data_of<float>(dlam) : nullptr;
-  check_launch(op, of_queries.run(args, stream));
+  const Tensor scratch =
+      new_empty(q, {plan.portable ? solver_scratch(args.problem, plan.head_dim) : 0}, ScalarType::Float);
+  const Tensor d_lse = new_empty(q, {plan.portable ? s[0] * s[1] * s[2] : 0}, ScalarType::Float);
+  if (plan.portable) {
+    args.type = element_of(dtype);
+    args.scratch = data_of<float>(scratch);
+    args.d_lse = data_of<float>(d_lse);
+    check_launch(op, portable_of(plan, dtype).bwd_queries(args, stream));
+    check_launch(op, portable_of(plan, dtype).bwd_dq(args, stream));
+  } else {
+    check_launch(op, instance_of(kBackwardOfQueries, plan).run(args, stream));
+  }
 
   args.x_tiles = operands.add(x, 2 * kTileRows, 0.f, &args.problem.visible);
   args.minus_y_tiles = operands.add(minus_y, 2 * kTileRows, 1.f);
@@ -286,24 +339,25 @@ std::array<Tensor, 5> backward(const char* op, const Tensor& d_o_, const Tensor&
   args.pair_rows = reinterpret_cast<PairRow*>(data_of<float>(pair_rows));
   args.dk = dk.mutable_data_ptr();
   args.dv = dv.mutable_data_ptr();
-  check_launch(op, of_keys.run(args, stream));
+  check_launch(op, plan.portable ? portable_of(plan, dtype).bwd_dkv(args, stream)
+                                 : instance_of(kBackwardOfKeys, plan).run(args, stream));
   return out;
 }
 
 using Grads = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 Grads bwd_cuda(const Tensor& d_o, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lam,
                const Tensor& x, const Tensor& kbar, const Tensor& lse, double scale, bool is_causal,
-               std::optional<int64_t> window, bool absolute, double tol, int64_t max_iters) {
+               std::optional<int64_t> window, bool absolute, double tol, int64_t max_iters, Backend backend) {
   auto [dq, none, dk, dv, dlam] = backward("lla_bwd", d_o, q, k, v, &lam, x, kbar, lse, scale, is_causal,
-                                           window, absolute, tol, max_iters);
+                                           window, absolute, tol, max_iters, backend);
   return {dq, dk, dv, dlam};
 }
 
 Grads probe_bwd_cuda(const Tensor& d_o, const Tensor& q, const Tensor& x, const Tensor& k, const Tensor& v,
                      const Tensor& kbar, const Tensor& lse, double scale, bool is_causal,
-                     std::optional<int64_t> window) {
-  auto [dq, dx, dk, dv, none] =
-      backward("lla_probe_bwd", d_o, q, k, v, nullptr, x, kbar, lse, scale, is_causal, window, false, 0, 0);
+                     std::optional<int64_t> window, Backend backend) {
+  auto [dq, dx, dk, dv, none] = backward("lla_probe_bwd", d_o, q, k, v, nullptr, x, kbar, lse, scale,
+                                         is_causal, window, false, 0, 0, backend);
   return {dq, dx, dk, dv};
 }
 

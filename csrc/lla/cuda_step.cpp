@@ -25,6 +25,7 @@ constexpr ScalarType kScalarType = std::is_same_v<Tag, bf16> ? ScalarType::BFloa
 const std::vector<Instance> kSteps = {
 #define INSTANCE(kernel, ...) USE_##kernel(__VA_ARGS__)
 #define USE_operands_sm80(element)
+#define USE_portable_sm80(tag, dim)
 #define USE_fwd_sm90(dim)
 #define USE_bwd_query_sm90(dim)
 #define USE_bwd_key_sm90(dim)

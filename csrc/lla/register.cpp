@@ -15,12 +15,19 @@ Problem<T> make_problem(const Tensor& q, const Tensor& k, const Tensor& v, doubl
           view_of<T>(v), scale,         Visibility::make(s[1], n, window, is_causal)};
 }
 
+using Backend = std::optional<std::string>;
+void check_no_backend(const char* op, const Backend& backend) {
+  STD_TORCH_CHECK(!backend, op, ": backend is \"", *backend, "\", but the CPU has one implementation: None");
+}
+
 }  // namespace
 
 using Fwd = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 Fwd fwd_cpu(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& lam, double scale,
-            bool is_causal, std::optional<int64_t> window, bool absolute, double tol, int64_t max_iters) {
+            bool is_causal, std::optional<int64_t> window, bool absolute, double tol, int64_t max_iters,
+            Backend backend) {
   const char* op = "lla_fwd";
+  check_no_backend(op, backend);
   check_inputs(op, q_, k_, v_, window);
   check_lam(op, lam, q_);
   const Tensor q = dense_rows(q_), k = dense_rows(k_), v = dense_rows(v_);
@@ -52,8 +59,9 @@ Fwd fwd_cpu(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& 
 
 using ProbeFwd = std::tuple<Tensor, Tensor, Tensor>;
 ProbeFwd probe_fwd_cpu(const Tensor& q_, const Tensor& x_, const Tensor& k_, const Tensor& v_, double scale,
-                       bool is_causal, std::optional<int64_t> window) {
+                       bool is_causal, std::optional<int64_t> window, Backend backend) {
   const char* op = "lla_probe_fwd";
+  check_no_backend(op, backend);
   check_inputs(op, q_, k_, v_, window);
   const Tensor q = dense_rows(q_), x = dense_rows(x_), k = dense_rows(k_), v = dense_rows(v_);
   const auto s = q.sizes();
@@ -114,7 +122,8 @@ std::array<Tensor, 5> backward(const char* op, const Tensor& d_o_, const Tensor&
 using Grads = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 Grads bwd_cpu(const Tensor& d_o, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lam,
               const Tensor& x, const Tensor& kbar, const Tensor& lse, double scale, bool is_causal,
-              std::optional<int64_t> window, bool absolute, double tol, int64_t max_iters) {
+              std::optional<int64_t> window, bool absolute, double tol, int64_t max_iters, Backend backend) {
+  check_no_backend("lla_bwd", backend);
   auto [dq, y, dk, dv, dlam] = backward("lla_bwd", d_o, q, k, v, &lam, x, kbar, lse, scale, is_causal, window,
                                         absolute, {tol, max_iters});
   return {dq, dk, dv, dlam};
@@ -122,7 +131,8 @@ Grads bwd_cpu(const Tensor& d_o, const Tensor& q, const Tensor& k, const Tensor&
 
 Grads probe_bwd_cpu(const Tensor& d_o, const Tensor& q, const Tensor& x, const Tensor& k, const Tensor& v,
                     const Tensor& kbar, const Tensor& lse, double scale, bool is_causal,
-                    std::optional<int64_t> window) {
+                    std::optional<int64_t> window, Backend backend) {
+  check_no_backend("lla_probe_bwd", backend);
   auto [dq, dx, dk, dv, none] =
       backward("lla_probe_bwd", d_o, q, k, v, nullptr, x, kbar, lse, scale, is_causal, window, false, {});
   return {dq, dx, dk, dv};
@@ -158,20 +168,23 @@ STABLE_TORCH_LIBRARY_FRAGMENT(nearfield, m) {
   m.def(
       "lla_fwd(Tensor q, Tensor k, Tensor v, Tensor lam, float scale, bool is_causal, int? window, bool "
       "absolute, "
-      "float tol, int max_iters) -> (Tensor o, Tensor x, Tensor kbar, Tensor lse, Tensor iterations, Tensor "
+      "float tol, int max_iters, str? backend=None) -> (Tensor o, Tensor x, Tensor kbar, Tensor lse, Tensor "
+      "iterations, Tensor "
       "ratio)");
   m.def(
       "lla_bwd(Tensor d_o, Tensor q, Tensor k, Tensor v, Tensor lam, Tensor x, Tensor kbar, Tensor lse, "
       "float scale, "
-      "bool is_causal, int? window, bool absolute, float tol, int max_iters) -> "
+      "bool is_causal, int? window, bool absolute, float tol, int max_iters, str? "
+      "backend=None) -> "
       "(Tensor dq, Tensor dk, Tensor dv, Tensor dlam)");
   m.def(
-      "lla_probe_fwd(Tensor q, Tensor x, Tensor k, Tensor v, float scale, bool is_causal, int? window) -> "
+      "lla_probe_fwd(Tensor q, Tensor x, Tensor k, Tensor v, float scale, bool is_causal, int? window, "
+      "str? backend=None) -> "
       "(Tensor o, Tensor kbar, Tensor lse)");
   m.def(
       "lla_probe_bwd(Tensor d_o, Tensor q, Tensor x, Tensor k, Tensor v, Tensor kbar, Tensor lse, float "
       "scale, "
-      "bool is_causal, int? window) -> (Tensor dq, Tensor dx, Tensor dk, Tensor dv)");
+      "bool is_causal, int? window, str? backend=None) -> (Tensor dq, Tensor dx, Tensor dk, Tensor dv)");
   m.def(
       "lla_step(Tensor q, Tensor k, Tensor v, Tensor? cache_seqlens, Tensor lam, float scale, int? window, "
       "bool absolute) -> Tensor");

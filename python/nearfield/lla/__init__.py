@@ -1,5 +1,6 @@
 """Local linear attention: a weighted affine fit around every query instead of a weighted mean."""
 
+from nearfield.lla.explain import LocalLinearExplanation
 from nearfield.lla.op import (
     SolveInfo,
     local_linear_attention,
@@ -7,4 +8,10 @@ from nearfield.lla.op import (
     probe_attention,
 )
 
-__all__ = ["SolveInfo", "local_linear_attention", "local_linear_attention_step", "probe_attention"]
+__all__ = [
+    "LocalLinearExplanation",
+    "SolveInfo",
+    "local_linear_attention",
+    "local_linear_attention_step",
+    "probe_attention",
+]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 from typing import Any, Literal, NamedTuple, overload
 
@@ -14,6 +16,8 @@ Ridge = Literal["relative", "absolute"]
 
 _DEVICES = _runtime.devices_with_kernel("lla_fwd")
 _STEP_DEVICES = _runtime.devices_with_kernel("lla_step")
+_BACKENDS = ("hopper", "portable")
+_log = logging.getLogger("nearfield")
 
 
 class SolveInfo(NamedTuple):
@@ -31,13 +35,13 @@ class SolveInfo(NamedTuple):
 def local_linear_attention(
     q: Tensor, k: Tensor, v: Tensor, *, lam: float | Tensor, scale: float | None = ..., is_causal: bool = ...,
     tol: float = ..., max_iters: int = ..., window: int | None = ..., ridge: Ridge = ...,
-    return_aux: Literal[False] = ...,
+    return_aux: Literal[False] = ..., backend: str | None = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def local_linear_attention(
     q: Tensor, k: Tensor, v: Tensor, *, lam: float | Tensor, scale: float | None = ..., is_causal: bool = ...,
     tol: float = ..., max_iters: int = ..., window: int | None = ..., ridge: Ridge = ...,
-    return_aux: Literal[True],
+    return_aux: Literal[True], backend: str | None = ...,
 ) -> tuple[Tensor, SolveInfo]: ...  # fmt: skip
 def local_linear_attention(
     q: Tensor,
@@ -52,6 +56,7 @@ def local_linear_attention(
     window: int | None = None,
     ridge: Ridge = "relative",
     return_aux: bool = False,
+    backend: str | None = None,
 ) -> Tensor | tuple[Tensor, SolveInfo]:
     """Fits an affine map to the visible (key, value) pairs of every query and returns its value at the query.
 
@@ -77,6 +82,10 @@ def local_linear_attention(
         ridge: "relative" adds lam to the covariance. "absolute" adds it to the sums before normalisation,
             sum_j exp(s_j) (k_j - kbar)(k_j - kbar)^T: the relative ridge is then lam exp(-lse).
         return_aux: also return a ``SolveInfo``.
+        backend: CUDA only. ``"hopper"``: the kernels for compute capability 9.0 (bfloat16 and float16, head dims that
+            are multiples of 8 up to 128). ``"portable"``: those for every GPU since Ampere (also float32, any head
+            dim up to 128). None: hopper where it serves the call, else portable; where that leaves the GPU's own
+            kernels aside, the logger ``nearfield`` warns once per reason.
 
     Returns:
         o [B, m, Hq, dv]; a query without visible keys gets 0. The gradient is that of the exact solution,
@@ -85,6 +94,7 @@ def local_linear_attention(
     op = "local_linear_attention"
     scale = _check(op, q, k, v, scale, window)
     _runtime.check_device(op, q, _DEVICES)
+    _check_backend(op, backend, q, v)
     if not isinstance(tol, (int, float)) or not 0 <= tol < math.inf:
         raise ValueError(f"{op}: tol is {tol}, expected a finite number >= 0")
     if not isinstance(max_iters, int) or max_iters < 1:
@@ -102,6 +112,7 @@ def local_linear_attention(
         ridge == "absolute",
         float(tol),
         max_iters,
+        backend,
     )
     return (o, SolveInfo(lse.detach(), iterations, ratio.detach())) if return_aux else o
 
@@ -115,6 +126,7 @@ def probe_attention(
     scale: float | None = None,
     is_causal: bool = True,
     window: int | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Local linear attention with the slope given: o_i = sum_j p_ij (1 + (k_j - kbar_i).x_i) v_j.
 
@@ -125,13 +137,14 @@ def probe_attention(
     scale = _check(op, q, k, v, scale, window)
     _runtime.check_tensors(op, q=q, x=x)
     _runtime.check_device(op, q, _DEVICES)
+    _check_backend(op, backend, q, v)
     if not x.is_floating_point():
         raise NotImplementedError(f"{op}: x has dtype {x.dtype}; supported: floating point")
     if x.shape != q.shape:
         _runtime.shape_error(op, "x", x, f"the shape of q, {list(q.shape)}")
     q, k, v = _runtime.autocast(q, k, v)
     o: Tensor = torch.ops.nearfield.lla_probe_fwd(
-        q, x.to(_statistics_dtype(q)), k, v, scale, is_causal, window
+        q, x.to(_statistics_dtype(q)), k, v, scale, is_causal, window, backend
     )[0]
     return o
 
@@ -233,6 +246,23 @@ def _check(
     if not -math.inf < scale < math.inf:  # not math.isfinite: torch.compile may pass a symbolic float
         raise ValueError(f"{op}: scale is {scale}, expected a finite number")
     return float(scale)
+
+
+def _check_backend(op: str, backend: str | None, q: Tensor, v: Tensor) -> None:
+    if backend is not None:
+        if backend not in _BACKENDS:
+            raise ValueError(f"{op}: backend is {backend!r}, expected one of {_BACKENDS} or None")
+        if not q.is_cuda:
+            raise ValueError(f"{op}: backend is {backend!r}, but q is on {q.device}; supported there: None")
+    elif q.is_cuda and type(q) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling():
+        _warn_once_if_slower(op, q.device, _runtime.autocast(q)[0].dtype, q.shape[-1], v.shape[-1])
+
+
+@functools.cache
+def _warn_once_if_slower(op: str, device: torch.device, dtype: torch.dtype, d: int, dv: int) -> None:
+    major, minor = torch.cuda.get_device_capability(device)
+    if reason := torch.ops.nearfield.lla_slower_because(10 * major + minor, dtype, d, dv):
+        _log.warning("%s: %s; the portable kernels run instead", op, reason)
 
 
 def _ridge_rows(op: str, lam: float | Tensor, q: Tensor, ridge: str) -> Tensor:

@@ -1,0 +1,156 @@
+#include "lla/plan.h"
+
+#include <algorithm>
+#include <sstream>
+#include <vector>
+
+#ifdef NEARFIELD_WITH_CUDA
+#include "nearfield_build.h"
+#endif
+
+namespace nearfield::lla {
+namespace {
+
+// ---- What instances.def lists ----
+
+struct Built {
+  std::string kernel, arguments;
+};
+
+const std::vector<Built> kBuilt = {
+#define INSTANCE(kernel, ...) {#kernel, #__VA_ARGS__},
+#include "lla/instances.def"
+#undef INSTANCE
+};
+
+// Head dims of a kernel: the last of its arguments, where the others are `prefix`.
+std::vector<int> head_dims(const std::string& kernel, const std::string& prefix = "") {
+  std::vector<int> dims;
+  for (const Built& b : kBuilt) {
+    if (b.kernel == kernel && b.arguments.compare(0, prefix.size(), prefix) == 0)
+      dims.push_back(std::stoi(b.arguments.substr(prefix.size())));
+  }
+  return dims;
+}
+
+// The smallest that holds `dim`; 0: none.
+int smallest(const std::vector<int>& dims, int64_t dim) {
+  int best = 0;
+  for (int d : dims)
+    if (d >= dim && (best == 0 || d < best)) best = d;
+  return best;
+}
+
+int largest(const std::vector<int>& dims) {
+  return dims.empty() ? 0 : *std::max_element(dims.begin(), dims.end());
+}
+
+// Forward and backward run on the same operands, so both must be built.
+std::vector<int> hopper_head_dims() {
+  std::vector<int> dims;
+  for (int d : head_dims("fwd_sm90")) {
+    const auto backward = head_dims("bwd_key_sm90");
+    if (std::find(backward.begin(), backward.end(), d) != backward.end()) dims.push_back(d);
+  }
+  return dims;
+}
+
+#ifdef NEARFIELD_LLA
+constexpr const char* kArchitectures = NEARFIELD_CUDA_ARCHS;
+#else
+constexpr const char* kArchitectures = "";  // built without CUDA kernels
+#endif
+#ifdef NEARFIELD_LLA_SM90
+constexpr bool kBuiltForHopper = true;
+#else
+constexpr bool kBuiltForHopper = false;
+#endif
+
+// True where code for one of the build's architectures runs: "80" on 8.0 to 8.9, "90a" on 9.0 only.
+bool is_built_for(int capability) {
+  std::istringstream archs(kArchitectures);
+  for (std::string arch; std::getline(archs, arch, ';');) {
+    const int number = std::stoi(arch);
+    const bool only = arch.back() < '0' || arch.back() > '9';
+    if (only ? number == capability : number / 10 == capability / 10 && number <= capability) return true;
+  }
+  return false;
+}
+
+std::string text_of(int capability) {
+  return std::to_string(capability / 10) + "." + std::to_string(capability % 10);
+}
+
+bool is_16bit(ScalarType dtype) { return dtype == ScalarType::BFloat16 || dtype == ScalarType::Half; }
+
+}  // namespace
+
+std::string hopper_refuses(int capability, ScalarType dtype, int64_t d, int64_t dv) {
+  std::ostringstream why;
+  const int most = largest(hopper_head_dims());
+  if (capability != 90 || !kBuiltForHopper) {
+    why << "the GPU has compute capability " << text_of(capability)
+        << ", Hopper's kernels need 9.0 and a build for 90a (this one is for " << kArchitectures << ")";
+  } else if (!is_16bit(dtype)) {
+    why << "q has dtype " << torch::headeronly::toString(dtype)
+        << ", Hopper's kernels take bfloat16, float16";
+  } else if (d % 8 != 0 || dv % 8 != 0 || std::max(d, dv) > most) {
+    why << "the head dims are " << d << " of q and k and " << dv
+        << " of v, Hopper's kernels take multiples of 8 up to " << most;
+  }
+  return why.str();
+}
+
+Plan choose_plan(const char* op, ScalarType dtype, int64_t d, int64_t dv, int capability,
+                 const std::optional<std::string>& backend) {
+  Plan plan;
+  STD_TORCH_CHECK(!backend || *backend == "hopper" || *backend == "portable", op, ": backend is \"", *backend,
+                  "\"; known: \"hopper\", \"portable\"");
+  STD_TORCH_CHECK(*kArchitectures != '\0', op, ": this build has no kernel for compute capability ",
+                  text_of(capability), "; it was built without CUDA kernels");
+  STD_TORCH_CHECK(is_built_for(capability), op, ": the GPU has compute capability ", text_of(capability),
+                  "; this build is for ", kArchitectures);
+  if (!backend || *backend == "hopper") {
+    plan.because = hopper_refuses(capability, dtype, d, dv);
+    if (plan.because.empty()) {
+      plan.head_dim = smallest(hopper_head_dims(), std::max(d, dv));
+      return plan;
+    }
+    STD_TORCH_CHECK(!backend, op, ": backend \"hopper\" was asked for, but ", plan.because);
+  }
+  plan.portable = true;
+  STD_TORCH_CHECK(is_16bit(dtype) || dtype == ScalarType::Float, op, ": q has dtype ",
+                  torch::headeronly::toString(dtype), "; supported on CUDA: bfloat16, float16, float32");
+  const auto dims = head_dims("portable_sm80", is_16bit(dtype) ? "fp16, " : "fp32, ");
+  plan.head_dim = smallest(dims, std::max(d, dv));
+  STD_TORCH_CHECK(plan.head_dim != 0, op, ": head dims ", d, " of q and k and ", dv,
+                  " of v; supported on CUDA: up to ", largest(dims));
+  return plan;
+}
+
+namespace {
+
+// For explain: "hopper 64", or "portable 64 <why>".
+std::string lla_plan(Tensor q, Tensor v, int64_t capability, std::optional<std::string> backend) {
+  const Plan plan =
+      choose_plan("lla", q.scalar_type(), q.sizes()[3], v.sizes()[3], static_cast<int>(capability), backend);
+  return std::string(plan.portable ? "portable " : "hopper ") + std::to_string(plan.head_dim) +
+         (plan.because.empty() ? "" : " " + plan.because);
+}
+
+std::string slower_because(int64_t capability, ScalarType dtype, int64_t d, int64_t dv) {
+  return capability == 90 ? hopper_refuses(90, dtype, d, dv) : "";
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(nearfield, m) {
+  m.def("lla_plan(Tensor q, Tensor v, int capability, str? backend=None) -> str");
+  m.def("lla_slower_because(int capability, ScalarType dtype, int d, int dv) -> str");
+}
+STABLE_TORCH_LIBRARY_IMPL(nearfield, Meta, m) { m.impl("lla_plan", TORCH_BOX(&lla_plan)); }
+STABLE_TORCH_LIBRARY_IMPL(nearfield, CompositeExplicitAutograd, m) {
+  m.impl("lla_slower_because", TORCH_BOX(&slower_because));
+}
+
+}  // namespace nearfield::lla
