@@ -61,18 +61,18 @@ struct SplitFeatures : HeadTraits<Tag, kHeadDim_> {
 
   struct alignas(1024) Storage {
     alignas(1024) Element k[kBlockN * kHeadDim];
-    alignas(1024) Element v[kBlockN * kHeadDim];  // later dV and dK on their way out
+    alignas(1024) Element v[kBlockN * kHeadDim];
     alignas(1024) Element q[kStages * kBlockM * kHeadDim];
     alignas(1024) Element dout[kDoutStages * kBlockM * kHeadDim];
     alignas(1024) Element p[kBlockN * kBlockM];
     alignas(1024) Element ds[kBlockN * kBlockM];
-    alignas(1024) float dq[kDqStages][kBlockM * kHeadDim / kDqRounds];
+    alignas(1024) float dq[kDqStages][kBlockM * kHeadDim / kDqRounds];  // also dV and dK on their way out
     BoxMask<kBlockM> mask;
     MovingTile q_tile[kStages];
     PlannedTile<kBlockN> plan[kPlannedTiles];
     alignas(16) float lse[kStages][kBlockM];  // times log2(e)
     alignas(16) float delta[kStages][kBlockM];
-    Ring<1> ring_kv;
+    Ring<1> ring_k, ring_v;
     Ring<kStages> ring_q, ring_stats;
     Ring<kDoutStages> ring_dout;
     Ring<kDqStages> ring_dq;
@@ -141,7 +141,8 @@ __device__ void multiply(SplitFeatures<Tag, kHeadDim>, typename SplitFeatures<Ta
     const PlannedTile<kN>& plan = s.plan[at_plan.stage];
     const int num_tiles = plan.num_tiles;
     if (num_tiles == 0) break;
-    s.ring_kv.wait_full(at_kv);
+    s.ring_k.wait_full(at_kv);
+    s.ring_v.wait_full(at_kv);
     clear(tKrdK);
     clear(tVrdV);
 
@@ -154,23 +155,15 @@ __device__ void multiply(SplitFeatures<Tag, kHeadDim>, typename SplitFeatures<Ta
       const MovingTile tile = s.q_tile[at_q.stage];
       const float* lse_row = s.lse[at_q.stage] + warpgroup * kQueries;
       const float* delta_row = s.delta[at_q.stage] + warpgroup * kQueries;
+      const bool masked = tile.tests != 0 || plan.cut;
+      uint32_t visible[2];
+      if (masked) visible_queries(visible, s.mask, p.q_box, tile, plan, first_row, quad);
       warpgroup_wait<1>();  // S
 
       // P^T = exp2(scale * S^T - lse)
-      if (tile.tests != 0 || plan.cut) {
+      if (masked) {
         CUTE_UNROLL
-        for (int i = 0; i < 2; ++i) {
-          // Rows beyond the grid hold zeros; their P must not become inf, which makes NaN of 0 in dQ.
-          uint32_t visible = plan.row[first_row + 8 * i] < 0 ? 0u : s.mask.columns(p.q_box, quad);
-          CUTE_UNROLL
-          for (int d = 0; d < 3; ++d) {
-            if (!(tile.tests & kTestDim0 << d)) continue;
-            const Range seen_by = plan.range[first_row + 8 * i][d];
-            visible &=
-                s.mask.interval(p.q_box, d, seen_by.begin - tile.first[d], seen_by.end - tile.first[d], quad);
-          }
-          mask_row(scores, i, visible >> warpgroup * (kQueries / 4));
-        }
+        for (int i = 0; i < 2; ++i) mask_row(scores, i, visible[i] >> warpgroup * (kQueries / 4));
       }
       CUTE_UNROLL
       for (int j = 0; j < kQueries / 8; ++j) {
@@ -233,9 +226,15 @@ __device__ void multiply(SplitFeatures<Tag, kHeadDim>, typename SplitFeatures<Ta
       at_q.advance();
     }
 
-    // Epilogue: both go through the V buffer, which nobody reads any more.
-    cutlass::arch::NamedBarrier::sync(Traits::kConsumers * 128, kVRead);
-    Element* staging = s.v + (warpgroup * 4 + warp) * 16 * kF;
+    s.ring_v.release(at_kv);
+    s.ring_k.release(at_kv);
+    at_kv.advance();
+    // Epilogue: both go through the dQ buffers, once the copy engine has read them. The next dQ comes after
+    // two barriers of the warpgroups.
+    RingIndex<Traits::kDqStages> before = at_dq;
+    for (int i = 0; i < Traits::kDqStages; ++i, before.advance()) s.ring_dq.wait_empty(before);
+    static_assert(sizeof(s.dq) >= Traits::kConsumerWarps * 16 * kF * sizeof(Element));
+    Element* staging = reinterpret_cast<Element*>(s.dq[0]) + (warpgroup * 4 + warp) * 16 * kF;
     const int64_t* row = plan.row + warp * 16;
     Tensor dv = make_tensor(tVrdV.data(), accumulator_rows_cols(tVrdV.layout()));
     store_rows<kF>(staging, dv, row, static_cast<Element*>(p.dv_data), p.problem.dim_v, warpgroup * kF);
@@ -243,10 +242,6 @@ __device__ void multiply(SplitFeatures<Tag, kHeadDim>, typename SplitFeatures<Ta
     const float factor[2] = {p.scale, p.scale};
     scale_rows(dk, factor);
     store_rows<kF>(staging, dk, row, static_cast<Element*>(p.dk_data), p.problem.dim, warpgroup * kF);
-    cutlass::arch::fence_view_async_shared();  // the next V comes through the async proxy
-    __syncwarp();
-    s.ring_kv.release(at_kv);
-    at_kv.advance();
     s.ring_plan.release(at_plan);
     at_plan.advance();
   }
