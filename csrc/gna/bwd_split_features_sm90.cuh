@@ -61,18 +61,18 @@ struct SplitFeatures : HeadTraits<Tag, kHeadDim_> {
 
   struct alignas(1024) Storage {
     alignas(1024) Element k[kBlockN * kHeadDim];
-    alignas(1024) Element v[kBlockN * kHeadDim];
+    alignas(1024) Element v[kBlockN * kHeadDim];  // later dV and dK on their way out
     alignas(1024) Element q[kStages * kBlockM * kHeadDim];
     alignas(1024) Element dout[kDoutStages * kBlockM * kHeadDim];
     alignas(1024) Element p[kBlockN * kBlockM];
     alignas(1024) Element ds[kBlockN * kBlockM];
-    alignas(1024) float dq[kDqStages][kBlockM * kHeadDim / kDqRounds];  // also dV and dK on their way out
+    alignas(1024) float dq[kDqStages][kBlockM * kHeadDim / kDqRounds];
     BoxMask<kBlockM> mask;
     MovingTile q_tile[kStages];
     PlannedTile<kBlockN> plan[kPlannedTiles];
     alignas(16) float lse[kStages][kBlockM];  // times log2(e)
     alignas(16) float delta[kStages][kBlockM];
-    Ring<1> ring_k, ring_v;
+    Ring<1> ring_kv;
     Ring<kStages> ring_q, ring_stats;
     Ring<kDoutStages> ring_dout;
     Ring<kDqStages> ring_dq;
@@ -141,8 +141,7 @@ __device__ void multiply(SplitFeatures<Tag, kHeadDim>, typename SplitFeatures<Ta
     const PlannedTile<kN>& plan = s.plan[at_plan.stage];
     const int num_tiles = plan.num_tiles;
     if (num_tiles == 0) break;
-    s.ring_k.wait_full(at_kv);
-    s.ring_v.wait_full(at_kv);
+    s.ring_kv.wait_full(at_kv);
     clear(tKrdK);
     clear(tVrdV);
 
@@ -226,15 +225,9 @@ __device__ void multiply(SplitFeatures<Tag, kHeadDim>, typename SplitFeatures<Ta
       at_q.advance();
     }
 
-    s.ring_v.release(at_kv);
-    s.ring_k.release(at_kv);
-    at_kv.advance();
-    // Epilogue: both go through the dQ buffers, once the copy engine has read them. The next dQ comes after
-    // two barriers of the warpgroups.
-    RingIndex<Traits::kDqStages> before = at_dq;
-    for (int i = 0; i < Traits::kDqStages; ++i, before.advance()) s.ring_dq.wait_empty(before);
-    static_assert(sizeof(s.dq) >= Traits::kConsumerWarps * 16 * kF * sizeof(Element));
-    Element* staging = reinterpret_cast<Element*>(s.dq[0]) + (warpgroup * 4 + warp) * 16 * kF;
+    // Epilogue: both go through the V buffer, which nobody reads any more.
+    cutlass::arch::NamedBarrier::sync(Traits::kConsumers * 128, kVRead);
+    Element* staging = s.v + (warpgroup * 4 + warp) * 16 * kF;
     const int64_t* row = plan.row + warp * 16;
     Tensor dv = make_tensor(tVrdV.data(), accumulator_rows_cols(tVrdV.layout()));
     store_rows<kF>(staging, dv, row, static_cast<Element*>(p.dv_data), p.problem.dim_v, warpgroup * kF);
@@ -242,6 +235,10 @@ __device__ void multiply(SplitFeatures<Tag, kHeadDim>, typename SplitFeatures<Ta
     const float factor[2] = {p.scale, p.scale};
     scale_rows(dk, factor);
     store_rows<kF>(staging, dk, row, static_cast<Element*>(p.dk_data), p.problem.dim, warpgroup * kF);
+    cutlass::arch::fence_view_async_shared();  // the next V comes through the async proxy
+    __syncwarp();
+    s.ring_kv.release(at_kv);
+    at_kv.advance();
     s.ring_plan.release(at_plan);
     at_plan.advance();
   }

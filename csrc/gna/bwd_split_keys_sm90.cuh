@@ -66,17 +66,17 @@ struct SplitKeys : HeadTraits<Tag, kHeadDim_> {
 
   struct alignas(1024) Storage {
     alignas(1024) Element k[kBlockN * kHeadDim];
-    alignas(1024) Element v[kBlockN * kHeadDim];
+    alignas(1024) Element v[kBlockN * kHeadDim];  // later dV and dK on their way out
     alignas(1024) Element q[kStages * kBlockM * kHeadDim];
     alignas(1024) Element dout[kStages * kBlockM * kHeadDim];
-    alignas(1024) Element ds[2][kBlockM * kBlockN];  // also dV and dK on their way out
+    alignas(1024) Element ds[2][kBlockM * kBlockN];
     alignas(1024) float dq[kDqStages][kBlockM * kHeadDim];
     BoxMask<kBlockM> mask;
     MovingTile q_tile[kStages];
     PlannedTile<kBlockN> plan[kPlannedTiles];
     alignas(16) float lse[kStages][kBlockM];  // times log2(e)
     alignas(16) float delta[kStages][kBlockM];
-    Ring<1> ring_k, ring_v;
+    Ring<1> ring_kv;
     Ring<kStages> ring_q, ring_dout, ring_stats;
     Ring<1> ring_dq;
     Ring<kPlannedTiles> ring_plan;
@@ -139,14 +139,13 @@ __device__ void multiply(SplitKeys<Tag, kHeadDim>, typename SplitKeys<Tag, kHead
     const PlannedTile<kN>& plan = s.plan[at_plan.stage];
     const int num_tiles = plan.num_tiles;
     if (num_tiles == 0) break;
-    s.ring_k.wait_full(at_kv);
+    s.ring_kv.wait_full(at_kv);
     clear(tKrdK);
     clear(tVrdV);
 
     for (int n = 0; n < num_tiles; ++n) {
       s.ring_q.wait_full(at_q);
       issue_gemm<true>(mma_s, tSrK, tSrQ(_, _, _, at_q.stage), tSrS);
-      if (n == 0) s.ring_v.wait_full(at_kv);
       s.ring_dout.wait_full(at_q);
       issue_gemm<true>(mma_s, tSrV, tSrDout(_, _, _, at_q.stage), tSrDp);
       s.ring_stats.wait_full(at_q);
@@ -175,7 +174,6 @@ __device__ void multiply(SplitKeys<Tag, kHeadDim>, typename SplitKeys<Tag, kHead
       convert_to(p_view, rP);
       warpgroup_fence_operand(rP);  // keeps the exponentials above the wait, under the product dP
       warpgroup_wait<0>();          // dP
-      if (n + 1 == num_tiles) s.ring_v.release(at_kv);
       issue_gemm<false>(mma_kv, rP, tVrDout(_, _, _, at_q.stage), tVrdV);
 
       // dS^T = P^T (dP^T - delta), under dV; the scale follows at the end.
@@ -213,23 +211,19 @@ __device__ void multiply(SplitKeys<Tag, kHeadDim>, typename SplitKeys<Tag, kHead
       at_q.advance();
     }
 
-    s.ring_k.release(at_kv);
-    at_kv.advance();
-
-    // Epilogue: both go through the dS buffers, once dQ has read them: half of a warp's 16 rows through its
-    // own 16 keys of the one buffer, half through those of the other, so that no other warp writes there.
-    cutlass::arch::NamedBarrier::sync(Traits::kConsumers * 128, kDsRead);
-    Element* staging = s.ds[0] + warp * 16 * kM;
-    constexpr int kHalfDistance = kM * kN;
-    static_assert(8 * kD <= 16 * kM, "half of the rows must fit a warp's own part of a buffer");
+    // Epilogue: both go through the V buffer, which nobody reads any more.
+    cutlass::arch::NamedBarrier::sync(Traits::kConsumers * 128, kVRead);
+    Element* staging = s.v + warp * 16 * kD;
     Tensor dv = make_tensor(tVrdV.data(), accumulator_rows_cols(tVrdV.layout()));
-    store_rows<kD, kHalfDistance>(staging, dv, plan.row + warp * 16, static_cast<Element*>(p.dv_data),
-                                  p.problem.dim_v);
+    store_rows<kD>(staging, dv, plan.row + warp * 16, static_cast<Element*>(p.dv_data), p.problem.dim_v);
     Tensor dk = make_tensor(tKrdK.data(), accumulator_rows_cols(tKrdK.layout()));
     const float factor[2] = {p.scale, p.scale};
     scale_rows(dk, factor);
-    store_rows<kD, kHalfDistance>(staging, dk, plan.row + warp * 16, static_cast<Element*>(p.dk_data),
-                                  p.problem.dim);
+    store_rows<kD>(staging, dk, plan.row + warp * 16, static_cast<Element*>(p.dk_data), p.problem.dim);
+    cutlass::arch::fence_view_async_shared();  // the next V comes through the async proxy
+    __syncwarp();
+    s.ring_kv.release(at_kv);
+    at_kv.advance();
     s.ring_plan.release(at_plan);
     at_plan.advance();
   }

@@ -25,7 +25,7 @@ struct BwdKernelParams {
   int* next_work;
 };
 
-enum BwdBarrier : int { kDsWritten = 1, kDsRead = 2 };
+enum BwdBarrier : int { kDsWritten = 1, kDsRead = 2, kVRead = 3 };
 
 // ---- Producer warps ----
 
@@ -41,20 +41,13 @@ __device__ void load_queries(typename Traits::Storage& s, const BwdMaps& maps, c
 
   follow_plan(s, [&](const StayingTile& tile) {
     if (threadIdx.x != 0) return;
-    // V is free after the last dP of the tile before, K after its last dQ; the first queries need not wait.
-    bool with_keys = true;
-    const auto load_keys = [&] {
-      int x[3];
-      tile.position(p.problem, tile.first, x);
-      s.ring_v.wait_empty(at_kv);
-      s.ring_v.expect_bytes(at_kv, kv_bytes);
-      load_box<kD, kN>(maps.v, p.fold_v, &s.ring_v.full[0], s.v, x, tile.head, tile.batch);
-      s.ring_k.wait_empty(at_kv);
-      s.ring_k.expect_bytes(at_kv, kv_bytes);
-      load_box<kD, kN>(maps.k, p.fold_k, &s.ring_k.full[0], s.k, x, tile.head, tile.batch);
-      at_kv.advance();
-      with_keys = false;
-    };
+    int x[3];
+    tile.position(p.problem, tile.first, x);
+    s.ring_kv.wait_empty(at_kv);
+    s.ring_kv.expect_bytes(at_kv, 2 * kv_bytes);
+    load_box<kD, kN>(maps.k, p.fold_k, &s.ring_kv.full[0], s.k, x, tile.head, tile.batch);
+    load_box<kD, kN>(maps.v, p.fold_v, &s.ring_kv.full[0], s.v, x, tile.head, tile.batch);
+    at_kv.advance();
     int left = tile.num_visits() * group_size;
     allow_draw(s, left, left);
     for (int g = 0; g < group_size; ++g) {
@@ -68,7 +61,6 @@ __device__ void load_queries(typename Traits::Storage& s, const BwdMaps& maps, c
           first[d] = tile.visits[d].origin + counter.n[d] * p.q_box.side[d];
           if (!tile.visits[d].is_full(counter.n[d])) tests |= kTestDim0 << d;
         }
-        int x[3];
         tile.position(p.problem, first, x);
         s.ring_q.wait_empty(at_q);
         s.q_tile[at_q.stage] = {{first[0], first[1], first[2]}, tests};
@@ -81,7 +73,6 @@ __device__ void load_queries(typename Traits::Storage& s, const BwdMaps& maps, c
         load_box<kD, kM>(maps.dout, p.fold_dout, &s.ring_dout.full[at_dout.stage],
                          s.dout + at_dout.stage * kM * kD, x, head, tile.batch);
         at_dout.advance();
-        if (with_keys) load_keys();
       }
     }
   });
@@ -193,8 +184,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   if (threadIdx.x == 0) {
     if (cast_smem_ptr_to_uint(&s) % kStorageAlignment != 0) __trap();
     for (const CUtensorMap* map : {&maps.q, &maps.k, &maps.v, &maps.dout, &maps.dq}) prefetch_map(*map);
-    s.ring_k.init(1, Traits::kConsumerWarps);
-    s.ring_v.init(1, Traits::kConsumerWarps);
+    s.ring_kv.init(1, Traits::kConsumerWarps);
     s.ring_q.init(1, Traits::kConsumerWarps);
     s.ring_dout.init(1, Traits::kConsumerWarps);
     s.ring_stats.init(1, Traits::kConsumerWarps);

@@ -26,19 +26,14 @@ __device__ __forceinline__ int staging_in_own_rows(int warp) {
 }
 
 // Writes a warp's 16 rows of a (2, kFeatures) accumulator view, whose columns begin at feature `first`, to
-// `out`, where row r is at row[r] * dim; row[r] < 0: none. Eight rows are staged at `staging`, the other
-// eight kHalfDistance elements further on.
-template <int kFeatures, int kHalfDistance = 8 * kFeatures, class Element, class TensorO>
+// `out`, where row r is at row[r] * dim; row[r] < 0: none.
+template <int kFeatures, class Element, class TensorO>
 __device__ void store_rows(Element* staging, const TensorO& rO, const int64_t* row, Element* out, int64_t dim,
                            int first = 0) {
   constexpr int kPieces = kFeatures / 8;  // of 16 bytes in a row
   constexpr int kMask = kPieces < 8 ? kPieces - 1 : 7;
   const int lane = fresh_lane();
   uint32_t* words = reinterpret_cast<uint32_t*>(staging);
-  // Of piece p of row r.
-  const auto word = [](int r, int p) {
-    return r / 8 * (kHalfDistance / 2) + (r % 8 * kPieces + (p ^ (r & kMask))) * 4;
-  };
   CUTE_UNROLL
   for (int i = 0; i < 2; ++i) {
     const int r = lane / 4 + 8 * i;
@@ -46,7 +41,7 @@ __device__ void store_rows(Element* staging, const TensorO& rO, const int64_t* r
     for (int j = 0; j < kPieces; ++j) {
       cutlass::NumericArrayConverter<Element, float, 2> convert;
       const auto pair = convert(cutlass::Array<float, 2>{rO(i, 2 * j), rO(i, 2 * j + 1)});
-      words[word(r, j) + lane % 4] = reinterpret_cast<const uint32_t&>(pair);
+      words[(r * kPieces + (j ^ (r & kMask))) * 4 + lane % 4] = reinterpret_cast<const uint32_t&>(pair);
     }
   }
   __syncwarp();
@@ -55,18 +50,10 @@ __device__ void store_rows(Element* staging, const TensorO& rO, const int64_t* r
     const int r = (n * 32 + lane) / kPieces, piece = (n * 32 + lane) % kPieces;
     if (row[r] >= 0 && first + piece * 8 < dim) {
       *reinterpret_cast<uint4*>(out + row[r] * dim + first + piece * 8) =
-          *reinterpret_cast<const uint4*>(words + word(r, piece));
+          *reinterpret_cast<const uint4*>(words + (r * kPieces + (piece ^ (r & kMask))) * 4);
     }
   }
   __syncwarp();
-}
-
-// Pair number `word` of a 16-bit fragment, as floats.
-template <class Element, class TensorA>
-__device__ __forceinline__ float2 widen(const TensorA& rA, int word) {
-  cutlass::NumericArrayConverter<float, Element, 2> convert;
-  const auto pair = convert(reinterpret_cast<const cutlass::Array<Element, 2>*>(rA.data())[word]);
-  return {pair[0], pair[1]};
 }
 
 // Writes a warp's 16 rows of a 16-bit (keys, kQueries) operand, held in accumulator order, as rows of 128
