@@ -108,8 +108,10 @@ __device__ void differentiate_queries(typename Traits::Storage& s, const QueryPa
       s.ring_v.wait_full(at_k);
       issue_gemm<true>(mma_s, tSrDout, tSrV(_, _, _, at_k.stage), tSrDp);
       const MovingTile tile = s.key_tile[at_k.stage];
+      uint32_t visible[2];
+      if (tile.tests != 0) visible_keys(visible, s.mask, p.kv_box, tile, keys, quad);
       warpgroup_wait<1>();  // S
-      mask_keys(scores, s.mask, p.kv_box, tile, keys, quad);
+      if (tile.tests != 0) mask_rows(scores, visible);
       CUTE_UNROLL
       for (int i = 0; i < 2; ++i) {
         CUTE_UNROLL

@@ -48,12 +48,12 @@ __global__ void prepare_kernel(const Element* dout, const Element* out, const fl
   }
 }
 
-// One thread per piece of a row of dq.
+// One thread per piece of a row of dq: eight features, the even ones first in the buffer.
+constexpr int kPiece = 8;
 template <class Element>
 __global__ void finish_kernel(const __grid_constant__ Problem p, const __grid_constant__ DqBuffer from,
                               float scale, const float* buffer, const __grid_constant__ Tokens<void> dq,
                               bool accumulate) {
-  constexpr int kPiece = kFeaturesOf16Bytes<Element>;
   const int pieces = static_cast<int>(p.dim) / kPiece;
   int64_t rest = static_cast<int64_t>(blockIdx.x) * kEndThreads + threadIdx.x;
   const int piece = static_cast<int>(rest % pieces);
@@ -78,13 +78,14 @@ __global__ void finish_kernel(const __grid_constant__ Problem p, const __grid_co
   for (int d = 0; d < 3; ++d) at = at * from.size[d] + index[d];
   at = at * p.dim + piece * kPiece;
   const auto value = *reinterpret_cast<const cutlass::AlignedArray<float, kPiece, 16>*>(buffer + at);
-  auto* target = reinterpret_cast<cutlass::AlignedArray<Element, kPiece>*>(static_cast<Element*>(dq.data) +
-                                                                           to + piece * kPiece);
-  cutlass::AlignedArray<Element, kPiece> rounded;
+  auto* target = reinterpret_cast<cutlass::AlignedArray<Element, kPiece, 16>*>(
+      static_cast<Element*>(dq.data) + to + piece * kPiece);
+  cutlass::AlignedArray<Element, kPiece, 16> rounded;
   if (accumulate) rounded = *target;
 #pragma unroll
   for (int i = 0; i < kPiece; ++i) {
-    rounded[i] = static_cast<Element>(value[i] * scale + (accumulate ? static_cast<float>(rounded[i]) : 0.f));
+    const float sum = value[i / 2 + i % 2 * (kPiece / 2)] * scale;
+    rounded[i] = static_cast<Element>(sum + (accumulate ? static_cast<float>(rounded[i]) : 0.f));
   }
   *target = rounded;
 }
@@ -109,7 +110,7 @@ int bwd_ends_sm80<Tag>::prepare(const void* dout, const void* out, const float* 
 template <class Tag>
 int bwd_ends_sm80<Tag>::finish(const Problem& p, float scale, const float* buffer, const Tokens<void>& dq,
                                bool accumulate, void* stream) {
-  const int64_t pieces = p.batch * p.tokens() * p.heads * (p.dim / kFeaturesOf16Bytes<end_element_t<Tag>>);
+  const int64_t pieces = p.batch * p.tokens() * p.heads * (p.dim / kPiece);
   finish_kernel<end_element_t<Tag>>
       <<<blocks_for(pieces), kEndThreads, 0, static_cast<cudaStream_t>(stream)>>>(p, DqBuffer(p), scale,
                                                                                   buffer, dq, accumulate);

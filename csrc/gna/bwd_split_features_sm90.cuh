@@ -154,23 +154,15 @@ __device__ void multiply(SplitFeatures<Tag, kHeadDim>, typename SplitFeatures<Ta
       const MovingTile tile = s.q_tile[at_q.stage];
       const float* lse_row = s.lse[at_q.stage] + warpgroup * kQueries;
       const float* delta_row = s.delta[at_q.stage] + warpgroup * kQueries;
+      const bool masked = tile.tests != 0 || plan.cut;
+      uint32_t visible[2];
+      if (masked) visible_queries(visible, s.mask, p.q_box, tile, plan, first_row, quad);
       warpgroup_wait<1>();  // S
 
       // P^T = exp2(scale * S^T - lse)
-      if (tile.tests != 0 || plan.cut) {
+      if (masked) {
         CUTE_UNROLL
-        for (int i = 0; i < 2; ++i) {
-          // Rows beyond the grid hold zeros; their P must not become inf, which makes NaN of 0 in dQ.
-          uint32_t visible = plan.row[first_row + 8 * i] < 0 ? 0u : s.mask.columns(p.q_box, quad);
-          CUTE_UNROLL
-          for (int d = 0; d < 3; ++d) {
-            if (!(tile.tests & kTestDim0 << d)) continue;
-            const Range seen_by = plan.range[first_row + 8 * i][d];
-            visible &=
-                s.mask.interval(p.q_box, d, seen_by.begin - tile.first[d], seen_by.end - tile.first[d], quad);
-          }
-          mask_row(scores, i, visible >> warpgroup * (kQueries / 4));
-        }
+        for (int i = 0; i < 2; ++i) mask_row(scores, i, visible[i] >> warpgroup * (kQueries / 4));
       }
       CUTE_UNROLL
       for (int j = 0; j < kQueries / 8; ++j) {

@@ -110,7 +110,11 @@ __device__ void attend(typename Traits::Storage& s, const QueryParams& p) {
     warpgroup_wait<0>();
     s.ring_k.release(at_k);
     at_k.advance();
-    mask_keys(scores, s.mask, p.kv_box, key_tile, keys, quad);
+    uint32_t visible[2];
+    if (key_tile.tests != 0) {
+      visible_keys(visible, s.mask, p.kv_box, key_tile, keys, quad);
+      mask_rows(scores, visible);
+    }
     softmax.step(scores, rescale);
     round_p();
     clear(tOrO);
@@ -121,10 +125,11 @@ __device__ void attend(typename Traits::Storage& s, const QueryParams& p) {
       s.ring_v.wait_full(at_v);
       issue_gemm<false>(mma_pv, tOrP, tOrV(_, _, _, at_v.stage), tOrO);
       key_tile = s.key_tile[at_k.stage];
+      if (key_tile.tests != 0) visible_keys(visible, s.mask, p.kv_box, key_tile, keys, quad);  // under S
       warpgroup_wait<1>();
       s.ring_k.release(at_k);
       at_k.advance();
-      mask_keys(scores, s.mask, p.kv_box, key_tile, keys, quad);
+      if (key_tile.tests != 0) mask_rows(scores, visible);
       softmax.step(scores, rescale);
       warpgroup_fence_operand(tSrS);  // keeps the exponentials above the wait, under the product P V
       warpgroup_wait<0>();

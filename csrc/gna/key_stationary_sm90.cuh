@@ -160,6 +160,21 @@ __device__ void add_dq(typename Traits::Storage& s, const BwdMaps& maps, const B
   });
 }
 
+// ---- Consumers ----
+
+// The queries of a visited tile that a thread's two keys are seen by.
+template <class Plan, int kBlockM>
+__device__ __forceinline__ void visible_queries(uint32_t (&visible)[2], const BoxMask<kBlockM>& table,
+                                                const Box& box, const MovingTile& tile, const Plan& plan,
+                                                int first_row, int quad) {
+  CUTE_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    const int row = first_row + 8 * i;
+    // Rows beyond the grid hold zeros; their P must not become inf, which makes NaN of 0 in dQ.
+    visible[i] = plan.row[row] < 0 ? 0u : visible_columns(table, box, tile, plan.range[row], quad);
+  }
+}
+
 // ---- Kernel and launch ----
 
 template <class Traits>

@@ -146,20 +146,20 @@ __device__ __forceinline__ void prepare_storage(typename Traits::Storage& s, con
 
 // ---- Consumers ----
 
-// Hides what a thread's two rows must not see in a key tile. Each dimension in which the tile is full drops
-// out.
-template <int kBlockN, class Tensor>
-__device__ __forceinline__ void mask_keys(Tensor& scores, const BoxMask<kBlockN>& table, const Box& box,
-                                          const MovingTile& tile, const Range (&keys)[2][3], int quad) {
-  if (tile.tests == 0) return;
+// The columns of a key tile that a thread's two rows see. Each dimension in which the tile is full drops out.
+template <int kBlockN>
+__device__ __forceinline__ void visible_keys(uint32_t (&visible)[2], const BoxMask<kBlockN>& table,
+                                             const Box& box, const MovingTile& tile,
+                                             const Range (&keys)[2][3], int quad) {
   if (tile.tests & kTestTail) {
+    visible[0] = 0;
     CUTE_UNROLL
-    for (int j = 0; j < size<1>(scores); ++j) {
-      if (8 * (j / 2) + 2 * quad + j % 2 >= tile.first[0]) scores(0, j) = scores(1, j) = -INFINITY;
+    for (int j = 0; j < kBlockN / 4; ++j) {
+      if (8 * (j / 2) + 2 * quad + j % 2 < tile.first[0]) visible[0] |= 1u << j;
     }
+    visible[1] = visible[0];
     return;
   }
-  uint32_t visible[2];
   visible[0] = visible[1] = table.columns(box, quad);
   CUTE_UNROLL
   for (int d = 0; d < 3; ++d) {
@@ -170,6 +170,10 @@ __device__ __forceinline__ void mask_keys(Tensor& scores, const BoxMask<kBlockN>
       visible[i] &= table.interval(box, d, k.begin - tile.first[d], k.end - tile.first[d], quad);
     }
   }
+}
+
+template <class Tensor>
+__device__ __forceinline__ void mask_rows(Tensor& scores, const uint32_t (&visible)[2]) {
   CUTE_UNROLL
   for (int i = 0; i < 2; ++i) mask_row(scores, i, visible[i]);
 }

@@ -72,7 +72,8 @@ struct bwd_dq_sm90 {
 };
 
 // The float32 dQ of one launch: [B, H, dilation group] x [grid of the longest group] x [D]. Boxes are added
-// to it, so it is ordered by group: there the tokens of a box are neighbors.
+// to it, so it is ordered by group: there the tokens of a box are neighbors. Of every eight features the even
+// ones come first, which is how the tensor cores' results are stored fastest.
 struct DqBuffer {
   int size[3];
   int64_t elements;
