@@ -128,7 +128,8 @@ class QueryTile {
   // Online softmax without values: lse_i = log sum_j exp(s_ij), kbar_i = sum_j p_ij k_j.
   void compute_statistics() {
     constexpr F inf = std::numeric_limits<F>::infinity();
-    std::vector<F> top(rows, -inf), omega(rows, F(0));
+    std::vector<F> top(rows, -inf);
+    std::vector<double> omega(rows, 0.0);  // thousands of tiles: float would round each time
     std::fill(kbar.begin(), kbar.end(), F(0));
     lse.assign(rows, -inf);
     for (int64_t j0 = seen_.begin; j0 < seen_.end; j0 += kKeys) {
@@ -152,9 +153,9 @@ class QueryTile {
       gemm(rows, d, cols, F(1), row_major<F>(s, kKeys), k, F(1), kbar.data(), d);
     }
     for (int64_t r = 0; r < rows; ++r) {
-      if (omega[r] == F(0)) continue;
-      lse[r] = top[r] + std::log(omega[r]);
-      factor[r] = F(1) / omega[r];
+      if (omega[r] == 0) continue;
+      lse[r] = static_cast<F>(top[r] + std::log(omega[r]));
+      factor[r] = static_cast<F>(1 / omega[r]);
       for (int64_t c = 0; c < d; ++c) kbar[r * d + c] *= factor[r];
     }
     shift = top;
@@ -169,14 +170,14 @@ class QueryTile {
       lse[r] = saved_lse[row];
     }
     shift = lse;
-    std::fill(factor.begin(), factor.end(), F(0));
+    std::vector<double> omega(rows, 0.0);
     for (int64_t j0 = seen_.begin; j0 < seen_.end; j0 += kKeys) {
       const int64_t cols = std::min<int64_t>(kKeys, seen_.end - j0);
       scores(j0, cols, p_.data());
       for (int64_t r = 0; r < rows; ++r)
-        if (sees_a_key(r)) factor[r] += cpu::exp_sum(p_.data() + r * kKeys, cols, shift[r]);
+        if (sees_a_key(r)) omega[r] += cpu::exp_sum(p_.data() + r * kKeys, cols, shift[r]);
     }
-    for (int64_t r = 0; r < rows; ++r) factor[r] = sees_a_key(r) ? F(1) / factor[r] : F(0);
+    for (int64_t r = 0; r < rows; ++r) factor[r] = sees_a_key(r) ? static_cast<F>(1 / omega[r]) : F(0);
     choose_reference();
   }
 
