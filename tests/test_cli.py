@@ -343,3 +343,15 @@ def test_the_demo_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_simulate_without_the_planner(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(simulate, "_planner", None)
     assert_refused(run("simulate", "8", "--window", "3"), "this build has no planner")
+
+
+def test_bench_refuses_a_folder_it_cannot_make_before_it_measures(tmp_path, monkeypatch, capsys):
+    from nearfield.cli import app, bench
+
+    def measure(*_):
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(bench, "measure_ceiling", measure)
+    (tmp_path / "file").touch()
+    assert app.run(["bench", "gna", "--cpu", "--out", str(tmp_path / "file" / "inside")]) == 1
+    assert "Not a directory" in capsys.readouterr().err

@@ -47,6 +47,7 @@ def main(
         return
     if out.exists() and not out.is_dir():
         raise Refused(f"out is {out}, which is a file; a folder is expected")
+    out.mkdir(parents=True, exist_ok=True)  # before minutes of measuring that could not be kept
     if device.type == "cpu":
         why = "--cpu is given" if torch.cuda.is_available() else "no GPU is here"
         console.print(
