@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import hypothesis
@@ -10,6 +11,11 @@ import torch
 
 hypothesis.settings.register_profile("nearfield", deadline=None, derandomize=True, max_examples=40)
 hypothesis.settings.load_profile("nearfield")
+
+
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    # Threads of several processes on the same cores wait for each other in busy loops.
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(workers)))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

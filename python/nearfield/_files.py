@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -22,3 +24,17 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     except BaseException:
         os.unlink(name)
         raise
+
+
+@contextmanager
+def folder(path: Path) -> Iterator[None]:
+    """Makes ``path`` before the work that fills it; folders that stay empty are removed again."""
+    made = [p for p in (path, *path.parents) if not p.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        for p in made:
+            if any(p.iterdir()):
+                break
+            p.rmdir()

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from nearfield._files import write_atomically
+from nearfield._files import folder, write_atomically
 from nearfield.bench import groups as all_groups
 from nearfield.bench import report
 from nearfield.bench.case import Group, Pass
@@ -47,7 +47,6 @@ def main(
         return
     if out.exists() and not out.is_dir():
         raise Refused(f"out is {out}, which is a file; a folder is expected")
-    out.mkdir(parents=True, exist_ok=True)  # before minutes of measuring that could not be kept
     if device.type == "cpu":
         why = "--cpu is given" if torch.cuda.is_available() else "no GPU is here"
         console.print(
@@ -55,7 +54,8 @@ def main(
         )
     failed = False
     columns = (TextColumn("{task.description:<52}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
+    # The folder is made before minutes of measuring that could not be kept.
+    with folder(out), Progress(*columns, console=console) as progress:
         bar = progress.add_task(
             "what this machine reaches", total=sum(steps(g, device, only) for g in chosen) + 1
         )
