@@ -74,8 +74,9 @@ def test_a_fault_is_found(monkeypatch: pytest.MonkeyPatch, change: Any, status: 
     "message, status",
     [
         ("gna_fwd: q has dtype Float; supported on CUDA: bfloat16, float16", "refused"),
+        ("gna_fwd: the GPU has compute capability 8.0; this build is for 90a", "refused"),
         (
-            "gna_fwd: the GPU has compute capability 8.0; this build (90a) has kernels for 9.0 (Hopper)",
+            "lla: this build has no kernel for compute capability 8.0; it was built without CUDA kernels",
             "refused",
         ),
         ("CUDA error: an illegal memory access was encountered", "failed"),
