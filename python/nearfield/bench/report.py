@@ -21,6 +21,7 @@ PEERS = {
     "natten": "NATTEN",
     "fla": "fla",
     "flex": "FlexAttention",
+    "copy": "a copy of the states",
 }
 TIME = re.compile(rf"^(?:(\w+?)_)?({'|'.join(PASSES)})_ms$")
 
