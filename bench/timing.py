@@ -15,10 +15,13 @@ __all__ = ["RESULTS", "header", "save", "script", "time_ms"]
 RESULTS = Path(__file__).parent / "results"
 
 
-def save(name: str, rows: list[dict[str, Any]], commit: str | None = None, **facts: Any) -> Path:
+def save(
+    name: str, rows: list[dict[str, Any]], commit: str | None = None, *, into: Path = RESULTS,
+    device: torch.device | str = "cuda", **facts: Any,
+) -> Path:  # fmt: skip
     """Writes ``results/<gpu>-<name>.json``; ``commit`` where the code was carried without its repository."""
-    head = header() | facts
-    return timing.save(RESULTS, name, head | {"commit": commit} if commit else head, rows)
+    head = header(device) | facts
+    return timing.save(into, name, head | {"commit": commit} if commit else head, rows)
 
 
 def script(name: str) -> None:
