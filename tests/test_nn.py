@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -394,6 +395,51 @@ def test_layers_run_in_bfloat16_and_under_autocast(kind: str) -> None:
         cache = new_cache(layer, 2, 9)
         parts = [layer(part, cache) for part in x.bfloat16().split(1, 1)]
     assert (torch.cat(parts, 1).float() - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+GPU_LAYERS: dict[str, tuple[Make, tuple[int, ...]]] = {
+    "deltanet": (lambda: DeltaNet(64, 2), (75,)),
+    "gdn": (lambda: GatedDeltaNet(64, 2, head_dim=32), (75,)),
+    "window": (lambda: SlidingWindowAttention(64, 4, 9, num_kv_heads=2), (75,)),
+    "hybrid": (lambda: HybridBlock(64, 2, 9), (75,)),
+    "lla": (lambda: LocalLinearAttention(64, 2), (75,)),
+    "na2d": (lambda: NeighborhoodAttention2D(64, 4, (3, 5), num_kv_heads=2), (9, 11)),
+    "hilo": (lambda: HiLoAttention(64, 4, (3, 3), 2), (9, 11)),
+    "inward": (lambda: InwardWindowAttention(64, 2, (4, 4)), (9, 11)),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [*GPU_LAYERS])
+def test_layers_on_a_gpu(name: str) -> None:
+    make, size = GPU_LAYERS[name]
+    layer = make().bfloat16()
+    x = torch.randn(2, *size, 64).bfloat16()
+    upstream = torch.randn_like(x).float()
+
+    def run(layer: nn.Module, x: Tensor, upstream: Tensor) -> list[Tensor]:
+        leaves = [x.requires_grad_(), *layer.parameters()]
+        y = layer(x)
+        return [y.detach(), *torch.autograd.grad(y, leaves, upstream.to(y))]
+
+    exact = run(copy.deepcopy(layer).float(), x.float(), upstream)
+    eager = run(layer, x, upstream)  # the same kernels of PyTorch round it all the same
+    layer = layer.cuda()
+    on_gpu = x.detach().cuda()
+    for got, plain, truth in zip(run(layer, on_gpu, upstream.cuda()), eager, exact, strict=True):
+        error, yardstick = ((t.cpu().float() - truth).norm() for t in (got, plain))
+        assert error <= 3 * yardstick + 2**-8 * truth.norm()
+    if len(size) > 1:
+        return
+    with torch.no_grad():
+        whole = layer(on_gpu)
+        cache = new_cache(layer, 2, size[0])
+        parts = [layer(part, cache) for part in on_gpu.split([64, *[1] * (size[0] - 64)], 1)]
+        assert (torch.cat(parts, 1) - whole).float().norm() <= 0.03 * whole.float().norm()
+        if name in ("deltanet", "gdn"):
+            packed = layer(on_gpu[:1], cu_seqlens=offsets([20, 55]).cuda())
+            apart = torch.cat([layer(part) for part in on_gpu[:1].split([20, 55], 1)], 1)
+            assert (packed - apart).float().norm() <= 0.03 * apart.float().norm()
 
 
 @pytest.mark.parametrize("kind", ["gdn", "hybrid", "window", "lla"])
