@@ -25,7 +25,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
-from training import Trainer
+from training import Trainer, destination
 
 VOCABULARY = 8192
 POWER = 0.01
@@ -114,7 +114,9 @@ def main(
     rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 1e-2,
     device: str = "cpu",
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each model and case, with seeds 0, 1, ..")] = 1,
-    out: Annotated[Path | None, typer.Option(help="Write the results there as JSON.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the results there as JSON.", callback=destination)
+    ] = None,
 ) -> None:
     """Trains every mixer on every case and prints the accuracy on unseen sequences."""
     mixers, cases = mixer or list(MIXERS), case or ["64:4", "64:16", "128:16"]
@@ -153,7 +155,6 @@ def main(
             "batch": batch, "rate": rate, "device": device, "threads": torch.get_num_threads(),
             "torch": torch.__version__,
         }  # fmt: skip
-        out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps({**settings, "rows": rows}, indent=1) + "\n")
 
 
