@@ -3,9 +3,9 @@
 Diffusion transformers at the shapes of HunyuanVideo, Cosmos and FLUX: a stack of blocks with dense attention (SDPA)
 against the same blocks with neighborhood attention; the share of attention in the time, and the speedup of the whole.
 Language models of 1.3 billion parameters' shape: layers with DeltaNet against layers with softmax attention
-(SDPA), a training step and decoding.
+(SDPA), a training step and decoding. SDPA is cuDNN's where it runs, the fastest on Hopper.
 
-    python bench/models.py [--only TEXT] [--blocks N] [--store]
+    python bench/models.py [--only TEXT] [--blocks N] [--store] [--commit NAME] [--out FOLDER]
 
 Times are per block or layer, because all of a model's are alike. Without a GPU everything runs scaled down, in float32,
 and says so: that only shows that the bench works.
@@ -13,11 +13,9 @@ and says so: that only shows that the bench works.
 
 from __future__ import annotations
 
-import json
 import math
-import statistics
-import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,12 +23,21 @@ from typing import Annotated, Any
 import torch
 import typer
 from nearfield import neighborhood_attention
+from nearfield._files import folder, write_atomically
+from nearfield.bench import report
 from nearfield.nn import DeltaNet, SlidingWindowAttention, SwiGLU
-from rich.console import Console
-from rich.table import Table
 from timing import header, save, time_ms
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+TITLE = "Whole models, milliseconds per block or layer"
+FASTEST = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 
 
 @dataclass(frozen=True)
@@ -123,163 +130,158 @@ class SoftmaxAttention(SlidingWindowAttention):
     """Causal attention to everything, by PyTorch's SDPA."""
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        tokens = (t.transpose(1, 2) for t in (q, k, v))
-        return F.scaled_dot_product_attention(*tokens, is_causal=True).transpose(1, 2)
+        return dense(q, k, v, is_causal=True)
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def dense(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Tensor:
     tokens = (t.flatten(1, -3).transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(*tokens).transpose(1, 2).reshape(v.shape)
+    with sdpa_kernel(FASTEST, set_priority=True):
+        o = F.scaled_dot_product_attention(*tokens, is_causal=is_causal)
+    return o.transpose(1, 2).reshape(v.shape)
 
 
-class Clock:
-    """Milliseconds on a GPU by events, with cold caches; on a CPU the median of three, after a first run."""
-
-    def __init__(self, device: str) -> None:
-        self.device = device
-
-    def __call__(self, run: Callable[[], object]) -> float:
-        if self.device == "cuda":
-            return time_ms(run)
-        times = []
-        run()
-        for _ in range(3):
-            started = time.perf_counter()
-            run()
-            times.append(1e3 * (time.perf_counter() - started))
-        return statistics.median(times)
+Row = dict[str, Any]  # bench/README.md describes the keys
 
 
-def bench_transformer(case: Transformer, blocks: int, clock: Clock, dtype: torch.dtype) -> dict[str, object]:
-    """Times per block, forward only, as in sampling."""
+@dataclass
+class Bench:
+    """Where and how the models run."""
 
-    def near(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        o = neighborhood_attention(q, k, v, case.window, stride=case.stride)
-        assert isinstance(o, Tensor)
-        return o
+    device: torch.device
+    dtype: torch.dtype
+    blocks: int
 
-    torch.manual_seed(0)
-    width = case.heads * case.dim
-    x = torch.randn(1, *case.size, width, device=clock.device, dtype=dtype)
-    q, k, v = torch.randn(3, 1, *case.size, case.heads, case.dim, device=clock.device, dtype=dtype)
-    row: dict[str, object] = {"model": case.name, "tokens": math.prod(case.size)}
-    whole: dict[str, float] = {}
-    with torch.no_grad():
-        for kind, attend in (("dense", dense), ("near", near)):
-            stack = nn.Sequential(*(Block(case, attend) for _ in range(blocks))).to(clock.device, dtype)
-            whole[kind] = clock(lambda stack=stack: stack(x)) / blocks  # type: ignore[misc]
-            attention = clock(lambda attend=attend: attend(q, k, v))  # type: ignore[misc]
-            row |= {f"{kind} ms": whole[kind], f"{kind} attention share": min(1.0, attention / whole[kind])}
-            del stack
-    row["speedup"] = whole["dense"] / whole["near"]
-    return row
+    def time(self, run: Callable[[], object]) -> float:
+        """Milliseconds per block."""
+        return time_ms(run, device=self.device) / self.blocks
 
+    def random(self, *shape: int) -> Tensor:
+        return torch.randn(shape, device=self.device, dtype=self.dtype)
 
-def bench_language_model(
-    case: LanguageModel, layers: int, clock: Clock, dtype: torch.dtype
-) -> dict[str, object]:
-    """Times per layer of a training step (forward and backward) and of one decoded token after ``tokens`` others."""
-    mixers: dict[str, Callable[[], nn.Module]] = {
-        "softmax": lambda: SoftmaxAttention(case.width, case.heads, case.tokens + 1),
-        "deltanet": lambda: DeltaNet(case.width, case.heads),
-    }
-    row: dict[str, object] = {"model": case.name, "tokens": case.tokens}
-    times: dict[tuple[str, str], float] = {}
-    for kind, mixer in mixers.items():
+    def place(self) -> AbstractContextManager[Any]:
+        """Parameters are drawn where they stay: the host would take longer than everything that is timed."""
         torch.manual_seed(0)
-        stack = nn.ModuleList(Layer(case.width, mixer()) for _ in range(layers)).to(clock.device, dtype)
-        x = torch.randn(
-            case.batch, case.tokens, case.width, device=clock.device, dtype=dtype, requires_grad=True
-        )
+        return self.device
 
-        def step(stack: nn.ModuleList = stack, x: Tensor = x) -> None:
-            y = x
-            for layer in stack:
-                y = layer(y)
-            torch.autograd.backward(y.float().square().mean())
-            stack.zero_grad()
-            x.grad = None
+    def transformer(self, case: Transformer, dense_row: Row) -> Row:
+        """Forward only, as in sampling. ``dense_row`` keeps what does not depend on the window."""
 
-        times[kind, "train"] = clock(step) / layers
+        def near(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            o = neighborhood_attention(q, k, v, case.window, stride=case.stride)
+            assert isinstance(o, Tensor)
+            return o
+
+        x = self.random(1, *case.size, case.heads * case.dim)
+        q, k, v = self.random(3, 1, *case.size, case.heads, case.dim)
+
+        def timed(attend: Callable[[Tensor, Tensor, Tensor], Tensor], prefix: str) -> Row:
+            with self.place():
+                stack = nn.Sequential(*(Block(case, attend) for _ in range(self.blocks))).to(self.dtype)
+            ms = self.time(lambda: stack(x))
+            attention = self.blocks * self.time(lambda: attend(q, k, v))
+            return {f"{prefix}fwd_ms": ms, f"{prefix}attention_share": min(1.0, attention / ms)}
+
         with torch.no_grad():
-            caches = [layer.mixer.new_cache(case.batch) for layer in stack]  # type: ignore[operator, union-attr]
-            y = x
-            for layer, cache in zip(stack, caches, strict=True):
-                y = layer(y, cache)
+            if not dense_row:
+                dense_row |= timed(dense, "sdpa_")
+            row = {"case": case.name, "tokens": math.prod(case.size), **timed(near, ""), **dense_row}
+        return row | {"speedup": row["sdpa_fwd_ms"] / row["fwd_ms"]}
 
-            def decode(
-                stack: nn.ModuleList = stack, caches: list[Any] = caches, token: Tensor = x[:, -1:]
-            ) -> None:
+    def language_model(self, case: LanguageModel) -> list[Row]:
+        """A training step (forward and backward), and one decoded token after ``tokens`` others."""
+        mixers: dict[str, Callable[[], nn.Module]] = {
+            "sdpa_": lambda: SoftmaxAttention(case.width, case.heads, case.tokens + 1),
+            "": lambda: DeltaNet(case.width, case.heads),
+        }
+        train: Row = {"case": f"{case.name}, training step", "tokens": case.tokens}
+        decode: Row = {"case": f"{case.name}, next token", "tokens": case.tokens}
+        for prefix, mixer in mixers.items():
+            with self.place():
+                stack = nn.ModuleList(Layer(case.width, mixer()) for _ in range(self.blocks)).to(self.dtype)
+            x = self.random(case.batch, case.tokens, case.width).requires_grad_()
+            leaves = [x, *stack.parameters()]
+
+            def step(stack: nn.ModuleList = stack, x: Tensor = x, leaves: list[Tensor] = leaves) -> object:
+                y = x
+                for layer in stack:
+                    y = layer(y)
+                return torch.autograd.grad(y.float().square().mean(), leaves)
+
+            train[f"{prefix}fwdbwd_ms"] = self.time(step)
+            with torch.no_grad():
+                caches = [layer.mixer.new_cache(case.batch) for layer in stack]  # type: ignore[operator, union-attr]
+                y = x
                 for layer, cache in zip(stack, caches, strict=True):
-                    token = layer(token, cache)
+                    y = layer(y, cache)
 
-            times[kind, "decode"] = clock(decode) / layers
-        row |= {f"{kind} {what} ms": times[kind, what] for what in ("train", "decode")}
-        del stack, caches
-    for what in ("train", "decode"):
-        row[f"{what} speedup"] = times["softmax", what] / times["deltanet", what]
-    return row
+                def one(
+                    stack: nn.ModuleList = stack, caches: list[Any] = caches, token: Tensor = x[:, -1:]
+                ) -> None:
+                    for layer, cache in zip(stack, caches, strict=True):
+                        token = layer(token, cache)
 
-
-def show(title: str, rows: list[dict[str, object]]) -> None:
-    if not rows:
-        return
-    table = Table(*rows[0], title=title)
-    for row in rows:
-        cells = []
-        for column, value in row.items():
-            if not isinstance(value, float):
-                cells.append(str(value))
-            elif column.endswith("share"):
-                cells.append(f"{value:.0%}")
-            else:
-                cells.append(f"{value:.2f}x" if column.endswith("speedup") else f"{value:.3f}")
-        table.add_row(*cells)
-    Console(width=160).print(table)
+                decode[f"{prefix}fwd_ms"] = self.time(one)
+            del stack, caches, leaves
+        train["speedup"] = train["sdpa_fwdbwd_ms"] / train["fwdbwd_ms"]
+        decode["speedup"] = decode["sdpa_fwd_ms"] / decode["fwd_ms"]
+        return [train, decode]
 
 
 def main(
     only: Annotated[str, typer.Option(help="Only models whose names contain this.")] = "",
     blocks: Annotated[int, typer.Option(min=1, help="Blocks or layers in a stack.")] = 2,
     store: Annotated[bool, typer.Option(help="Write bench/results/<gpu>-models.json.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Write the rows there as JSON.")] = None,
+    commit: Annotated[str, typer.Option(help="Where the code was carried without its repository.")] = "",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the results: JSON, Markdown and a plot.")
+    ] = None,
 ) -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    transformers = [c for c in TRANSFORMERS if only in c.name]
-    language_models = [c for c in LANGUAGE_MODELS if only in c.name]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    on_gpu = device.type == "cuda"
+    transformers = [c for c in TRANSFORMERS if only.lower() in c.name.lower()]
+    language_models = [c for c in LANGUAGE_MODELS if only.lower() in c.name.lower()]
     if not transformers and not language_models:
         raise typer.BadParameter(f"no model's name contains {only!r}; there are: "
                                  + ", ".join(c.name for c in (*TRANSFORMERS, *LANGUAGE_MODELS)))  # fmt: skip
-    if store and device == "cpu":
+    if store and not on_gpu:
         raise typer.BadParameter("--store is for runs on a GPU; scaled-down times are no results")
-    if device == "cuda":
-        print(header())
-    else:
+    if out is not None and out.exists() and not out.is_dir():
+        raise typer.BadParameter(f"out is {out}, which is a file; a folder is expected")
+    if not on_gpu:
         transformers = [c.scaled_down() for c in transformers]
         language_models = [c.scaled_down() for c in language_models]
         print("No GPU: SCALED DOWN, float32 on the CPU. These times say nothing about the models.")
-    clock, dtype = Clock(device), torch.bfloat16 if device == "cuda" else torch.float32
-    rows: list[dict[str, object]] = []
+    bench = Bench(device, torch.bfloat16 if on_gpu else torch.float32, blocks)
+    rows: list[Row] = []
+    dense_rows: dict[object, Row] = {}
     for case in transformers:
-        rows.append(bench_transformer(case, blocks, clock, dtype))
-        if device == "cuda":
-            torch.cuda.empty_cache()
-    show("Diffusion transformers, milliseconds per block, forward", rows)
-    lm_rows: list[dict[str, object]] = []
+        same_dense = case.size, case.heads, case.dim, case.mlp
+        rows.append(bench.transformer(case, dense_rows.setdefault(same_dense, {})))
+        tell(rows[-1:])
     for model in language_models:
-        lm_rows.append(bench_language_model(model, blocks, clock, dtype))
-        if device == "cuda":
-            torch.cuda.empty_cache()
-    show("Language models, milliseconds per layer", lm_rows)
+        rows += bench.language_model(model)
+        tell(rows[-2:])
+    facts: dict[str, Any] = {"title": TITLE, "blocks": blocks} | ({} if on_gpu else {"scaled_down": True})
     if store:
-        print(save("models", [*rows, *lm_rows]))
+        print(save("models", rows, commit or None, **facts))
     if out is not None:
-        out.write_text(
-            json.dumps(
-                {"device": device, "scaled_down": device == "cpu", "rows": [*rows, *lm_rows]}, indent=1
-            )
-            + "\n"
-        )
+        with folder(out):
+            path = save("models", rows, commit or None, into=out, device=device, **facts)
+            data = report.load(path)
+            write_atomically(path.with_suffix(".md"), f"# {TITLE}\n\n{report.markdown(data)}")
+            write_atomically(path.with_suffix(".png"), report.plot(data, TITLE))
+            print(f"{path}, with .md and .png beside it")
+    print(report.markdown({"group": "models", **header(device), **facts, "rows": rows}))
+
+
+def tell(rows: list[Row]) -> None:
+    """What is done so far."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    for row in rows:
+        shares = [f"{row[key]:.0%}" for key in ("sdpa_attention_share", "attention_share") if key in row]
+        share = f", attention {' -> '.join(shares)} of the time" if shares else ""
+        print(f"{row['case']}: {row['speedup']:.2f}x{share}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,26 +1,45 @@
 """What the scripts of this folder share: nearfield.bench, results in bench/results."""
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import typer
 from nearfield.bench import groups, report, timing
 from nearfield.bench.ceiling import measure_ceiling
 from nearfield.bench.runner import run_group
-from nearfield.bench.timing import header, host_us, time_ms
+from nearfield.bench.timing import header, time_ms
 
-__all__ = ["RESULTS", "header", "host_us", "run_script", "save", "time_ms"]
+__all__ = ["RESULTS", "header", "save", "script", "time_ms"]
 
 RESULTS = Path(__file__).parent / "results"
 
 
-def save(name: str, rows: list[dict[str, Any]], commit: str | None = None, **facts: Any) -> Path:
+def save(
+    name: str, rows: list[dict[str, Any]], commit: str | None = None, *, into: Path = RESULTS,
+    device: torch.device | str = "cuda", **facts: Any,
+) -> Path:  # fmt: skip
     """Writes ``results/<gpu>-<name>.json``; ``commit`` where the code was carried without its repository."""
-    head = header() | facts
-    return timing.save(RESULTS, name, head | {"commit": commit} if commit else head, rows)
+    head = header(device) | facts
+    return timing.save(into, name, head | {"commit": commit} if commit else head, rows)
+
+
+def script(name: str) -> None:
+    """The command line of one group."""
+
+    def main(
+        backward: Annotated[bool, typer.Option(help="Time gradients too.")] = False,
+        only: Annotated[str, typer.Option(help="Cases whose name holds this text.")] = "",
+        with_peer: Annotated[
+            bool,
+            typer.Option("--with-peer/--no-peers", help="Time other implementations that are installed."),
+        ] = True,
+        store: Annotated[bool, typer.Option(help=f"Write bench/results/<gpu>-{name}.json.")] = False,
+        commit: Annotated[str, typer.Option(help="Where the code was carried without its repository.")] = "",
+    ) -> None:
+        run_script(name, backward=backward, only=only, peers=with_peer, store=store, commit=commit)
+
+    typer.run(main)
 
 
 def run_script(name: str, *, backward: bool, only: str, peers: bool, store: bool, commit: str) -> None:

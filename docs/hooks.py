@@ -20,6 +20,8 @@ ROOT = DOCS.parent
 sys.path.insert(0, str(DOCS))
 import pictures  # noqa: E402
 
+SCRIPTS = {"models": "python bench/models.py --store"}  # what measures results that are of no group
+
 BENCH = re.compile(r"<!-- bench: (\w+) -->")
 
 
@@ -28,7 +30,7 @@ def on_files(files: Files, config: Any) -> Files:
         files.append(File.generated(config, f"pictures/{name}.png", content=draw()))
     for path in result_files():
         data = report.load(path)
-        picture = report.plot(data, title(data["group"]))
+        picture = report.plot(data, data.get("title") or title(data["group"]))
         files.append(File.generated(config, f"pictures/{path.stem}.png", content=picture))
     return files
 
@@ -55,7 +57,7 @@ def result_files() -> list[Path]:
 
 def results(group: str, page: Any) -> str:
     """Table and plot of every result file of a group, or the sentence that there is none."""
-    if group not in groups():
+    if group not in groups() and group not in SCRIPTS:
         raise ValueError(f"{page.file.src_path}: no group of benchmarks is named {group}")
     up = "../" * page.file.src_path.count("/")
     found = []
@@ -63,5 +65,5 @@ def results(group: str, page: Any) -> str:
         data = report.load(path)
         if family(data["group"]) == group:
             found.append(f"{report.markdown(data)}\n![Speedups]({up}pictures/{path.stem}.png)\n")
-    command = f"python -m nearfield bench {group} --out bench/results"
-    return "\n".join(found) or f"Nobody has stored results of this operator yet. To measure: `{command}`."
+    command = SCRIPTS.get(group, f"python -m nearfield bench {group} --out bench/results")
+    return "\n".join(found) or f"Nobody has stored results of this yet. To measure: `{command}`."

@@ -12,6 +12,7 @@ mixer over time; embedding and output layer share their weights, and only places
 from __future__ import annotations
 
 import json
+import statistics
 import time
 from pathlib import Path
 from typing import Annotated
@@ -24,7 +25,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
-from training import Trainer
+from training import Trainer, destination
 
 VOCABULARY = 8192
 POWER = 0.01
@@ -112,7 +113,10 @@ def main(
     batch: int = 32,
     rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 1e-2,
     device: str = "cpu",
-    out: Annotated[Path | None, typer.Option(help="Write the results there as JSON.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each model and case, with seeds 0, 1, ..")] = 1,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the results there as JSON.", callback=destination)
+    ] = None,
 ) -> None:
     """Trains every mixer on every case and prints the accuracy on unseen sequences."""
     mixers, cases = mixer or list(MIXERS), case or ["64:4", "64:16", "128:16"]
@@ -122,20 +126,28 @@ def main(
     parsed = [parse(c) for c in cases]
     rows = []
     with Progress() as progress:
-        task = progress.add_task("training", total=len(mixers) * len(cases))
+        task = progress.add_task("training", total=len(mixers) * len(cases) * seeds)
         for name in mixers:
             for length, pairs in parsed:
-                progress.update(task, description=f"{name} on {pairs} pairs in {length} tokens")
-                accuracy, seconds, parameters = train(name, length, pairs, dim, steps, batch, rate, device)
+                accuracies, spent, parameters = [], 0.0, 0
+                for seed in range(seeds):
+                    what = f"{name} on {pairs} pairs in {length} tokens, seed {seed}"
+                    progress.update(task, description=what)
+                    accuracy, seconds, parameters = train(
+                        name, length, pairs, dim, steps, batch, rate, device, seed
+                    )
+                    accuracies.append(round(accuracy, 4))
+                    spent += seconds
+                    progress.advance(task)
                 rows.append(
-                    {"mixer": name, "length": length, "pairs": pairs, "accuracy": round(accuracy, 4),
-                     "seconds": round(seconds, 1), "parameters": parameters}
+                    {"mixer": name, "length": length, "pairs": pairs, "accuracy": statistics.mean(accuracies),
+                     "accuracies": accuracies, "seconds": round(spent, 1), "parameters": parameters}
                 )  # fmt: skip
-                progress.advance(task)
-    table = Table("mixer", *cases, "parameters", title="accuracy, length:pairs")
+    table = Table("mixer", *cases, "parameters", title="accuracy by seed, length:pairs")
     for name in mixers:
         mine = [row for row in rows if row["mixer"] == name]
-        table.add_row(name, *(f"{row['accuracy']:.1%}" for row in mine), str(mine[0]["parameters"]))
+        cells = (" ".join(f"{accuracy:.1%}" for accuracy in row["accuracies"]) for row in mine)
+        table.add_row(name, *cells, str(mine[0]["parameters"]))
     Console().print(table)
     if out is not None:
         settings = {
@@ -143,7 +155,6 @@ def main(
             "batch": batch, "rate": rate, "device": device, "threads": torch.get_num_threads(),
             "torch": torch.__version__,
         }  # fmt: skip
-        out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps({**settings, "rows": rows}, indent=1) + "\n")
 
 

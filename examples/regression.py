@@ -22,7 +22,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
-from training import Trainer
+from training import Trainer, destination
 
 INPUTS, OUTPUTS, NOISE = 4, 2, 0.1
 
@@ -103,7 +103,9 @@ def main(
     batch: int = 32,
     rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 3e-3,
     device: str = "cpu",
-    out: Annotated[Path | None, typer.Option(help="Write the results there as JSON.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the results there as JSON.", callback=destination)
+    ] = None,
 ) -> None:
     """Trains every mixer on both tasks and prints the error late in unseen sequences, next to ridge regression's."""
     mixers = mixer or list(MIXERS)
@@ -143,7 +145,6 @@ def main(
             "batch": batch, "rate": rate, "device": device, "threads": torch.get_num_threads(),
             "torch": torch.__version__,
         }  # fmt: skip
-        out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps({**settings, "rows": rows}, indent=1) + "\n")
 
 

@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 import math
+import os
+from pathlib import Path
 
 import torch
+import typer
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+
+
+def destination(out: Path | None) -> Path | None:
+    """Refuses a file that cannot be written, before minutes of training."""
+    if out is not None:
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise typer.BadParameter(f"{out}: {error.strerror}") from None
+        if out.is_dir() or not os.access(out if out.exists() else out.parent, os.W_OK):
+            raise typer.BadParameter(f"{out} cannot be written")
+    return out
 
 
 class Trainer:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from nearfield.bench import report
 
 BENCH = Path(__file__).parent.parent / "bench"
 sys.path.insert(0, str(BENCH))
@@ -21,32 +22,45 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(BENCH / "models.py"), "--blocks", "1", *arguments]
-    return subprocess.run(command, capture_output=True, text=True)
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def test_a_run_without_a_gpu_is_flagged_and_complete(tmp_path: Path) -> None:
-    done = run("--out", str(tmp_path / "rows.json"))
+    done = run("--out", str(tmp_path / "out"), "--commit", "abc")
     assert done.returncode == 0, done.stderr
     assert "SCALED DOWN" in done.stdout
-    result: dict[str, Any] = json.loads((tmp_path / "rows.json").read_text())
-    assert result["scaled_down"] is True
+    names = [f"cpu-models.{suffix}" for suffix in ("json", "md", "png")]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    result = report.load(tmp_path / "out" / "cpu-models.json")
+    assert (result["scaled_down"], result["commit"], result["group"]) == (True, "abc", "models")
     rows = result["rows"]
-    assert [row["model"] for row in rows] == [c.name for c in (*models.TRANSFORMERS, *models.LANGUAGE_MODELS)]
+    steps = [f"{c.name}, {what}" for c in models.LANGUAGE_MODELS for what in ("training step", "next token")]
+    assert [row["case"] for row in rows] == [*(c.name for c in models.TRANSFORMERS), *steps]
+    for row in rows:
+        ours, peer = (
+            row[next(key for key in row if re.fullmatch(rf"{who}fwd(bwd)?_ms", key))] for who in ("", "sdpa_")
+        )
+        assert row["speedup"] == pytest.approx(peer / ours)
     for row in rows[: len(models.TRANSFORMERS)]:
-        assert row["speedup"] == pytest.approx(row["dense ms"] / row["near ms"])
-        assert 0 < row["dense attention share"] <= 1
-    for row in rows[len(models.TRANSFORMERS) :]:
-        for what in ("train", "decode"):
-            assert row[f"{what} speedup"] == pytest.approx(
-                row[f"softmax {what} ms"] / row[f"deltanet {what} ms"]
-            )
+        assert 0 < row["attention_share"] <= 1
+        assert f"| {row['attention_share']:.0%} |" in done.stdout
+    # What a window does not change is measured once.
+    assert rows[0]["sdpa_fwd_ms"] == rows[1]["sdpa_fwd_ms"] != rows[2]["sdpa_fwd_ms"]
 
 
-@pytest.mark.parametrize("arguments,text", [(["--only", "nonsense"], "nonsense"), (["--store"], "GPU")])
+@pytest.mark.parametrize(
+    "arguments,text",
+    [
+        (["--only", "nonsense"], "nonsense"),
+        (["--store"], "GPU"),
+        (["--blocks", "0"], "greater than or equal to 1"),
+        (["--out", str(BENCH / "models.py")], "a folder is expected"),
+    ],
+)
 def test_bad_input_is_one_sentence(arguments: list[str], text: str) -> None:
     done = run(*arguments)
     assert done.returncode != 0
-    assert text in done.stderr
+    assert text in " ".join(done.stderr.replace("│", " ").split())
     assert "Traceback" not in done.stderr
 
 

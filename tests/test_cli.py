@@ -74,8 +74,9 @@ def test_a_fault_is_found(monkeypatch: pytest.MonkeyPatch, change: Any, status: 
     "message, status",
     [
         ("gna_fwd: q has dtype Float; supported on CUDA: bfloat16, float16", "refused"),
+        ("gna_fwd: the GPU has compute capability 8.0; this build is for 90a", "refused"),
         (
-            "gna_fwd: the GPU has compute capability 8.0; this build (90a) has kernels for 9.0 (Hopper)",
+            "lla: this build has no kernel for compute capability 8.0; it was built without CUDA kernels",
             "refused",
         ),
         ("CUDA error: an illegal memory access was encountered", "failed"),
@@ -198,6 +199,26 @@ def test_sparsity_is_kept(arguments: tuple[str, ...]) -> None:
     assert all(later <= 1.011 * earlier for earlier, later in itertools.pairwise(speedups))
 
 
+def test_an_empty_grid_is_refused() -> None:
+    assert_refused(run("simulate", "", "--window", "3"), "grid is empty: it has 0 dimensions")
+
+
+@pytest.mark.parametrize("longest", [1, 2, 31, 32, 33, 48, 65, 1000, 2**22])
+def test_window_choices_are_near_every_window(longest: int) -> None:
+    found = simulate.window_choices(longest, 32)
+    assert (found[0], found[-1]) == (1, longest)
+    assert all(
+        later == earlier + 1 or later <= earlier * 17 / 16 for earlier, later in itertools.pairwise(found)
+    )
+
+
+@pytest.mark.parametrize("sparsity", [0.5, 0.9, 0.99, 0.999])
+def test_windows_of_long_sequences_are_found(sparsity: float) -> None:
+    code, out, _ = run("simulate", "1048576", "--sparsity", str(sparsity), "--json", "--most", "1")
+    assert code == 0
+    assert sparsity <= json.loads(out)["sparsity"] <= sparsity + 0.05 * (1 - sparsity)
+
+
 @pytest.mark.parametrize("causal", [False, True], ids=["free", "causal"])
 @pytest.mark.parametrize("placement", ["span", "grid"])
 def test_the_picture_shows_the_window_and_the_tiles(placement: Any, causal: bool) -> None:
@@ -241,7 +262,24 @@ def test_pictures_are_written(grid: str, window: str, tmp_path: Path) -> None:
     "arguments, message",
     [
         ("30x48x80x3 --window 3", "it has 4 dimensions; supported: 1, 2 or 3"),
-        ("30x4a --window 3", "grid is 30,4a: whole numbers"),
+        ("30x4a --window 3", "grid is 30x4a: whole numbers separated by x"),
+        ("30xx40 --window 3", "grid is 30xx40: whole numbers separated by x"),
+        ("1_0x40 --window 3", "grid is 1_0x40: whole numbers"),
+        ("inf --window 3", "grid is inf: whole numbers"),
+        ("99999999999999999999x2 --window 3", "grid holds 99999999999999999999; supported: numbers below"),
+        ("4194305 --window 3", "supported: sides up to 4194304 in 1 dimension, and"),
+        ("16384x16385 --window 3", "supported: sides up to 16384 in 2 dimensions"),
+        ("2048x2048x65 --window 3", "and 268435456 tokens"),
+        ("30x40 --window -3", "window holds -3; every side must be at least 1"),
+        ("30x40 --window 3.5", "window is 3.5: whole numbers"),
+        ("30x40 --window 9223372036854775808", "window holds 9223372036854775808; supported"),
+        ("30x40 --window 3 --stride 9223372036854775808", "stride holds 9223372036854775808; supported"),
+        ("30x40 --window 3 --stride=-1", "stride -1 is not between 1"),
+        ("30x40 --window 3 --dilation 99", "window 3 times dilation 99 exceeds the grid's side 30"),
+        ("30x40 --window 3 --dilation 2147483648", "dilation holds 2147483648; supported"),
+        ("30x40 --window 3 --q-tile 99999999999999999999,1", "q-tile holds 99999999999999999999; supported"),
+        ("30x40 --window 3 --q-tile 0,1", "q_tile has a side of 0"),
+        ("30x40 --window 3 --query a,b --picture {}/a.png", "query is a,b: whole numbers"),
         ("30x40", "neither --window nor --sparsity"),
         ("30x40 --window 3 --sparsity 0.9", "both given"),
         ("30x40 --window 50", "window 50 times dilation 1 exceeds the grid's side 30"),
@@ -260,6 +298,9 @@ def test_pictures_are_written(grid: str, window: str, tmp_path: Path) -> None:
         ("30x40 --window 3 --picture {}/file/a.png", "file"),
         ("30x40 --sparsity 2", "sparsity is 2; it must be between 0 and 1"),
         ("30x40 --sparsity nan", "sparsity is nan"),
+        ("30x40 --sparsity 1.5", "sparsity is 1.5; it must be between 0 and 1"),
+        ("30x40 --sparsity=-1", "sparsity is -1; it must be between 0 and 1"),
+        ("30x40 --sparsity much", "--sparsity"),
         ("30x40 --sparsity 0.9999", "no window on 30x40"),
         ("30x40 --window 3 --causal maybe", "causal is maybe: yes or no"),
         ("30x40 --window 3 --head-dim 999", "head-dim is 999; supported: 1 to 256"),

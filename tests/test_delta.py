@@ -15,6 +15,7 @@ from compare import assert_accurate
 from delta_chunks import delta_rule_by_chunks
 from hypothesis import given
 from hypothesis import strategies as st
+from nearfield._accuracy import DELTA_FACTOR
 from nearfield.delta import (
     PendingTokens,
     delta_rule,
@@ -40,9 +41,9 @@ L2_16BIT = {
     "initial_state": 6e-3,
     "beta": 1e-2,
 }
-# Float32 errors over those of the recurrence. A chunk sums up to 64 rounded products where the recurrence
-# rounds one state; with repeated keys the writes alternate and cancel, which magnifies the difference.
-FLOAT32_FACTOR, FLOAT32_REPEATED_FACTOR = 3.0, 12.0
+# Float32 errors over those of the recurrence: with repeated keys the writes alternate and cancel, which magnifies
+# the difference.
+FLOAT32_FACTOR, FLOAT32_REPEATED_FACTOR = DELTA_FACTOR, 12.0
 LEAVES = ("q", "k", "v", "beta", "g", "initial_state", "A_log", "dt_bias")
 
 

@@ -120,6 +120,22 @@ def run_chain(name: str, rank: int, world: int) -> dict[str, Tensor]:
     return {"o": o.detach(), "state": state.detach()} | dict(zip(leaves, grads, strict=True))
 
 
+def convolution_inputs() -> list[Tensor]:
+    """x, weight, and weights for the output."""
+    torch.manual_seed(0)
+    return [torch.randn(s, dtype=torch.float64) for s in ((2, 23, 3), (3, 1, 5), (2, 23, 3))]
+
+
+def run_convolution(rank: int, world: int) -> dict[str, Tensor]:
+    """A span of one token is shorter than what the next ones need."""
+    x, weight, w_out = convolution_inputs()
+    leaves = [x.split(SPANS[world], 1)[rank].clone().requires_grad_(), weight.requires_grad_()]
+    y = distributed.short_convolution(*leaves)
+    d_x, d_weight = torch.autograd.grad((y * w_out.split(SPANS[world], 1)[rank]).sum(), leaves)
+    same = distributed.short_convolution(leaves[0].detach(), weight.detach(), sizes=SPANS[world])
+    return {"y": y.detach(), "same": same, "x": d_x, "weight": d_weight}
+
+
 def run_inner_state(rank: int, world: int) -> dict[str, Tensor]:
     """A loss on the state after every span, not only after the last."""
     tensors, options, _ = chain_inputs(CHAINS["gdn"])
@@ -140,6 +156,8 @@ def run_errors(rank: int, world: int) -> dict[str, str]:
         "sizes": lambda: distributed.neighborhood_attention(x, x, x, 3, sizes=[6] * (world + 1)),
         "kernel_size": lambda: distributed.neighborhood_attention(x, x, x, 6 * world + 1, sizes=[6] * world),
         "shape": lambda: distributed.neighborhood_attention(x, x[:, :5], x, 3),
+        "weight": lambda: distributed.short_convolution(x[..., 0], torch.zeros(3, 1, 4)),
+        "spans": lambda: distributed.short_convolution(x[..., 0], torch.zeros(2, 1, 4), sizes=[5] * world),
     }
     if rank > 0:
         state = torch.zeros(1, 2, 4, 4)
@@ -164,6 +182,7 @@ def work(rank: int, world: int, folder: Path) -> None:
             results[name] = run_grid(name, rank, world, ask=name == "1d-uneven")
         for name in CHAINS:
             results[name] = run_chain(name, rank, world)
+        results["convolution"] = run_convolution(rank, world)
         results["inner"] = run_inner_state(rank, world)
         results["errors"] = run_errors(rank, world)
         half = [r for r in range(world) if r % 2 == rank % 2]  # the members of my group
@@ -207,6 +226,20 @@ def test_neighborhood_attention(results: list[dict[str, Any]], name: str) -> Non
     for result in results:  # every process has the whole gradient of what all of them hold
         close(result[name]["add_k"], grads[3])
         close(result[name]["add_v"], grads[4])
+
+
+def test_short_convolution(results: list[dict[str, Any]]) -> None:
+    x, weight, w_out = convolution_inputs()
+    layer = nearfield.nn.ShortConvolution(3, 5).double()
+    layer.weight.data = weight
+    leaves = [x.requires_grad_(), layer.weight]
+    y = layer(x)
+    d_x, d_weight = torch.autograd.grad((y * w_out).sum(), leaves)
+    parts = [result["convolution"] for result in results]
+    for what, expected in (("y", y), ("same", y), ("x", d_x)):
+        close(torch.cat([part[what] for part in parts], 1), expected.detach())
+    for part in parts:
+        close(part["weight"], d_weight)
 
 
 @pytest.mark.parametrize("name", [*CHAINS])
@@ -258,6 +291,8 @@ def test_bad_input_is_named(results: list[dict[str, Any]]) -> None:
         assert f"expected {len(results)} of at least 1, of which number {rank} is 6" in said["sizes"]
         assert "exceeds the input size" in said["kernel_size"]
         assert "the same batch and spatial sizes" in said["shape"]
+        assert "weight has shape [3, 1, 4], expected [2, 1, size]" in said["weight"]
+        assert f"of which number {rank} is 6" in said["spans"]
         if rank > 0:
             assert f"initial_state is given on process {rank}, expected on process 0" in said["state"]
 

@@ -110,7 +110,10 @@ def test_recorded_results_cover_every_mixer() -> None:
         ("mqar", ["--mixer", "nonsense"], "nonsense"),
         ("mqar", ["--case", "64"], "length:pairs"),
         ("mqar", ["--case", "8:4"], "4 tokens per pair"),
+        ("mqar", ["--seeds", "0"], "--seeds"),
+        ("mqar", ["--out", "/proc/nowhere/a.json"], "/proc/nowhere"),
         ("regression", ["--mixer", "nonsense"], "nonsense"),
+        ("regression", ["--out", "/proc"], "/proc"),
     ],
 )
 def test_bad_input_is_one_sentence(script: str, arguments: list[str], text: str) -> None:

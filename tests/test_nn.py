@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -291,6 +293,72 @@ def test_short_convolution_is_causal_and_goes_on() -> None:
     torch.testing.assert_close(torch.cat(parts, 1), layer(x))
 
 
+PACKED = [name for name in DECODERS if name.startswith(("deltanet", "gdn"))]
+LENGTHS = [5, 1, 0, 9, 2, 0]  # longer and shorter than a convolution; of no token
+
+
+def offsets(lengths: list[int], dtype: torch.dtype = torch.int32) -> Tensor:
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=dtype)
+
+
+@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_packed_sequences_do_not_see_each_other(name: str, dtype: torch.dtype) -> None:
+    layer = DECODERS[name]().double()
+    x = torch.randn(1, sum(LENGTHS), DIM, dtype=torch.float64, requires_grad=True)
+    got = layer(x, cu_seqlens=offsets(LENGTHS, dtype))
+    expected = torch.cat([layer(part) for part in x.split(LENGTHS, 1) if part.shape[1]], 1)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
+    upstream = torch.randn_like(got)
+    leaves = [x, *layer.parameters()]
+    for mine, theirs in zip(
+        *(torch.autograd.grad(y, leaves, upstream) for y in (got, expected)), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-10 * max(1.0, float(theirs.abs().max())))
+    # The gradient of one sequence's outputs stays inside it.
+    (grad,) = torch.autograd.grad(layer(x, cu_seqlens=offsets(LENGTHS))[:, 6:15].sum(), x)
+    assert (grad[:, :6] == 0).all()
+    assert (grad[:, 15:] == 0).all()
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_sequences_go_on_from_a_cache(name: str) -> None:
+    """Three packed calls, then single tokens, as sequences of a batch that are not equally long."""
+    layer = DECODERS[name]().double()
+    rounds = [[5, 1, 3], [2, 7, 0], [0, 1, 4]]
+    sequences = [torch.randn(1, sum(r[i] for r in rounds) + 1, DIM).double() for i in range(3)]
+    cache, begins = layer.new_cache(3), [0, 0, 0]  # type: ignore[operator]
+    outputs: list[list[Tensor]] = [[], [], []]
+    with torch.no_grad():
+        for lengths in rounds:
+            spans = [x[:, b : b + n] for x, b, n in zip(sequences, begins, lengths, strict=True)]
+            y = layer(torch.cat(spans, 1), cache, cu_seqlens=offsets(lengths))
+            for i, part in enumerate(y.split(lengths, 1)):
+                outputs[i].append(part)
+            begins = [b + n for b, n in zip(begins, lengths, strict=True)]
+        last = layer(torch.cat([x[:, -1:] for x in sequences]), cache)
+        for i, x in enumerate(sequences):
+            got = torch.cat([*outputs[i], last[i : i + 1]], 1)
+            torch.testing.assert_close(got, layer(x), rtol=0, atol=1e-10)
+
+
+def test_packed_layers_compile_without_graph_breaks() -> None:
+    layer, x = GatedDeltaNet(DIM, 2, head_dim=8), torch.randn(1, 12, DIM)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    cu_seqlens = offsets([4, 8])
+    torch.testing.assert_close(compiled(x, cu_seqlens=cu_seqlens), layer(x, cu_seqlens=cu_seqlens))
+
+
+def test_packed_convolution_in_bfloat16_is_the_convolution() -> None:
+    layer = ShortConvolution(8, 4).bfloat16()
+    x = torch.randn(1, 60, 8).bfloat16()
+    got = layer(x, offsets([20, 40]))
+    expected = torch.cat([layer(part) for part in x.split([20, 40], 1)], 1)
+    torch.testing.assert_close(got, expected, rtol=2**-7, atol=2**-7)
+    assert got.dtype == torch.bfloat16
+    assert layer(x[:, :0], offsets([0, 0])).shape == (1, 0, 8)
+
+
 @pytest.mark.parametrize("window", [1, 4, 5])
 def test_ring_cache_holds_the_last_tokens_in_order(window: int) -> None:
     tokens = torch.arange(1.0, 24.0).reshape(1, -1, 1, 1)
@@ -329,6 +397,51 @@ def test_layers_run_in_bfloat16_and_under_autocast(kind: str) -> None:
     assert (torch.cat(parts, 1).float() - exact).abs().max() < 0.1 * exact.abs().max()
 
 
+GPU_LAYERS: dict[str, tuple[Make, tuple[int, ...]]] = {
+    "deltanet": (lambda: DeltaNet(64, 2), (75,)),
+    "gdn": (lambda: GatedDeltaNet(64, 2, head_dim=32), (75,)),
+    "window": (lambda: SlidingWindowAttention(64, 4, 9, num_kv_heads=2), (75,)),
+    "hybrid": (lambda: HybridBlock(64, 2, 9), (75,)),
+    "lla": (lambda: LocalLinearAttention(64, 2), (75,)),
+    "na2d": (lambda: NeighborhoodAttention2D(64, 4, (3, 5), num_kv_heads=2), (9, 11)),
+    "hilo": (lambda: HiLoAttention(64, 4, (3, 3), 2), (9, 11)),
+    "inward": (lambda: InwardWindowAttention(64, 2, (4, 4)), (9, 11)),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [*GPU_LAYERS])
+def test_layers_on_a_gpu(name: str) -> None:
+    make, size = GPU_LAYERS[name]
+    layer = make().bfloat16()
+    x = torch.randn(2, *size, 64).bfloat16()
+    upstream = torch.randn_like(x).float()
+
+    def run(layer: nn.Module, x: Tensor, upstream: Tensor) -> list[Tensor]:
+        leaves = [x.requires_grad_(), *layer.parameters()]
+        y = layer(x)
+        return [y.detach(), *torch.autograd.grad(y, leaves, upstream.to(y))]
+
+    exact = run(copy.deepcopy(layer).float(), x.float(), upstream)
+    eager = run(layer, x, upstream)  # the same kernels of PyTorch round it all the same
+    layer = layer.cuda()
+    on_gpu = x.detach().cuda()
+    for got, plain, truth in zip(run(layer, on_gpu, upstream.cuda()), eager, exact, strict=True):
+        error, yardstick = ((t.cpu().float() - truth).norm() for t in (got, plain))
+        assert error <= 3 * yardstick + 2**-8 * truth.norm()
+    if len(size) > 1:
+        return
+    with torch.no_grad():
+        whole = layer(on_gpu)
+        cache = new_cache(layer, 2, size[0])
+        parts = [layer(part, cache) for part in on_gpu.split([64, *[1] * (size[0] - 64)], 1)]
+        assert (torch.cat(parts, 1) - whole).float().norm() <= 0.03 * whole.float().norm()
+        if name in ("deltanet", "gdn"):
+            packed = layer(on_gpu[:1], cu_seqlens=offsets([20, 55]).cuda())
+            apart = torch.cat([layer(part) for part in on_gpu[:1].split([20, 55], 1)], 1)
+            assert (packed - apart).float().norm() <= 0.03 * apart.float().norm()
+
+
 @pytest.mark.parametrize("kind", ["gdn", "hybrid", "window", "lla"])
 def test_layers_compile_without_breaks(kind: str) -> None:
     layer, x = DECODERS[kind](), torch.randn(2, 9, DIM)
@@ -362,6 +475,16 @@ def test_layers_compile_without_breaks(kind: str) -> None:
         ("pass head_dim", lambda: DeltaNet(24, 5)),
         ("at least 1", lambda: GatedDeltaNet(24, 0)),
         ("expected \\[B, T, dim\\]", lambda: DeltaNet(24, 2)(torch.randn(9, 24))),
+        (
+            "expected \\[1, T, dim\\] and \\[N \\+ 1\\]",
+            lambda: DeltaNet(24, 2)(torch.randn(2, 9, 24), cu_seqlens=torch.tensor([0, 9])),
+        ),
+        (
+            "the cache is of 3 sequences, got 1",
+            lambda: (layer := DeltaNet(24, 2))(
+                torch.randn(1, 9, 24), layer.new_cache(3), cu_seqlens=torch.tensor([0, 9])
+            ),
+        ),
         ("window is 0", lambda: SlidingWindowAttention(24, 2, 0)),
         ("lam_min", lambda: LocalLinearAttention(24, 2, lam=0.01, lam_min=0.1)),
         ("size is 0", lambda: ShortConvolution(4, 0)),

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from nearfield import _C, _runtime
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -39,3 +40,16 @@ def test_build_variables_are_read() -> None:
     variables = re.findall(r"^\| `([A-Z_]+)` \|", README, re.MULTILINE)
     assert variables
     assert all(f'"{name}"' in setup for name in variables)
+
+
+COMPLETE = "90a" in _C.cuda_archs.split(";") and all(
+    "cuda" in _runtime.devices_with_kernel(f"{family}_fwd") for family in ("gna", "delta", "lla")
+)
+
+
+@pytest.mark.skipif(not COMPLETE, reason="only a build of all families for 90a knows all kernels")
+def test_the_table_of_kernels_is_that_of_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import support
+
+    assert README == support.insert(README, support.table()), "out of date: run python docs/support.py"

@@ -65,7 +65,7 @@ def is_refusal(error: Exception) -> bool:
 
     A refusal says what is supported instead; other errors do not.
     """
-    return re.search(r"supported|has kernels for", str(error)) is not None
+    return re.search(r"supported|this build (is for|has no kernel|lacks a)", str(error)) is not None
 
 
 def devices_with_kernel(operator: str) -> frozenset[str]:

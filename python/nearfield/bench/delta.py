@@ -13,13 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nearfield import delta_rule
-from nearfield._accuracy import Accuracy, measure
+from nearfield._accuracy import DELTA_FACTOR, Accuracy, measure
 from nearfield.bench.case import OURS, Contender, Group, Pass, Work
 from nearfield.delta import delta_rule_reference
 
 Form = Literal["DeltaNet", "GDN", "KDA"]
-# A chunk sums up to 64 rounded products where the recurrence rounds one state (tests/test_delta.py).
-FACTOR = 3.0
 CHECKED_GRADIENTS = 100  # tokens; the reference keeps a state of every token for its backward
 
 
@@ -49,17 +47,17 @@ class DeltaCase:
         shape = (self.batch, self.length, self.heads)
         q, k = (F.normalize(torch.randn(*shape, self.dim, device=device), dim=-1).to(dtype) for _ in range(2))
         made = {"q": q, "k": k, "v": torch.randn(*shape, self.dim, device=device, dtype=dtype)}
-        made["beta"] = torch.rand(shape, device=device, dtype=dtype)
+        made["beta"] = torch.rand(shape, device=device)  # gates in float32, as long sequences want them
         if self.form != "DeltaNet":
             gate = (*shape, self.dim) if self.form == "KDA" else shape
-            made["g"] = -2 * self.decay * torch.rand(gate, device=device, dtype=dtype)
+            made["g"] = -2 * self.decay * torch.rand(gate, device=device)
         return {name: t.requires_grad_() for name, t in made.items()}
 
     def work(self, dtype: torch.dtype) -> dict[Pass, Work]:
         tokens = self.batch * self.length * self.heads
         gates = {"DeltaNet": 1, "GDN": 2, "KDA": 1 + self.dim}[self.form]  # beta and g
         flops = 6.0 * tokens * self.dim**2  # read, correct, read again
-        reads = float(tokens * (3 * self.dim + gates) * dtype.itemsize)
+        reads = float(tokens * (3 * self.dim * dtype.itemsize + 4 * gates))
         out = float(tokens * self.dim * dtype.itemsize)
         return {"fwd": Work(flops, reads + out), "fwdbwd": Work(3 * flops, 3 * reads + 2 * out)}
 
@@ -69,14 +67,17 @@ class DeltaCase:
         yield Contender(OURS, lambda: delta_rule(**inputs)[0], leaves, gradient)  # type: ignore[arg-type]
         if device.type == "cuda" and importlib.util.find_spec("fla"):
             peer = _fla(self.form)
-            yield Contender("fla", lambda: peer(**inputs)[0], leaves, gradient)
+            given = dict(inputs)
+            if self.form == "DeltaNet":  # which takes beta in the type of the queries
+                given["beta"] = inputs["beta"].detach().to(dtype).requires_grad_()
+            yield Contender("fla", lambda: peer(**given)[0], list(given.values()), gradient)
 
     def check(self, device: torch.device, dtype: torch.dtype) -> dict[str, Accuracy]:
         inputs = {name: t.detach() for name, t in self.inputs(device, dtype).items()}
         out = delta_rule(**inputs)[0]  # type: ignore[arg-type]
         truth = delta_rule_reference(**_cast(inputs, torch.float64))[0]
-        eager = delta_rule_reference(**inputs)[0]  # type: ignore[arg-type]
-        found = {"out": measure(out, truth, eager.to(dtype), FACTOR)}
+        eager = delta_rule_reference(**_cast(inputs, dtype))[0]
+        found = {"out": measure(out, truth, eager.to(dtype), DELTA_FACTOR)}
         return found | dataclasses.replace(self, length=min(self.length, CHECKED_GRADIENTS))._gradients(
             device, dtype
         )
@@ -85,20 +86,24 @@ class DeltaCase:
         inputs = {name: t.detach() for name, t in self.inputs(device, dtype).items()}
         upstream = torch.randn_like(inputs["v"])
 
-        def gradients(function: Any, kind: torch.dtype) -> dict[str, Tensor]:
-            leaves = {name: t.to(kind).requires_grad_() for name, t in inputs.items()}
+        def gradients(function: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+            leaves = {name: t.detach().requires_grad_() for name, t in inputs.items()}
             out = function(**leaves)[0]
-            return dict(
-                zip(leaves, torch.autograd.grad(out, list(leaves.values()), upstream.to(kind)), strict=True)
-            )
+            found = torch.autograd.grad(out, list(leaves.values()), upstream.to(out))
+            return dict(zip(leaves, found, strict=True))
 
-        got = gradients(delta_rule, dtype)
-        truth, eager = (gradients(delta_rule_reference, kind) for kind in (torch.float64, dtype))
-        return {f"d{name}": measure(got[name], truth[name], eager[name], FACTOR) for name in got}
+        got = gradients(delta_rule, inputs)
+        truth, eager = (
+            gradients(delta_rule_reference, _cast(inputs, kind)) for kind in (torch.float64, dtype)
+        )
+        return {
+            f"d{name}": measure(got[name], truth[name], eager[name].to(got[name].dtype), DELTA_FACTOR)
+            for name in got
+        }
 
 
 def _cast(inputs: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Any]:
-    return {name: t.to(dtype) for name, t in inputs.items()}
+    return {name: t.detach().to(dtype) for name, t in inputs.items()}
 
 
 def _fla(form: Form) -> Any:
@@ -125,7 +130,10 @@ GROUP = Group(
         DeltaCase("GDN", 1, 16, 8192, targets=_targets(0.17, 0.75)),
         DeltaCase("GDN", 1, 16, 8192, decay=0.0, targets=_targets(0.17, 0.75)),
         DeltaCase("GDN", 1, 32, 32768, targets=_targets(0.62, 2.4)),
+        DeltaCase("GDN", 1, 32, 32768, decay=0.0, targets=_targets(0.62, 2.4)),
         DeltaCase("GDN", 4, 16, 4096, targets=_targets(0.18, 0.75)),
+        DeltaCase("GDN", 8, 16, 8192),
+        DeltaCase("GDN", 1, 4, 65536),
         DeltaCase("KDA", 1, 16, 8192, targets=_targets(0.30, 1.5)),
         DeltaCase("KDA", 4, 16, 4096, targets=_targets(0.35, 1.5)),
     ],

@@ -1,16 +1,17 @@
-"""Local linear attention with a fixed number of solver steps, beside causal softmax attention of the same shape."""
+"""Local linear attention with a fixed number of solver steps, and its readout alone, beside causal softmax attention of the
+same shape."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from nearfield import local_linear_attention
+from nearfield import local_linear_attention, probe_attention
 from nearfield._accuracy import Accuracy, measure
 from nearfield.bench.case import OURS, Contender, Group, Pass, Work
 from nearfield.lla import reference
@@ -27,6 +28,9 @@ class LlaCase:
     batch: int = 1
     window: int | None = None
     targets: dict[Pass, float] = field(default_factory=dict)
+    arguments: ClassVar[tuple[str, ...]] = ("q", "k", "v")
+    timed: ClassVar[dict[str, Any]] = {"tol": 0.0, "max_iters": STEPS}
+    checked: ClassVar[dict[str, Any]] = {"tol": 1e-7, "max_iters": 300}
 
     @property
     def name(self) -> str:
@@ -41,23 +45,38 @@ class LlaCase:
         return {"solver_steps": STEPS}
 
     def work(self, dtype: torch.dtype) -> dict[Pass, Work]:
+        # Scores, mean key, readout: 5 products; 3 a step.
+        return self._work(3 * STEPS + 5, 4, dtype)
+
+    def _work(self, products: int, tensors: int, dtype: torch.dtype) -> dict[Pass, Work]:
         w = min(self.window or self.length, self.length)
         pairs = self.length * w - w * (w - 1) / 2
-        # Scores, mean key, readout: 5 products; 3 a step.
-        flops = (3 * STEPS + 5) * 2.0 * pairs * self.dim * self.heads * self.batch
-        return {"fwd": Work(flops, 4.0 * self.batch * self.length * self.heads * self.dim * dtype.itemsize)}
+        row = float(self.heads * self.dim * self.batch)
+        return {"fwd": Work(2 * products * pairs * row, tensors * self.length * row * dtype.itemsize)}
 
-    def inputs(self, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    def inputs(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         shape = (self.batch, self.length, self.heads, self.dim)
-        return [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
+        return {
+            name: torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
+            for name in self.arguments
+        }
+
+    def call(self, inputs: dict[str, Tensor], **solver: Any) -> Tensor:
+        q, k, v = inputs.values()
+        out: Tensor = local_linear_attention(q, k, v, window=self.window, **solver)
+        return out
+
+    def reference(self, inputs: dict[str, Tensor]) -> Tensor:
+        q, k, v = inputs.values()
+        return reference.local_linear_attention(q, k, v, lam=1.0, window=self.window)[0]
 
     def contenders(self, device: torch.device, dtype: torch.dtype) -> Iterator[Contender]:
-        q, k, v = leaves = self.inputs(device, dtype)
-        gradient = torch.randn_like(v)
-        options: dict[str, Any] = {"lam": 1.0, "tol": 0.0, "max_iters": STEPS, "window": self.window}
-        yield Contender(OURS, lambda: local_linear_attention(q, k, v, **options), leaves, gradient)
+        inputs = self.inputs(device, dtype)
+        leaves, gradient = list(inputs.values()), torch.randn_like(inputs["v"])
+        lam = torch.tensor(1.0, device=device)  # a number would be copied to the GPU in every call
+        yield Contender(OURS, lambda: self.call(inputs, lam=lam, **self.timed), leaves, gradient)
         if self.window is None:
-            dense = [t.detach().transpose(1, 2).requires_grad_() for t in leaves]
+            dense = [inputs[name].detach().transpose(1, 2).requires_grad_() for name in ("q", "k", "v")]
             yield Contender(
                 "sdpa",
                 lambda: scaled_dot_product_attention(dense[0], dense[1], dense[2], is_causal=True),
@@ -67,27 +86,64 @@ class LlaCase:
 
     def check(self, device: torch.device, dtype: torch.dtype) -> dict[str, Accuracy]:
         """The last queries, solved to the end, and what they alone send back."""
-        q, k, v = self.inputs(device, dtype)
-        rows = min(CHECKED_ROWS, self.length)
-        upstream = torch.zeros_like(v)
-        upstream[:, -rows:] = torch.randn_like(upstream[:, -rows:])
-        out = local_linear_attention(q, k, v, lam=1.0, tol=1e-7, max_iters=300, window=self.window)
-        grads = torch.autograd.grad(out, (q, k, v), upstream)
-        got = {"out": out[:, -rows:], "dq": grads[0][:, -rows:], "dk": grads[1], "dv": grads[2]}
+        inputs = self.inputs(device, dtype)
+        last = slice(-min(CHECKED_ROWS, self.length), None)
+        upstream = torch.zeros_like(inputs["v"])
+        upstream[:, last] = torch.randn_like(upstream[:, last])
+
+        def results(out: Tensor, leaves: dict[str, Tensor], upstream: Tensor) -> dict[str, Tensor]:
+            grads = torch.autograd.grad(out, list(leaves.values()), upstream.to(out))
+            return {"out": out} | {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}
+
+        got = results(self.call(inputs, lam=1.0, **self.checked), inputs, upstream)
+        of_queries = [name for name in ("out", "dq", "dx") if name in got]
+        got |= {name: got[name][:, last] for name in of_queries}
 
         def direct(kind: torch.dtype) -> dict[str, Tensor]:
-            leaves = [t.detach().to(kind).requires_grad_() for t in (q[:, -rows:], k, v)]
-            out = reference.local_linear_attention(*leaves, lam=1.0, window=self.window)[0]
-            grads = torch.autograd.grad(out, leaves, upstream[:, -rows:].to(kind))
-            return dict(zip(("out", "dq", "dk", "dv"), (out, *grads), strict=True))
+            leaves = {
+                name: (t[:, last] if name in ("q", "x") else t).detach().to(kind).requires_grad_()
+                for name, t in inputs.items()
+            }
+            return results(self.reference(leaves), leaves, upstream[:, last])
 
         # torch.linalg has no 16-bit solver.
         truth, eager = direct(torch.float64), direct(torch.float32)
         return {name: measure(got[name], truth[name], eager[name].to(dtype)) for name in got}
 
 
-def _targets(fwd: float) -> dict[Pass, float]:
-    return {"fwd": fwd, "bwd": 1.5 * fwd}
+@dataclass(frozen=True)
+class ReadoutCase(LlaCase):
+    """The slope is an input and nothing is solved."""
+
+    arguments: ClassVar[tuple[str, ...]] = ("q", "x", "k", "v")
+    timed: ClassVar[dict[str, Any]] = {}
+    checked: ClassVar[dict[str, Any]] = {}
+
+    @property
+    def name(self) -> str:
+        return f"readout B{self.batch} T{self.length} H{self.heads} D{self.dim}"
+
+    @property
+    def kind(self) -> str:
+        return "readout"
+
+    def facts(self) -> dict[str, float]:
+        return {}
+
+    def work(self, dtype: torch.dtype) -> dict[Pass, Work]:
+        return self._work(3, 5, dtype)
+
+    def call(self, inputs: dict[str, Tensor], **_: Any) -> Tensor:
+        q, x, k, v = inputs.values()
+        return probe_attention(q, x, k, v, window=self.window)
+
+    def reference(self, inputs: dict[str, Tensor]) -> Tensor:
+        q, x, k, v = inputs.values()
+        return reference.probe_attention(q, x, k, v, window=self.window)
+
+
+def _targets(fwd: float, bwd: float = 0.0) -> dict[Pass, float]:
+    return {"fwd": fwd, "bwd": bwd or 1.5 * fwd}
 
 
 GROUP = Group(
@@ -100,10 +156,16 @@ GROUP = Group(
         LlaCase(4096, 8, 128, targets=_targets(1.25)),
         LlaCase(4096, 32, 64, targets=_targets(2.3)),
         LlaCase(4096, 32, 128, targets=_targets(5.0)),
-        LlaCase(4096, 8, 64, window=512),
-        LlaCase(65536, 8, 64, window=512),
+        *(LlaCase(length, 8, 64, window=512) for length in (4096, 65536, 262144)),
+        ReadoutCase(4096, 8, 64, targets=_targets(0.152, 0.622)),
+        ReadoutCase(4096, 8, 128, targets=_targets(0.342, 1.378)),
     ],
-    [LlaCase(256, 4, 32), LlaCase(256, 4, 64), LlaCase(1024, 2, 32, window=128)],
+    [
+        LlaCase(256, 4, 32),
+        LlaCase(256, 4, 64),
+        LlaCase(1024, 2, 32, window=128),
+        ReadoutCase(256, 4, 32),
+    ],
     ("fwd", "bwd"),
     rank=3,
 )

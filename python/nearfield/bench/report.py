@@ -21,6 +21,7 @@ PEERS = {
     "natten": "NATTEN",
     "fla": "fla",
     "flex": "FlexAttention",
+    "copy": "a copy of the states",
 }
 TIME = re.compile(rf"^(?:(\w+?)_)?({'|'.join(PASSES)})_ms$")
 
@@ -71,6 +72,7 @@ def table(data: Data, name: str) -> tuple[list[str], list[list[str]]]:
     others = [peer for peer in peers(rows) if any(peer in times(row)[name] for row in rows)]
     with_target = any(row.get(f"{name}_target_ms") for row in rows)
     with_roofline = any(f"{name}_roofline" in row for row in rows)
+    with_share = any("attention_share" in row for row in rows)
     with_rate = any(f"{name}_useful_tflops" in row for row in rows)
     headings = [
         "case",
@@ -78,6 +80,7 @@ def table(data: Data, name: str) -> tuple[list[str], list[list[str]]]:
         *(["target"] * with_target),
         *(["TFLOP/s"] * with_rate),
         *(["of roofline"] * with_roofline),
+        *(["attention's share"] * with_share),
     ]
     headings += [PEERS.get(peer, peer) for peer in others]
     cells = []
@@ -90,6 +93,8 @@ def table(data: Data, name: str) -> tuple[list[str], list[list[str]]]:
             line.append(number(row[f"{name}_useful_tflops"]) if f"{name}_useful_tflops" in row else "")
         if with_roofline:
             line.append(f"{row[f'{name}_roofline']:.0%}" if f"{name}_roofline" in row else "")
+        if with_share:
+            line.append(f"{row['attention_share']:.0%}" if "attention_share" in row else "")
         line += [f"{number(by[peer])} ({by[peer] / ours:.2f}x)" if peer in by else "" for peer in others]
         cells.append(line)
     return headings, cells

@@ -105,10 +105,19 @@ def _time_ours(
                 row[f"{name}_visited_tflops"] = work[name].visited_flops / ms / 1e9
         if device.type == "cuda":  # a scaled-down case has no target, and lies in the CPU's caches
             row[f"{name}_host_us"] = host_us(call)
+            row[f"{name}_peak_mib"] = _peak_mib(call)
             if name in work:
                 row[f"{name}_roofline"] = ceiling.least_ms(work[name]) / ms
             if name in case.targets:
                 row[f"{name}_target_ms"] = case.targets[name]
+
+
+def _peak_mib(call: Callable[[], Any]) -> float:
+    """What a call allocates on top of its inputs, results included."""
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 def _time_peer(row: Row, contender: Contender, passes: tuple[Pass, ...], device: torch.device) -> None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nearfield import delta_rule, delta_rule_step, gna, lla, local_linear_attention, probe_attention
-from nearfield._accuracy import Accuracy, measure
+from nearfield._accuracy import DELTA_FACTOR, Accuracy, measure
 from nearfield.delta import (
     delta_rule_commit,
     delta_rule_reference,
@@ -121,8 +121,6 @@ def _(device: torch.device, dtype: torch.dtype) -> dict[str, Accuracy]:
 # ---------------------------------------------------------------------------------------------- the delta rule
 
 DELTA = {"DeltaNet": (), "Gated DeltaNet": (1,), "KDA": (64,)}  # further sizes of the gate
-# A chunk sums up to 64 rounded products where the recurrence rounds one state (tests/test_delta.py).
-DELTA_FACTOR = 3.0
 
 
 def _delta_inputs(form: str, dtype: torch.dtype, length: int) -> Tensors:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ Placement = Literal["span", "grid"]
 PARTIAL_COST = (
     1.1  # time of a tile with a mask in units of one without, as the kernels plan (csrc/gna/README.md)
 )
+# By the number of dimensions. One head of more tokens does not fit a GPU, and the search would take minutes.
+LONGEST, MOST_TOKENS = {1: 2**22, 2: 2**14, 3: 2**11}, 2**28
 T = TypeVar("T")
 
 
@@ -127,9 +130,12 @@ def main(
     """
     if _planner is None:
         raise Refused("this build has no planner (a portable wheel); install nearfield from its source")
-    sides = integers("grid", grid.replace("x", ","))
+    sides = integers("grid", grid, "x" if "x" in grid else ",")
     if not 1 <= len(sides) <= 3:
-        raise Refused(f"grid is {grid}: it has {len(sides)} dimensions; supported: 1, 2 or 3")
+        raise Refused(f"grid is {grid or 'empty'}: it has {len(sides)} dimensions; supported: 1, 2 or 3")
+    if max(sides) > LONGEST[len(sides)] or math.prod(sides) > MOST_TOKENS:
+        longest = f"sides up to {LONGEST[len(sides)]} in {len(sides)} dimension{'s' * (len(sides) > 1)}"
+        raise Refused(f"grid is {grid}; supported: {longest}, and {MOST_TOKENS} tokens")
     if not window and sparsity is None:
         raise Refused(
             "neither --window nor --sparsity is given: name a window, or the sparsity to search windows for"
@@ -186,11 +192,15 @@ def main(
         show(problem, tiling, suggestions, picture)
 
 
-def integers(name: str, text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(",")) if text else ()
-    except ValueError:
-        raise Refused(f"{name} is {text}: whole numbers separated by commas are expected") from None
+def integers(name: str, text: str, joint: str = ",") -> tuple[int, ...]:
+    parts = text.split(joint) if text else []
+    if not all(re.fullmatch(r"-?[0-9]+", part.strip()) for part in parts):
+        by = {",": "commas", "x": "x"}[joint]
+        raise Refused(f"{name} is {text}: whole numbers separated by {by} are expected")
+    for part in parts:
+        if len(part.strip()) > 12 or abs(int(part)) >= 2**31:  # the planner counts in 32 bits
+            raise Refused(f"{name} holds {part.strip()}; supported: numbers below 2147483648")
+    return tuple(int(part) for part in parts)
 
 
 def booleans(name: str, text: str) -> tuple[bool, ...]:
@@ -263,14 +273,16 @@ def best_windows(
     count(
         Problem(grid, (1,) * len(grid), (1,) * len(grid), dilation, causal)
     )  # refuses a wrong grid or dilation
-    sides = [window_choices(x // d) for x, d in zip(grid, dilation, strict=True)]
-    tile = tuple(min(x, 64) for x in grid)  # any: the number of pairs does not depend on it
-    candidates = []
-    for window in itertools.product(*sides):
-        problem = Problem(grid, window, (1,) * len(grid), dilation, causal)
-        plan = _planner.plan_tiles(grid, window, tile, tile, **problem.options)
-        if 0.95 * kept <= 1 / plan.flop_bound <= kept:
-            candidates.append(problem)
+    # Dimension by dimension: windows, and the share of the pairs that each keeps.
+    shares = [
+        {w: kept_share(x, w, d, c) for w in window_choices(x // d, 64 if len(grid) == 1 else 32)}
+        for x, d, c in zip(grid, dilation, causal, strict=True)
+    ]
+    candidates = [
+        Problem(grid, tuple(w for w, _ in chosen), (1,) * len(grid), dilation, causal)
+        for chosen in itertools.product(*(dimension.items() for dimension in shares))
+        if 0.95 * kept <= math.prod(share for _, share in chosen) <= kept
+    ]
     # Windows of the grid's own proportions see equally far in every direction; a search of the longest list takes seconds.
     candidates.sort(key=_lopsided)
     best = [best_strides(problem, count) for problem in candidates[:SEARCHED]]
@@ -280,10 +292,20 @@ def best_windows(
 SEARCHED = 20  # windows
 
 
-def window_choices(longest: int) -> list[int]:
-    """Every window of a short dimension, a few dozen of a long one."""
-    step = max(1, 2 ** math.ceil(math.log2(longest / 40))) if longest > 40 else 1
-    return sorted({*range(step, longest + 1, step), longest})
+def window_choices(longest: int, fine: int) -> list[int]:
+    """Every window up to ``fine``; then neighbors differ by a share of ``2 / fine`` at most."""
+    found, step = {longest, *range(1, min(longest, fine) + 1)}, 2
+    while step * fine // 2 <= longest:
+        found |= {*range(step * fine // 2, min(longest, step * fine) + 1, step)}
+        step *= 2
+    return sorted(found)
+
+
+def kept_share(side: int, window: int, dilation: int, causal: bool) -> float:
+    """Of the pairs in one dimension."""
+    tile = (min(side, 64),)  # any: the number of pairs does not depend on it
+    options: dict[str, Any] = {"dilation": (dilation,), "is_causal": (causal,)}
+    return 1 / _planner.plan_tiles((side,), (window,), tile, tile, **options).flop_bound
 
 
 def stride_choices(window: int, side: int) -> list[int]:

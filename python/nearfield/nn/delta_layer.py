@@ -93,24 +93,40 @@ class DeltaLayer(nn.Module):
         convolutions = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
         return DeltaCache(state, *(convolution.new_state(batch) for convolution in convolutions))
 
-    def forward(self, x: Tensor, cache: DeltaCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, cache: DeltaCache | None = None, *, cu_seqlens: Tensor | None = None
+    ) -> Tensor:
         """The next tokens ``x [B, T, dim]`` of B sequences.
 
         Args:
             x: tokens; without a cache the sequences begin with them.
             cache: of :meth:`new_cache`; the sequences go on from it, and it is brought up to date. No gradient
                 flows through it into earlier calls.
+            cu_seqlens: ``[N + 1]`` int32 or int64, starting with 0: x is ``[1, T, dim]`` and holds N sequences end to
+                end, which do not see each other; the cache is one of N sequences.
         """
+        what = type(self).__name__
         if x.dim() != 3:
-            raise ValueError(f"{type(self).__name__}: x has shape {list(x.shape)}, expected [B, T, dim]")
-        before = self.new_cache(x.shape[0]) if cache is None else cache
-        q, q_end = self.q_conv1d.extend(self.q_proj(x), before.q)
-        k, k_end = self.k_conv1d.extend(self.k_proj(x), before.k)
-        v, v_end = self.v_conv1d.extend(self.v_proj(x), before.v)
+            raise ValueError(f"{what}: x has shape {list(x.shape)}, expected [B, T, dim]")
+        sequences = x.shape[0]
+        if cu_seqlens is not None:
+            if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2 or sequences != 1:
+                raise ValueError(
+                    f"{what}: got x of shape {list(x.shape)} and cu_seqlens of shape {list(cu_seqlens.shape)}, "
+                    "expected [1, T, dim] and [N + 1]"
+                )
+            sequences = cu_seqlens.shape[0] - 1
+        if cache is not None and cache.state.shape[0] != sequences:
+            raise ValueError(f"{what}: the cache is of {cache.state.shape[0]} sequences, got {sequences}")
+        before = self.new_cache(sequences) if cache is None else cache
+        q, q_end = self.q_conv1d.extend(self.q_proj(x), before.q, cu_seqlens)
+        k, k_end = self.k_conv1d.extend(self.k_proj(x), before.k, cu_seqlens)
+        v, v_end = self.v_conv1d.extend(self.v_proj(x), before.v, cu_seqlens)
         q, k = (torch.unflatten(t, -1, (-1, self.head_dim)) for t in (q, k))
         v = torch.unflatten(v, -1, (-1, self.head_v_dim))
         beta, decay = self.b_proj(x), self.decay(x)
-        if cache is not None and 1 <= x.shape[1] <= MAX_STEP and not torch.is_grad_enabled():
+        step = cu_seqlens is None and 1 <= x.shape[1] <= MAX_STEP
+        if cache is not None and step and not torch.is_grad_enabled():
             o = delta_rule_step(
                 q, k, v, beta, **decay, state=cache.state, use_qk_l2norm=True, beta_activation=self.beta_activation
             )  # fmt: skip
@@ -118,6 +134,7 @@ class DeltaLayer(nn.Module):
             o, state = delta_rule(
                 q, k, v, beta, **decay, use_qk_l2norm=True, beta_activation=self.beta_activation,
                 initial_state=None if cache is None else cache.state, output_final_state=cache is not None,
+                cu_seqlens=cu_seqlens,
             )  # fmt: skip
             if cache is not None and state is not None:
                 cache.state = state.detach()
