@@ -26,7 +26,9 @@ GATE_KINDS = ("none", "head", "channel")
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every test runs on both backends."""
     name: str = request.param
-    monkeypatch.setattr(sys.modules[__name__], "delta_rule", functools.partial(delta_rule, backend=name))
+    for function in (delta_rule, delta_rule_states, delta_rule_transition):
+        partial = functools.partial(function, backend=name)
+        monkeypatch.setattr(sys.modules[__name__], function.__name__, partial)
     return name
 
 
