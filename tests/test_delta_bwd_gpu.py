@@ -253,9 +253,9 @@ def test_zero_rows(gate: str) -> None:
 @pytest.mark.parametrize("beta_top", [1.0, 1.9])
 @pytest.mark.parametrize("kind", ["identical", "plus-minus", "four-dimensional", "correlated"])
 def test_repeated_keys(
-    request: pytest.FixtureRequest, kind: str, beta_top: float, gate: str, dtype: torch.dtype
+    request: pytest.FixtureRequest, backend: str, kind: str, beta_top: float, gate: str, dtype: torch.dtype
 ) -> None:
-    if (kind, beta_top, gate, dtype) == ("identical", 1.9, "channel", torch.float16):
+    if (backend, kind, beta_top, gate, dtype) == ("hopper", "identical", 1.9, "channel", torch.float16):
         reason = "N and dV' rounded once to float16: dbeta 2.8 % where eager allows 2.77 %"
         request.applymarker(pytest.mark.xfail(reason=reason))
     args = make(B=1, T=300, K=128, V=128, gate=gate, strength=0.01, dtype=dtype)

@@ -26,7 +26,9 @@ GATE_KINDS = ("none", "head", "channel")
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every test runs on both backends."""
     name: str = request.param
-    monkeypatch.setattr(sys.modules[__name__], "delta_rule", functools.partial(delta_rule, backend=name))
+    for function in (delta_rule, delta_rule_states, delta_rule_transition):
+        partial = functools.partial(function, backend=name)
+        monkeypatch.setattr(sys.modules[__name__], function.__name__, partial)
     return name
 
 
@@ -332,10 +334,9 @@ def test_repeated_keys(
     args = make(B=1, T=300, K=128, V=128, gate=gate, strength=0.01, dtype=dtype)
     args["k"] = correlated_keys(kind, args["k"].shape).to(dtype)
     args["beta"] = beta_top * (0.9 + 0.1 * torch.rand(args["beta"].shape))
-    if dtype == torch.bfloat16 and backend == "portable":
-        request.applymarker(
-            pytest.mark.xfail(reason="operands rounded to bfloat16: up to 1.4 % (README, Numbers)")
-        )
+    hard = kind in ("identical", "plus-minus") or (kind, beta_top) == ("four-dimensional", 1.9)
+    if dtype == torch.bfloat16 and backend == "portable" and gate != "none" and hard:
+        request.applymarker(pytest.mark.xfail(reason="Kh and Kt rounded to bfloat16: up to 1.4 % (README)"))
     check(args, factor=2)
 
 

@@ -267,7 +267,8 @@ def test_wrong_arguments_raise_as_in_the_call() -> None:
     "K,V,dtype,architecture,forward,backward",
     [
         (128, 128, torch.bfloat16, "sm_90", "hopper", "hopper"),
-        (128, 256, torch.bfloat16, "sm_90", "hopper", "portable"),
+        (128, 256, torch.bfloat16, "sm_90", "hopper", "hopper"),
+        (128, 264, torch.bfloat16, "sm_90", "hopper", "portable"),
         (60, 64, torch.float16, "sm_90", "portable", "portable"),
         (64, 64, torch.float32, "sm_90", "portable", "portable"),
         (300, 64, torch.bfloat16, "sm_90", None, None),

@@ -7,6 +7,7 @@
 
 #include "architectures.h"
 #include "delta/sm80.h"
+#include "delta/sm90_bwd.h"
 
 namespace nearfield::delta {
 namespace {
@@ -45,8 +46,6 @@ bool has_portable_gradient(ScalarType dtype, bool channel_gate) {
 }
 
 // ---- Hopper's kernels ----
-
-constexpr int64_t kMostBackwardValues = 128;
 
 // Why Hopper's kernels do not run a call; empty: they do.
 std::string hopper_refuses(const Request& r, const Inputs& x) {

@@ -17,8 +17,7 @@ namespace {
 
 // ---- Instances: what instances.def lists for the backward ----
 
-// Smaller head dims are padded with zeros inside the kernels.
-constexpr int64_t kKeyDim = 128, kMostValues = 256;
+constexpr int64_t kKeyDim = kBackwardKeyDim;
 
 struct BackwardInstances {
   using Key = InstancesSm90::Key;
@@ -66,8 +65,8 @@ struct BackwardChoice {
 
 BackwardChoice choose_backward(const char* op, const Inputs& x) {
   choose_kernels(op, x);  // what the forward supports
-  STD_TORCH_CHECK(x.K <= kKeyDim && x.V <= kMostValues, op, ": q has ", x.K, " and v ", x.V,
-                  " channels; supported on CUDA: up to ", kKeyDim, " and ", kMostValues);
+  STD_TORCH_CHECK(x.K <= kKeyDim && x.V <= kMostBackwardValues, op, ": q has ", x.K, " and v ", x.V,
+                  " channels; supported on CUDA: up to ", kKeyDim, " and ", kMostBackwardValues);
   static const BackwardInstances instances;
   const bool is_bf16 = x.q.scalar_type() == ScalarType::BFloat16;
   const InstancesSm90::Key key{is_bf16, kKeyDim, x.channel_gate};

@@ -6,6 +6,9 @@
 
 namespace nearfield::delta {
 
+// Smaller head dims are padded with zeros inside the kernels.
+constexpr int64_t kBackwardKeyDim = 128, kMostBackwardValues = 256;
+
 struct BackwardPassesArgs {
   InputsSm90 in;
   ChunkScratch scratch;

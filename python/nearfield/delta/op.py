@@ -317,15 +317,16 @@ def _check_pending(op: str, pending: PendingTokens | None, accepted: Tensor | No
 
 
 def _check_backend(
-    op: str, backend: str | None, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None
-) -> None:
+    op: str, backend: str | None, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None,
+    has_gradient: bool = True,
+) -> None:  # fmt: skip
     if backend is not None:
         if backend not in BACKENDS:
             raise ValueError(f"{op}: backend is {backend!r}, expected one of {BACKENDS} or None")
         if not q.is_cuda:
             raise ValueError(f"{op}: backend is {backend!r}, but q is on {q.device}; supported there: None")
     elif q.is_cuda and type(q) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling():
-        for backward in (False, True) if torch.is_grad_enabled() else (False,):
+        for backward in (False, True) if has_gradient and torch.is_grad_enabled() else (False,):
             _warn_once_if_slower(
                 op, q.device, q.dtype, q.shape[3], v.shape[3], g is not None and g.dim() == 4, backward
             )

@@ -10,6 +10,7 @@ from nearfield.delta.op import (
     GATES,
     BetaActivation,
     Gate,
+    _check_backend,
     _flat,
     _state_dtype,
     check_rule,
@@ -34,6 +35,7 @@ def delta_rule_states(
     dt_bias: Tensor | None = None,
     gate_bound: float = -5.0,
     state_v_first: bool = False,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`nearfield.delta_rule`, and the states at chunk boundaries inside the sequences: what a prefix cache keeps.
 
@@ -57,9 +59,10 @@ def delta_rule_states(
         op, q, k, v, beta, g, scale, initial_state, cu_seqlens, beta_activation, gate, A_log, dt_bias, gate_bound,
         state_v_first,
     )  # fmt: skip
+    _check_backend(op, backend, q, k, v, beta, g, has_gradient=False)
     o, final_state, states = torch.ops.nearfield.delta_fwd_states(
         q, k, v, beta, g, initial_state, A_log, _flat(dt_bias), cu_seqlens, scale, use_qk_l2norm,
-        BETA_ACTIVATIONS[beta_activation], GATES[gate], gate_bound, state_v_first, True, every,
+        BETA_ACTIVATIONS[beta_activation], GATES[gate], gate_bound, state_v_first, True, every, backend,
     )  # fmt: skip
     return o, final_state, states
 
@@ -77,6 +80,7 @@ def delta_rule_transition(
     A_log: Tensor | None = None,
     dt_bias: Tensor | None = None,
     gate_bound: float = -5.0,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What a span of tokens does to the state that enters it: ``S -> M S + N``, whatever S.
 
@@ -93,13 +97,14 @@ def delta_rule_transition(
         "delta_rule_transition", k, k, v, beta, g, None, None, cu_seqlens, beta_activation, gate, A_log, dt_bias,
         gate_bound, False,
     )  # fmt: skip
+    _check_backend("delta_rule_transition", backend, k, k, v, beta, g)
     options = (1.0, use_qk_l2norm, BETA_ACTIVATIONS[beta_activation], GATES[gate], gate_bound, False)
-    return transition(k, v, beta, g, A_log, _flat(dt_bias), cu_seqlens, options)
+    return transition(k, v, beta, g, A_log, _flat(dt_bias), cu_seqlens, options, backend)
 
 
 def transition(
     k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, A_log: Tensor | None, dt_bias: Tensor | None,
-    cu_seqlens: Tensor | None, options: tuple[float, bool, int, int, float, bool],
+    cu_seqlens: Tensor | None, options: tuple[float, bool, int, int, float, bool], backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The columns of a state are independent: those of N start from nothing, those of M are the identity's, without
     values. So both are the final state of one walk over V + K columns."""
@@ -109,6 +114,6 @@ def transition(
     start = torch.cat([identity.new_zeros(sequences, HV, K, V), identity], -1)
     values = torch.cat([v, v.new_zeros(B, T, HV, K)], -1)
     end: Tensor = torch.ops.nearfield.delta_fwd(
-        k, k, values, beta, g, start, A_log, dt_bias, cu_seqlens, *options, True
+        k, k, values, beta, g, start, A_log, dt_bias, cu_seqlens, *options, True, backend
     )[1]
     return end[..., V:].contiguous(), end[..., :V].contiguous()
