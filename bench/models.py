@@ -26,7 +26,7 @@ from nearfield import neighborhood_attention
 from nearfield._files import folder, write_atomically
 from nearfield.bench import report
 from nearfield.nn import DeltaNet, SlidingWindowAttention, SwiGLU
-from timing import header, save, time_ms
+from timing import header, run, save, time_ms
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -285,4 +285,4 @@ def tell(rows: list[Row]) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

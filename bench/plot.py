@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-import typer
 from nearfield._files import write_atomically
 from nearfield.bench import groups, report
+from timing import run
 
 
 def main(results: list[Path]) -> None:
@@ -15,4 +15,4 @@ def main(results: list[Path]) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

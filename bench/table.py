@@ -7,9 +7,9 @@ Room is a pair of comments, <!-- bench: gna --> and <!-- /bench -->; what stands
 
 from pathlib import Path
 
-import typer
 from nearfield._files import write_atomically
 from nearfield.bench import report
+from timing import run
 
 
 def main(results: list[Path], into: Path | None = None) -> None:
@@ -22,4 +22,4 @@ def main(results: list[Path], into: Path | None = None) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

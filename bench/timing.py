@@ -1,5 +1,6 @@
 """What the scripts of this folder share: nearfield.bench, results in bench/results."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,9 +11,17 @@ from nearfield.bench.ceiling import measure_ceiling
 from nearfield.bench.runner import run_group
 from nearfield.bench.timing import header, time_ms
 
-__all__ = ["RESULTS", "header", "save", "script", "time_ms"]
+__all__ = ["RESULTS", "header", "run", "save", "script", "time_ms"]
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def run(main: Callable[..., None]) -> None:
+    """A script's command line; a wrong file is one sentence."""
+    try:
+        typer.run(main)
+    except (OSError, ValueError) as error:
+        raise SystemExit(str(error)) from None
 
 
 def save(
@@ -39,7 +48,7 @@ def script(name: str) -> None:
     ) -> None:
         run_script(name, backward=backward, only=only, peers=with_peer, store=store, commit=commit)
 
-    typer.run(main)
+    run(main)
 
 
 def run_script(name: str, *, backward: bool, only: str, peers: bool, store: bool, commit: str) -> None:

@@ -273,12 +273,25 @@ def test_the_scripts_run(tmp_path: Path) -> None:
     for script, *arguments in (
         ["plot.py", path],
         ["table.py", path, "--into", page],
-        ["bench_gna.py", "--help"],
+        ["models.py", "--help"],
+        *([f"bench_{group}.py", "--help"] for group in groups()),
     ):
         command = [sys.executable, str(ROOT / "bench" / script), *map(str, arguments)]
         subprocess.run(command, check=True, capture_output=True)
     assert path.with_suffix(".png").exists()
     assert "| Hunyuan s1 | 42 |" in page.read_text()
+
+
+@pytest.mark.parametrize("script", ["plot.py", "table.py"])
+def test_scripts_refuse_what_is_no_result_file(script: str, tmp_path: Path) -> None:
+    (tmp_path / "text.json").write_text("no JSON")
+    for name, said in (("text.json", "is not JSON"), ("nowhere.json", "No such file")):
+        command = [sys.executable, str(ROOT / "bench" / script), str(tmp_path / name)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        assert said in done.stderr
+        assert done.stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["text.json"]
 
 
 def test_file_names(tmp_path: Path) -> None:
