@@ -18,7 +18,7 @@ for needed in ("mkdocs", "material", "mkdocstrings", "matplotlib"):
 
 import nearfield  # noqa: E402
 from command import run  # noqa: E402
-from nearfield import delta, gna, lla  # noqa: E402
+from nearfield import delta, distributed, gna, lla, nn  # noqa: E402
 from nearfield.bench import groups  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -102,6 +102,10 @@ def test_every_public_function_is_documented(site: Path) -> None:
     # The docstrings' sections are tables, not text.
     page = (site / "operators" / "gna.html").read_text()
     assert "<code>kernel_size</code>" in page
+    page = (site / "layers.html").read_text()
+    for module in (nn, distributed):
+        for name in module.__all__:
+            assert f'id="{module.__name__}.{name}"' in page, name
     for family in (gna, delta, lla):
         exported = {name for name in family.__all__ if not hasattr(nearfield, name)}
         assert {f"{family.__name__}.{name}" for name in exported} <= ids
