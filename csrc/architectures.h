@@ -16,9 +16,9 @@ constexpr const char* kArchitectures = NEARFIELD_CUDA_ARCHS;
 constexpr const char* kArchitectures = "";  // built without CUDA kernels
 #endif
 
-// True where code for one of the build's architectures runs: "80" on 8.0 to 8.9, "90a" on 9.0 only.
-inline bool is_built_for(int capability) {
-  std::istringstream archs(kArchitectures);
+// True where code for one of the architectures runs: "80" on 8.0 to 8.9, "90a" on 9.0 only.
+inline bool is_built_for(const char* architectures, int capability) {
+  std::istringstream archs(architectures);
   for (std::string arch; std::getline(archs, arch, ';');) {
     const int number = std::stoi(arch);
     const bool only = arch.back() < '0' || arch.back() > '9';

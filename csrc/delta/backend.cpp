@@ -47,6 +47,12 @@ bool has_portable_gradient(ScalarType dtype, bool channel_gate) {
 
 // ---- Hopper's kernels ----
 
+#ifdef NEARFIELD_DELTA
+constexpr const char* kBuiltFor = kArchitectures;
+#else
+constexpr const char* kBuiltFor = "";  // this family's kernels are not in the build
+#endif
+
 // Why Hopper's kernels do not run a call; empty: they do.
 std::string hopper_refuses(const Request& r, const Inputs& x) {
   std::ostringstream why;
@@ -62,7 +68,7 @@ std::string hopper_refuses(const Request& r, const Inputs& x) {
   const int64_t keys = largest_key_dim(kernel, dtype);
   if (r.capability != 90 || !built) {
     why << "the GPU has compute capability " << capability_text(r.capability)
-        << ", Hopper's kernels need 9.0 and a build for 90a (this one is for " << kArchitectures << ")";
+        << ", Hopper's kernels need 9.0 and a build for 90a (this one is for " << kBuiltFor << ")";
   } else if (dtype != ScalarType::BFloat16 && dtype != ScalarType::Half) {
     why << "q has dtype " << torch::headeronly::toString(dtype)
         << ", Hopper's kernels take bfloat16, float16";
@@ -91,10 +97,10 @@ Backend choose_backend(const Request& r, const Inputs& x) {
   Backend backend{};
   STD_TORCH_CHECK(!r.name || *r.name == "hopper" || *r.name == "portable", r.op, ": backend is \"", *r.name,
                   "\"; known: \"hopper\", \"portable\"");
-  STD_TORCH_CHECK(*kArchitectures != '\0', r.op, ": this build has no kernel for compute capability ",
+  STD_TORCH_CHECK(*kBuiltFor != '\0', r.op, ": this build has no kernel for compute capability ",
                   capability_text(r.capability), "; it was built without CUDA kernels");
-  STD_TORCH_CHECK(is_built_for(r.capability), r.op, ": the GPU has compute capability ",
-                  capability_text(r.capability), "; this build is for ", kArchitectures);
+  STD_TORCH_CHECK(is_built_for(kBuiltFor, r.capability), r.op, ": the GPU has compute capability ",
+                  capability_text(r.capability), "; this build is for ", kBuiltFor);
   if (!r.name || *r.name == "hopper") {
     backend.because = hopper_refuses(r, x);
     if (backend.because.empty()) return backend;

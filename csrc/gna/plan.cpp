@@ -4,11 +4,9 @@
 #include <map>
 #include <mutex>
 
+#include "architectures.h"
 #include "gna/tiles.h"
 #include "nearfield/tile_plan.h"
-#ifdef NEARFIELD_WITH_CUDA
-#include "nearfield_build.h"
-#endif
 
 namespace nearfield::gna {
 namespace {
@@ -55,25 +53,10 @@ int largest_head_dim(const char* kernel, ScalarType dtype) {
 }
 
 #ifdef NEARFIELD_GNA
-constexpr const char* kArchitectures = NEARFIELD_CUDA_ARCHS;
+constexpr const char* kBuiltFor = kArchitectures;
 #else
-constexpr const char* kArchitectures = "";  // built without CUDA kernels
+constexpr const char* kBuiltFor = "";  // this family's kernels are not in the build
 #endif
-
-// True where code for one of the build's architectures runs: "80" on 8.0 to 8.9, "90a" on 9.0 only.
-bool is_built_for(int capability) {
-  std::istringstream archs(kArchitectures);
-  for (std::string arch; std::getline(archs, arch, ';');) {
-    const int number = std::stoi(arch);
-    const bool only = arch.back() < '0' || arch.back() > '9';
-    if (only ? number == capability : number / 10 == capability / 10 && number <= capability) return true;
-  }
-  return false;
-}
-
-std::string text_of(int capability) {
-  return std::to_string(capability / 10) + "." + std::to_string(capability % 10);
-}
 
 // ---- Backends ----
 
@@ -82,10 +65,10 @@ Plan choose_backend(const Request& r, const Problem& p) {
   Plan plan;
   STD_TORCH_CHECK(!r.backend || *r.backend == "hopper" || *r.backend == "portable", r.op, ": backend is \"",
                   *r.backend, "\"; known: \"hopper\", \"portable\"");
-  STD_TORCH_CHECK(*kArchitectures != '\0', r.op, ": this build has no kernel for compute capability ",
-                  text_of(r.capability), "; it was built without CUDA kernels");
-  STD_TORCH_CHECK(is_built_for(r.capability), r.op, ": the GPU has compute capability ",
-                  text_of(r.capability), "; this build is for ", kArchitectures);
+  STD_TORCH_CHECK(*kBuiltFor != '\0', r.op, ": this build has no kernel for compute capability ",
+                  capability_text(r.capability), "; it was built without CUDA kernels");
+  STD_TORCH_CHECK(is_built_for(kBuiltFor, r.capability), r.op, ": the GPU has compute capability ",
+                  capability_text(r.capability), "; this build is for ", kBuiltFor);
   if (!r.backend || *r.backend == "hopper") {
     plan.because = hopper_refuses(r.capability, r.dtype, p.dim, p.dim_v);
     if (plan.because.empty()) return plan;
@@ -313,8 +296,8 @@ std::string hopper_refuses(int capability, ScalarType dtype, int64_t dim, int64_
   const bool built = false;
 #endif
   if (capability != 90 || !built) {
-    why << "the GPU has compute capability " << text_of(capability)
-        << ", Hopper's kernels need 9.0 and a build for 90a (this one is for " << kArchitectures << ")";
+    why << "the GPU has compute capability " << capability_text(capability)
+        << ", Hopper's kernels need 9.0 and a build for 90a (this one is for " << kBuiltFor << ")";
   } else if (largest == 0) {
     why << "q has dtype " << torch::headeronly::toString(dtype)
         << ", Hopper's kernels take bfloat16, float16";

@@ -4,9 +4,7 @@
 #include <sstream>
 #include <vector>
 
-#ifdef NEARFIELD_WITH_CUDA
-#include "nearfield_build.h"
-#endif
+#include "architectures.h"
 
 namespace nearfield::lla {
 namespace {
@@ -56,30 +54,15 @@ std::vector<int> hopper_head_dims() {
 }
 
 #ifdef NEARFIELD_LLA
-constexpr const char* kArchitectures = NEARFIELD_CUDA_ARCHS;
+constexpr const char* kBuiltFor = kArchitectures;
 #else
-constexpr const char* kArchitectures = "";  // built without CUDA kernels
+constexpr const char* kBuiltFor = "";  // this family's kernels are not in the build
 #endif
 #ifdef NEARFIELD_LLA_SM90
 constexpr bool kBuiltForHopper = true;
 #else
 constexpr bool kBuiltForHopper = false;
 #endif
-
-// True where code for one of the build's architectures runs: "80" on 8.0 to 8.9, "90a" on 9.0 only.
-bool is_built_for(int capability) {
-  std::istringstream archs(kArchitectures);
-  for (std::string arch; std::getline(archs, arch, ';');) {
-    const int number = std::stoi(arch);
-    const bool only = arch.back() < '0' || arch.back() > '9';
-    if (only ? number == capability : number / 10 == capability / 10 && number <= capability) return true;
-  }
-  return false;
-}
-
-std::string text_of(int capability) {
-  return std::to_string(capability / 10) + "." + std::to_string(capability % 10);
-}
 
 bool is_16bit(ScalarType dtype) { return dtype == ScalarType::BFloat16 || dtype == ScalarType::Half; }
 
@@ -89,8 +72,8 @@ std::string hopper_refuses(int capability, ScalarType dtype, int64_t d, int64_t 
   std::ostringstream why;
   const int most = largest(hopper_head_dims());
   if (capability != 90 || !kBuiltForHopper) {
-    why << "the GPU has compute capability " << text_of(capability)
-        << ", Hopper's kernels need 9.0 and a build for 90a (this one is for " << kArchitectures << ")";
+    why << "the GPU has compute capability " << capability_text(capability)
+        << ", Hopper's kernels need 9.0 and a build for 90a (this one is for " << kBuiltFor << ")";
   } else if (!is_16bit(dtype)) {
     why << "q has dtype " << torch::headeronly::toString(dtype)
         << ", Hopper's kernels take bfloat16, float16";
@@ -106,10 +89,10 @@ Plan choose_plan(const char* op, ScalarType dtype, int64_t d, int64_t dv, int ca
   Plan plan;
   STD_TORCH_CHECK(!backend || *backend == "hopper" || *backend == "portable", op, ": backend is \"", *backend,
                   "\"; known: \"hopper\", \"portable\"");
-  STD_TORCH_CHECK(*kArchitectures != '\0', op, ": this build has no kernel for compute capability ",
-                  text_of(capability), "; it was built without CUDA kernels");
-  STD_TORCH_CHECK(is_built_for(capability), op, ": the GPU has compute capability ", text_of(capability),
-                  "; this build is for ", kArchitectures);
+  STD_TORCH_CHECK(*kBuiltFor != '\0', op, ": this build has no kernel for compute capability ",
+                  capability_text(capability), "; it was built without CUDA kernels");
+  STD_TORCH_CHECK(is_built_for(kBuiltFor, capability), op, ": the GPU has compute capability ",
+                  capability_text(capability), "; this build is for ", kBuiltFor);
   if (!backend || *backend == "hopper") {
     plan.because = hopper_refuses(capability, dtype, d, dv);
     if (plan.because.empty()) {
