@@ -140,7 +140,7 @@ def main(
                     spent += seconds
                     progress.advance(task)
                 rows.append(
-                    {"mixer": name, "length": length, "pairs": pairs, "accuracy": statistics.mean(accuracies),
+                    {"mixer": name, "length": length, "pairs": pairs, "accuracy": round(statistics.mean(accuracies), 4),
                      "accuracies": accuracies, "seconds": round(spent, 1), "parameters": parameters}
                 )  # fmt: skip
     table = Table("mixer", *cases, "parameters", title="accuracy by seed, length:pairs")

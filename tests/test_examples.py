@@ -104,6 +104,14 @@ def test_recorded_results_cover_every_mixer() -> None:
         assert result["window"] == load("models").WINDOW  # type: ignore[attr-defined]
 
 
+def test_recorded_seeds_are_those_of_the_readme() -> None:
+    text = (EXAMPLES / "README.md").read_text()
+    result = json.loads((EXAMPLES / "results" / "mqar-seeds.json").read_text())
+    assert [row["mixer"] for row in result["rows"]] == MIXERS
+    for row in result["rows"]:
+        assert f"| {' | '.join(f'{accuracy:.1%}' for accuracy in row['accuracies'])} |" in text
+
+
 @pytest.mark.parametrize(
     "script,arguments,text",
     [
