@@ -262,11 +262,12 @@ def main(
         rows += bench.language_model(model)
         tell(rows[-2:])
     facts: dict[str, Any] = {"title": TITLE, "blocks": blocks} | ({} if on_gpu else {"scaled_down": True})
+    facts |= {"commit": commit} if commit else {}
     if store:
-        print(save("models", rows, commit or None, **facts))
+        print(save("models", rows, **facts))
     if out is not None:
         with folder(out):
-            path = save("models", rows, commit or None, into=out, device=device, **facts)
+            path = save("models", rows, into=out, device=device, **facts)
             data = report.load(path)
             write_atomically(path.with_suffix(".md"), f"# {TITLE}\n\n{report.markdown(data)}")
             write_atomically(path.with_suffix(".png"), report.plot(data, TITLE))

@@ -25,12 +25,15 @@ def run(main: Callable[..., None]) -> None:
 
 
 def save(
-    name: str, rows: list[dict[str, Any]], commit: str | None = None, *, into: Path = RESULTS,
-    device: torch.device | str = "cuda", **facts: Any,
-) -> Path:  # fmt: skip
-    """Writes ``results/<gpu>-<name>.json``; ``commit`` where the code was carried without its repository."""
-    head = header(device) | facts
-    return timing.save(into, name, head | {"commit": commit} if commit else head, rows)
+    name: str,
+    rows: list[dict[str, Any]],
+    *,
+    into: Path = RESULTS,
+    device: torch.device | str = "cuda",
+    **facts: Any,
+) -> Path:
+    """Writes ``results/<gpu>-<name>.json``; ``facts`` win over what the header finds."""
+    return timing.save(into, name, header(device) | facts, rows)
 
 
 def script(name: str) -> None:
@@ -61,11 +64,16 @@ def run_script(name: str, *, backward: bool, only: str, peers: bool, store: bool
         group, device, ceiling, only=only, passes=group.passes if backward else ("fwd",), peers=peers,
         report=lambda what: print(what, flush=True),
     )  # fmt: skip
-    facts = {"ceiling_tflops": ceiling.tflops, "ceiling_gbs": ceiling.gbs, "checks": results.checks}
+    facts: dict[str, Any] = {
+        "ceiling_tflops": ceiling.tflops,
+        "ceiling_gbs": ceiling.gbs,
+        "checks": results.checks,
+    }
+    facts |= {"commit": commit} if commit else {}
     print(report.markdown({"group": name, **header(), **facts, "rows": results.rows}))
     for text in [*(f"{what}: {why}" for what, why in results.refusals.items()), *results.failures]:
         print(text)
     if store and results.rows:
-        print(save(name, results.rows, commit or None, **facts))
+        print(save(name, results.rows, **facts))
     if results.failures:
         raise typer.Exit(1)

@@ -84,7 +84,7 @@ def test_a_fault_is_found(monkeypatch: pytest.MonkeyPatch, change: Any, status: 
 )
 def test_refusals_are_no_failures(monkeypatch: pytest.MonkeyPatch, message: str, status: str) -> None:
     def raises(device: torch.device, dtype: torch.dtype) -> Any:
-        raise RuntimeError(message)
+        raise RuntimeError(f"choose_backend, ../../csrc/gna/plan.cpp:96, {message}\nand a trace")
 
     monkeypatch.setitem(checks.CHECKS, "gna_fwd", raises)
     outcome = doctor.first_call("gna_fwd", torch.device("cpu"), torch.float32)

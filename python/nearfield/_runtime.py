@@ -60,6 +60,12 @@ def check_same_dtype(op: str, **tensors: Tensor | None) -> None:
             raise ValueError(f"{op}: {name} has dtype {tensor.dtype}, but {first_name} has {first.dtype}")
 
 
+def sentence(error: Exception) -> str:
+    """What an operator said: torch puts the place in the source in front of it, and sometimes a trace behind."""
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return re.sub(r"^\S+, \S+:\d+, ", "", first)
+
+
 def is_refusal(error: Exception) -> bool:
     """Whether the error says that the call is not supported, and not that something broke.
 

@@ -126,9 +126,7 @@ def _time_peer(row: Row, contender: Contender, passes: tuple[Pass, ...], device:
             call = prepare(contender, name)
             row[f"{contender.name}_{name}_ms"] = time_ms(call, BUDGET_MS[device.type], device=device)
         except Exception as error:  # whatever a peer raises is a fact about it, not about us
-            row[f"{contender.name}_{name}_error"] = (
-                str(error).strip().splitlines() or [type(error).__name__]
-            )[0]
+            row[f"{contender.name}_{name}_error"] = _runtime.sentence(error)
 
 
 def prepare(contender: Contender, name: Pass) -> Callable[[], Any]:
@@ -148,7 +146,7 @@ def prepare(contender: Contender, name: Pass) -> Callable[[], Any]:
 
 
 def _blame(results: Results, what: str, error: RuntimeError) -> None:
-    message = str(error).strip().splitlines()[0]
+    message = _runtime.sentence(error)
     if _runtime.is_refusal(error):
         results.refusals[what] = message
     else:

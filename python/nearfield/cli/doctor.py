@@ -156,7 +156,7 @@ def first_call(operator: str, device: torch.device, dtype: torch.dtype) -> Outco
     try:
         part, accuracy = worst(CHECKS[operator](device, dtype))
     except (RuntimeError, ValueError, TypeError) as raised:  # NotImplementedError is a RuntimeError
-        message = str(raised).strip().splitlines()[0]
+        message = _runtime.sentence(raised)
         return Outcome(
             **names, status="refused" if _runtime.is_refusal(raised) else "failed", message=message
         )

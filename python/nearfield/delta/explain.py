@@ -3,7 +3,6 @@ asks too."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -88,8 +87,7 @@ def _pass(
     try:
         name, because = op.plan(q, k, v, beta, g, capability, backward, backend)
     except RuntimeError as error:
-        # Torch puts the place in the source in front, and sometimes a trace behind.
-        return Pass(refused=re.sub(r"^.*?(?=delta_[fb]wd: )", "", str(error).split("\n")[0]))
+        return Pass(refused=_runtime.sentence(error))
     channel_gate = g is not None and g.dim() == 4
     gradient = "chunk_gradient_channel_sm90" if channel_gate else "chunk_gradient_sm90"
     kernels = tuple(kernel.format(gradient=gradient) for kernel in _KERNELS[name, backward])

@@ -4,7 +4,6 @@ the kernels' dispatch carries out."""
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -153,8 +152,7 @@ def _explain_neighborhood_attention(
         try:
             told = plan(capability, backward)
         except RuntimeError as error:
-            # Torch puts the place in the source in front, and sometimes a trace behind.
-            return Pass(refused=re.sub(r"^.*?(?=gna_[fb]wd: )", "", str(error).split("\n")[0]))
+            return Pass(refused=_runtime.sentence(error))
         steps = tuple(_step(step) for step in told["steps"])
         bound = _tile_bound(steps, tokens, extra)
         copies, because = tuple(told["copies"]), told["because"] or None

@@ -3,7 +3,6 @@ dispatch carries out."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,8 +50,7 @@ def _explain_call(
     try:
         told = torch.ops.nearfield.lla_plan(q, v, int(architecture.removeprefix("sm_")), backend)
     except RuntimeError as error:
-        # Torch puts the place in the source in front, and sometimes a trace behind.
-        refused = re.sub(r"^.*?lla: ", "", str(error).split("\n")[0])
+        refused = _runtime.sentence(error).removeprefix("lla: ")
         return LocalLinearExplanation(name, architecture, call, None, refused=refused)
     chosen, head_dim, *because = told.split(" ", 2)
     products = "3xTF32 products" if q.dtype == torch.float32 else "fp16 products over powers of two"
