@@ -212,6 +212,9 @@ def random_case(rng: random.Random, rank: int, backend: str) -> Case:
         dim=dim, dim_v=rng.choice([dim, dim, unit * rng.randint(1, 256 // unit)]),
         additional=rng.choice([0, 0, 0, 1, rng.randint(1, 200)]),
         biased=backend == "portable" and rng.random() < 0.3,
+        periodic=tuple(
+            not c and x % d == 0 and rng.random() < 0.3 for x, d, c in zip(size, dilation, causal, strict=True)
+        ),
     )  # fmt: skip
 
 

@@ -54,7 +54,7 @@ inline int bias_parts(int64_t elements, int64_t wanted) {
   return static_cast<int>(std::max<int64_t>(1, std::min(wanted, kMost / std::max<int64_t>(1, elements))));
 }
 
-// As run_fwd_cpu and run_bwd_cpu, for one group of heads with their bias.
+// The CPU kernels, for one group of heads and its bias.
 template <class T, class C>
 void run_fwd_cpu(const FwdParams<T, C>& params, const BiasTable<const C>& bias);
 template <class T, class C>
