@@ -612,6 +612,25 @@ def test_reference_with_windows_per_head() -> None:
         assert_same(g, w)
 
 
+def biased_per_head(inputs: list[Tensor], attend: Any = neighborhood_attention) -> Any:
+    """Heads that differ in stride, dilation and causality share the shape of their bias."""
+    q, k, v, bias = inputs
+    windows = ([(5, 4)] * 4, [(1, 2), (3, 1)] * 2, [(1, 1), (2, 3)] * 2, [(False, True), (False, False)] * 2)
+    if attend is neighborhood_attention_reference:
+        return attend(q, k, v, *windows, q.shape[-1] ** -0.5, bias=bias)
+    names = dict(zip(("stride", "dilation", "is_causal"), windows[1:], strict=True))
+    return attend(q, k, v, windows[0], bias=bias, return_lse=True, **names)
+
+
+def test_bias_with_windows_per_head() -> None:
+    inputs = Case((12, 13), (5, 4), heads=4, batch=2, biased=True).inputs(torch.float64)
+    grads = [torch.randn_like(t) for t in biased_per_head(inputs)]
+    got = run_with_grads(biased_per_head, inputs, grads)
+    want = run_with_grads(lambda t: biased_per_head(t, neighborhood_attention_reference), inputs, grads)
+    for g, w in zip(got, want, strict=True):
+        assert_same(g, w)
+
+
 def test_equal_windows_per_head_are_windows() -> None:
     q, k, v = double_qkv(1, 9, 10, 3, 6)
     got = neighborhood_attention(q, k, v, ((3, 5),) * 3, stride=((1, 2),) * 3)

@@ -13,9 +13,11 @@ import torch
 from compare import assert_accurate
 from nearfield import neighborhood_attention
 from nearfield.gna import op
+from nearfield.gna.reference import neighborhood_attention_reference
 from test_gna import (
     PER_HEAD,
     Case,
+    biased_per_head,
     gradient_scale,
     names_of,
     per_head_inputs,
@@ -187,6 +189,25 @@ def test_windows_per_head(problem: tuple[Any, ...], dim: int, deterministic: boo
     for i, (g, t, e) in enumerate(zip(got, truth, eager, strict=True)):
         extra = {"factor": 8.0, "scale": 8.0} if i == 1 else {}  # lse: see check()
         assert_accurate(f"result {i} of {problem}", g, t, single if i == 1 else e, **extra)
+
+
+@pytest.mark.parametrize("dtype", DTYPES["portable"], ids=case_id)
+def test_bias_with_windows_per_head(dtype: torch.dtype) -> None:
+    case = Case((32, 33), (5, 4), heads=4, batch=2, dim=64, biased=True)
+    inputs = cuda_inputs(case, dtype)
+    wide = [t.detach().double().requires_grad_() for t in inputs]
+    grads = [torch.randn_like(t).to(dtype) for t in biased_per_head(inputs)]
+    reference = functools.partial(biased_per_head, attend=neighborhood_attention_reference)
+    got, truth, eager = (
+        run_with_grads(f, t, grads)
+        for f, t in ((biased_per_head, inputs), (reference, wide), (reference, inputs))
+    )
+    eager[1] = reference([t.detach().float() for t in inputs])[1]
+    for name, g, t, e in zip(names_of(case), got, truth, eager, strict=True):
+        allowed = {"scale": gradient_scale(name, case, wide, t, truth[1], grads[0])}
+        if name == "lse":
+            allowed = {"factor": 8.0, "scale": 8.0}  # see check()
+        assert_accurate(f"{name} in {dtype}", g, t, e, **allowed)
 
 
 def random_case(rng: random.Random, rank: int, backend: str) -> Case:
