@@ -66,6 +66,23 @@ GRIDS: list[tuple[tuple[int, ...], tuple[tuple[Any, ...], ...]]] = [
 
 
 @needs_kernels
+def test_bias_and_periodic_border_are_told() -> None:
+    q = meta(1, 40, 48, 4, 64)
+    plain = ask(q, (7, 9))
+    biased = ask(q, (7, 9), bias=torch.zeros(4, 13, 17))
+    assert biased.forward.because == biased.backward.because == "bias is given, Hopper's kernels take none"
+    assert [step.kernel for step in biased.backward.steps][-2:] == ["bwd_dbias_sm80", "bwd_dq_sm80"]
+    # A table of float32 for each of the 288 / 4 CTAs of a head, for each head.
+    tables = 72 * 4 * 13 * 17 * 4
+    assert biased.backward.workspace_bytes == 40 * 48 * 4 * 8 + tables + 4
+    assert "refused" in str(ask(q, (7, 9), bias=torch.zeros(4, 13, 17), backend="hopper"))
+    circle = ask(q, (7, 9), periodic=(False, True))
+    assert circle.forward.because is None
+    assert circle.flop_bound == plain.flop_bound
+    assert "periodic by a halo: a grid of [40, 56], q, k and v copied" in str(circle)
+
+
+@needs_kernels
 @pytest.mark.parametrize("size,windows", GRIDS, ids=str)
 @pytest.mark.parametrize("dim", [64, 256])
 @pytest.mark.parametrize("deterministic", [False, True])

@@ -38,12 +38,16 @@ class Case:
     dim_v: int = 0
     additional: int = 0
     scale: float | None = None
+    biased: bool = False
+    periodic: tuple[bool, ...] = ()
     label: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         n = len(self.size)
-        for name, value in (("stride", (1,) * n), ("dilation", (1,) * n), ("causal", (False,) * n)):
+        for name, value in (("stride", (1,) * n), ("dilation", (1,) * n)):
             object.__setattr__(self, name, getattr(self, name) or value)
+        for name in ("causal", "periodic"):
+            object.__setattr__(self, name, getattr(self, name) or (False,) * n)
         object.__setattr__(self, "heads_kv", self.heads_kv or self.heads)
         object.__setattr__(self, "dim_v", self.dim_v or self.dim)
 
@@ -54,7 +58,12 @@ class Case:
         text = f"{self.label}-" if self.label else ""
         text += f"B{self.batch}-X{join(self.size)}-H{self.heads}:{self.heads_kv}-D{self.dim}:{self.dim_v}"
         text += f"-w{join(self.window)}-s{join(self.stride)}-d{join(self.dilation)}-c{join(self.causal)}"
-        return text + (f"-M{self.additional}" if self.additional else "")
+        return (
+            text
+            + (f"-M{self.additional}" if self.additional else "")
+            + "-bias" * self.biased
+            + (f"-p{join(self.periodic)}" if any(self.periodic) else "")
+        )
 
     @property
     def windows(self) -> tuple[tuple[Any, ...], ...]:
@@ -69,24 +78,32 @@ class Case:
         shapes += [(*self.size, self.heads_kv, self.dim_v)]
         if self.additional:
             shapes += [(self.additional, self.heads_kv, dim) for dim in (self.dim, self.dim_v)]
-        return [
-            torch.randn(self.batch, *shape, dtype=torch.float64).to(dtype).requires_grad_()
-            for shape in shapes
-        ]
+        shapes = [(self.batch, *shape) for shape in shapes]
+        if self.biased:
+            shapes += [(self.heads, *(2 * w - 1 for w in self.window))]
+        return [torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
+
+    @property
+    def optional(self) -> tuple[str, ...]:
+        """The arguments behind q, k and v in ``inputs``."""
+        return ("additional_keys", "additional_values") * bool(self.additional) + ("bias",) * self.biased
 
     def run(self, inputs: list[Tensor], backend: str | None = None) -> tuple[Tensor, Tensor]:
-        q, k, v, *additional = inputs
-        extra = dict(zip(("additional_keys", "additional_values"), additional, strict=False))
+        q, k, v, *rest = inputs
+        extra = dict(zip(self.optional, rest, strict=True))
         out = neighborhood_attention(
             q, k, v, self.window, stride=self.stride, dilation=self.dilation, is_causal=self.causal,
-            scale=self.scale, return_lse=True, backend=backend, **extra,
+            scale=self.scale, return_lse=True, backend=backend, periodic=self.periodic, **extra,
         )  # fmt: skip
         assert isinstance(out, tuple)
         return out
 
     def reference(self, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
-        q, k, v, *additional = inputs
-        return neighborhood_attention_reference(q, k, v, *self.windows, self.used_scale, *additional)
+        q, k, v, *rest = inputs
+        extra = dict(zip(self.optional, rest, strict=True))
+        return neighborhood_attention_reference(
+            q, k, v, *self.windows, self.used_scale, periodic=self.periodic, **extra
+        )
 
 
 def run_with_grads(function: Any, inputs: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
@@ -95,7 +112,8 @@ def run_with_grads(function: Any, inputs: list[Tensor], grads: list[Tensor]) -> 
     return [*outputs, *torch.autograd.grad(outputs, inputs, grads)]
 
 
-NAMES = ("out", "lse", "dq", "dk", "dv", "dadditional_k", "dadditional_v")
+def names_of(case: Case) -> list[str]:
+    return ["out", "lse", "dq", "dk", "dv", *("d" + name for name in case.optional)]
 
 
 def gradient_scale(
@@ -110,7 +128,15 @@ def gradient_scale(
         return 0.0
     q, k, v = (float(t.detach().abs().max()) for t in wide[:3])
     terms = abs(case.used_scale) * max(q, k) * v * float(dout.double().abs().sum(-1).max())
-    size = terms if name in ("dq", "dk", "dadditional_k") else float(truth.detach().abs().max())
+    if name == "dbias":
+        # An entry adds up dS of every query of a batch, of which each sees it with a share of P.
+        terms = (
+            v
+            * float(dout.double().abs().sum(-1).max())
+            * dout.shape[:-2].numel()
+            / float(np.prod(case.window))
+        )
+    size = terms if name in ("dq", "dk", "dadditional_keys", "dbias") else float(truth.detach().abs().max())
     return size * max(1.0, float(lse.detach().abs().max()))
 
 
@@ -126,7 +152,7 @@ def check(case: Case, dtype: torch.dtype, inputs: list[Tensor] | None = None) ->
     eager = run_with_grads(case.reference, inputs, [dout, dlse])
     assert got[0].dtype == dtype
     assert got[1].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    for name, g, t, e in zip(NAMES, got, truth, eager, strict=False):
+    for name, g, t, e in zip(names_of(case), got, truth, eager, strict=True):
         scale = gradient_scale(name, case, wide, t, truth[1], dout)
         assert_accurate(f"{name} of {case} in {dtype}", g, t, e, scale=scale)
 
@@ -172,11 +198,20 @@ def table_mask(text: str, dilation: int) -> Tensor:
 def masks_of_kernel(size: tuple[int, ...], *windows: Any) -> tuple[Tensor, Tensor]:
     """Who sees whom, read off the output for one-hot values and off dV for one-hot gradients."""
     n = int(np.prod(size))
-    window, stride, dilation, causal = windows
+    window, stride, dilation, causal, *periodic = windows
     q = torch.zeros(1, *size, 1, 1, dtype=torch.float64)
     one_hot = torch.eye(n, dtype=torch.float64).reshape(1, *size, 1, n)
     v = one_hot.clone().requires_grad_()
-    out = neighborhood_attention(q, q, v, window, stride=stride, dilation=dilation, is_causal=causal)
+    out = neighborhood_attention(
+        q,
+        q,
+        v,
+        window,
+        stride=stride,
+        dilation=dilation,
+        is_causal=causal,
+        periodic=periodic[0] if periodic else False,
+    )
     assert isinstance(out, Tensor)
     (dv,) = torch.autograd.grad(out, v, one_hot)
     probability = out.detach().reshape(n, n)
@@ -231,6 +266,23 @@ def test_consequences_of_the_definition() -> None:
                     assert keys == seen[i // s * s]
 
 
+@pytest.mark.parametrize("length", range(1, 11))
+def test_every_small_circle(length: int) -> None:
+    """A circle has no end: without stride, turning it turns the result; every query sees w keys, itself among them."""
+    for problem in line_problems(length):
+        _, w, s, d, causal = problem
+        if problem[0] != length or causal or length % d != 0:
+            continue
+        want = neighborhood_mask(*([p] for p in problem), [True])
+        forward, inverse = masks_of_kernel((length,), w, s, d, False, True)
+        assert torch.equal(forward, want), problem
+        assert torch.equal(inverse, want.T), problem
+        assert (want.sum(1) == w).all()
+        assert want.diagonal().all()
+        if s == 1:
+            assert torch.equal(want.roll((d, d), (0, 1)), want)
+
+
 @pytest.mark.parametrize("length", range(1, 14))
 def test_every_small_line(length: int) -> None:
     """Windows and inverse windows of the kernels against the definition, for all parameters."""
@@ -252,6 +304,9 @@ def problems(draw: st.DrawFn, most: int = 60) -> Case:
     window = tuple(draw(st.integers(1, x // d)) for x, d in zip(size, dilation, strict=True))
     stride = tuple(draw(st.integers(1, w)) for w in window)
     causal = tuple(draw(st.booleans()) for _ in size)
+    circle = [
+        not c and x % d == 0 and draw(st.booleans()) for x, d, c in zip(size, dilation, causal, strict=True)
+    ]
     heads_kv = draw(st.integers(1, 2))
     return Case(
         size, window, stride, dilation, causal,
@@ -259,13 +314,14 @@ def problems(draw: st.DrawFn, most: int = 60) -> Case:
         dim=draw(st.integers(1, 20)), dim_v=draw(st.integers(1, 20)),
         additional=draw(st.sampled_from([0, 0, 1, 7, 270])),
         scale=draw(st.sampled_from([None, 0.0, 0.3, -1.0])),
+        biased=draw(st.booleans()), periodic=tuple(circle),
     )  # fmt: skip
 
 
 @given(problems(most=40))
 def test_windows_of_random_grids(case: Case) -> None:
-    want = neighborhood_mask(case.size, *case.windows)
-    forward, inverse = masks_of_kernel(case.size, *case.windows)
+    want = neighborhood_mask(case.size, *case.windows, case.periodic)
+    forward, inverse = masks_of_kernel(case.size, *case.windows, case.periodic)
     assert torch.equal(forward, want)
     assert torch.equal(inverse, want.T)
 
@@ -375,6 +431,18 @@ CASES = [
     Case((9, 10), (3, 3), additional=5, heads=4, heads_kv=2, dim_v=12, label="additional"),
     Case((40,), (7,), (3,), additional=300, batch=2, heads=2, dim=16, label="many-additional"),
     Case((48, 48), (3, 3), additional=3, heads=1, dim=4, label="additional-in-chunks"),
+    Case((40,), (7,), batch=2, heads=3, dim=16, biased=True),
+    Case((300,), (290,), (7,), causal=(True,), heads=2, dim=5, biased=True, label="causal-blocks"),
+    Case((23, 19), (3, 4), (2, 3), (3, 4), heads=4, heads_kv=2, dim=24, biased=True),
+    Case((9, 10), (5, 3), additional=5, batch=2, heads=4, heads_kv=2, dim_v=12, biased=True),
+    Case((4, 9, 11), (4, 3, 5), (1, 2, 2), (1, 2, 1), (True, False, False), heads=2, biased=True),
+    Case((8, 9), (3, 3), scale=-1.5, biased=True, label="negative-scale"),
+    Case((40,), (7,), batch=2, heads=3, dim=16, periodic=(True,)),
+    Case((41,), (41,), (5,), heads=1, periodic=(True,), label="whole-circle"),
+    Case((41,), (41,), (5,), heads=1, biased=True, periodic=(True,), label="whole-circle"),
+    Case((24, 19), (3, 4), (2, 3), (3, 4), heads=4, heads_kv=2, periodic=(True, False), label="cylinder"),
+    Case((24, 20), (5, 4), (1, 3), (3, 4), additional=5, biased=True, periodic=(True, True), label="torus"),
+    Case((4, 8, 9), (4, 3, 5), (1, 2, 5), causal=(True, False, False), periodic=(False, True, True)),
     Case((8, 9), (3, 3), scale=0.0, label="scale-0"),
     Case((8, 9), (3, 4), scale=-2.5, label="negative-scale"),
 ]
@@ -455,9 +523,11 @@ def test_second_derivatives_are_refused() -> None:
         torch.autograd.grad(dq.sum(), inputs[:1])
 
 
-@pytest.mark.parametrize("needed", range(5), ids=["q", "k", "v", "additional_keys", "additional_values"])
+@pytest.mark.parametrize(
+    "needed", range(6), ids=["q", "k", "v", "additional_keys", "additional_values", "bias"]
+)
 def test_only_one_input_requires_grad(needed: int) -> None:
-    case = Case((6, 7), (3, 3), additional=3)
+    case = Case((6, 7), (3, 3), additional=3, biased=True)
     inputs = case.inputs(torch.float64)
     wanted = torch.autograd.grad(case.reference(inputs)[0].sum(), inputs)[needed]
     inputs = [t.detach().requires_grad_(i == needed) for i, t in enumerate(inputs)]
@@ -539,6 +609,25 @@ def test_reference_with_windows_per_head() -> None:
     ones, off = ((1, 1),) * 4, ((False, False),) * 4
     got = neighborhood_attention_reference(q, k, v, problem[3], ones, ones, off, 6**-0.5, *extra)
     for g, w in zip(got, run_head_by_head(problem, inputs), strict=True):
+        assert_same(g, w)
+
+
+def biased_per_head(inputs: list[Tensor], attend: Any = neighborhood_attention) -> Any:
+    """Heads that differ in stride, dilation and causality share the shape of their bias."""
+    q, k, v, bias = inputs
+    windows = ([(5, 4)] * 4, [(1, 2), (3, 1)] * 2, [(1, 1), (2, 3)] * 2, [(False, True), (False, False)] * 2)
+    if attend is neighborhood_attention_reference:
+        return attend(q, k, v, *windows, q.shape[-1] ** -0.5, bias=bias)
+    names = dict(zip(("stride", "dilation", "is_causal"), windows[1:], strict=True))
+    return attend(q, k, v, windows[0], bias=bias, return_lse=True, **names)
+
+
+def test_bias_with_windows_per_head() -> None:
+    inputs = Case((12, 13), (5, 4), heads=4, batch=2, biased=True).inputs(torch.float64)
+    grads = [torch.randn_like(t) for t in biased_per_head(inputs)]
+    got = run_with_grads(biased_per_head, inputs, grads)
+    want = run_with_grads(lambda t: biased_per_head(t, neighborhood_attention_reference), inputs, grads)
+    for g, w in zip(got, want, strict=True):
         assert_same(g, w)
 
 
@@ -757,6 +846,17 @@ ERRORS: list[tuple[str, type[Exception], dict[str, Any], list[str]]] = [
     ("not-a-tensor", TypeError, {"v": [1.0]}, ["v", "list"]),
     ("window-length", ValueError, {"kernel_size": (3, 3, 3)}, ["kernel_size", "(3, 3, 3)", "2"]),
     ("stride-length", ValueError, {"stride": (1,)}, ["stride", "(1,)", "2"]),
+    ("periodic-length", ValueError, {"periodic": (True,)}, ["periodic", "(True,)", "2"]),
+    ("periodic-int", TypeError, {"periodic": (True, 1)}, ["periodic", "(True, 1)"]),
+    ("periodic-causal", ValueError, {"periodic": True, "is_causal": (False, True)}, ["dimension 1", "periodic", "causal"]),
+    ("periodic-dilation", ValueError, {"periodic": True, "dilation": (1, 2)}, ["size 7", "dimension 1", "dilation 2"]),
+    ("periodic-per-head", ValueError,
+     {"periodic": True, "kernel_size": ((3, 3), (3, 3), (3, 5), (3, 3))}, ["periodic", "kernel_size", "dimension 1"]),
+    ("bias-shape", ValueError, {"bias": zeros(4, 5, 4)}, ["bias", "[4, 5, 4]", "[4, 5, 5]"]),
+    ("bias-heads", ValueError, {"bias": zeros(2, 5, 5)}, ["bias", "[2, 5, 5]", "[4, 5, 5]"]),
+    ("bias-dtype", ValueError, {"bias": zeros(4, 5, 5).half()}, ["bias", "float16", "float32"]),
+    ("bias-per-head", ValueError, {"bias": zeros(4, 5, 5), "kernel_size": ((3, 3), (3, 3), (3, 5), (3, 3))},
+     ["bias", "kernel_size", "same in all heads"]),
     ("dilation-length", ValueError, {"dilation": [1, 1, 1]}, ["dilation", "[1, 1, 1]", "2"]),
     ("causal-length", ValueError, {"is_causal": (True,)}, ["is_causal", "(True,)", "2"]),
     ("window-0", ValueError, {"kernel_size": 0}, ["kernel_size", "[0, 0]"]),
@@ -817,6 +917,8 @@ BWD = torch.ops.nearfield.gna_bwd
         ({"kernel_size": [3]}, ["kernel_size"]),
         ({"stride": [4, 1]}, ["stride 4"]),
         ({"dilation": [0, 1]}, ["dilation 0"]),
+        ({"bias": zeros(4, 5, 4)}, ["bias", "[4, 5, 4]"]),
+        ({"bias": zeros(4, 5, 5).double()}, ["bias", "dtype"]),
         ({"additional_k": zeros(1, 2, 4, 8)}, ["additional_k"]),
         (
             {"additional_k": zeros(1, 2, 4, 8), "additional_v": zeros(1, 3, 4, 8)},
@@ -865,11 +967,14 @@ def test_opcheck(additional: int) -> None:
     add_k, add_v = extra or (None, None)
     windows = ([3, 2], [2, 1], [2, 1], [1, 0], 0.3)
     torch.library.opcheck(FWD, (q, k, v, add_k, add_v, *windows))
+    bias = torch.randn(4, 5, 3, requires_grad=True)
+    torch.library.opcheck(FWD, (q, k, v, add_k, add_v, *windows, None, bias))
     tensors = [None if t is None else t.detach() for t in (q, k, v, add_k, add_v)]
     out, lse = FWD(*tensors, *windows)
     for dlse in (None, torch.randn_like(lse)):
         arguments = (torch.randn_like(out), dlse, *tensors[:3], out, lse, *tensors[3:], *windows, False)
         torch.library.opcheck(BWD, arguments)
+        torch.library.opcheck(BWD, (*arguments, None, bias.detach()))
 
 
 def compiled_step(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
@@ -877,6 +982,20 @@ def compiled_step(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         q, k, v, (3, None), stride=(2, 1), is_causal=(True, False), return_lse=True
     )
     return merge_attentions([out * 2, out], [lse, lse + 1])
+
+
+def test_compile_with_bias_and_periodic_border() -> None:
+    torch._dynamo.reset()
+    case = Case((6, 8), (3, 4), batch=2, biased=True, periodic=(True, False))
+
+    def step(*inputs: Tensor) -> Tensor:
+        return case.run(list(inputs))[0]
+
+    inputs = case.inputs(torch.float32)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    got, want = (torch.autograd.grad(f(*inputs).square().sum(), inputs) for f in (compiled, step))
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w)
 
 
 @pytest.mark.parametrize("backend,dynamic", [("aot_eager", False), ("aot_eager", True), ("inductor", False)])
@@ -925,7 +1044,7 @@ def test_meta_tensors_give_shapes() -> None:
 
 
 def test_results_do_not_depend_on_threads_or_chance() -> None:
-    case = Case((37, 21), (7, 5), (2, 1), (1, 2), heads=4, heads_kv=2, additional=20, batch=2)
+    case = Case((37, 21), (7, 5), (2, 1), (1, 2), heads=4, heads_kv=2, additional=20, batch=2, biased=True)
     inputs = case.inputs(torch.float32)
     grads = [torch.randn(2, 37, 21, 4, 8), torch.randn(2, 37, 21, 4)]
     threads = torch.get_num_threads()

@@ -13,11 +13,13 @@ import torch
 from compare import assert_accurate
 from nearfield import neighborhood_attention
 from nearfield.gna import op
+from nearfield.gna.reference import neighborhood_attention_reference
 from test_gna import (
-    NAMES,
     PER_HEAD,
     Case,
+    biased_per_head,
     gradient_scale,
+    names_of,
     per_head_inputs,
     run_head_by_head,
     run_per_head,
@@ -47,7 +49,7 @@ def check(case: Case, dtype: torch.dtype, backend: str, inputs: list[Tensor] | N
     got = run_with_grads(functools.partial(case.run, backend=backend), inputs, [dout, dlse])
     truth = run_with_grads(case.reference, wide, [dout, dlse])
     eager = run_with_grads(case.reference, inputs, [dout, dlse])
-    for name, g, t, e in zip(NAMES, got, truth, eager, strict=False):
+    for name, g, t, e in zip(names_of(case), got, truth, eager, strict=True):
         allowed = {"scale": gradient_scale(name, case, wide, t, truth[1], dout)}
         if name == "lse":
             # A float32 result of exact inputs: hold it to the error of float32 arithmetic. The logarithm makes an
@@ -86,8 +88,30 @@ CASES = [
     Case((20, 20), (20, 20), dim=256, heads=1, label="256-dense"),
     Case((30, 31), (9, 8), additional=77, dim=192, dim_v=256, heads=2, label="192-additional"),
     Case((9, 10, 12), (5, 5, 6), (1, 2, 3), dim=136, dim_v=248, heads=2, batch=2, label="136-batch-by-batch"),
+    Case((300,), (65,), (3,), dim=128, heads=2, periodic=(True,), label="circle"),
+    Case((24, 28), (5, 6), (2, 1), (3, 1), dim=64, heads=4, heads_kv=2, periodic=(True, False), label="cylinder"),
+    Case((9, 12, 10), (9, 5, 4), (1, 2, 3), causal=(True, False, False), dim=64, additional=9,
+         periodic=(False, True, True), label="torus-video"),
     Case((20, 22), (5, 5), scale=-0.7, dim=64, label="negative-scale"),
     Case((20, 22), (5, 5), scale=0.0, dim=64, label="scale-0"),
+]  # fmt: skip
+
+
+# A relative position bias is served by the portable kernels.
+BIAS_CASES = [
+    Case((1,), (1,), dim=64, biased=True, label="one-token"),
+    Case((1000,), (300,), dim=128, batch=2, biased=True),
+    Case((777,), (33,), (5,), (7,), (True,), dim=64, heads=4, heads_kv=2, biased=True),
+    Case((33, 47), (7, 9), dim=64, heads=4, heads_kv=1, batch=2, biased=True, label="gqa"),
+    Case((56, 56), (7, 7), dim=32, heads=4, batch=2, biased=True, label="nat"),
+    Case((29, 31), (5, 4), (2, 3), (3, 5), (False, True), dim=256, heads=1, biased=True),
+    Case((40, 40), (40, 40), dim=128, biased=True, label="dense"),
+    Case((12, 17, 15), (12, 7, 9), (1, 4, 3), causal=(True, False, False), dim=128, biased=True, label="video"),
+    Case((9, 11, 13), (3, 3, 4), (2, 1, 2), (2, 3, 1), dim=60, dim_v=33, heads_kv=1, batch=2, biased=True),
+    Case((31, 29), (5, 6), (1, 2), (3, 4), additional=130, dim=64, biased=True, label="additional-dilated"),
+    Case((20, 22), (5, 5), scale=-0.7, dim=64, biased=True, label="negative-scale"),
+    Case((20, 22), (5, 5), scale=0.0, dim=64, biased=True, label="scale-0"),
+    Case((24, 20), (5, 4), (1, 3), (3, 4), additional=5, dim=64, biased=True, periodic=(True, True), label="torus"),
 ]  # fmt: skip
 
 
@@ -114,6 +138,19 @@ def test_values_and_gradients(case: Case, backend: str, dtype: torch.dtype) -> N
 @pytest.mark.parametrize("dtype", DTYPES["portable"], ids=case_id)
 def test_odd_head_dims(case: Case, dtype: torch.dtype) -> None:
     check(case, dtype, "portable")
+
+
+@pytest.mark.parametrize("case", BIAS_CASES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES["portable"], ids=case_id)
+def test_bias(case: Case, dtype: torch.dtype) -> None:
+    """Right, and the same bits every time."""
+    inputs = cuda_inputs(case, dtype)
+    check(case, dtype, "portable", inputs)
+    grad = torch.randn(*inputs[0].shape[:-1], case.dim_v, device="cuda", dtype=dtype)
+    first = torch.autograd.grad(case.run(inputs, "portable")[0], inputs, grad)
+    for _ in range(3):
+        again = torch.autograd.grad(case.run(inputs, "portable")[0], inputs, grad)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -154,6 +191,25 @@ def test_windows_per_head(problem: tuple[Any, ...], dim: int, deterministic: boo
         assert_accurate(f"result {i} of {problem}", g, t, single if i == 1 else e, **extra)
 
 
+@pytest.mark.parametrize("dtype", DTYPES["portable"], ids=case_id)
+def test_bias_with_windows_per_head(dtype: torch.dtype) -> None:
+    case = Case((32, 33), (5, 4), heads=4, batch=2, dim=64, biased=True)
+    inputs = cuda_inputs(case, dtype)
+    wide = [t.detach().double().requires_grad_() for t in inputs]
+    grads = [torch.randn_like(t).to(dtype) for t in biased_per_head(inputs)]
+    reference = functools.partial(biased_per_head, attend=neighborhood_attention_reference)
+    got, truth, eager = (
+        run_with_grads(f, t, grads)
+        for f, t in ((biased_per_head, inputs), (reference, wide), (reference, inputs))
+    )
+    eager[1] = reference([t.detach().float() for t in inputs])[1]
+    for name, g, t, e in zip(names_of(case), got, truth, eager, strict=True):
+        allowed = {"scale": gradient_scale(name, case, wide, t, truth[1], grads[0])}
+        if name == "lse":
+            allowed = {"factor": 8.0, "scale": 8.0}  # see check()
+        assert_accurate(f"{name} in {dtype}", g, t, e, **allowed)
+
+
 def random_case(rng: random.Random, rank: int, backend: str) -> Case:
     size, window, stride, dilation, causal = [], [], [], [], []
     largest = {1: 900, 2: 34, 3: 11}[rank]
@@ -176,6 +232,10 @@ def random_case(rng: random.Random, rank: int, backend: str) -> Case:
         batch=rng.choice([1, 1, 2]), heads=heads_kv * rng.choice([1, 2, 3]), heads_kv=heads_kv,
         dim=dim, dim_v=rng.choice([dim, dim, unit * rng.randint(1, 256 // unit)]),
         additional=rng.choice([0, 0, 0, 1, rng.randint(1, 200)]),
+        biased=backend == "portable" and rng.random() < 0.3,
+        periodic=tuple(
+            not c and x % d == 0 and rng.random() < 0.3 for x, d, c in zip(size, dilation, causal, strict=True)
+        ),
     )  # fmt: skip
 
 
@@ -366,3 +426,6 @@ def test_choice_of_the_backend(caplog: pytest.LogCaptureFixture) -> None:
         assert "float16; the portable kernels run instead" in caplog.text
         neighborhood_attention(q.float(), q.float(), q.float(), 7, backend="portable")
         assert len(caplog.records) == 1, "what was asked for needs no warning"
+        neighborhood_attention(q, q, q, 7, bias=torch.randn(2, 13, 13, device="cuda"))
+        assert len(caplog.records) == 2
+        assert "bias is given, Hopper's kernels take none; the portable kernels run instead" in caplog.text

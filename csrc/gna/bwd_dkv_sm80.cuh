@@ -41,6 +41,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kTile.kCtas)
         wait_for_copies();
         scores.clear();
         multiply_transposed<kD>(scores, s.staying[0] + first_row * Traits::kRow, s.moving[0]);
+        walk.add_bias(score_rows, first_row);
         walk.mask(score_rows, first_row);
         dprobs.clear();
         multiply_transposed<kD>(dprobs, s.staying[1] + first_row * Traits::kRow, s.moving[1]);
@@ -75,7 +76,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kTile.kCtas)
 }
 
 template <class Tag, int kHeadDim>
-int portable_sm80<Tag, kHeadDim>::bwd_dkv(const BwdSm90Args& a, void* stream) {
+int portable_sm80<Tag, kHeadDim>::bwd_dkv(const BwdSm80Args& a, void* stream) {
   using Traits = DkvPortable<Tag, kHeadDim>;
   using Element = typename Traits::Element;
   const Problem& problem = a.problem;
@@ -99,8 +100,7 @@ int portable_sm80<Tag, kHeadDim>::bwd_dkv(const BwdSm90Args& a, void* stream) {
   p.rows = rows_of(a.dk, problem.dim);
   p.result[0] = static_cast<Element*>(a.dk.data);
   p.result[1] = static_cast<Element*>(a.dv.data);
-  p.scale = a.scale;
-  p.scale_log2 = a.scale * kLog2e;
+  p.set_scale(a.scale, a.to_additional ? BiasTable<const float>{} : a.bias);
   p.next_work = a.next_work;
   return launch_portable<Traits>(bwd_dkv_portable_kernel<Traits>, p, a.num_sms,
                                  static_cast<cudaStream_t>(stream));

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "gna/bias.h"
 #include "gna/gna.h"
 #include "tensor_checks.h"
 
@@ -18,6 +19,13 @@ using Ints = std::vector<int64_t>;
 struct Call {
   Problem whole;  // windows: those of the first head
   std::vector<HeadGroup> groups;
+  bool biased = false;  // all heads then have the same window
+
+  // Of all heads, without data.
+  template <class T>
+  BiasTable<T> bias(T* data = nullptr) const {
+    return biased ? bias_table<T>(data, whole) : BiasTable<T>{};
+  }
 };
 
 // Groups heads whose window parameters are the same: all of them if they lie evenly spaced, else runs of
@@ -54,11 +62,16 @@ inline std::vector<HeadGroup> group_heads(const Problem& whole, const std::vecto
   return groups;
 }
 
+// dtype of lse, of its gradient and of every other statistic.
+inline ScalarType statistics_dtype(const Tensor& q) {
+  return q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
 // Checks every shape, dtype and window parameter of an op.
 inline Call check_call(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
                        const OptionalTensor& additional_k, const OptionalTensor& additional_v,
                        const Ints& kernel_size, const Ints& stride, const Ints& dilation,
-                       const Ints& is_causal) {
+                       const Ints& is_causal, const OptionalTensor& bias) {
   const int rank = static_cast<int>(q.dim()) - 3;
   STD_TORCH_CHECK(rank >= 1 && rank <= 3, op, ": q has ", q.dim(), " dimensions, expected 4, 5 or 6");
   STD_TORCH_CHECK(k.dim() == q.dim() && v.dim() == q.dim(), op,
@@ -131,7 +144,23 @@ inline Call check_call(const char* op, const Tensor& q, const Tensor& k, const T
   check_same_device(op, "k", k, q);
   check_same_device(op, "v", v, q);
 
-  if (entries == n) return {p, {{p}}};
+  if (defined(bias)) {
+    std::vector<int64_t> table{p.heads};
+    int64_t size = 1;
+    for (int d = 3 - rank; d < 3; ++d) {
+      table.push_back(2 * int64_t{p.window[d]} - 1);
+      size *= table.back();
+      STD_TORCH_CHECK(size < 1 << 30, op, ": bias has 2^30 or more elements for a head");
+    }
+    check_shape(op, "bias", *bias, table);
+    check_dtype(op, "bias", *bias, statistics_dtype(q));
+    check_same_device(op, "bias", *bias, q);
+    for (size_t i = n; i < entries; ++i)
+      STD_TORCH_CHECK(kernel_size[i] == kernel_size[i % n], op,
+                      ": a bias needs the same kernel_size in all heads");
+  }
+
+  if (entries == n) return {p, {{p}}, defined(bias)};
   const auto same_entries = [&](const Ints& values, int64_t a, int64_t b) {
     return std::equal(values.begin() + a * n, values.begin() + (a + 1) * n, values.begin() + b * n);
   };
@@ -149,12 +178,7 @@ inline Call check_call(const char* op, const Tensor& q, const Tensor& k, const T
     STD_TORCH_CHECK(same, op, ": query heads ", leader, " and ", h,
                     " share a key/value head, but not their windows");
   }
-  return {p, group_heads(p, of_kv_head)};
-}
-
-// dtype of lse, of its gradient and of every other statistic.
-inline ScalarType statistics_dtype(const Tensor& q) {
-  return q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  return {p, group_heads(p, of_kv_head), defined(bias)};
 }
 
 // What the forward saved and what arrives from behind, on top of check_problem.

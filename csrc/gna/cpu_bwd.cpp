@@ -62,7 +62,8 @@ struct BwdScratch {
 };
 
 template <class T, class C>
-void query_gradients(const BwdParams<T, C>& p, const Work<C>& work, int axis, BwdScratch<C>& scratch) {
+void query_gradients(const BwdParams<T, C>& p, const BiasTable<const C>& bias, const BiasTable<C>& dbias,
+                     const Work<C>& work, int axis, BwdScratch<C>& scratch) {
   constexpr int lanes = kLanes<C>;
   const Problem& problem = p.problem;
   const int64_t dim = problem.dim, dim_v = problem.dim_v, heads = problem.heads_per_kv();
@@ -87,12 +88,23 @@ void query_gradients(const BwdParams<T, C>& p, const Work<C>& work, int axis, Bw
     // P = exp(scale K Q^T - lse)
     gemm(n, lanes, dim, scale, row_major(k + first * dim, dim), row_major(q + i * dim * lanes, lanes), C(0),
          prob, lanes);
-    if (rows) work.tile[i / heads].mask(prob, *rows);
+    if (rows) {
+      add_bias(bias, kv * heads + i % heads, Lanes::queries, work.tile[i / heads], *rows, prob);
+      work.tile[i / heads].mask(prob, *rows);
+    }
     cpu::exp_panel(prob, n, lse, nullptr, nullptr);
     // dS = P * (V dO^T - delta)
     gemm(n, lanes, dim_v, C(1), row_major(v + first * dim_v, dim_v),
          row_major(d_o + i * dim_v * lanes, lanes), C(0), ds, lanes);
     softmax_gradient(ds, prob, n, delta, nullptr);
+    if (rows && dbias.data != nullptr) {
+      C* table = dbias.data + (kv * heads + i % heads) * dbias.head;
+      for_each_place(dbias, Lanes::queries, work.tile[i / heads], *rows,
+                     [&](int64_t row, int lane, int64_t place) {
+                       // Where nothing is seen there is no place either.
+                       if (prob[row * lanes + lane] != C(0)) table[place] += ds[row * lanes + lane];
+                     });
+    }
     // dQ^T += scale K^T dS
     gemm(dim, lanes, n, scale, row_major(k + first * dim, dim).transposed(), row_major(ds, lanes), C(1),
          dq + i * dim * lanes, lanes);
@@ -165,12 +177,16 @@ struct KeyGradients {
     load_row_stats(p.delta, b, h, group, block, delta);
   }
 
-  void attend(int64_t i, int64_t first, int64_t n, const LaneTile<C>& tile, const Rows* rows) {
+  void attend(int64_t i, int64_t first, int64_t n, const LaneTile<C>& tile, const Rows* rows,
+              const BiasTable<const C>& bias = {}, int64_t h = 0) {
     alignas(cpu::kPanel) const C zero[lanes] = {};
     // P = exp(scale Q K^T - lse)
     gemm(n, lanes, dim, scale, row_major(q + first * dim, dim), row_major(k + i * dim * lanes, lanes), C(0),
          prob, lanes);
-    if (rows) tile.mask(prob, *rows);
+    if (rows) {
+      add_bias(bias, h, Lanes::keys, tile, *rows, prob);
+      tile.mask(prob, *rows);
+    }
     cpu::exp_panel(prob, n, zero, lse + first, nullptr);
     // dV^T += dO^T P
     gemm(dim_v, lanes, n, C(1), row_major(d_o + first * dim_v, dim_v).transposed(), row_major(prob, lanes),
@@ -186,7 +202,8 @@ struct KeyGradients {
 };
 
 template <class T, class C>
-void key_gradients(const BwdParams<T, C>& p, const Work<C>& work, int axis, BwdScratch<C>& scratch) {
+void key_gradients(const BwdParams<T, C>& p, const BiasTable<const C>& bias, const Work<C>& work, int axis,
+                   BwdScratch<C>& scratch) {
   const Problem& problem = p.problem;
   const int64_t heads = problem.heads_per_kv(), b = work.b, kv = work.kv_head;
   KeyGradients<C> grads(problem, p.scale, scratch, work.tiles);
@@ -197,7 +214,7 @@ void key_gradients(const BwdParams<T, C>& p, const Work<C>& work, int axis, BwdS
       for (int t = 0; t < work.tiles; ++t) {
         int64_t first;
         const Rows part = work.tile[t].part_of(block, axis, first);
-        if (part.count()) grads.attend(t, first, part.count(), work.tile[t], &part);
+        if (part.count()) grads.attend(t, first, part.count(), work.tile[t], &part, bias, h);
       }
     });
   for (int t = 0; t < work.tiles; ++t) {
@@ -287,15 +304,19 @@ void additional_gradients(const BwdParams<T, C>& p) {
   });
 }
 
+// Calls f(work, axis, scratch, part). The work of a part (0: every work is one) is done in order.
 template <class C, class F>
-void for_each_work(const Problem& p, Lanes lanes, int macro_tiles, F&& f) {
+void for_each_work(const Problem& p, Lanes lanes, int macro_tiles, int64_t parts, F&& f) {
   const Tiling tiling = make_tiling(p, lanes, kLanes<C>, macro_tiles);
-  torch::stable::parallel_for(0, Work<C>::count(p, tiling), 1, [&](int64_t begin, int64_t end) {
+  const int64_t works = Work<C>::count(p, tiling);
+  if (parts == 0) parts = works;
+  torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     BwdScratch<C> scratch{p.dim, p.dim_v, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}};
-    for (int64_t task = begin; task < end; ++task) {
-      const Work<C> work(p, tiling, lanes, task);
-      if (work.tiles) f(work, tiling.axis, scratch);
-    }
+    for (int64_t part = begin; part < end; ++part)
+      for (int64_t task = part * works / parts; task < (part + 1) * works / parts; ++task) {
+        const Work<C> work(p, tiling, lanes, task);
+        if (work.tiles) f(work, tiling.axis, scratch, part);
+      }
   });
 }
 
@@ -317,25 +338,34 @@ BwdWorkspace bwd_cpu_workspace(const Problem& whole, const std::vector<HeadGroup
 }
 
 template <class T, class C>
-void run_bwd_cpu(const BwdParams<T, C>& params) {
+void run_bwd_cpu(const BwdParams<T, C>& params, const BiasTable<const C>& bias,
+                 const BiasGradient<C>& gradient) {
   const Problem& p = params.problem;
   // Without query heads there are no key heads either, so nothing is left to write.
   if (p.batch * p.heads * p.tokens() == 0) return;
   compute_delta(params);
   const int macro_tiles = static_cast<int>(std::max<int64_t>(1, kMacroTiles / p.heads_per_kv()));
-  for_each_work<C>(p, Lanes::queries, macro_tiles,
-                   [&](const Work<C>& work, int axis, BwdScratch<C>& scratch) {
-                     query_gradients(params, work, axis, scratch);
+  const bool biased = bias.data != nullptr;
+  for_each_work<C>(p, Lanes::queries, macro_tiles, biased ? gradient.parts : 0,
+                   [&](const Work<C>& work, int axis, BwdScratch<C>& scratch, int64_t part) {
+                     BiasTable<C> dbias = gradient.table;
+                     if (biased) dbias.data += part * gradient.part;
+                     query_gradients(params, bias, dbias, work, axis, scratch);
                    });
-  for_each_work<C>(p, Lanes::keys, kMacroTiles, [&](const Work<C>& work, int axis, BwdScratch<C>& scratch) {
-    key_gradients(params, work, axis, scratch);
-  });
+  for_each_work<C>(p, Lanes::keys, kMacroTiles, 0,
+                   [&](const Work<C>& work, int axis, BwdScratch<C>& scratch, int64_t) {
+                     key_gradients(params, bias, work, axis, scratch);
+                   });
   if (p.additional) additional_gradients(params);
 }
 
-template void run_bwd_cpu(const BwdParams<float, float>&);
-template void run_bwd_cpu(const BwdParams<double, double>&);
-template void run_bwd_cpu(const BwdParams<torch::headeronly::Half, float>&);
-template void run_bwd_cpu(const BwdParams<torch::headeronly::BFloat16, float>&);
+template void run_bwd_cpu(const BwdParams<float, float>&, const BiasTable<const float>&,
+                          const BiasGradient<float>&);
+template void run_bwd_cpu(const BwdParams<double, double>&, const BiasTable<const double>&,
+                          const BiasGradient<double>&);
+template void run_bwd_cpu(const BwdParams<torch::headeronly::Half, float>&, const BiasTable<const float>&,
+                          const BiasGradient<float>&);
+template void run_bwd_cpu(const BwdParams<torch::headeronly::BFloat16, float>&, const BiasTable<const float>&,
+                          const BiasGradient<float>&);
 
 }  // namespace nearfield::gna

@@ -28,7 +28,8 @@ struct FwdScratch {
 };
 
 template <class T, class C>
-void run_work(const FwdParams<T, C>& p, const Work<C>& work, int axis, FwdScratch<C>& scratch) {
+void run_work(const FwdParams<T, C>& p, const BiasTable<const C>& bias, const Work<C>& work, int axis,
+              FwdScratch<C>& scratch) {
   constexpr int lanes = kLanes<C>;
   const Problem& problem = p.problem;
   const int64_t dim = problem.dim, dim_v = problem.dim_v, heads = problem.heads_per_kv();
@@ -52,7 +53,10 @@ void run_work(const FwdParams<T, C>& p, const Work<C>& work, int axis, FwdScratc
     // S = scale K Q^T
     gemm(n, lanes, dim, static_cast<C>(p.scale), row_major(k + first * dim, dim),
          row_major(q + i * dim * lanes, lanes), C(0), s, lanes);
-    if (rows) work.tile[i / heads].mask(s, *rows);
+    if (rows) {
+      add_bias(bias, kv * heads + i % heads, Lanes::queries, work.tile[i / heads], *rows, s);
+      work.tile[i / heads].mask(s, *rows);
+    }
     online_softmax(s, n, max, sum, rescale);
     // O^T = O^T diag(rescale) + V^T P
     scale_lanes(o + i * dim_v * lanes, dim_v, rescale);
@@ -95,7 +99,7 @@ void run_work(const FwdParams<T, C>& p, const Work<C>& work, int axis, FwdScratc
 }  // namespace
 
 template <class T, class C>
-void run_fwd_cpu(const FwdParams<T, C>& params) {
+void run_fwd_cpu(const FwdParams<T, C>& params, const BiasTable<const C>& bias) {
   const Problem& p = params.problem;
   if (p.batch * p.heads * p.tokens() == 0) return;
   // Query heads that share a key/value head share its rows too: fewer tiles are needed to repay the copy.
@@ -105,14 +109,15 @@ void run_fwd_cpu(const FwdParams<T, C>& params) {
     FwdScratch<C> scratch{p.dim, p.dim_v, {}, {}, {}, {}, {}, {}, {}};
     for (int64_t task = begin; task < end; ++task) {
       const Work<C> work(p, tiling, Lanes::queries, task);
-      if (work.tiles) run_work(params, work, tiling.axis, scratch);
+      if (work.tiles) run_work(params, bias, work, tiling.axis, scratch);
     }
   });
 }
 
-template void run_fwd_cpu(const FwdParams<float, float>&);
-template void run_fwd_cpu(const FwdParams<double, double>&);
-template void run_fwd_cpu(const FwdParams<torch::headeronly::Half, float>&);
-template void run_fwd_cpu(const FwdParams<torch::headeronly::BFloat16, float>&);
+template void run_fwd_cpu(const FwdParams<float, float>&, const BiasTable<const float>&);
+template void run_fwd_cpu(const FwdParams<double, double>&, const BiasTable<const double>&);
+template void run_fwd_cpu(const FwdParams<torch::headeronly::Half, float>&, const BiasTable<const float>&);
+template void run_fwd_cpu(const FwdParams<torch::headeronly::BFloat16, float>&,
+                          const BiasTable<const float>&);
 
 }  // namespace nearfield::gna

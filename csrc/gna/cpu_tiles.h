@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "gna/bias.h"
 #include "gna/cpu_lanes.h"
 #include "gna/gna.h"
 
@@ -207,6 +208,34 @@ struct LaneTile {
     }
   }
 };
+
+// Calls f(row, lane, place) with the place in the bias of every pair of a tile and its rows. Pairs that do
+// not see each other can be beyond the table.
+template <class T, class C, class F>
+void for_each_place(const BiasTable<T>& table, Lanes side, const LaneTile<C>& tile, const Rows& rows, F&& f) {
+  const int64_t sign = side == Lanes::queries ? 1 : -1;  // rows are keys: key - query = row - lane
+  int64_t row = 0;
+  for (int l = rows.line.begin; l < rows.line.end; ++l)
+    for (int i = rows.inner.begin; i < rows.inner.end; ++i, ++row) {
+      const int at[3] = {rows.i0(l), rows.i1(l), i};
+      for (int lane = 0; lane < tile.lanes; ++lane) {
+        int64_t place = table.center;
+        for (int d = 0; d < 3; ++d) place += sign * table.step[d] * (at[d] - tile.index[d][lane]);
+        f(row, lane, place);
+      }
+    }
+}
+
+// scores += bias. scores: [rows, kLanes]; before the mask.
+template <class C>
+void add_bias(const BiasTable<const C>& bias, int64_t h, Lanes side, const LaneTile<C>& tile,
+              const Rows& rows, C* scores) {
+  if (bias.data == nullptr) return;
+  const C* table = bias.data + h * bias.head;
+  for_each_place(bias, side, tile, rows, [&](int64_t row, int lane, int64_t place) {
+    if (place >= 0 && place < bias.size) scores[row * kLanes<C> + lane] += table[place];
+  });
+}
 
 // dst[row][feature] = the features of the block's rows, widened.
 template <class T, class C>

@@ -25,7 +25,9 @@ constexpr ScalarType kDtype = std::is_same_v<Element, bf16>   ? ScalarType::BFlo
                               : std::is_same_v<Element, fp16> ? ScalarType::Half
                                                               : ScalarType::Float;
 #ifdef NEARFIELD_GNA_SM90
-#define HOPPER(kernel, element, dim) {false, kDtype<element>, dim, &kernel<element, dim>::run},
+#define HOPPER(kernel, element, dim) \
+  {false, kDtype<element>, dim,      \
+   [](const auto& args, void* stream) { return kernel<element, dim>::run(args, stream); }},
 #else
 #define HOPPER(kernel, element, dim)
 #endif
@@ -39,7 +41,7 @@ constexpr ScalarType kDtype = std::is_same_v<Element, bf16>   ? ScalarType::BFlo
 
 #define USE_fwd_sm90(element, dim) HOPPER(fwd_sm90, element, dim)
 #define USE_portable_sm80(element, dim) PORTABLE(fwd, element, dim)
-const std::vector<Instance<FwdSm90Args>> kForward = {
+const std::vector<Instance<FwdSm80Args>> kForward = {
 #include "gna/instances.def"
 };
 #undef USE_fwd_sm90
@@ -49,7 +51,7 @@ const std::vector<Instance<FwdSm90Args>> kForward = {
 #undef USE_bwd_sm90
 #define USE_bwd_sm90(element, dim) HOPPER(bwd_sm90, element, dim)
 #define USE_portable_sm80(element, dim) PORTABLE(bwd_dkv, element, dim)
-const std::vector<Instance<BwdSm90Args>> kKeys = {
+const std::vector<Instance<BwdSm80Args>> kKeys = {
 #include "gna/instances.def"
 };
 #undef USE_bwd_sm90
@@ -59,7 +61,15 @@ const std::vector<Instance<BwdSm90Args>> kKeys = {
 #undef USE_bwd_dq_sm90
 #define USE_bwd_dq_sm90(element, dim) HOPPER(bwd_dq_sm90, element, dim)
 #define USE_portable_sm80(element, dim) PORTABLE(bwd_dq, element, dim)
-const std::vector<Instance<BwdSm90Args>> kQueries = {
+const std::vector<Instance<BwdSm80Args>> kQueries = {
+#include "gna/instances.def"
+};
+#undef USE_bwd_dq_sm90
+#undef USE_portable_sm80
+#define USE_bwd_dq_sm90(element, dim)
+
+#define USE_portable_sm80(element, dim) PORTABLE(bwd_dbias, element, dim)
+const std::vector<Instance<BwdSm80Args>> kBias = {
 #include "gna/instances.def"
 };
 #undef INSTANCE
@@ -128,10 +138,11 @@ void enter(const Step& step, Tokens<T>& t, int64_t first_head, int element_bytes
 
 std::tuple<Tensor, Tensor> fwd_cuda(Tensor q, Tensor k, Tensor v, OptionalTensor additional_k,
                                     OptionalTensor additional_v, Ints kernel_size, Ints stride, Ints dilation,
-                                    Ints is_causal, double scale, std::optional<std::string> backend) {
+                                    Ints is_causal, double scale, std::optional<std::string> backend,
+                                    OptionalTensor bias) {
   const char* op = "gna_fwd";
   const Call call =
-      check_call(op, q, k, v, additional_k, additional_v, kernel_size, stride, dilation, is_causal);
+      check_call(op, q, k, v, additional_k, additional_v, kernel_size, stride, dilation, is_causal, bias);
   const Problem& p = call.whole;
   torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   const DeviceInfo device = device_info(q.get_device_index());
@@ -148,7 +159,7 @@ std::tuple<Tensor, Tensor> fwd_cuda(Tensor q, Tensor k, Tensor v, OptionalTensor
 
   const auto input = plan.portable ? readable : loadable;
   q = input(q), k = input(k), v = input(v);
-  FwdSm90Args args{};
+  FwdSm80Args args{};
   args.scale = static_cast<float>(scale);
   args.q = untyped(tokens_of<const char>(q, p.rank));
   args.k = untyped(tokens_of<const char>(k, p.rank));
@@ -158,6 +169,10 @@ std::tuple<Tensor, Tensor> fwd_cuda(Tensor q, Tensor k, Tensor v, OptionalTensor
     args.add_k = untyped(tokens_of<const char>(*additional_k, 1));
     args.add_v = untyped(tokens_of<const char>(*additional_v, 1));
   }
+  if (call.biased) {
+    bias = torch::stable::contiguous(*bias);
+    args.bias = call.bias(static_cast<const float*>(bias->data_ptr()));
+  }
   args.out = tokens_of<void>(out, p.rank);
   args.lse = tokens_of<float>(lse, p.rank, false);
   Tensor next_work = torch::stable::new_empty(q, {1}, ScalarType::Int);
@@ -166,7 +181,7 @@ std::tuple<Tensor, Tensor> fwd_cuda(Tensor q, Tensor k, Tensor v, OptionalTensor
   void* stream = current_stream(q);
 
   for (const Step& step : plan.steps) {
-    FwdSm90Args launch = args;
+    FwdSm80Args launch = args;
     launch.problem = step.problem;
     launch.q_box = step.tiles.q;
     launch.kv_box = step.tiles.kv;
@@ -177,6 +192,7 @@ std::tuple<Tensor, Tensor> fwd_cuda(Tensor q, Tensor k, Tensor v, OptionalTensor
     for (auto* t : {&launch.add_k, &launch.add_v}) enter_heads(step, *t, head_kv, bytes);
     enter(step, launch.out, head, bytes);
     enter(step, launch.lse, head, sizeof(float));
+    launch.bias = args.bias.heads(step.heads);
     const int error = run(kForward, step, dtype, launch, stream);
     STD_TORCH_CHECK(error == 0, op, ": ", cuda_error_string(error));
   }
@@ -185,13 +201,14 @@ std::tuple<Tensor, Tensor> fwd_cuda(Tensor q, Tensor k, Tensor v, OptionalTensor
 
 // ---- Backward ----
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cuda(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cuda(
     Tensor dout, OptionalTensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
     OptionalTensor additional_k, OptionalTensor additional_v, Ints kernel_size, Ints stride, Ints dilation,
-    Ints is_causal, double scale, bool deterministic, std::optional<std::string> backend) {
+    Ints is_causal, double scale, bool deterministic, std::optional<std::string> backend,
+    OptionalTensor bias) {
   const char* op = "gna_bwd";
   const Call call =
-      check_call(op, q, k, v, additional_k, additional_v, kernel_size, stride, dilation, is_causal);
+      check_call(op, q, k, v, additional_k, additional_v, kernel_size, stride, dilation, is_causal, bias);
   const Problem& p = call.whole;
   check_gradients(op, p, q, dout, dlse, out, lse);
   torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
@@ -205,7 +222,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cuda(
   Tensor dv = torch::stable::new_empty(q, shape_of(v));
   Tensor add_dk = torch::stable::new_empty(q, with_additional ? shape_of(*additional_k) : Ints{0});
   Tensor add_dv = torch::stable::new_empty(q, with_additional ? shape_of(*additional_v) : Ints{0});
-  if (lse.numel() == 0) return {dq, dk, dv, add_dk, add_dv};
+  Tensor dbias = torch::stable::new_zeros(q, {plan.bias_parts, plan.bias_elements}, ScalarType::Float);
+  const auto bias_gradient = [&] {
+    if (!call.biased) return torch::stable::new_empty(q, {0}, ScalarType::Float);
+    return torch::stable::reshape(torch::stable::sum(dbias, Ints{0}), shape_of(*bias));
+  };
+  if (lse.numel() == 0) return {dq, dk, dv, add_dk, add_dv, bias_gradient()};
 
   void* stream = current_stream(q);
   const auto check = [&](int error) { STD_TORCH_CHECK(error == 0, op, ": ", cuda_error_string(error)); };
@@ -217,7 +239,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cuda(
   if (defined(dlse)) dlse = torch::stable::contiguous(*dlse);
   Tensor stats = torch::stable::new_empty(q, {plan.stats_rows * 2}, ScalarType::Float);
 
-  BwdSm90Args args{};
+  BwdSm80Args args{};
   args.scale = static_cast<float>(scale);
   args.q = untyped(tokens_of<const char>(q, p.rank));
   args.k = untyped(tokens_of<const char>(k, p.rank));
@@ -236,6 +258,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cuda(
     args.add_k = untyped(tokens_of<const char>(*additional_k, 1));
     args.add_v = untyped(tokens_of<const char>(*additional_v, 1));
   }
+  if (call.biased) {
+    bias = torch::stable::contiguous(*bias);
+    args.bias = call.bias(static_cast<const float*>(bias->data_ptr()));
+    args.dbias = {call.bias(static_cast<float*>(dbias.data_ptr())), plan.bias_elements, plan.bias_parts};
+  }
   Tensor buffer;
   if (plan.dq_elements > 0) {
     buffer = torch::stable::new_empty(q, {plan.dq_elements}, ScalarType::Float);
@@ -243,7 +270,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cuda(
   }
 
   for (const Step& step : plan.steps) {
-    BwdSm90Args launch = args;
+    BwdSm80Args launch = args;
     launch.problem = step.problem;
     launch.q_box = step.tiles.q;
     launch.kv_box = step.tiles.kv;
@@ -260,6 +287,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cuda(
     for (auto* t : {&launch.dk, &launch.dv}) enter(step, *t, head_kv, bytes);
     enter(step, launch.dq_out, head, bytes);
     enter(step, launch.stats, head, sizeof(RowStats));
+    launch.bias = args.bias.heads(step.heads);
+    launch.dbias.table = args.dbias.table.heads(step.heads);
     switch (step.kernel) {
       case Kernel::kStats:
         check(with_ends(dtype, [&](auto ends) {
@@ -279,6 +308,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cuda(
       case Kernel::kQueries:
         check(run(kQueries, step, dtype, launch, stream));
         break;
+      case Kernel::kBias:
+        check(run(kBias, step, dtype, launch, stream));
+        break;
       case Kernel::kRoundDq:
         check(with_ends(dtype, [&](auto ends) {
           return ends.finish(launch.problem, launch.scale, launch.dq, launch.dq_out, step.accumulate, stream);
@@ -288,7 +320,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cuda(
         break;
     }
   }
-  return {dq, dk, dv, add_dk, add_dv};
+  return {dq, dk, dv, add_dk, add_dv, bias_gradient()};
 }
 
 }  // namespace

@@ -19,6 +19,8 @@ const char* name_of(const Step& step) {
       return step.portable ? "bwd_dkv_sm80" : "bwd_sm90";
     case Kernel::kQueries:
       return step.portable ? "bwd_dq_sm80" : "bwd_dq_sm90";
+    case Kernel::kBias:
+      return "bwd_dbias_sm80";
     case Kernel::kRoundDq:
       return "bwd_ends_sm80::finish";
   }
@@ -133,10 +135,11 @@ std::string describe_cpu(const Call& call, ScalarType dtype, bool backward,
 
 std::string gna_plan(Tensor q, Tensor k, Tensor v, OptionalTensor additional_k, OptionalTensor additional_v,
                      Ints kernel_size, Ints stride, Ints dilation, Ints is_causal, int64_t capability,
-                     bool backward, bool deterministic, std::optional<std::string> backend) {
+                     bool backward, bool deterministic, std::optional<std::string> backend,
+                     OptionalTensor bias) {
   const char* op = backward ? "gna_bwd" : "gna_fwd";
   const Call call =
-      check_call(op, q, k, v, additional_k, additional_v, kernel_size, stride, dilation, is_causal);
+      check_call(op, q, k, v, additional_k, additional_v, kernel_size, stride, dilation, is_causal, bias);
   const bool gpu = capability != 0;
   Plan plan;
   if (gpu) {
@@ -156,8 +159,8 @@ std::string gna_plan(Tensor q, Tensor k, Tensor v, OptionalTensor additional_k, 
   return gpu ? describe_gpu(plan, call, copies) : describe_cpu(call, q.scalar_type(), backward, copies);
 }
 
-std::string slower_because(int64_t capability, ScalarType dtype, int64_t dim, int64_t dim_v) {
-  return capability == 90 ? hopper_refuses(90, dtype, dim, dim_v) : "";
+std::string slower_because(int64_t capability, ScalarType dtype, int64_t dim, int64_t dim_v, bool biased) {
+  return capability == 90 ? hopper_refuses(90, dtype, dim, dim_v, biased) : "";
 }
 
 }  // namespace

@@ -32,6 +32,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kTile.kCtas)
       walk.template gather_moving<1>();
       scores.clear();
       multiply_transposed<kD>(scores, s.staying[0] + first_row * Traits::kRow, s.moving[0]);  // S = Q K^T
+      walk.add_bias(score_rows, first_row);
       walk.mask(score_rows, first_row);
       wait_for_copies();  // V; everyone has read K
       more = walk.advance();
@@ -57,7 +58,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kTile.kCtas)
 }
 
 template <class Tag, int kHeadDim>
-int portable_sm80<Tag, kHeadDim>::fwd(const FwdSm90Args& a, void* stream) {
+int portable_sm80<Tag, kHeadDim>::fwd(const FwdSm80Args& a, void* stream) {
   using Traits = FwdPortable<Tag, kHeadDim>;
   using Element = typename Traits::Element;
   const Problem& problem = a.problem;
@@ -76,8 +77,7 @@ int portable_sm80<Tag, kHeadDim>::fwd(const FwdSm90Args& a, void* stream) {
   p.rows = rows_of(a.lse, 1);
   p.result[0] = static_cast<Element*>(a.out.data);
   p.lse = a.lse.data;
-  p.scale = a.scale;
-  p.scale_log2 = a.scale * kLog2e;
+  p.set_scale(a.scale, a.bias);
   p.next_work = a.next_work;
   return launch_portable<Traits>(fwd_portable_kernel<Traits>, p, a.num_sms,
                                  static_cast<cudaStream_t>(stream));

@@ -114,9 +114,4 @@ struct BwdWorkspace {
 };
 BwdWorkspace bwd_cpu_workspace(const Problem& whole, const std::vector<HeadGroup>& groups);
 
-template <class T, class C>
-void run_fwd_cpu(const FwdParams<T, C>& params);
-template <class T, class C>
-void run_bwd_cpu(const BwdParams<T, C>& params);
-
 }  // namespace nearfield::gna

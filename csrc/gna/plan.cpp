@@ -5,7 +5,7 @@
 #include <mutex>
 
 #include "architectures.h"
-#include "gna/tiles.h"
+#include "gna/sm80.h"
 #include "nearfield/tile_plan.h"
 
 namespace nearfield::gna {
@@ -61,7 +61,8 @@ constexpr const char* kBuiltFor = "";  // this family's kernels are not in the b
 // ---- Backends ----
 
 // The plan without steps: which backend. Throws where there is none.
-Plan choose_backend(const Request& r, const Problem& p) {
+Plan choose_backend(const Request& r, const Call& call) {
+  const Problem& p = call.whole;
   Plan plan;
   STD_TORCH_CHECK(!r.backend || *r.backend == "hopper" || *r.backend == "portable", r.op, ": backend is \"",
                   *r.backend, "\"; known: \"hopper\", \"portable\"");
@@ -70,7 +71,7 @@ Plan choose_backend(const Request& r, const Problem& p) {
   STD_TORCH_CHECK(is_built_for(kBuiltFor, r.capability), r.op, ": the GPU has compute capability ",
                   capability_text(r.capability), "; this build is for ", kBuiltFor);
   if (!r.backend || *r.backend == "hopper") {
-    plan.because = hopper_refuses(r.capability, r.dtype, p.dim, p.dim_v);
+    plan.because = hopper_refuses(r.capability, r.dtype, p.dim, p.dim_v, call.biased);
     if (plan.because.empty()) return plan;
     STD_TORCH_CHECK(!r.backend, r.op, ": backend \"hopper\" was asked for, but ", plan.because);
   }
@@ -176,6 +177,10 @@ Tiles query_stationary_tiles(const Step& step, int block_m, int block_n) {
 
 // ---- Steps ----
 
+// CTAs that sum the gradient of the bias, of all heads together: two for each multiprocessor of the largest
+// GPUs, and the same number on every GPU, so that the order of the sums is as well.
+constexpr int64_t kBiasCtas = 288;
+
 // The copy engine steps over at most 8 positions and spans at most 256, of which a box on a line holds over
 // 100. A dimension with a larger dilation is launched group by group.
 constexpr int max_step(int rank) { return rank == 1 ? 2 : 8; }
@@ -200,7 +205,7 @@ void for_each_launch(const Step& step, int d, const Add& add) {
 
 Plan plan_forward(const Request& request, const Call& call) {
   const Problem& whole = call.whole;
-  Plan plan = choose_backend(request, whole);
+  Plan plan = choose_backend(request, call);
   const int head_dim = compiled_head_dim(plan, "fwd_sm90", request, whole);
   const PortableTile portable = portable_fwd_tile(head_dim, element_bytes(request.dtype));
   const FwdTile hopper = fwd_tile(head_dim);
@@ -216,7 +221,7 @@ Plan plan_forward(const Request& request, const Call& call) {
 
 Plan plan_backward(const Request& request, const Call& call, bool deterministic) {
   const Problem& whole = call.whole;
-  Plan plan = choose_backend(request, whole);
+  Plan plan = choose_backend(request, call);
   deterministic |= plan.portable;
   const int head_dim = compiled_head_dim(plan, "bwd_sm90", request, whole);
   const int dq_head_dim = compiled_head_dim(plan, "bwd_dq_sm90", request, whole);
@@ -252,8 +257,16 @@ Plan plan_backward(const Request& request, const Call& call, bool deterministic)
       step.head_dim = dq_head_dim;
       step.tiles = query_stationary_tiles(step, query_tile.kBlockM, query_tile.kBlockN);
     }
+    if (kernel == Kernel::kBias) {
+      const PortableTile bias = portable_dbias_tile(head_dim, element_bytes(request.dtype));
+      step.tiles = choose_tiles(step, bias.kStaying, bias.kMoving, Direction::kForward);
+    }
     plan.steps.push_back(step);
   };
+  if (call.biased) {
+    plan.bias_elements = whole.heads * call.bias<float>().size;
+    plan.bias_parts = bias_parts(plan.bias_elements, (kBiasCtas + whole.heads - 1) / whole.heads);
+  }
 
   add({Kernel::kStats, head_dim, plan.portable, {whole}, whole}, Kernel::kStats);
   for (const HeadGroup& heads : call.groups) {
@@ -272,6 +285,7 @@ Plan plan_backward(const Request& request, const Call& call, bool deterministic)
     for_each_launch(all, 0, [&](const Step& group) {
       if (!deterministic) add(group, Kernel::kClearDq);
       add(group, Kernel::kKeys);
+      if (call.biased) add(group, Kernel::kBias);  // portable, one group
       if (deterministic) return add(group, Kernel::kQueries);
       if (additional > 0 && undilated) add(extra, Kernel::kKeys);
       add(group, Kernel::kRoundDq);
@@ -286,7 +300,7 @@ Plan plan_backward(const Request& request, const Call& call, bool deterministic)
   return plan;
 }
 
-std::string hopper_refuses(int capability, ScalarType dtype, int64_t dim, int64_t dim_v) {
+std::string hopper_refuses(int capability, ScalarType dtype, int64_t dim, int64_t dim_v, bool biased) {
   std::ostringstream why;
   // Forward and backward are built for the same head dims.
   const int largest = largest_head_dim("bwd_sm90", dtype);
@@ -301,6 +315,8 @@ std::string hopper_refuses(int capability, ScalarType dtype, int64_t dim, int64_
   } else if (largest == 0) {
     why << "q has dtype " << torch::headeronly::toString(dtype)
         << ", Hopper's kernels take bfloat16, float16";
+  } else if (biased) {
+    why << "bias is given, Hopper's kernels take none";
   } else if (dim % 8 != 0 || dim_v % 8 != 0 || std::max(dim, dim_v) > largest) {
     why << "the head dims are " << dim << " of q and k and " << dim_v
         << " of v, Hopper's kernels take multiples of 8 up to " << largest;

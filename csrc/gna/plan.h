@@ -16,6 +16,7 @@ enum class Kernel {
   kClearDq,  // zeros to the float32 dQ
   kKeys,     // dK and dV, and adds to the float32 dQ
   kQueries,  // dQ, the deterministic way, which is the portable one
+  kBias,     // adds to the gradient of the bias, part by part
   kRoundDq   // float32 dQ to dQ
 };
 
@@ -39,20 +40,25 @@ struct Step {
   Tiles tiles{};
 
   bool is_tiled() const {
-    return kernel == Kernel::kForward || kernel == Kernel::kKeys || kernel == Kernel::kQueries;
+    return kernel == Kernel::kForward || kernel == Kernel::kKeys || kernel == Kernel::kQueries ||
+           kernel == Kernel::kBias;
   }
   int64_t launches() const { return is_tiled() && !portable ? Launches(problem, head_dim).count : 1; }
 };
 
 struct Plan {
   std::vector<Step> steps;
-  bool portable = false;    // all steps are
-  std::string because;      // why not Hopper's own kernels; empty if nobody asked that
-  int64_t stats_rows = 0;   // of RowStats
-  int64_t dq_elements = 0;  // of the float32 dQ
+  bool portable = false;      // all steps are
+  std::string because;        // why not Hopper's own kernels; empty if nobody asked that
+  int64_t stats_rows = 0;     // of RowStats
+  int64_t dq_elements = 0;    // of the float32 dQ
+  int64_t bias_elements = 0;  // of the bias of all heads, in each of the parts of its gradient
+  int bias_parts = 0;
 
   // Beside outputs and copies of tensors that the copy engine cannot read; with the scheduler's counter.
-  int64_t workspace_bytes() const { return stats_rows * sizeof(RowStats) + dq_elements * 4 + sizeof(int); }
+  int64_t workspace_bytes() const {
+    return stats_rows * sizeof(RowStats) + (dq_elements + bias_parts * bias_elements) * 4 + sizeof(int);
+  }
 };
 
 // What is asked for beside the problem.
@@ -69,7 +75,7 @@ Plan plan_forward(const Request& request, const Call& call);
 Plan plan_backward(const Request& request, const Call& call, bool deterministic);
 
 // Why Hopper's own kernels do not serve a problem; empty if they do.
-std::string hopper_refuses(int capability, ScalarType dtype, int64_t dim, int64_t dim_v);
+std::string hopper_refuses(int capability, ScalarType dtype, int64_t dim, int64_t dim_v, bool biased);
 
 // Whether the copy engine can read a tensor as it is: contiguous features, 16-byte aligned start and strides.
 bool is_loadable(const Tensor& t);

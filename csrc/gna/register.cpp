@@ -5,17 +5,21 @@
 namespace nearfield::gna {
 namespace {
 
+// Parts of the tiles whose shares in the gradient of the bias are summed separately.
+constexpr int kCpuBiasParts = 32;
+
 void check_no_backend(const char* op, const std::optional<std::string>& backend) {
   STD_TORCH_CHECK(!backend, op, ": backend is \"", *backend, "\", but the CPU has one implementation: None");
 }
 
 std::tuple<Tensor, Tensor> fwd_cpu(Tensor q, Tensor k, Tensor v, OptionalTensor additional_k,
                                    OptionalTensor additional_v, Ints kernel_size, Ints stride, Ints dilation,
-                                   Ints is_causal, double scale, std::optional<std::string> backend) {
+                                   Ints is_causal, double scale, std::optional<std::string> backend,
+                                   OptionalTensor bias) {
   const char* op = "gna_fwd";
   check_no_backend(op, backend);
   const Call call =
-      check_call(op, q, k, v, additional_k, additional_v, kernel_size, stride, dilation, is_causal);
+      check_call(op, q, k, v, additional_k, additional_v, kernel_size, stride, dilation, is_causal, bias);
   const Problem& p = call.whole;
   auto shape = shape_of(q);
   shape.back() = p.dim_v;
@@ -37,19 +41,23 @@ std::tuple<Tensor, Tensor> fwd_cpu(Tensor q, Tensor k, Tensor v, OptionalTensor 
     }
     params.out = tokens_of<T>(out, p.rank);
     params.lse = tokens_of<compute_t<T>>(lse, p.rank, false);
-    for (const HeadGroup& group : call.groups) run_fwd_cpu(params.heads(group));
+    using C = compute_t<T>;
+    if (call.biased) bias = torch::stable::contiguous(*bias);
+    const auto table = call.bias(call.biased ? static_cast<const C*>(bias->data_ptr()) : nullptr);
+    for (const HeadGroup& group : call.groups) run_fwd_cpu(params.heads(group), table.heads(group));
   });
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cpu(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cpu(
     Tensor dout, OptionalTensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
     OptionalTensor additional_k, OptionalTensor additional_v, Ints kernel_size, Ints stride, Ints dilation,
-    Ints is_causal, double scale, bool /*deterministic: always*/, std::optional<std::string> backend) {
+    Ints is_causal, double scale, bool /*deterministic: always*/, std::optional<std::string> backend,
+    OptionalTensor bias) {
   const char* op = "gna_bwd";
   check_no_backend(op, backend);
   const Call call =
-      check_call(op, q, k, v, additional_k, additional_v, kernel_size, stride, dilation, is_causal);
+      check_call(op, q, k, v, additional_k, additional_v, kernel_size, stride, dilation, is_causal, bias);
   const Problem& p = call.whole;
   check_gradients(op, p, q, dout, dlse, out, lse);
   const bool with_additional = defined(additional_k);
@@ -62,6 +70,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cpu(
   const auto stat = statistics_dtype(q);
   Tensor delta = torch::stable::new_empty(q, shape_of(lse), stat);
   Tensor partial = torch::stable::new_empty(q, {workspace.partial}, stat);
+  const int64_t elements = call.biased ? bias->numel() : 0;
+  const int parts = bias_parts(elements, kCpuBiasParts);
+  Tensor dbias = torch::stable::new_empty(q, call.biased ? shape_of(*bias) : Ints{0}, stat);
+  Tensor dbias_parts = torch::stable::new_zeros(q, {parts, elements}, stat);
   dispatch_cpu_dtype(op, "q", q.scalar_type(), [&](auto element) {
     using T = decltype(element);
     using C = compute_t<T>;
@@ -87,9 +99,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cpu(
     }
     params.delta = tokens_of<C>(delta, p.rank, false);
     params.partial = static_cast<C*>(partial.data_ptr());
-    for (const HeadGroup& group : call.groups) run_bwd_cpu(params.heads(group));
+    if (call.biased) bias = torch::stable::contiguous(*bias);
+    const auto table = call.bias(call.biased ? static_cast<const C*>(bias->data_ptr()) : nullptr);
+    C* sums = static_cast<C*>(dbias_parts.data_ptr());
+    for (const HeadGroup& group : call.groups) {
+      run_bwd_cpu(params.heads(group), table.heads(group),
+                  BiasGradient<C>{call.bias(sums).heads(group), elements, parts});
+    }
+    C* sum = static_cast<C*>(dbias.data_ptr());
+    for (int64_t i = 0; i < elements; ++i) {
+      sum[i] = sums[i];
+      for (int part = 1; part < parts; ++part) sum[i] += sums[part * elements + i];
+    }
   });
-  return {dq, dk, dv, add_dk, add_dv};
+  return {dq, dk, dv, add_dk, add_dv, dbias};
 }
 
 }  // namespace
@@ -98,19 +121,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cpu(
 STABLE_TORCH_LIBRARY_FRAGMENT(nearfield, m) {
   m.def(
       "gna_fwd(Tensor q, Tensor k, Tensor v, Tensor? additional_k, Tensor? additional_v, int[] kernel_size, "
-      "int[] stride, int[] dilation, int[] is_causal, float scale, str? backend=None) -> (Tensor, Tensor)");
+      "int[] stride, int[] dilation, int[] is_causal, float scale, str? backend=None, Tensor? bias=None) "
+      "-> (Tensor, Tensor)");
   m.def(
       "gna_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
       "Tensor? additional_k, Tensor? additional_v, int[] kernel_size, int[] stride, int[] dilation, "
-      "int[] is_causal, float scale, bool deterministic, str? backend=None) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "int[] is_causal, float scale, bool deterministic, str? backend=None, Tensor? bias=None) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   // What would run, as JSON. capability: 10 * major + minor of a GPU; 0: the CPU.
   m.def(
       "gna_plan(Tensor q, Tensor k, Tensor v, Tensor? additional_k, Tensor? additional_v, int[] kernel_size, "
       "int[] stride, int[] dilation, int[] is_causal, int capability, bool backward, bool deterministic, "
-      "str? backend=None) -> str");
+      "str? backend=None, Tensor? bias=None) -> str");
   // Why a Hopper GPU leaves its own kernels aside; empty if it does not.
-  m.def("gna_slower_because(int capability, ScalarType dtype, int dim, int dim_v) -> str");
+  m.def("gna_slower_because(int capability, ScalarType dtype, int dim, int dim_v, bool bias=False) -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(nearfield, CPU, m) {

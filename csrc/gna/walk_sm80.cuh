@@ -22,6 +22,8 @@ template <class Tag>
 using element_t = std::conditional_t<std::is_same_v<Tag, bf16>, cutlass::bfloat16_t,
                                      std::conditional_t<std::is_same_v<Tag, fp16>, cutlass::half_t, float>>;
 
+constexpr float kLog2e = 1.44269504088896341f;
+
 // ---- Tokens ----
 
 template <class Element>
@@ -59,15 +61,17 @@ __device__ __forceinline__ int64_t offset_of(const Tokens<T>& t, int batch, int 
 struct alignas(16) RowEntry {
   int64_t offset;  // bytes
   uint32_t coordinate;
+  int place;  // in the table of the bias, from that of the box's first token
 };
 
 template <int kRows, int kTensors>
 struct RowTable {
   RowEntry entry[kTensors][kRows];
 
-  // `stride(t, d)`: bytes of tensor t in dimension d; `step`: the dilation.
+  // `stride(t, d)`: bytes of tensor t in dimension d; `step`: the dilation; `places`: steps in the bias.
   template <class Stride>
-  __device__ void build(const Box& box, const int (&step)[3], const Stride& stride, int num_threads) {
+  __device__ void build(const Box& box, const int (&step)[3], const Stride& stride, const int (&places)[3],
+                        int num_threads) {
     for (int r = threadIdx.x; r < kRows; r += num_threads) {
       const int outer = r / box.side[2];
       const int c[3] = {outer / box.side[1], outer % box.side[1], r % box.side[2]};
@@ -77,7 +81,7 @@ struct RowTable {
       for (int t = 0; t < kTensors; ++t) {
         int64_t at = 0;
         for (int d = 0; d < 3; ++d) at += static_cast<int64_t>(c[d]) * step[d] * stride(t, d);
-        entry[t][r] = {at, coordinate};
+        entry[t][r] = {at, coordinate, c[0] * places[0] + c[1] * places[1] + c[2] * places[2]};
       }
     }
   }
@@ -191,7 +195,17 @@ struct PortableTraits {
     Element* result[2];            // rows of `features` of the operand they belong to, contiguous
     float* lse;
     float scale, scale_log2;
+    BiasTable<const float> bias;  // with one, scores leave add_bias in powers of two, and scale_log2 is 1
+    float bias_scale_log2;
+    BiasGradient<float> dbias;
     int* next_work;
+
+    void set_scale(float value, const BiasTable<const float>& table) {
+      scale = value;
+      bias = table;
+      bias_scale_log2 = value * kLog2e;
+      scale_log2 = table.data != nullptr ? 1.f : value * kLog2e;
+    }
   };
 };
 
@@ -246,6 +260,71 @@ class Walk {
     }
   }
 
+  // Scores times scale plus bias, both times log2(e). A pair that does not see each other can be beyond the
+  // table; it is hidden later.
+  template <class Tensor>
+  __device__ __forceinline__ void add_bias(Tensor& scores, int first_row) const {
+    using cute::size;
+    if (p.bias.data == nullptr) return;
+    const int lane = threadIdx.x % 32, quad = lane % 4;
+    const bool line = line_first >= 0;
+    const float* table = p.bias.data + query_head * p.bias.head;
+    const uint32_t first = first_place();
+    constexpr int kRows = 2 * Traits::kRowTiles;
+    uint32_t row_place[kRows];
+    CUTE_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      row_place[i] = s.staying_rows.entry[0][first_row + 8 * i + lane / 4].place;
+    }
+    CUTE_UNROLL
+    for (int j = 0; j < size<1>(scores); ++j) {
+      const uint32_t column_place = s.moving_rows.entry[0][8 * (j / 2) + 2 * quad + j % 2].place;
+      CUTE_UNROLL
+      for (int i = 0; i < kRows; ++i) {
+        const uint32_t at = first + (kForward ? column_place - row_place[i] : row_place[i] - column_place);
+        const float bias = !line && at < static_cast<uint32_t>(p.bias.size) ? __ldg(table + at) : 0.f;
+        scores(i, j) = fmaf(scores(i, j), p.bias_scale_log2, bias * kLog2e);
+      }
+    }
+  }
+
+  // Adds dS of the current tile, [staying][moving] in shared memory, to the table of a head. One thread sums
+  // all pairs of one offset, row by row: the order is fixed.
+  __device__ __forceinline__ void sum_offsets(const float* dscores, float* table) const {
+    const Box &q = p.staying_box, &k = p.moving_box;
+    int offsets[3], base[3];
+#pragma unroll
+    for (int d = 0; d < 3; ++d) {
+      offsets[d] = q.side[d] + k.side[d] - 1;
+      base[d] = tile.first[d] - s.plan.tile.first[d] + p.problem.window[d] - 1;
+    }
+    for (int n = threadIdx.x; n < offsets[0] * offsets[1] * offsets[2]; n += Traits::kThreads) {
+      const int outer = n / offsets[2];
+      const int o[3] = {outer / offsets[1] - (q.side[0] - 1), outer % offsets[1] - (q.side[1] - 1),
+                        n % offsets[2] - (q.side[2] - 1)};
+      bool exists = true;
+      int begin[3], end[3], at = 0;
+#pragma unroll
+      for (int d = 0; d < 3; ++d) {
+        const int place = base[d] + o[d];
+        exists &= place >= 0 && place < 2 * p.problem.window[d] - 1;
+        at += place * p.dbias.table.step[d];
+        begin[d] = max(0, -o[d]);
+        end[d] = min(q.side[d], k.side[d] - o[d]);
+      }
+      if (!exists) continue;
+      float sum = 0.f;
+      for (int c0 = begin[0]; c0 < end[0]; ++c0) {
+        for (int c1 = begin[1]; c1 < end[1]; ++c1) {
+          const float* row = dscores + (c0 * q.side[1] + c1) * q.side[2] * Traits::kMoving +
+                             ((c0 + o[0]) * k.side[1] + c1 + o[1]) * k.side[2] + o[2];
+          for (int c2 = begin[2]; c2 < end[2]; ++c2) sum += row[c2 * (Traits::kMoving + 1)];
+        }
+      }
+      if (sum != 0.f) table[at] += sum;
+    }
+  }
+
   // Hides what the warp's rows, from first_row on, must not see in the current tile.
   template <class Tensor>
   __device__ __forceinline__ void mask(Tensor& scores, int first_row) const {
@@ -269,6 +348,14 @@ class Walk {
   }
 
  private:
+  // Place in the bias of the first staying and the first moving token.
+  __device__ __forceinline__ uint32_t first_place() const {
+    int place = 0;
+#pragma unroll
+    for (int d = 0; d < 3; ++d) place += (tile.first[d] - s.plan.tile.first[d]) * p.bias.step[d];
+    return static_cast<uint32_t>(p.bias.center + (kForward ? place : -place));
+  }
+
   __device__ __forceinline__ void locate() {
     const StayingTile& from = s.plan.tile;
     int room[3], x[3];
@@ -283,6 +370,7 @@ class Walk {
     limit = limit_of(room);
     const int group_size = static_cast<int>(p.problem.heads_per_kv());
     const int head = kForward ? from.head / group_size : from.head * group_size + head_of_group;
+    query_head = kForward ? from.head : head;
 #pragma unroll
     for (int t = 0; t < 2; ++t) offset[t] = offset_of(p.moving[t].tokens, from.batch, head, x);
     if (!kForward) offset[2] = offset_of(p.stats, from.batch, head, x);
@@ -305,6 +393,7 @@ class Walk {
   const typename Traits::Params& p;
   TileCounter counter;
   int head_of_group = 0;
+  int query_head;
   int line_first = -1;  // first additional token of the tile; -1: it is one of the neighborhood
   // The current tile.
   MovingTile tile;
@@ -312,28 +401,41 @@ class Walk {
   int64_t offset[3];  // of its first token, per operand and for the statistics
 };
 
-// Draws staying tiles, plans each, gathers its operands and calls body().
-template <class Traits, class Body>
+// The n-th work item of a head: its tiles, by batch entry and dilation group.
+__device__ __forceinline__ int work_of_head(const Schedule& schedule, const Problem& p, int head, int n) {
+  const int of_entry = schedule.tiles[0] * schedule.tiles[1] * schedule.tiles[2] * p.dilation[0] *
+                       p.dilation[1] * p.dilation[2];
+  const int batch = n / of_entry;
+  return (batch * schedule.heads + head) * of_entry + n - batch * of_entry;
+}
+
+// Draws staying tiles, plans each, gathers its operands and calls body(). kByHead: no tile is drawn; a CTA's
+// tiles are those of one head that are its turn, in a fixed order.
+template <class Traits, bool kByHead = false, class Body>
 __device__ __forceinline__ void for_each_tile(typename Traits::Storage& s, const typename Traits::Params& p,
                                               const Body& body) {
   constexpr int kThreads = Traits::kThreads;
   static_assert(Traits::kStaying <= kThreads);
   const bool line_stays = p.schedule.line > 0;
+  const int (&places)[3] = p.bias.step;
   s.mask.build(p.moving_box, threadIdx.x, kThreads);
   const auto stride_of = [](const auto& operands) {
     return [&](int t, int d) { return operands[t].tokens.x[d] * int64_t{sizeof(typename Traits::Element)}; };
   };
-  s.staying_rows.build(p.staying_box, p.problem.dilation, stride_of(p.staying), kThreads);
+  s.staying_rows.build(p.staying_box, p.problem.dilation, stride_of(p.staying), places, kThreads);
   s.moving_rows.build(
       p.moving_box, p.problem.dilation,
       [&](int t, int d) {
         return t < 2 ? stride_of(p.moving)(t, d) : p.stats.x[d] * int64_t{sizeof(RowStats)};
       },
-      kThreads);
-  s.line_rows.build(Box{{1, 1, Traits::kMoving}}, {1, 1, 1}, stride_of(p.line), kThreads);
+      places, kThreads);
+  s.line_rows.build(Box{{1, 1, Traits::kMoving}}, {1, 1, 1}, stride_of(p.line), places, kThreads);
 
-  int work = blockIdx.x;
-  while (work < p.schedule.total) {
+  const int heads = p.schedule.heads, own_head = kByHead ? blockIdx.x % heads : 0;
+  const int64_t total = kByHead ? p.schedule.total / heads : p.schedule.total;
+  int next = kByHead ? blockIdx.x / heads : blockIdx.x;
+  while (next < total) {
+    const int work = kByHead ? work_of_head(p.schedule, p.problem, own_head, next) : next;
     const StayingTile tile =
         p.schedule.template decode<Traits::kDirection>(p.problem, p.staying_box, p.moving_box, work);
     if (threadIdx.x < Traits::kStaying) {
@@ -355,15 +457,15 @@ __device__ __forceinline__ void for_each_tile(typename Traits::Storage& s, const
       }
       body();
     }
-    if (threadIdx.x == 0) s.next_work = static_cast<int>(gridDim.x) + atomicAdd(p.next_work, 1);
+    if (!kByHead && threadIdx.x == 0) {
+      s.next_work = static_cast<int>(gridDim.x) + atomicAdd(p.next_work, 1);
+    }
     __syncthreads();
-    work = s.next_work;
+    next = kByHead ? next + static_cast<int>(gridDim.x) / heads : s.next_work;
   }
 }
 
 // ---- Launch ----
-
-constexpr float kLog2e = 1.44269504088896341f;
 
 template <class Element>
 Operand<Element> operand(const Tokens<const void>& t, int64_t features, int64_t batch, int64_t heads,

@@ -127,6 +127,8 @@ def _explain_neighborhood_attention(
     scale: float | None = None,
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
+    bias: Tensor | None = None,
+    periodic: bool | Sequence[bool] = False,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> NeighborhoodExplanation:
@@ -136,15 +138,18 @@ def _explain_neighborhood_attention(
     q, k, v = (t.to("meta") for t in _runtime.autocast(q, k, v))
     extra_k, extra_v = on_meta(additional_keys), on_meta(additional_values)
     windows = op.check_arguments(q, k, v, extra_k, extra_v, kernel_size, stride, dilation, is_causal)
+    bias = op.check_bias(None if bias is None else bias.to("meta"), q, windows[0])
     capability = 0 if architecture == "cpu" else int(architecture.removeprefix("sm_"))
     size, extra = q.shape[1:-2], 0 if additional_keys is None else additional_keys.shape[1]
     tokens, heads = prod(size), q.shape[-2]
+    halos = op.periodic_halos(periodic, q, *windows, bias is not None)
+    given, (q, k, v) = (q, k, v), op.with_halos(q, k, v, halos)
 
     def plan(capability: int, backward: bool) -> Any:
         deterministic = torch.are_deterministic_algorithms_enabled()
         return json.loads(
             torch.ops.nearfield.gna_plan(
-                q, k, v, extra_k, extra_v, *windows, capability, backward, deterministic, backend
+                q, k, v, extra_k, extra_v, *windows, capability, backward, deterministic, backend, bias
             )
         )
 
@@ -158,13 +163,19 @@ def _explain_neighborhood_attention(
         copies, because = tuple(told["copies"]), told["because"] or None
         return Pass(steps, told["workspace_bytes"], copies, because=because, tile_bound=bound)
 
-    pairs = plan(0, False)["pairs"]  # the CPU has a plan for every problem
-    call = f"q {list(q.shape)} {str(q.dtype).removeprefix('torch.')}, kernel_size {windows[0]}"
+    # The CPU has a plan for every problem. A periodic border does not change the number of pairs.
+    pairs = json.loads(
+        torch.ops.nearfield.gna_plan(*given, extra_k, extra_v, *windows, 0, False, False, None, bias)
+    )["pairs"]
+    call = f"q {list(given[0].shape)} {str(q.dtype).removeprefix('torch.')}, kernel_size {windows[0]}"
     for name, values, default in zip(
         ("stride", "dilation", "is_causal"), windows[1:], (1, 1, 0), strict=True
     ):
         call += f", {name} {values}" if any(value != default for value in values) else ""
     call += f", {extra} additional tokens" if extra else ""
+    call += ", bias" if bias is not None else ""
+    if any(left + right for left, right in halos):
+        call += f", periodic by a halo: a grid of {list(q.shape[1:-2])}, q, k and v copied"
     return NeighborhoodExplanation(
         operator="neighborhood_attention",
         architecture=architecture,

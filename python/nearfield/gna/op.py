@@ -31,6 +31,8 @@ def neighborhood_attention(
     scale: float | None = None,
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
+    bias: Tensor | None = None,
+    periodic: bool | Sequence[bool] = False,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -56,6 +58,14 @@ def neighborhood_attention(
         scale: factor of the scores; None: ``D ** -0.5``.
         additional_keys: ``[B, M, Hkv, D]``, further tokens that every query sees (text, registers).
         additional_values: ``[B, M, Hkv, Dv]``.
+        bias: added to the scaled scores, by relative position: ``[H, 2 w - 1, ..]`` with one such dimension per spatial
+            dimension and its ``kernel_size`` w; entry ``key - query + w - 1``, in steps of the dilation. In the dtype of q
+            or float32 (for float64: float64), it is used in float32. All heads then have one ``kernel_size``.
+            Its gradient is summed in a fixed order. On a GPU the portable kernels serve it.
+        periodic: one bool, or one per dimension: the dimension is a circle, on which every window is centred on its stride
+            group and goes on at the other end. Not in a causal dimension, ``X`` a multiple of the dilation there, all heads
+            with the same windows. Computed on a grid that is up to ``kernel_size * dilation`` longer in that dimension, with
+            copies of q, k and v.
         return_lse: also return the natural logarithm of the softmax's denominator, which is differentiable.
         backend: CUDA only. ``"hopper"``: the kernels for compute capability 9.0 (bfloat16 and float16, head dims that
             are multiples of 8); ``"portable"``: those for every GPU since Ampere (float32 too, any head dim up to 256,
@@ -69,7 +79,7 @@ def neighborhood_attention(
         ``out [B, *X, H, Dv]``, or ``(out, lse)`` with ``lse [B, *X, H]`` in float32 (for float64: float64).
     """
     _runtime.check_tensors(
-        _OP, q=q, k=k, v=v, additional_keys=additional_keys, additional_values=additional_values
+        _OP, q=q, k=k, v=v, additional_keys=additional_keys, additional_values=additional_values, bias=bias
     )
     if additional_keys is None or additional_values is None:
         if additional_keys is not None or additional_values is not None:
@@ -86,14 +96,21 @@ def neighborhood_attention(
     window, strides, dilations, causal = check_arguments(
         q, k, v, additional_keys, additional_values, kernel_size, stride, dilation, is_causal
     )
+    bias = check_bias(bias, q, window)
     factor = _scale(scale, q)
     if factor <= 0 and q.is_cuda:
         # The CUDA kernels take a row's maximum before they scale, which needs a positive scale.
         q, factor = (-q, -factor) if factor < 0 else (q * 0, 1.0)
-    _check_backend(backend, q, v)
+    _check_backend(backend, q, v, bias is not None)
+    halos = periodic_halos(periodic, q, window, strides, dilations, causal, bias is not None)
+    size = q.shape[1:-2]
+    q, k, v = with_halos(q, k, v, halos)
     out, lse = torch.ops.nearfield.gna_fwd(
-        q, k, v, additional_keys, additional_values, window, strides, dilations, causal, factor, backend
+        q, k, v, additional_keys, additional_values, window, strides, dilations, causal, factor, backend, bias
     )
+    for i, (left, right) in enumerate(halos):
+        if left + right > 0:
+            out, lse = (t.narrow(i + 1, left, size[i]) for t in (out, lse))
     return (out, lse) if return_lse else out
 
 
@@ -130,20 +147,22 @@ def merge_attentions(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple
     return out.to(outputs[0].dtype), lse
 
 
-def _check_backend(backend: str | None, q: Tensor, v: Tensor) -> None:
+def _check_backend(backend: str | None, q: Tensor, v: Tensor, biased: bool) -> None:
     if backend is not None:
         if backend not in _BACKENDS:
             raise ValueError(f"{_OP}: backend is {backend!r}, expected one of {_BACKENDS} or None")
         if not q.is_cuda:
             raise ValueError(f"{_OP}: backend is {backend!r}, but q is on {q.device}; supported there: None")
     elif q.is_cuda and type(q) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling():
-        _warn_once_if_slower(q.device, q.dtype, q.shape[-1], v.shape[-1])
+        _warn_once_if_slower(q.device, q.dtype, q.shape[-1], v.shape[-1], biased)
 
 
 @functools.cache
-def _warn_once_if_slower(device: torch.device, dtype: torch.dtype, dim: int, dim_v: int) -> None:
+def _warn_once_if_slower(
+    device: torch.device, dtype: torch.dtype, dim: int, dim_v: int, biased: bool
+) -> None:
     major, minor = torch.cuda.get_device_capability(device)
-    if reason := torch.ops.nearfield.gna_slower_because(10 * major + minor, dtype, dim, dim_v):
+    if reason := torch.ops.nearfield.gna_slower_because(10 * major + minor, dtype, dim, dim_v, biased):
         _log.warning("%s: %s; the portable kernels run instead", _OP, reason)
 
 
@@ -158,6 +177,81 @@ def check_arguments(
     _check_shapes(q, k, v, additional_k, additional_v)
     heads, heads_kv = q.shape[-2], k.shape[-2]
     return _window_parameters(tuple(q.shape[1:-2]), heads, heads_kv, kernel_size, stride, dilation, is_causal)
+
+
+def check_bias(bias: Tensor | None, q: Tensor, window: list[int]) -> Tensor | None:
+    """The bias as the operators want it: checked, in the dtype of the statistics."""
+    if bias is None:
+        return None
+    n, wide = q.dim() - 3, torch.float64 if q.dtype == torch.float64 else torch.float32
+    if bias.dtype not in (q.dtype, wide):
+        names = " or ".join(sorted({str(dtype).removeprefix("torch.") for dtype in (q.dtype, wide)}))
+        raise ValueError(f"{_OP}: bias has dtype {bias.dtype}, expected {names}")
+    if any(w != window[i % n] for i, w in enumerate(window)):
+        raise ValueError(f"{_OP}: bias is given with kernel_size {window}, expected the same in all heads")
+    if tuple(bias.shape) != (want := (q.shape[-2], *(2 * w - 1 for w in window[:n]))):
+        _runtime.shape_error(
+            _OP, "bias", bias, f"{list(want)}: heads, then 2 * kernel_size - 1 per dimension"
+        )
+    return bias.to(wide)
+
+
+def periodic_halos(
+    periodic: object, q: Tensor, window: list[int], stride: list[int], dilation: list[int], causal: list[int],
+    biased: bool,
+) -> list[tuple[int, int]]:  # fmt: skip
+    """How far the windows reach beyond either end of each dimension; (0, 0) where it is not periodic."""
+    size = q.shape[1:-2]
+    n = len(size)
+    wanted = _per_dimension("periodic", periodic, n)
+    for p in wanted:
+        if not isinstance(p, bool):
+            raise TypeError(f"{_OP}: periodic must be a bool or one bool per dimension, got {periodic!r}")
+    halos = []
+    for i, (w, s, d) in enumerate(zip(window[:n], stride[:n], dilation[:n], strict=True)):
+        if not wanted[i]:
+            halos.append((0, 0))
+            continue
+        for name, values in (("kernel_size", window), ("stride", stride), ("dilation", dilation)):
+            if any(value != values[i] for value in values[i::n]):
+                raise ValueError(
+                    f"{_OP}: periodic is {periodic!r} with {name} {values[i::n]} in dimension {i}, expected the"
+                    " same in all heads"
+                )
+        if any(causal[i::n]):
+            raise ValueError(f"{_OP}: dimension {i} is periodic and causal, expected at most one of them")
+        if size[i] % d != 0:
+            raise ValueError(
+                f"{_OP}: periodic is {periodic!r}, but size {size[i]} of dimension {i} is not a multiple of"
+                f" dilation {d}"
+            )
+        length = size[i] // d
+        if w == length and not biased:  # every query sees the whole circle anyway
+            halos.append((0, 0))
+            continue
+        # Indices inside a dilation group. The first stride group's window begins at s // 2 - w // 2; the halo must not
+        # shift the stride groups.
+        left = -(-max(0, w // 2 - s // 2) // s) * s
+        right = max(0, (length - 1) // s * s + s // 2 - w // 2 + w - length)
+        halos.append((left * d, right * d))
+    return halos
+
+
+def with_halos(
+    q: Tensor, k: Tensor, v: Tensor, halos: list[tuple[int, int]]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The grid with each dimension's ends beyond the other end; there are no queries there, so zeros."""
+    if not any(left + right for left, right in halos):
+        return q, k, v
+    q = torch.nn.functional.pad(q, [0, 0, 0, 0, *(x for halo in reversed(halos) for x in halo)])
+
+    def circular(t: Tensor) -> Tensor:
+        for i, (left, right) in enumerate(halos, 1):
+            if left + right > 0:
+                t = torch.cat([t.narrow(i, t.shape[i] - left, left), t, t.narrow(i, 0, right)], i)
+        return t
+
+    return q, circular(k), circular(v)
 
 
 def _scale(scale: float | None, q: Tensor) -> float:
@@ -295,7 +389,7 @@ def _integers(name: str, values: list[Any]) -> list[int]:
 def _fwd_fake(
     q: Tensor, k: Tensor, v: Tensor, additional_k: Tensor | None, additional_v: Tensor | None,
     kernel_size: list[int], stride: list[int], dilation: list[int], is_causal: list[int], scale: float,
-    backend: str | None = None,
+    backend: str | None = None, bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     stat = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty(q.shape[:-1], dtype=stat)
@@ -305,32 +399,32 @@ def _bwd_fake(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     additional_k: Tensor | None, additional_v: Tensor | None,
     kernel_size: list[int], stride: list[int], dilation: list[int], is_causal: list[int], scale: float, deterministic: bool,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    backend: str | None = None, bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     shapes = [t.shape if t is not None else (0,) for t in (q, k, v, additional_k, additional_v)]
     dq, dk, dv, add_dk, add_dv = (q.new_empty(shape) for shape in shapes)
-    return dq, dk, dv, add_dk, add_dv
+    stat = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return dq, dk, dv, add_dk, add_dv, q.new_empty(bias.shape if bias is not None else (0,), dtype=stat)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, additional_k, additional_v, *ctx.parameters, ctx.backend = inputs
-    ctx.save_for_backward(q, k, v, *output, additional_k, additional_v)
+    q, k, v, additional_k, additional_v, *ctx.parameters, ctx.backend, bias = inputs
+    ctx.save_for_backward(q, k, v, *output, additional_k, additional_v, bias)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, out, lse, additional_k, additional_v = ctx.saved_tensors
+    q, k, v, out, lse, additional_k, additional_v, bias = ctx.saved_tensors
     if dout is None:
         if dlse is None:
-            return (None,) * 11
+            return (None,) * 12
         dout = torch.zeros_like(out)
-    dq, dk, dv, add_dk, add_dv = torch.ops.nearfield.gna_bwd(
+    dq, dk, dv, add_dk, add_dv, dbias = torch.ops.nearfield.gna_bwd(
         dout, dlse, q, k, v, out, lse, additional_k, additional_v, *ctx.parameters,
-        torch.are_deterministic_algorithms_enabled(), ctx.backend,
+        torch.are_deterministic_algorithms_enabled(), ctx.backend, bias,
     )  # fmt: skip
-    if additional_k is None:
-        return dq, dk, dv, *(None,) * 8
-    return dq, dk, dv, add_dk, add_dv, *(None,) * 6
+    additional = (None, None) if additional_k is None else (add_dk, add_dv)
+    return dq, dk, dv, *additional, *(None,) * 6, None if bias is None else dbias
 
 
 torch.library.register_fake("nearfield::gna_fwd", _fwd_fake)
