@@ -17,7 +17,10 @@ namespace nearfield::delta {
 
 // ---- Layouts and storage ----
 
-template <class Tag, int kKeyDim_, bool kChannelGate_, bool kOutput_, bool kComputeP_ = false>
+// kFull: a walk for sequences with hard chunks and for states on the way. Others take a walk without these
+// branches, whose mere presence costs the chain a third of its speed.
+template <class Tag, int kKeyDim_, bool kChannelGate_, bool kOutput_, bool kComputeP_ = false,
+          bool kFull_ = false>
 struct StatePassTraits {
   using Element = element_t<Tag>;
   static constexpr int kKeyDim = kKeyDim_;
@@ -26,7 +29,9 @@ struct StatePassTraits {
   static constexpr int kKeyImages = kKeyDim / kImageColumns;
   static constexpr int kKeyTile = kKeyDim * kRows;  // elements
   static constexpr int kStages = 3;
-  static constexpr bool kLow = std::is_same_v<Tag, bf16>;  // low halves, if any, take a second stage
+  static constexpr bool kFull = kFull_, kMayBeHard = std::is_same_v<Tag, bf16>;
+  static constexpr bool kLow = kFull && kMayBeHard;  // low halves of a hard chunk take a second stage
+  using Full = StatePassTraits<Tag, kKeyDim_, kChannelGate_, kOutput_, kComputeP_, true>;
 
   // Warpgroups: the chain, the one that computes P, if any, and one of which two warps load and store.
   static constexpr int kHelpers = kComputeP ? 256 : 128;  // first thread of the last warpgroup
@@ -93,9 +98,8 @@ __device__ void load(typename Traits::Storage& s, const TokenMaps& maps, const S
   constexpr int kKeyDim = Traits::kKeyDim;
   const int head_k = static_cast<int>(head / (a.in.value_heads / a.in.heads));
   const int chunks = sequence.chunks();
-  const bool may_be_hard = Traits::kLow && a.scratch.hard != nullptr;
   const auto hardness = [&](int c) {
-    const bool known = may_be_hard && c < chunks;
+    const bool known = Traits::kLow && a.scratch.hard != nullptr && c < chunks;
     return known ? a.scratch.hard[(sequence.first_slot + c) * a.in.value_heads + head] : 0.f;
   };
   float next_hardness = hardness(0);  // looked at a chunk later: nobody waits for it
@@ -318,8 +322,8 @@ __device__ __forceinline__ void store_state(const Accumulator& S, const StateRow
   });
 }
 
-// Leaves the state after the walk in S, which holds the entering one. After every whole chunk, counted from
-// 0, it is offered to keep(chunk, S).
+// Leaves the state after the walk in S, which holds the entering one. A full walk offers it to keep(chunk, S)
+// after every whole chunk, counted from 0.
 template <class Traits, class Accumulator, class Keep>
 __device__ __forceinline__ void walk(typename Traits::Storage& s, const StatePassArgs& a,
                                      const Sequence& sequence, int64_t head, int first_value, Accumulator& S,
@@ -567,7 +571,7 @@ __device__ __forceinline__ void walk(typename Traits::Storage& s, const StatePas
       round(O, V16);
       hand_over(V16);
     }
-    if (valid == kRows) keep(c, S);
+    if (Traits::kFull && valid == kRows) keep(c, S);
     const bool two_stages = hard();
     s.ring.release(at);
     at.advance();
@@ -655,19 +659,40 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     prefetch_map(maps.k);
     prefetch_map(maps.v);
   }
-  __syncthreads();
+  bool wants_full = a.boundary_chunks > 0;
+  if (Traits::kMayBeHard && a.scratch.hard != nullptr) {
+    for (int c = threadIdx.x; c < part.sequence.chunks(); c += Traits::kThreads)
+      wants_full |= a.scratch.hard[(part.sequence.first_slot + c) * a.in.value_heads + head] != 0.f;
+  }
+  const bool full = __syncthreads_or(wants_full) != 0;
+  // Calls role(traits, storage) for the walk that the CTA needs; both see the same storage.
+  const auto run = [&](const auto& role) {
+    using Full = typename Traits::Full;
+    static_assert(sizeof(typename Full::Storage) == sizeof(typename Traits::Storage));
+    if (full) {
+      role(Full{}, shared_storage<typename Full::Storage>());
+    } else {
+      role(Traits{}, s);
+    }
+  };
   const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32;
   if (warpgroup == 0) {
     if constexpr (Traits::kComputeP) cutlass::arch::warpgroup_reg_alloc<Traits::kChainRegisters>();
-    walk_part<Traits>(s, a, part, slot, head, first_value);
+    run([&](auto traits, auto& storage) {
+      walk_part<decltype(traits)>(storage, a, part, slot, head, first_value);
+    });
   } else if (Traits::kComputeP && warpgroup == 1) {
     if constexpr (Traits::kComputeP) {
       cutlass::arch::warpgroup_reg_dealloc<Traits::kMixRegisters>();
-      mix<Traits>(s, a, part.sequence);
+      run([&](auto traits, auto& storage) { mix<decltype(traits)>(storage, a, part.sequence); });
     }
   } else {
     if constexpr (Traits::kComputeP) cutlass::arch::warpgroup_reg_dealloc<Traits::kHelperRegisters>();
-    if (threadIdx.x == Traits::kHelpers) load<Traits>(s, maps, a, part.sequence, head, first_value);
+    if (threadIdx.x == Traits::kHelpers) {
+      run([&](auto traits, auto& storage) {
+        load<decltype(traits)>(storage, maps, a, part.sequence, head, first_value);
+      });
+    }
     if (warp == Traits::kHelpers / 32 + 1) store<Traits>(s, a, part.sequence, head, first_value);
   }
 }
