@@ -85,7 +85,7 @@ struct PortableCall {
         in(kernel_inputs<void, float>(x_, options)),
         dtype(x_.q.scalar_type()),
         wide(dtype == ScalarType::Float),
-        tiles(x_.K, x_.V, wide),
+        tiles(x_.K, x_.V, wide, dtype == ScalarType::BFloat16),
         chunks(ChunkSlots(in).total * x_.HV),
         stream(current_stream(x_.q)) {
     const int64_t padded = tiles.keys * kTile;

@@ -60,7 +60,7 @@ struct GradientCta {
         place(find_chunk(a.in, blockIdx.x)),
         hv(blockIdx.y),
         chunk(static_cast<int64_t>(blockIdx.x) * a.in.value_heads + blockIdx.y),
-        tiles(a.in.key_dim, a.in.value_dim, kIsWide<Element>),
+        tiles(a.in.key_dim, a.in.value_dim, kIsWide<Element>, kHasLow<Element>),
         warp(static_cast<int>(threadIdx.x) / 32),
         lane(static_cast<int>(threadIdx.x) % 32) {}
 

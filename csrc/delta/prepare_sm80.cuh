@@ -1,6 +1,7 @@
 // Everything of a chunk that does not depend on the state, one CTA per slot and value head. K is walked in
 // blocks of 64 features, so the kernel fits any K. Per block: rows come to shared memory as they are, give
-// their share of K K^T and Q K^T, and leave as Kh, Qh and Kt. Then Z by substitution in float32.
+// their share of K K^T and Q K^T, and leave as Kh, Qh and Kt. Then Z by substitution in float32. A chunk that
+// turns out to be hard goes through its features once more, for the low halves.
 #pragma once
 
 #include "delta/tile_sm80.cuh"
@@ -15,6 +16,7 @@ template <class Element, bool kChannelGate>
 struct PrepareShared {
   ChunkRowsSm80 rows;
   double gate[kChunk];
+  float squares[kTileThreads / 32];
   struct Features {
     alignas(16) Element k[kTileShared<Element>], q[kTileShared<Element>];
     float G[kChannelGate ? kTile * kGateRowSm80 : 1];
@@ -60,6 +62,13 @@ __device__ __forceinline__ void solve_column(Solve& s, int j) {
   }
 }
 
+// x rounded, or what that lost, rounded.
+template <bool kLow, class Element>
+__device__ __forceinline__ Element half_of(float x) {
+  const Element high(x);
+  return kLow ? Element(x - static_cast<float>(high)) : high;
+}
+
 template <class Element, bool kChannelGate>
 struct PrepareCta {
   using Shared = PrepareShared<Element, kChannelGate>;
@@ -78,7 +87,7 @@ struct PrepareCta {
         place(find_chunk(a.in, blockIdx.x)),
         hv(blockIdx.y),
         chunk(static_cast<int64_t>(blockIdx.x) * a.in.value_heads + blockIdx.y),
-        tiles(a.in.key_dim, a.in.value_dim, kIsWide<Element>),
+        tiles(a.in.key_dim, a.in.value_dim, kIsWide<Element>, kHasLow<Element>),
         warp(static_cast<int>(threadIdx.x) / 32),
         lane(static_cast<int>(threadIdx.x) % 32) {}
 
@@ -154,8 +163,9 @@ struct PrepareCta {
     }
   }
 
-  // Kh, Qh, Kt of 64 features, and the decay across the chunk.
-  __device__ void emit_features(int block) {
+  // Kh, Qh, Kt of 64 features, and the decay across the chunk; or the low halves of Kh and Kt.
+  template <bool kLow>
+  __device__ __forceinline__ void emit_features(int block) {
     constexpr int kPiece = Piece<Element>::kCount, kPieces = kTile / kPiece;
     const auto& f = shared.features;
     for (int at = threadIdx.x; at < kTile * kPieces; at += kTileThreads) {
@@ -171,17 +181,18 @@ struct PrepareCta {
         if (kChannelGate || c == 0)
           read = decay_of(i, first + c, false), write = decay_of(i, first + c, true);
         const float x = static_cast<float>(k.at[c]) * k_norm;
-        Kh.at[c] = Element(x * read);
-        Kt.at[c] = Element(x * write);
+        Kh.at[c] = half_of<kLow, Element>(x * read);
+        Kt.at[c] = half_of<kLow, Element>(x * write);
         Qh.at[c] = Element(static_cast<float>(q.at[c]) * q_norm * read);
       }
       const auto store = [&](int index, const Piece<Element>& piece) {
         *reinterpret_cast<Piece<Element>*>(tile(index + block) + at * kPiece) = piece;
       };
-      store(tiles.Kh(), Kh);
-      store(tiles.Qh(), Qh);
-      store(tiles.Kt(), Kt);
+      store(kLow ? tiles.Kh_low() : tiles.Kh(), Kh);
+      store(kLow ? tiles.Kt_low() : tiles.Kt(), Kt);
+      if (!kLow) store(tiles.Qh(), Qh);
     }
+    if constexpr (kLow) return;
     const int64_t padded = static_cast<int64_t>(tiles.keys) * kTile;
     if (threadIdx.x < kTile)
       args.scratch.decay[chunk * padded + block * kTile + threadIdx.x] =
@@ -296,17 +307,11 @@ struct PrepareCta {
                        static_cast<int>(in.value_dim) - block * kTile);
   }
 
-  __device__ void run() {
-    if (place.rows == 0) return;
-    copy_values(in.v, tiles.V());
-    if (args.scratch.backward) copy_values(args.d_o, tiles.dO());
-    prepare_rows();
+  // Abar, P and what the walks read of the features; or the low halves of P, Kh and Kt.
+  template <bool kLow>
+  __device__ __forceinline__ void emit_products() {
     const auto& rows = shared.rows;
-    if (threadIdx.x < kTile) {
-      ChunkRowsSm80& out = args.scratch.rows[chunk];
-      out.G[threadIdx.x] = rows.G[threadIdx.x], out.beta[threadIdx.x] = rows.beta[threadIdx.x];
-      out.q_norm[threadIdx.x] = rows.q_norm[threadIdx.x], out.k_norm[threadIdx.x] = rows.k_norm[threadIdx.x];
-    }
+    Element* P_tile = tile(kLow ? tiles.P_low() : tiles.P());
     Rows64 A, P;
     A.clear(), P.clear();
     float near_A[kPairsPerLane] = {}, near_P[kPairsPerLane] = {};
@@ -326,7 +331,7 @@ struct PrepareCta {
         multiply_tiles<false, true>(A, f.k, 16 * warp, f.k);
         multiply_tiles<false, true>(P, f.q, 16 * warp, f.k);
       }
-      emit_features(block);
+      emit_features<kLow>(block);
       __syncthreads();
     }
     struct alignas(2 * sizeof(Element)) Pair {
@@ -348,12 +353,12 @@ struct PrepareCta {
             a = i > j ? a * decay * rows.k_norm[i] : 0.f;
             p = i >= j ? p * decay * rows.q_norm[i] : 0.f;
           }
-          keep_pair(i, j, a);
+          if (!kLow) keep_pair(i, j, a);
           a_pair.at[c] = Element(a);
-          p_pair.at[c] = Element(p * static_cast<float>(in.scale));
+          p_pair.at[c] = half_of<kLow, Element>(p * static_cast<float>(in.scale));
         }
-        *reinterpret_cast<Pair*>(tile(tiles.Abar()) + i * kTile + first) = a_pair;
-        *reinterpret_cast<Pair*>(tile(tiles.P()) + i * kTile + first) = p_pair;
+        if (!kLow) *reinterpret_cast<Pair*>(tile(tiles.Abar()) + i * kTile + first) = a_pair;
+        *reinterpret_cast<Pair*>(P_tile + i * kTile + first) = p_pair;
       }
     }
     __syncthreads();
@@ -367,20 +372,56 @@ struct PrepareCta {
         i += 16 * warp, j += 16 * warp;
         const float a = diagonal ? 0.f : near_A[n] * rows.k_norm[i] * rows.k_norm[j];
         const float p = near_P[n] * rows.q_norm[i] * rows.k_norm[j];
+        P_tile[i * kTile + j] = half_of<kLow, Element>(p * static_cast<float>(in.scale));
+        if constexpr (kLow) continue;
         keep_pair(i, j, a);
         tile(tiles.Abar())[i * kTile + j] = Element(a);
-        tile(tiles.P())[i * kTile + j] = Element(p * static_cast<float>(in.scale));
       }
       __syncthreads();
     }
+  }
+
+  // The mean square of a row of N = diag(beta) Z; see kHardSquare.
+  __device__ bool is_hard() {
+    float sum = 0.f;
+    for (int x = threadIdx.x; x < kTile * kTile; x += kTileThreads) {
+      const float n = shared.rows.beta[x / kTile] * shared.solve.Z[x];
+      sum += n * n;
+    }
+    CUTE_UNROLL
+    for (int step = 16; step >= 1; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+    if (lane == 0) shared.squares[warp] = sum;
+    __syncthreads();
+    sum = 0.f;
+    for (const float square : shared.squares) sum += square;
+    return sum > kHardSquare * static_cast<float>(place.rows);
+  }
+
+  __device__ void run() {
+    if (place.rows == 0) return;
+    copy_values(in.v, tiles.V());
+    if (args.scratch.backward) copy_values(args.d_o, tiles.dO());
+    prepare_rows();
+    const auto& rows = shared.rows;
+    if (threadIdx.x < kTile) {
+      ChunkRowsSm80& out = args.scratch.rows[chunk];
+      out.G[threadIdx.x] = rows.G[threadIdx.x], out.beta[threadIdx.x] = rows.beta[threadIdx.x];
+      out.q_norm[threadIdx.x] = rows.q_norm[threadIdx.x], out.k_norm[threadIdx.x] = rows.k_norm[threadIdx.x];
+    }
+    emit_products<false>();
     if (threadIdx.x < kTile) solve_column(shared.solve, threadIdx.x);
     __syncthreads();
     emit_Z();
+    const bool hard = kHasLow<Element> && is_hard();
+    if (threadIdx.x == 0) args.scratch.rows[chunk].hard = hard ? 1.f : 0.f;
+    if constexpr (kHasLow<Element>) {
+      if (hard) emit_products<true>();
+    }
   }
 };
 
 template <class Element, bool kChannelGate>
-__global__ void __launch_bounds__(kTileThreads)
+__global__ void __launch_bounds__(kTileThreads, kChannelGate ? 2 : 3)
     prepare_sm80_kernel(const __grid_constant__ PrepareSm80Args args) {
   PrepareCta<Element, kChannelGate>(args,
                                     *reinterpret_cast<PrepareShared<Element, kChannelGate>*>(portable_shared))

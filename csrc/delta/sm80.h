@@ -22,22 +22,32 @@ constexpr int key_tiles_of(int64_t key_dim) { return key_dim <= 64 ? 1 : key_dim
 struct ChunkRowsSm80 {
   double G[kChunk];  // log2(e) (g_1 + .. + g_i); 0 with a gate per channel
   float beta[kChunk];
+  float hard, unused[3];                 // 1 for a chunk that has low tiles, else 0
   float q_norm[kChunk], k_norm[kChunk];  // 1 / sqrt(sum x^2 + eps), or 1
 };
 
 // Tiles of a chunk: [rows of the chunk][features], or [row i][row j]. T = I + diag(beta) Z; the two factors
-// of Z's error are split: Z is a high and a low part in 16-bit types.
+// of Z's error are split: Z is a high and a low part in 16-bit types. In bfloat16 a hard chunk (kHardSquare),
+// whose results are small differences, also has what rounding Kh, Kt and P lost; others leave these tiles
+// alone.
 struct ChunkTiles {
   int keys, parts, values;  // K / 64; parts of Z; V / 64
-  constexpr ChunkTiles(int64_t key_dim, int64_t value_dim, bool is_float)
-      : keys(key_tiles_of(key_dim)), parts(is_float ? 1 : 2), values(static_cast<int>(tiles_of(value_dim))) {}
+  bool has_low;
+  constexpr ChunkTiles(int64_t key_dim, int64_t value_dim, bool is_float, bool has_low_)
+      : keys(key_tiles_of(key_dim)),
+        parts(is_float ? 1 : 2),
+        values(static_cast<int>(tiles_of(value_dim))),
+        has_low(has_low_) {}
   constexpr int Kh() const { return 0; }                 // normalised, e^{G_i}
   constexpr int Z() const { return keys; }               // strictly lower
   constexpr int Qh() const { return keys + parts; }      // normalised, scale e^{G_i}
   constexpr int P() const { return 2 * keys + parts; }   // scale P, lower with diagonal
   constexpr int Kt() const { return P() + 1; }           // normalised, e^{G_C - G_i}
   constexpr int Abar() const { return P() + 1 + keys; }  // strictly lower
-  constexpr int V() const { return Abar() + 1; }
+  constexpr int Kh_low() const { return Abar() + 1; }
+  constexpr int Kt_low() const { return Kh_low() + keys; }
+  constexpr int P_low() const { return Kt_low() + keys; }
+  constexpr int V() const { return has_low ? P_low() + 1 : Abar() + 1; }
   constexpr int dO() const { return V() + values; }  // for the gradient only
   constexpr int total(bool backward) const { return V() + values * (backward ? 2 : 1); }
 };

@@ -23,6 +23,8 @@ template <class Element>
 constexpr int kTileShared = kTile * kTileRow<Element>;  // elements in shared memory
 template <class Element>
 constexpr bool kIsWide = sizeof(Element) == 4;
+template <class Element>
+constexpr bool kHasLow = std::is_same_v<Element, cutlass::bfloat16_t>;  // float16 has digits enough
 
 extern __shared__ __align__(16) char portable_shared[];
 
@@ -110,7 +112,7 @@ __device__ __forceinline__ void multiply_step(Accumulator<1, kColumns>& c,
   }
 }
 
-enum class Part { kHigh, kBoth };  // of a left operand that is rounded to 16 bit
+enum class Part { kHigh, kLow, kBoth };  // of a left operand that is rounded to 16 bit
 
 // c += left tile, or left tile^T; left is an accumulator.
 template <bool kTransposed, Part kPart = Part::kHigh, class Element>
@@ -118,8 +120,8 @@ __device__ __forceinline__ void multiply_tile(Rows64& c, const Rows64& left, con
   using F = TileFragments<Element>;
   CUTE_UNROLL
   for (int k = 0; k < kTile; k += F::kDepth) {
-    multiply_step<kTransposed>(c, F::left(left, 0, k), tile, k);
-    if constexpr (kPart == Part::kBoth && !kIsWide<Element>)
+    if constexpr (kPart != Part::kLow) multiply_step<kTransposed>(c, F::left(left, 0, k), tile, k);
+    if constexpr (kPart != Part::kHigh && !kIsWide<Element>)
       multiply_step<kTransposed>(c, F::left_rest(left, k), tile, k);
   }
 }

@@ -5,7 +5,8 @@
 // and back, with dS^T in the place of S^T:
 //   Y^T = dO^T P + dS^T Kt^T, then += (beta Y)^T Z     dR = beta Y
 //   dS^T <- e^{G_C} dS^T + dO^T Qh - dR^T Kh
-// The right operands are 64 x 64 tiles, which a ring in shared memory brings in the order of their use.
+// The right operands are 64 x 64 tiles, which a ring in shared memory brings in the order of their use. In a
+// hard chunk, products with Kh, P and Kt take both halves of both operands.
 #pragma once
 
 #include "delta/tile_sm80.cuh"
@@ -20,71 +21,130 @@ template <class Element, int kKeyDim>
 struct WalkShared {
   static constexpr int kOutRow = 16 + Piece<Element>::kCount;
   alignas(16) Element tile[kWalkStages<Element>][kTileShared<Element>];
-  alignas(16) Element out[4][kTile * kOutRow];  // [token][value] of each warp
-  alignas(16) float beta[kWalkRows][kTile];
+  alignas(16) Element out[4][kTile * kOutRow];   // [token][value] of each warp
+  alignas(16) float beta[kWalkRows][kTile + 4];  // and whether the chunk is hard
   alignas(16) float decay[kWalkRows][kKeyDim];
+};
+
+// The tiles of a chunk in the order of their use: the i-th of them, and how many there are. Forward: V, then
+// Kh, Z, Qh, P, Kt, which lie in this order; without output Qh and P are left out. In a hard chunk a tile's
+// low half follows it.
+template <class Element, int kKeyDim, bool kLow_>
+struct ForwardOrder {
+  static constexpr ChunkTiles tiles{kKeyDim, 0, kIsWide<Element>, kHasLow<Element>};
+  int values;  // this CTA's tile of V
+  bool with_output;
+  static constexpr bool kLow = kLow_;
+  __device__ __forceinline__ int count(bool hard) const {
+    const int keys = tiles.keys * (hard ? 2 : 1), output = with_output ? tiles.keys + (hard ? 2 : 1) : 0;
+    return 1 + 2 * keys + tiles.parts + output;
+  }
+  __device__ __forceinline__ int operator()(int i, bool hard) const {
+    if (i-- == 0) return values;
+    if (!hard) return with_output || i < tiles.keys + tiles.parts ? i : i + tiles.keys + 1;
+    const int keys = 2 * tiles.keys;
+    if (i < keys) return (i % 2 ? tiles.Kh_low() : tiles.Kh()) + i / 2;
+    if ((i -= keys) < tiles.parts) return tiles.Z() + i;
+    i -= tiles.parts;
+    if (with_output) {
+      if (i < tiles.keys) return tiles.Qh() + i;
+      if ((i -= tiles.keys) < 2) return i ? tiles.P_low() : tiles.P();
+      i -= 2;
+    }
+    return (i % 2 ? tiles.Kt_low() : tiles.Kt()) + i / 2;
+  }
+};
+
+// And back: dO, P, Kt, Z, Qh, Kh.
+template <class Element, int kKeyDim>
+struct BackwardOrder {
+  static constexpr ChunkTiles tiles{kKeyDim, 0, kIsWide<Element>, kHasLow<Element>};
+  int values;  // this CTA's tile of dO
+  static constexpr bool kLow = false;
+  __device__ __forceinline__ int first_Z() const { return 2 + tiles.keys; }
+  __device__ __forceinline__ int first_Qh() const { return first_Z() + tiles.parts; }
+  __device__ __forceinline__ int first_Kh() const { return first_Qh() + tiles.keys; }
+  __device__ __forceinline__ int count(bool) const { return first_Kh() + tiles.keys; }
+  __device__ __forceinline__ int operator()(int i, bool) const {
+    if (i == 0) return values;
+    if (i < first_Z()) return tiles.P() + i - 1;
+    if (i < first_Qh()) return tiles.Z() + i - first_Z();
+    return i < first_Kh() ? tiles.Qh() + i - first_Qh() : i - first_Kh();
+  }
+};
+
+template <class Element>
+struct FirstChunk {  // where it is, and how far it is to the next
+  const Element* tiles;
+  const ChunkRowsSm80* rows;
+  const float* decay;
+  int64_t step;  // chunks in scratch
+  int tiles_per_step;
 };
 
 // The tiles of all chunks of a walk, one after the other, and with the first of a chunk its beta and decay.
 // Every thread copies its share.
-template <class Element, int kKeyDim>
+template <class Element, int kKeyDim, class Order>
 class TileStream {
  public:
   using Shared = WalkShared<Element, kKeyDim>;
-  struct Chunk {  // where the first chunk is, and how far it is to the next
-    const Element* tiles;
-    const ChunkRowsSm80* rows;
-    const float* decay;
-    int64_t step;  // chunks in scratch
-    int tiles_per_step;
-  };
-  // `per_chunk`: tiles of a chunk that are used.
-  __device__ TileStream(Shared& shared, const Chunk& first, int chunks, int per_chunk)
-      : shared_(shared), chunk_(first), left_(chunks), per_chunk_(per_chunk) {}
-
-  // `order(n)` is the tile that comes n-th in a chunk.
-  template <class Order>
-  __device__ __forceinline__ void start(const Order& order) {
-    for (int i = 0; i < kWalkStages<Element> - 1; ++i) load(order);
+  static constexpr bool kLow = Order::kLow;
+  __device__ TileStream(Shared& shared, const Order& order, const FirstChunk<Element>& first, int chunks)
+      : shared_(shared),
+        order_(order),
+        chunk_(first),
+        left_(chunks),
+        hard_(hardness(0)),
+        next_hard_(hardness(1)) {
+    for (int i = 0; i < kWalkStages<Element> - 1; ++i) load();
   }
 
   // The next tile. Only one at a time: the one before is overwritten.
-  template <class Order>
-  __device__ __forceinline__ const Element* next(const Order& order) {
+  __device__ __forceinline__ const Element* next() {
     cute::cp_async_wait<kWalkStages<Element> - 2>();
     __syncthreads();
     const Element* tile = shared_.tile[read_];
     read_ = read_ + 1 == kWalkStages<Element> ? 0 : read_ + 1;
-    load(order);
+    load();
     return tile;
   }
 
  private:
   Shared& shared_;
-  Chunk chunk_;
-  int left_, per_chunk_, in_chunk_ = 0, read_ = 0, write_ = 0, rows_ = 0;
+  const Order order_;
+  FirstChunk<Element> chunk_;
+  int left_, in_chunk_ = 0, read_ = 0, write_ = 0, rows_ = 0;
+  float hard_, next_hard_;  // looked at a chunk later: nobody waits for it
+
+  // Of a chunk that is so many steps further.
+  __device__ __forceinline__ float hardness(int steps) const {
+    return kLow && steps < left_ ? chunk_.rows[steps * chunk_.step].hard : 0.f;
+  }
 
   __device__ __forceinline__ static void copy_floats(float* to, const float* from, int count) {
     for (int i = 4 * static_cast<int>(threadIdx.x); i < count; i += 4 * static_cast<int>(blockDim.x))
       cute::SM80_CP_ASYNC_CACHEGLOBAL<cute::uint128_t>::copy(
           *reinterpret_cast<const cute::uint128_t*>(from + i), *reinterpret_cast<cute::uint128_t*>(to + i));
   }
-  template <class Order>
-  __device__ __forceinline__ void load(const Order& order) {
+  __device__ __forceinline__ void load() {
     if (left_ > 0) {
-      copy_tile(shared_.tile[write_], chunk_.tiles + order(in_chunk_) * kTileElements,
+      const bool hard = kLow && hard_ != 0.f;
+      copy_tile(shared_.tile[write_], chunk_.tiles + order_(in_chunk_, hard) * kTileElements,
                 static_cast<int>(blockDim.x));
       if (in_chunk_ == 0) {
-        copy_floats(shared_.beta[rows_ % kWalkRows], chunk_.rows->beta, kTile);
+        static_assert(offsetof(ChunkRowsSm80, hard) == offsetof(ChunkRowsSm80, beta) + kTile * sizeof(float));
+        copy_floats(shared_.beta[rows_ % kWalkRows], chunk_.rows->beta, kTile + 4);
         copy_floats(shared_.decay[rows_ % kWalkRows], chunk_.decay, kKeyDim);
         ++rows_;
       }
-      if (++in_chunk_ == per_chunk_) {
+      if (++in_chunk_ == order_.count(hard)) {
         in_chunk_ = 0;
         chunk_.tiles += chunk_.step * chunk_.tiles_per_step * kTileElements;
         chunk_.rows += chunk_.step;
         chunk_.decay += chunk_.step * kKeyDim;
         --left_;
+        hard_ = next_hard_;
+        next_hard_ = hardness(1);
       }
     }
     cute::cp_async_fence();
@@ -92,11 +152,12 @@ class TileStream {
   }
 };
 
-template <class Element, int kKeyDim>
+// kLow: the forward walk of a sequence with hard chunks. Others have a walk without the choice at every
+// product, which would keep the compiler from overlapping products.
+template <class Element, int kKeyDim, bool kLow>
 struct WalkCta {
   static constexpr int kKeys = kKeyDim / kTile;
   using Shared = WalkShared<Element, kKeyDim>;
-  using Stream = TileStream<Element, kKeyDim>;
   const WalkSm80Args& args;
   const InputsSm80& in;
   Shared& shared;
@@ -112,7 +173,7 @@ struct WalkCta {
         shared(s),
         hv(blockIdx.y),
         n(blockIdx.z),
-        tiles(a.in.key_dim, a.in.value_dim, kIsWide<Element>) {
+        tiles(a.in.key_dim, a.in.value_dim, kIsWide<Element>, kHasLow<Element>) {
     if (in.cu_seqlens != nullptr) {
       begin = in.cu_seqlens[n], slot = begin / kChunk + n, b = 0;
       length = static_cast<int>(max(static_cast<int64_t>(0), min(in.cu_seqlens[n + 1], in.tokens) - begin));
@@ -260,7 +321,7 @@ struct WalkCta {
 
   // ---- The walks ----
 
-  __device__ typename Stream::Chunk first_chunk(int chunk, int direction) const {
+  __device__ FirstChunk<Element> first_chunk(int chunk, int direction) const {
     const int64_t index = chunk_index(chunk);
     const int total = tiles.total(args.scratch.backward);
     return {static_cast<const Element*>(args.scratch.tiles) + index * total * kTileElements,
@@ -268,43 +329,51 @@ struct WalkCta {
             total};
   }
 
+  // c += left tile with the next tile; in a hard chunk with both halves of both.
+  template <bool kTransposed, class Stream>
+  __device__ __forceinline__ void multiply_next(Rows64& c, const Rows64& left, Stream& stream,
+                                                bool hard) const {
+    const Element* tile = stream.next();
+    multiply_tile<kTransposed>(c, left, tile);
+    if (!kLow || !hard) return;
+    multiply_tile<kTransposed, Part::kLow>(c, left, tile);
+    multiply_tile<kTransposed>(c, left, stream.next());
+  }
+
   __device__ void forward(bool with_output) const {
     Rows64 S[kKeys];
     load_state(S, in.initial_state);
-    // V, then Kh, Z, Qh, P, Kt, which lie in this order; without output Qh and P are left out.
-    const int before = kKeys + tiles.parts, skipped = with_output ? 0 : kKeys + 1;
-    const int values = tiles.V() + value / kTile;
-    const auto order = [&](int i) { return i == 0 ? values : i <= before ? i - 1 : i - 1 + skipped; };
-    const int per_chunk = 1 + before + kKeys + (with_output ? kKeys + 1 : 0);
-    Stream stream(shared, first_chunk(0, 1), chunks, per_chunk);
-    stream.start(order);
+    using Order = ForwardOrder<Element, kKeyDim, kLow>;
+    TileStream<Element, kKeyDim, Order> stream(shared, Order{tiles.V() + value / kTile, with_output},
+                                               first_chunk(0, 1), chunks);
     for (int chunk = 0; chunk < chunks; ++chunk) {
       Rows64 V, R;
-      read_tokens(V, stream.next(order));
+      read_tokens(V, stream.next());
+      const bool hard = kLow && shared.beta[chunk % kWalkRows][kTile] != 0.f;
       if (args.backward) store_state_tiles(S, args.left.S, chunk);
       R.clear();
       CUTE_UNROLL
-      for (int block = 0; block < kKeys; ++block) multiply_tile<true>(R, S[block], stream.next(order));
+      for (int block = 0; block < kKeys; ++block) multiply_next<true>(R, S[block], stream, hard);
       CUTE_UNROLL
       for (int m = 0; m < 8; ++m) {
         CUTE_UNROLL
         for (int i = 0; i < 4; ++i) R.tile[0][m][i] = V.tile[0][m][i] - R.tile[0][m][i];
       }
       scale_tokens(V, R, chunk, 1.f);
-      multiply_tile<true, Part::kBoth>(R, V, stream.next(order));
-      if constexpr (!kIsWide<Element>) multiply_tile<true>(R, V, stream.next(order));
+      multiply_tile<true, Part::kBoth>(R, V, stream.next());
+      if constexpr (!kIsWide<Element>) multiply_tile<true>(R, V, stream.next());
       if (args.backward) store_token_tile(R, args.left.r, chunk);
       scale_tokens(V, R, chunk, 1.f);  // V'
       if (with_output) {
         R.clear();  // O
         CUTE_UNROLL
-        for (int block = 0; block < kKeys; ++block) multiply_tile<true>(R, S[block], stream.next(order));
-        multiply_tile<true>(R, V, stream.next(order));
+        for (int block = 0; block < kKeys; ++block) multiply_tile<true>(R, S[block], stream.next());
+        multiply_next<true>(R, V, stream, hard);
         store_tokens(R, args.o, chunk);
       }
       decay_state(S, chunk);
       CUTE_UNROLL
-      for (int block = 0; block < kKeys; ++block) multiply_tile<false>(S[block], V, stream.next(order));
+      for (int block = 0; block < kKeys; ++block) multiply_next<false>(S[block], V, stream, hard);
       keep_state(S, chunk);
     }
     store_state(S, args.final_state, chain());
@@ -313,52 +382,56 @@ struct WalkCta {
   __device__ void backward() const {
     Rows64 dS[kKeys];
     load_state(dS, args.d_final);
-    // dO, P, Kt, Z, Qh, Kh
-    const int first_Z = 2 + kKeys, first_Qh = first_Z + tiles.parts, first_Kh = first_Qh + kKeys;
-    const int values = tiles.dO() + value / kTile;
-    const auto order = [&](int i) {
-      if (i == 0) return values;
-      if (i < first_Z) return tiles.P() + i - 1;
-      if (i < first_Qh) return tiles.Z() + i - first_Z;
-      return i < first_Kh ? tiles.Qh() + i - first_Qh : i - first_Kh;
-    };
-    Stream stream(shared, first_chunk(chunks - 1, -1), chunks, first_Kh + kKeys);
-    stream.start(order);
+    using Order = BackwardOrder<Element, kKeyDim>;
+    TileStream<Element, kKeyDim, Order> stream(shared, Order{tiles.dO() + value / kTile},
+                                               first_chunk(chunks - 1, -1), chunks);
     for (int chunk = chunks - 1; chunk >= 0; --chunk) {
       Rows64 d_o, Y, dR;
       const int turn = chunks - 1 - chunk;
-      read_tokens(d_o, stream.next(order));
+      read_tokens(d_o, stream.next());
       store_state_tiles(dS, args.left.dS, chunk);
       Y.clear();
-      multiply_tile<false>(Y, d_o, stream.next(order));
+      multiply_tile<false>(Y, d_o, stream.next());
       CUTE_UNROLL
-      for (int block = 0; block < kKeys; ++block) multiply_tile<true>(Y, dS[block], stream.next(order));
+      for (int block = 0; block < kKeys; ++block) multiply_tile<true>(Y, dS[block], stream.next());
       scale_tokens(dR, Y, turn, 1.f);
-      multiply_tile<false, Part::kBoth>(Y, dR, stream.next(order));
-      if constexpr (!kIsWide<Element>) multiply_tile<false>(Y, dR, stream.next(order));
+      multiply_tile<false, Part::kBoth>(Y, dR, stream.next());
+      if constexpr (!kIsWide<Element>) multiply_tile<false>(Y, dR, stream.next());
       store_token_tile(Y, args.left.Y, chunk);
       scale_tokens(dR, Y, turn, 1.f);
       store_tokens(dR, args.dv, chunk);
       scale_tokens(dR, Y, turn, -1.f);
       decay_state(dS, turn);
       CUTE_UNROLL
-      for (int block = 0; block < kKeys; ++block) multiply_tile<false>(dS[block], d_o, stream.next(order));
+      for (int block = 0; block < kKeys; ++block) multiply_tile<false>(dS[block], d_o, stream.next());
       CUTE_UNROLL
-      for (int block = 0; block < kKeys; ++block) multiply_tile<false>(dS[block], dR, stream.next(order));
+      for (int block = 0; block < kKeys; ++block) multiply_tile<false>(dS[block], dR, stream.next());
     }
     store_state(dS, args.d_initial, chain());
   }
 
+  __device__ bool has_hard_chunk() const {
+    bool found = false;
+    for (int chunk = static_cast<int>(threadIdx.x); chunk < chunks; chunk += static_cast<int>(blockDim.x))
+      found |= args.scratch.rows[chunk_index(chunk)].hard != 0.f;
+    return __syncthreads_or(found) != 0;
+  }
+
   __device__ void run() const {
+    if (args.backward && blockIdx.x >= value_tiles()) {
+      if (!kLow) backward();
+      return;
+    }
+    if (kHasLow<Element> && has_hard_chunk() != kLow) return;
     if (!args.backward) return forward(args.o != nullptr);
-    if (blockIdx.x >= value_tiles()) return backward();
     forward(false);
   }
 };
 
-template <class Element, int kKeyDim>
+template <class Element, int kKeyDim, bool kLow>
 __global__ void __launch_bounds__(128) walk_sm80_kernel(const __grid_constant__ WalkSm80Args args) {
-  WalkCta<Element, kKeyDim>(args, *reinterpret_cast<WalkShared<Element, kKeyDim>*>(portable_shared)).run();
+  WalkCta<Element, kKeyDim, kLow>(args, *reinterpret_cast<WalkShared<Element, kKeyDim>*>(portable_shared))
+      .run();
 }
 
 template <class Tag, int kKeyDim>
@@ -366,15 +439,20 @@ int walk_sm80<Tag, kKeyDim>::run(const WalkSm80Args& args, void* stream) {
   using Element = portable_t<Tag>;
   constexpr int kBytes = sizeof(WalkShared<Element, kKeyDim>);
   static_assert(kBytes <= 99 * 1024, "CTAs of 8.6, 8.9 and 12.0 have 99 KB");
-  auto* kernel = &walk_sm80_kernel<Element, kKeyDim>;
-  if (const int error = allow_shared(kernel, kBytes)) return error;
   // The gradient reads whole tiles of values, so the backward writes them.
   const int64_t values = args.backward ? tiles_of(args.in.value_dim) * kTile : args.in.value_dim;
   const int64_t width = 16 * args.value_warps, value_tiles = (values + width - 1) / width;
   const dim3 grid(static_cast<unsigned>(value_tiles * (args.backward ? 2 : 1)),
                   static_cast<unsigned>(args.in.value_heads), static_cast<unsigned>(args.in.sequences));
-  kernel<<<grid, 32 * args.value_warps, kBytes, static_cast<cudaStream_t>(stream)>>>(args);
-  return cudaGetLastError();
+  const auto launch = [&](auto* kernel) {
+    if (const int error = allow_shared(kernel, kBytes)) return error;
+    kernel<<<grid, 32 * args.value_warps, kBytes, static_cast<cudaStream_t>(stream)>>>(args);
+    return static_cast<int>(cudaGetLastError());
+  };
+  if constexpr (kHasLow<Element>) {  // each sequence is walked by one of the two
+    if (const int error = launch(&walk_sm80_kernel<Element, kKeyDim, true>)) return error;
+  }
+  return launch(&walk_sm80_kernel<Element, kKeyDim, false>);
 }
 
 }  // namespace nearfield::delta
