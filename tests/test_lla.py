@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import subprocess
 import sys
@@ -234,6 +235,7 @@ def check_attention(inputs: Inputs, lam: Tensor, dtype: torch.dtype, **options: 
     # On one BLAS or another a single result may be exact by luck: three orders of summation make three results.
     features, keys = exact.q.shape[-1], exact.k.shape[1]
     any_order = options.get("is_causal") is False and options.get("window") is None
+    any_order &= options.get("cu_seqlens") is None
     shuffled = [
         (torch.randperm(features), torch.randperm(keys) if any_order else torch.arange(keys))
         for _ in range(2)
@@ -337,6 +339,94 @@ def test_probe_gradcheck() -> None:
     q, k, v, scale = draw(Case(B=1, m=4, n=6, Hq=2, Hk=1, d=3, dv=2))
     leaves = [t.requires_grad_() for t in (q, torch.randn_like(q), k, v)]
     assert torch.autograd.gradcheck(lambda *t: probe_attention(*t, scale=scale, window=3), leaves)
+
+
+# --- packed sequences ------------------------------------------------------------------------------------
+
+# Sequences of 1, 0, 69, 130 and 63 tokens, and 7 tokens behind the last.
+BOUNDS = [0, 1, 1, 70, 200, 263]
+PACKED_CASES = [
+    Case(m=270, n=270, Hq=4, Hk=2, d=16, dv=24),
+    Case(m=270, n=270, window=13),
+    Case(m=270, n=270, is_causal=False),
+    Case(m=270, n=270, is_causal=False, window=12),
+]
+each_packed_case = pytest.mark.parametrize("case", PACKED_CASES, ids=str)
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32, torch.bfloat16], ids=dtype_id)
+@each_packed_case
+def test_packed_matches_definition(case: Case, dtype: torch.dtype) -> None:
+    lam = torch.full((1, case.m, case.Hq), 0.7, dtype=F64)
+    check_attention(draw(case), lam, dtype, **case.mask, cu_seqlens=torch.tensor(BOUNDS))
+
+
+def packed_parts(bounds: list[int], tensors: list[Tensor]) -> list[list[Tensor]]:
+    return [[t[:, begin:end] for t in tensors] for begin, end in itertools.pairwise(bounds) if begin < end]
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=dtype_id)
+@each_packed_case
+def test_packed_is_as_many_calls(case: Case, dtype: torch.dtype) -> None:
+    """Bit for bit, whatever the tokens behind the last sequence hold."""
+    inputs, end = draw(case).cast(torch.float32), BOUNDS[-1]
+    x, d_o = torch.randn(inputs.q.shape), torch.randn(1, case.m, case.Hq, case.dv)
+    lam = torch.rand(1, case.m, case.Hq) + 0.1
+    tensors = (*inputs[:3], x, lam)
+    for t in (*tensors, d_o):
+        t[:, end:] = math.nan
+    mask: dict[str, Any] = dict(case.mask)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, x: Tensor, lam: Tensor) -> Tensor:
+        return local_linear_attention(q, k, v, lam=lam, **mask) + probe_attention(q, x, k, v, **mask)
+
+    parts = packed_parts(BOUNDS, [*tensors, d_o])
+    want = [with_gradients(attend, tuple(part[:-1]), part[-1]) for part in parts]
+    mask["cu_seqlens"] = torch.tensor(BOUNDS, dtype=dtype)
+    got = with_gradients(attend, tensors, d_o)
+    for part, alone in zip(packed_parts(BOUNDS, got), want, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(part, alone, strict=True))
+    assert all((t[:, end:] == 0).all() for t in got)
+    aux = local_linear_attention(*inputs[:3], lam=lam, **mask, return_aux=True)[1]
+    assert (aux.lse[:, end:] == -math.inf).all()
+    assert (aux.iterations[:, end:] == 0).all()
+    assert (aux.ratio[:, end:] == 0).all()
+
+
+def test_no_sequences() -> None:
+    q, k, v = (torch.full((1, 5, 2, 8), math.nan) for _ in range(3))
+    cu_seqlens = torch.zeros(1, dtype=torch.int64)
+    assert (local_linear_attention(q, k, v, lam=1.0, cu_seqlens=cu_seqlens) == 0).all()
+    assert (probe_attention(q, q, k, v, cu_seqlens=cu_seqlens) == 0).all()
+
+
+@pytest.mark.parametrize(
+    "cu_seqlens, error, message",
+    [
+        ([0, 5], TypeError, "cu_seqlens must be a torch.Tensor, got list"),
+        (torch.tensor([0.0, 5.0]), ValueError, "cu_seqlens has dtype torch.float32, expected int32 or int64"),
+        (torch.tensor([[0, 5]]), ValueError, r"cu_seqlens has shape \[1, 2\]"),
+        (torch.zeros(0, dtype=torch.int64), ValueError, r"cu_seqlens has shape \[0\]"),
+        (torch.tensor([0, 5], device="meta"), ValueError, "cu_seqlens is on meta, but q is on cpu"),
+        (torch.tensor([1, 5]), RuntimeError, "cu_seqlens starts with 1, expected 0"),
+        (torch.tensor([0, 4, 3]), RuntimeError, "cu_seqlens decreases from 4 to 3 after sequence 1"),
+        (torch.tensor([0, 6]), RuntimeError, "cu_seqlens ends with 6, but there are 5 tokens"),
+    ],
+)
+def test_bad_packing(cu_seqlens: Any, error: type[Exception], message: str) -> None:
+    t = torch.randn(1, 5, 2, 8)
+    with pytest.raises(error, match=message):
+        local_linear_attention(t, t, t, lam=1.0, cu_seqlens=cu_seqlens)
+    with pytest.raises(error, match=message):
+        probe_attention(t, t, t, t, cu_seqlens=cu_seqlens)
+
+
+def test_packing_needs_one_batch_and_equal_lengths() -> None:
+    t = torch.randn(2, 5, 2, 8)
+    with pytest.raises(ValueError, match="cu_seqlens needs a batch of 1, got 2"):
+        local_linear_attention(t, t, t, lam=1.0, cu_seqlens=torch.tensor([0, 5]))
+    with pytest.raises(ValueError, match="cu_seqlens needs as many keys as queries, got 5 and 3"):
+        local_linear_attention(t[:1, :3], t[:1], t[:1], lam=1.0, cu_seqlens=torch.tensor([0, 3]))
 
 
 # --- the reference itself --------------------------------------------------------------------------------
@@ -507,7 +597,9 @@ def test_default_tolerance_bounds_the_error(make: Callable[[int, int], Inputs], 
     inputs = make(200, 32)
     tol = 1e-3
     rows = torch.full((1, 200, 1, 1), lam, dtype=F64)
-    o, x, *_, iterations, ratio = ops.lla_fwd(*inputs[:3], rows, inputs.scale, True, None, False, tol, 100)
+    o, x, *_, iterations, ratio = ops.lla_fwd(
+        *inputs[:3], rows, None, inputs.scale, True, None, False, tol, 100
+    )
     assert (ratio <= tol).all()
     assert (iterations < 100).all()
     truth, _ = ref.local_linear_attention(*inputs[:3], lam=lam, scale=inputs.scale)
@@ -635,7 +727,7 @@ def test_rows_of_the_score_gradient_sum_to_zero(steps: int) -> None:
     case = Case(m=70, n=90, Hq=1, Hk=1, d=8, dv=5)
     q, k, v, scale = draw(case)
     rows = torch.full((1, 70, 1, 8), 0.2, dtype=F64)
-    options = (scale, True, None, False, 0.0, steps)
+    options = (None, scale, True, None, False, 0.0, steps)
     _, x, kbar, lse, _, _ = ops.lla_fwd(q, k, v, rows, *options)
     d_o = torch.randn(1, 70, 1, 5, dtype=F64)
     _, dk, _, dlam = ops.lla_bwd(d_o, q, k, v, rows, x, kbar, lse, *options)
@@ -920,7 +1012,7 @@ def test_cache_length_outside_the_cache(length: int) -> None:
 
 def test_direct_calls_are_checked_too() -> None:
     lam = torch.ones(2, 5, 4, 1)
-    good = (Q, K, V, lam, 1.0, True, None, False, 1e-3, 8)
+    good = (Q, K, V, lam, None, 1.0, True, None, False, 1e-3, 8)
     o, x, kbar, lse, _, _ = ops.lla_fwd(*good)
     for at, bad, message in [
         (0, Q[0], "q has shape"),
@@ -930,7 +1022,9 @@ def test_direct_calls_are_checked_too() -> None:
         (3, lam[..., 0], "lam has shape"),
         (3, lam.expand(2, 5, 4, 3), "lam has 3 channels"),
         (3, lam.double(), "lam has dtype"),
-        (6, 0, "window is 0"),
+        (4, torch.tensor([0, 5]), "cu_seqlens needs a batch of 1, got 2"),
+        (4, torch.zeros(2), "cu_seqlens has dtype"),
+        (7, 0, "window is 0"),
     ]:
         with pytest.raises(RuntimeError, match=f"lla_fwd: {message}"):
             ops.lla_fwd(*good[:at], bad, *good[at + 1 :])
@@ -939,7 +1033,7 @@ def test_direct_calls_are_checked_too() -> None:
         with pytest.raises(RuntimeError, match=f"lla_bwd: {name} has shape"):
             ops.lla_bwd(*saved[:at], saved[at][:, :2], *saved[at + 1 :], *good[4:])
     with pytest.raises(RuntimeError, match="lla_probe_fwd: x has shape"):
-        ops.lla_probe_fwd(Q, x[:, :2], K, V, 1.0, True, None)
+        ops.lla_probe_fwd(Q, x[:, :2], K, V, None, 1.0, True, None)
 
 
 # --- framework contract ----------------------------------------------------------------------------------
@@ -959,7 +1053,7 @@ def test_opcheck(dtype: torch.dtype) -> None:
     q, k, v = (t.requires_grad_() for t in inputs[:3])
     lam = torch.full((2, 10, 4, 1), 0.5, dtype=work, requires_grad=True)
     x = torch.randn(2, 10, 4, 8, dtype=work, requires_grad=True)
-    mask = (0.3, True, None)
+    mask = (None, 0.3, True, None)
     solver = (*mask, False, 1e-3, 8)
     torch.library.opcheck(ops.lla_fwd.default, (q, k, v, lam, *solver))
     torch.library.opcheck(ops.lla_probe_fwd.default, (q, x, k, v, *mask))
@@ -968,6 +1062,9 @@ def test_opcheck(dtype: torch.dtype) -> None:
         d_o, q, k, v, lam = (torch.randn_like(o), *(t.detach() for t in (q, k, v, lam)))
         torch.library.opcheck(ops.lla_bwd.default, (d_o, q, k, v, lam, x, kbar, lse, *solver))
         torch.library.opcheck(ops.lla_probe_bwd.default, (d_o, q, x, k, v, kbar, lse, *mask))
+        packed = (d_o[:1], q[:1], k[:1, :10], v[:1, :10])
+        rest = (x[:1], kbar[:1], lse[:1], torch.tensor([0, 3, 8]), *solver[1:])
+        torch.library.opcheck(ops.lla_bwd.default, (*packed, lam[:1], *rest))
         torch.library.opcheck(ops.lla_step.default, (q, k, v, torch.tensor([20, 5]), lam, 0.3, 7, False))
 
 

@@ -341,6 +341,111 @@ def test_expanded_incoming_gradient() -> None:
         assert torch.equal(leaf.grad, b)
 
 
+# --- packed sequences ------------------------------------------------------------------------------------
+
+# Tiles that hold the ends of several sequences, sequences of many tiles, of one token and of none, and tokens behind
+# the last.
+BOUNDS = {
+    "uneven": [0, 1, 1, 70, 200, 203, 383],
+    "short": [*range(0, 390, 5)],
+    "one": [0, 300],
+    "none": [0],
+}
+PACKED_CASES = [
+    Case(m=400, n=400, Hq=4, Hk=2, d=64, dv=64),
+    Case(m=400, n=400, d=128, dv=128),
+    Case(m=400, n=400, Hq=2, Hk=1, d=48, dv=40, is_causal=False),
+    Case(m=400, n=400, d=64, dv=64, window=50),
+    Case(m=400, n=400, d=128, dv=64, is_causal=False, window=30),
+]
+each_packing = pytest.mark.parametrize("packing", BOUNDS)
+each_packed_case = pytest.mark.parametrize("case", PACKED_CASES, ids=str)
+
+
+def bounds_of(packing: str, dtype: torch.dtype = torch.int32) -> Tensor:
+    return torch.tensor(BOUNDS[packing], dtype=dtype, device="cuda")
+
+
+@each_dtype
+@each_packing
+@each_packed_case
+def test_packed_matches_definition(case: Case, packing: str, dtype: torch.dtype) -> None:
+    lam = torch.full((1, case.m, case.Hq), 1.0)
+    check_attention(draw(case), lam, dtype, **case.mask, cu_seqlens=bounds_of(packing))
+
+
+@each_packed_case
+def test_packed_in_float32(case: Case, backend: str) -> None:
+    portable_only(backend)
+    lam = torch.full((1, case.m, case.Hq), 1.0)
+    check_attention(draw(case), lam, torch.float32, **case.mask, cu_seqlens=bounds_of("uneven"))
+
+
+@each_packed_case
+def test_tokens_behind_the_last_sequence_are_not_used(case: Case) -> None:
+    q, k, v, _ = cuda(draw(case), torch.bfloat16)
+    x, lam = torch.randn(q.shape, device="cuda"), torch.rand(q.shape[:3], device="cuda") + 0.5
+    d_o = torch.randn(*q.shape[:3], case.dv, device="cuda", dtype=torch.bfloat16)
+    bounds = bounds_of("uneven", torch.int64)
+    end = BOUNDS["uneven"][-1]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, x: Tensor, lam: Tensor) -> Tensor:
+        options = {**case.mask, "cu_seqlens": bounds}
+        return local_linear_attention(q, k, v, lam=lam, **options) + probe_attention(q, x, k, v, **options)
+
+    results = []
+    for rubbish in (0.0, math.inf, math.nan):
+        for t in (q, k, v, x, lam, d_o):
+            t[:, end:] = rubbish
+        results.append(with_gradients(attend, (q, k, v, x, lam), d_o))
+    for got in results:
+        assert all(torch.equal(a, b) for a, b in zip(got, results[0], strict=True))
+        assert all((t[:, end:] == 0).all() for t in got)
+        assert all(t.isfinite().all() for t in got)
+
+
+@each_packed_case
+def test_packed_probe_matches_definition(case: Case) -> None:
+    q, k, v, scale = cuda(draw(case), torch.bfloat16)
+    x = torch.randn(q.shape, device="cuda")
+    d_o = torch.randn(*q.shape[:3], case.dv, device="cuda").bfloat16()
+    options = {**case.mask, "scale": scale, "cu_seqlens": bounds_of("uneven")}
+    truth = with_gradients(
+        lambda *t: ref.probe_attention(*t, **options), tuple(t.to(F64) for t in (q, x, k, v)), d_o
+    )
+    got = with_gradients(lambda *t: probe_attention(*t, **options), (q, x, k, v), d_o)
+    for name, g, t in zip(("o", "dq", "dx", "dk", "dv"), got, truth, strict=True):
+        assert_close(name, g, t, bound(name, 1.0, torch.bfloat16))
+
+
+def test_packed_statistics() -> None:
+    q, k, v, _ = cuda(draw(Case(m=400, n=400, d=64, dv=64)), torch.bfloat16)
+    end = BOUNDS["uneven"][-1]
+    _, aux = local_linear_attention(
+        q, k, v, lam=0.5, tol=1e-3, max_iters=64, cu_seqlens=bounds_of("uneven"), return_aux=True
+    )
+    assert (aux.ratio <= 1e-3).all()
+    assert (aux.iterations[:, end:] == 0).all()
+    assert (aux.ratio[:, end:] == 0).all()
+    assert (aux.lse[:, end:] == -math.inf).all()
+    s = torch.einsum("bihd,bjhd->bihj", q.double(), k.double()) / 8
+    mask = ref.visible_keys(
+        400, 400, is_causal=True, window=None, device=q.device, cu_seqlens=bounds_of("uneven")
+    )
+    lse = s.masked_fill(~mask[None, :, None], -math.inf).logsumexp(-1)
+    torch.testing.assert_close(aux.lse[:, :end].double(), lse[:, :end], rtol=1e-4, atol=1e-4)
+
+
+def test_bounds_that_are_none_stay_inside_the_tensors(backend: str) -> None:
+    """Nobody reads them before the launch: the result has no meaning, but no address leaves the tensors."""
+    q, k, v, _ = cuda(draw(Case(m=300, n=300, d=64, dv=64)), torch.bfloat16)
+    rubbish = torch.randint(-(2**40), 2**40, (6,), device="cuda")
+    for bounds in (rubbish, rubbish % 700 - 200, torch.tensor([0, 10**6], device="cuda")):
+        leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+        local_linear_attention(*leaves, lam=1.0, cu_seqlens=bounds).sum().backward()
+        torch.cuda.synchronize()
+
+
 # --- exact rows ------------------------------------------------------------------------------------------
 
 
@@ -536,10 +641,12 @@ def test_bitwise_repeatable() -> None:
         assert all(torch.equal(a, b) for a, b in zip(first, everything(q, k, v, d_o), strict=True))
 
 
-def test_side_stream_and_graph(backend: str) -> None:
+@pytest.mark.parametrize("bounds", [None, [0, 100, 100, 400]], ids=["batch", "packed"])
+def test_side_stream_and_graph(backend: str, bounds: list[int] | None) -> None:
+    cu_seqlens = torch.tensor(bounds, device="cuda") if bounds else None
     q, k, v = (torch.randn(1, 512, 4, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     lam = torch.full((1, 512, 4, 1), 0.5, device="cuda")
-    options = (0.125, True, None, False, 1e-3, 16, backend)
+    options = (cu_seqlens, 0.125, True, None, False, 1e-3, 16, backend)
     d_o = torch.randn_like(q)
 
     def run() -> list[Tensor]:
@@ -583,14 +690,14 @@ def test_compile_and_opcheck(backend: str) -> None:
     tolerance = {"atol": 1e-2, "rtol": 1e-2}
     torch.library.opcheck(
         ops.lla_fwd.default,
-        (*leaves, rows, 0.125, True, None, False, 1e-3, 16, backend),
+        (*leaves, rows, None, 0.125, True, None, False, 1e-3, 16, backend),
         test_utils=tests,
         **tolerance,
     )
     x = torch.randn(q.shape, device="cuda", requires_grad=True)
     torch.library.opcheck(
         ops.lla_probe_fwd.default,
-        (leaves[0], x, *leaves[1:], 0.125, True, 50, backend),
+        (leaves[0], x, *leaves[1:], None, 0.125, True, 50, backend),
         test_utils=tests,
         **tolerance,
     )

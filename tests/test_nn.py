@@ -301,7 +301,7 @@ def offsets(lengths: list[int], dtype: torch.dtype = torch.int32) -> Tensor:
     return torch.tensor([0, *itertools.accumulate(lengths)], dtype=dtype)
 
 
-@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("name", [*PACKED, "lla", "lla-window"])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
 def test_packed_sequences_do_not_see_each_other(name: str, dtype: torch.dtype) -> None:
     layer = DECODERS[name]().double()
@@ -502,6 +502,8 @@ def test_lla_cache_is_for_inference_and_has_an_end() -> None:
         layer(torch.randn(1, 2, DIM), layer.new_cache(1, 4))
     with torch.no_grad(), pytest.raises(ValueError, match="5 tokens do not fit into a capacity of 4"):
         layer(torch.randn(1, 5, DIM), layer.new_cache(1, 4))
+    with torch.no_grad(), pytest.raises(ValueError, match="cu_seqlens was given with a cache"):
+        layer(torch.randn(1, 2, DIM), layer.new_cache(1, 4), cu_seqlens=offsets([2]))
 
 
 def test_window_larger_than_the_grid_is_refused() -> None:

@@ -77,6 +77,37 @@ inline void check_saved(const char* op, const Tensor& q, const Tensor& v, const 
   check_statistic(op, "lse", lse, q, {s[0], s[1], s[2]});
 }
 
+// Packed sequences: where each starts, and where the last ends; null if there is one per batch.
+using Packing = std::optional<Tensor>;
+
+// The same as int64, dense. What it holds is checked where that needs no waiting for a device.
+inline Packing check_packing(const char* op, const Packing& cu_seqlens, const Tensor& q, const Tensor& k) {
+  if (!defined(cu_seqlens)) return std::nullopt;
+  check_shape(op, "cu_seqlens", *cu_seqlens, {-1});
+  check_same_device(op, "cu_seqlens", *cu_seqlens, q);
+  if (cu_seqlens->scalar_type() != ScalarType::Int)
+    check_dtype(op, "cu_seqlens", *cu_seqlens, ScalarType::Long);
+  const int64_t tokens = q.sizes()[1], last = cu_seqlens->sizes()[0] - 1;
+  STD_TORCH_CHECK(last >= 0, op, ": cu_seqlens is empty, expected at least one entry");
+  STD_TORCH_CHECK(q.sizes()[0] == 1, op, ": cu_seqlens needs a batch of 1, got ", q.sizes()[0]);
+  STD_TORCH_CHECK(k.sizes()[1] == tokens, op, ": cu_seqlens needs as many keys as queries, got ",
+                  k.sizes()[1], " and ", tokens);
+  Tensor wide = torch::stable::contiguous(torch::stable::to(*cu_seqlens, ScalarType::Long));
+  if (q.is_cuda()) return wide;
+  const auto* cu = static_cast<const int64_t*>(wide.const_data_ptr());
+  STD_TORCH_CHECK(cu[0] == 0, op, ": cu_seqlens starts with ", cu[0], ", expected 0");
+  for (int64_t s = 0; s < last; ++s)
+    STD_TORCH_CHECK(cu[s] <= cu[s + 1], op, ": cu_seqlens decreases from ", cu[s], " to ", cu[s + 1],
+                    " after sequence ", s);
+  STD_TORCH_CHECK(cu[last] <= tokens, op, ": cu_seqlens ends with ", cu[last], ", but there are ", tokens,
+                  " tokens");
+  return wide;
+}
+
+inline const int64_t* bounds_of(const Packing& packing) {
+  return static_cast<const int64_t*>(packing->const_data_ptr());
+}
+
 // The filled length of each sequence of a cache.
 inline void check_lengths(const char* op, const std::optional<Tensor>& cache_seqlens, const Tensor& q) {
   if (!defined(cache_seqlens)) return;

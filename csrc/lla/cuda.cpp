@@ -112,7 +112,8 @@ void check_launch(const char* op, int error) {
 // as long as this object.
 class Operands {
  public:
-  Operands(const char* op, const Tensor& like, const Plan& plan) : op_(op), like_(like) {
+  Operands(const char* op, const Tensor& like, const Plan& plan, const Packing& packing)
+      : op_(op), like_(like), end_(packing ? bounds_of(packing) + packing->sizes()[0] - 1 : nullptr) {
     args_.batch = static_cast<int>(like.sizes()[0]);
     args_.head_dim = plan.head_dim;
     if (like.scalar_type() == ScalarType::Float) float_rows_ = portable_of(plan, ScalarType::Float).operands;
@@ -138,7 +139,8 @@ class Operands {
                                    static_cast<int>(size[3]),
                                    out,
                                    fitted != nullptr,
-                                   fitted ? *fitted : Visibility{}};
+                                   fitted ? *fitted : Visibility{},
+                                   end_};
     return out;
   }
 
@@ -155,24 +157,28 @@ class Operands {
  private:
   const char* op_;
   const Tensor& like_;
+  const int64_t* end_;  // behind the last packed sequence
   int (*float_rows_)(const OperandsArgs&, void*) = nullptr;
   OperandsArgs args_{};
   std::vector<Tensor> memory_;
 };
 
 QueryProblem make_query_problem(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
-                                double scale, bool is_causal, const std::optional<int64_t>& window,
-                                bool backward, Operands& operands) {
+                                const Packing& packing, double scale, bool is_causal,
+                                const std::optional<int64_t>& window, bool backward, Operands& operands) {
   const auto s = q.sizes();
   QueryProblem p{};
   p.batch = static_cast<int>(s[0]), p.m = static_cast<int>(s[1]), p.heads = static_cast<int>(s[2]);
   p.n = static_cast<int>(k.sizes()[1]), p.kv_heads = static_cast<int>(k.sizes()[2]);
   p.d = static_cast<int>(s[3]), p.dv = static_cast<int>(v.sizes()[3]);
-  p.visible = Visibility::make(s[1], p.n, window_or_all(window, p.n), is_causal);
+  const int64_t all = window_or_all(window, p.n);
+  p.visible = packing
+                  ? Visibility::make(s[1], p.n, all, is_causal, bounds_of(packing), packing->sizes()[0] - 1)
+                  : Visibility::make(s[1], p.n, all, is_causal);
   p.scale = static_cast<float>(scale);
   STD_TORCH_CHECK(s[0] * s[2] <= 65535 && int64_t{p.query_blocks()} * s[0] * s[2] <= INT32_MAX, op,
                   ": batch times heads is ", s[0] * s[2], "; supported on CUDA: up to 65535");
-  p.mix_lengths = is_causal && p.visible.window >= p.n &&
+  p.mix_lengths = is_causal && !packing && p.visible.window >= p.n &&
                   p.query_blocks() * p.batch * p.heads <= device_info(q.get_device_index()).num_sms;
   p.q = operands.add(q, 2 * kTileRows, 0.f, backward ? &p.visible : nullptr);
   p.k = operands.add(k);
@@ -194,13 +200,14 @@ void run_forward(const char* op, FwdSm80Args& args, const Plan& plan, const Tens
 }
 
 using Fwd = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-Fwd fwd_cuda(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& lam, double scale,
-             bool is_causal, std::optional<int64_t> window, bool absolute, double tol, int64_t max_iters,
-             Backend backend) {
+Fwd fwd_cuda(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& lam, Packing cu_seqlens,
+             double scale, bool is_causal, std::optional<int64_t> window, bool absolute, double tol,
+             int64_t max_iters, Backend backend) {
   const char* op = "lla_fwd";
   check_inputs(op, q_, k_, v_, window);
   check_lam(op, lam, q_);
   torch::stable::accelerator::DeviceGuard guard(q_.get_device_index());
+  const Packing packing = check_packing(op, cu_seqlens, q_, k_);
   const Plan plan = plan_of(op, q_, v_, backend);
   const Tensor q = dense_rows(q_), k = dense_rows(k_), v = dense_rows(v_);
   const auto s = q.sizes();
@@ -217,9 +224,9 @@ Fwd fwd_cuda(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor&
     return out;
   }
   void* stream = current_stream(q);
-  Operands operands(op, q, plan);
+  Operands operands(op, q, plan, packing);
   FwdSm80Args args{};
-  args.problem = make_query_problem(op, q, k, v, scale, is_causal, window, false, operands);
+  args.problem = make_query_problem(op, q, k, v, packing, scale, is_causal, window, false, operands);
   operands.write(q.scalar_type(), stream);
   args.solve = true;
   args.ridge = make_ridge<float>(lam, absolute);
@@ -237,11 +244,13 @@ Fwd fwd_cuda(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor&
 }
 
 using ProbeFwd = std::tuple<Tensor, Tensor, Tensor>;
-ProbeFwd probe_fwd_cuda(const Tensor& q_, const Tensor& x_, const Tensor& k_, const Tensor& v_, double scale,
-                        bool is_causal, std::optional<int64_t> window, Backend backend) {
+ProbeFwd probe_fwd_cuda(const Tensor& q_, const Tensor& x_, const Tensor& k_, const Tensor& v_,
+                        Packing cu_seqlens, double scale, bool is_causal, std::optional<int64_t> window,
+                        Backend backend) {
   const char* op = "lla_probe_fwd";
   check_inputs(op, q_, k_, v_, window);
   torch::stable::accelerator::DeviceGuard guard(q_.get_device_index());
+  const Packing packing = check_packing(op, cu_seqlens, q_, k_);
   const Plan plan = plan_of(op, q_, v_, backend);
   const Tensor q = dense_rows(q_), x = dense_rows(x_), k = dense_rows(k_), v = dense_rows(v_);
   const auto s = q.sizes();
@@ -256,9 +265,9 @@ ProbeFwd probe_fwd_cuda(const Tensor& q_, const Tensor& x_, const Tensor& k_, co
     return out;
   }
   void* stream = current_stream(q);
-  Operands operands(op, q, plan);
+  Operands operands(op, q, plan, packing);
   FwdSm80Args args{};
-  args.problem = make_query_problem(op, q, k, v, scale, is_causal, window, false, operands);
+  args.problem = make_query_problem(op, q, k, v, packing, scale, is_causal, window, false, operands);
   operands.write(q.scalar_type(), stream);
   args.given = view_of<float>(x);
   args.is_bf16 = q.scalar_type() == ScalarType::BFloat16;
@@ -274,13 +283,14 @@ ProbeFwd probe_fwd_cuda(const Tensor& q_, const Tensor& x_, const Tensor& k_, co
 // Both backwards; lam is null for the readout alone. Returns dq, dx (if not solve), dk, dv, dlam (if solve).
 std::array<Tensor, 5> backward(const char* op, const Tensor& d_o_, const Tensor& q_, const Tensor& k_,
                                const Tensor& v_, const Tensor* lam, const Tensor& x_, const Tensor& kbar_,
-                               const Tensor& lse_, double scale, bool is_causal,
+                               const Tensor& lse_, const Packing& cu_seqlens, double scale, bool is_causal,
                                std::optional<int64_t> window, bool absolute, double tol, int64_t max_iters,
                                const Backend& backend) {
   check_inputs(op, q_, k_, v_, window);
   check_saved(op, q_, v_, d_o_, x_, kbar_, lse_);
   if (lam) check_lam(op, *lam, q_);
   torch::stable::accelerator::DeviceGuard guard(q_.get_device_index());
+  const Packing packing = check_packing(op, cu_seqlens, q_, k_);
   const Plan plan = plan_of(op, q_, v_, backend);
   const Tensor q = dense_rows(q_), k = dense_rows(k_), v = dense_rows(v_), d_o = dense_rows(d_o_),
                x = dense_rows(x_);
@@ -297,9 +307,9 @@ std::array<Tensor, 5> backward(const char* op, const Tensor& d_o_, const Tensor&
     return out;
   }
   void* stream = current_stream(q);
-  Operands operands(op, q, plan);
+  Operands operands(op, q, plan, packing);
   BwdSm80Args args{};
-  args.problem = make_query_problem(op, q, k, v, scale, is_causal, window, true, operands);
+  args.problem = make_query_problem(op, q, k, v, packing, scale, is_causal, window, true, operands);
   args.d_o = operands.add(d_o, 2 * kTileRows);
   operands.write(dtype, stream);
   args.solve = lam != nullptr;
@@ -346,18 +356,19 @@ std::array<Tensor, 5> backward(const char* op, const Tensor& d_o_, const Tensor&
 
 using Grads = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 Grads bwd_cuda(const Tensor& d_o, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lam,
-               const Tensor& x, const Tensor& kbar, const Tensor& lse, double scale, bool is_causal,
-               std::optional<int64_t> window, bool absolute, double tol, int64_t max_iters, Backend backend) {
-  auto [dq, none, dk, dv, dlam] = backward("lla_bwd", d_o, q, k, v, &lam, x, kbar, lse, scale, is_causal,
-                                           window, absolute, tol, max_iters, backend);
+               const Tensor& x, const Tensor& kbar, const Tensor& lse, Packing cu_seqlens, double scale,
+               bool is_causal, std::optional<int64_t> window, bool absolute, double tol, int64_t max_iters,
+               Backend backend) {
+  auto [dq, none, dk, dv, dlam] = backward("lla_bwd", d_o, q, k, v, &lam, x, kbar, lse, cu_seqlens, scale,
+                                           is_causal, window, absolute, tol, max_iters, backend);
   return {dq, dk, dv, dlam};
 }
 
 Grads probe_bwd_cuda(const Tensor& d_o, const Tensor& q, const Tensor& x, const Tensor& k, const Tensor& v,
-                     const Tensor& kbar, const Tensor& lse, double scale, bool is_causal,
+                     const Tensor& kbar, const Tensor& lse, Packing cu_seqlens, double scale, bool is_causal,
                      std::optional<int64_t> window, Backend backend) {
-  auto [dq, dx, dk, dv, none] = backward("lla_probe_bwd", d_o, q, k, v, nullptr, x, kbar, lse, scale,
-                                         is_causal, window, false, 0, 0, backend);
+  auto [dq, dx, dk, dv, none] = backward("lla_probe_bwd", d_o, q, k, v, nullptr, x, kbar, lse, cu_seqlens,
+                                         scale, is_causal, window, false, 0, 0, backend);
   return {dq, dx, dk, dv};
 }
 

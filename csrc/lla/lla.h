@@ -18,12 +18,21 @@ using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 // query stands at the last key. Causal: the last `window` keys up to that position. Otherwise the `window`
 // keys around it, shifted inwards at the ends so that there are always `window` of them (the rule of
 // neighborhood attention).
+//
+// Packed sequences (cu, m = n) see only themselves, each by these rules; rows behind the last see nothing.
+// Both ends of the interval remain non-decreasing in the query, so kernels need not know where a sequence
+// ends: a tile of rows walks over what any of them sees, and masks.
 struct Visibility {
   int m, n, window;
   bool causal;
+  const int64_t* cu = nullptr;  // [sequences + 1]: sequence s is rows cu[s] to cu[s + 1]; null: one sequence
+  int sequences = 1;
 
-  static Visibility make(int64_t m, int64_t n, int64_t window, bool causal) {
-    return {static_cast<int>(m), static_cast<int>(n), static_cast<int>(std::min(window, n)), causal};
+  static Visibility make(int64_t m, int64_t n, int64_t window, bool causal, const int64_t* cu = nullptr,
+                         int64_t sequences = 1) {
+    return {
+        static_cast<int>(m),        static_cast<int>(n), static_cast<int>(std::min(window, n)), causal, cu,
+        static_cast<int>(sequences)};
   }
 
   // Keys that any of the queries [first, last] sees; both ends are non-decreasing in the query.
@@ -33,10 +42,12 @@ struct Visibility {
   }
 
   NEARFIELD_HOST_DEVICE Range keys(int64_t i) const {
-    const Window w{n, window, 1, causal};
-    const int position = static_cast<int>(i) + n - m;
+    const Range own = sequence_of(i);
+    if (own.begin == own.end) return own;
+    const Window w = window_in(own);
+    const int position = static_cast<int>(i) - own.begin + shift();
     const int begin = w.start(position);
-    return {begin, std::max(begin, w.end(position))};
+    return {own.begin + begin, own.begin + std::max(begin, w.end(position))};
   }
 
   // A lone key leaves nothing to fit: o = v, and no gradient but that of v.
@@ -47,12 +58,42 @@ struct Visibility {
 
   // Queries that see any of the keys [first, last].
   NEARFIELD_HOST_DEVICE Range any_seen_by(int64_t first, int64_t last) const {
-    const Window w{n, window, 1, causal};
-    const Range position = w.any_seen_by(static_cast<int>(first), static_cast<int>(last));
-    const int shift = n - m;
+    const Range low = queries(first), high = queries(last);
+    return {low.begin, std::max(low.begin, high.end)};
+  }
+
+  // Queries that see key j.
+  NEARFIELD_HOST_DEVICE Range queries(int64_t j) const {
+    const Range own = sequence_of(j);
+    if (own.begin == own.end) return own;
+    const Range position = window_in(own).queries(static_cast<int>(j) - own.begin);
+    const int rows = cu ? own.end - own.begin : m;
     // Queries left of key 0 (m > n) see nothing if causal, else the first window.
-    const int begin = !causal && position.begin == 0 ? 0 : std::max(position.begin - shift, 0);
-    return {begin, std::max(begin, std::min(position.end - shift, m))};
+    const int begin = !causal && position.begin == 0 ? 0 : std::max(position.begin - shift(), 0);
+    return {own.begin + begin, own.begin + std::max(begin, std::min(position.end - shift(), rows))};
+  }
+
+ private:
+  NEARFIELD_HOST_DEVICE int shift() const { return cu ? 0 : n - m; }
+
+  NEARFIELD_HOST_DEVICE Window window_in(Range own) const {
+    const int length = own.end - own.begin;
+    return {length, std::min(window, length), 1, causal};
+  }
+
+  // Keys of the sequence of row i, empty behind the last. cu may hold anything, on a GPU nobody has looked:
+  // what comes out lies within the tensors.
+  NEARFIELD_HOST_DEVICE Range sequence_of(int64_t i) const {
+    if (!cu) return {0, n};
+    int low = 0, high = sequences;
+    while (low + 1 < high) {
+      const int middle = (low + high) / 2;
+      (cu[middle] <= i ? low : high) = middle;
+    }
+    const int64_t begin = cu[low], end = std::min<int64_t>(cu[high], n);
+    if (begin >= 0 && begin <= i && i < end) return {static_cast<int>(begin), static_cast<int>(end)};
+    const int behind = static_cast<int>(std::max<int64_t>(0, std::min<int64_t>(cu[sequences], n)));
+    return {behind, behind};
   }
 };
 

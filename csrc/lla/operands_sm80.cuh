@@ -20,7 +20,8 @@ __device__ __forceinline__ void load_piece(const OperandSource& s, int b, int ro
                                            float (&out)[8]) {
   const T* at =
       static_cast<const T*>(s.data) + b * s.batch_stride + row * s.row_stride + h * s.head_stride + column;
-  const bool inside = row < s.rows && !(s.blank_lone_rows && s.visible.lone(row));
+  const bool inside =
+      row < s.rows && (s.end == nullptr || row < *s.end) && !(s.blank_lone_rows && s.visible.lone(row));
   if (inside && column + 8 <= s.features && reinterpret_cast<uintptr_t>(at) % 16 == 0) {
     constexpr int kWords = sizeof(T) / 2;
     uint4 words[kWords];

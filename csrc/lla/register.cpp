@@ -6,13 +6,13 @@ namespace {
 
 template <class T>
 Problem<T> make_problem(const Tensor& q, const Tensor& k, const Tensor& v, double scale, bool is_causal,
-                        int64_t window) {
+                        const std::optional<int64_t>& window) {
   const auto s = q.sizes();
   const int64_t n = k.sizes()[1];
   return {s[0],          s[1],          n,
           s[2],          k.sizes()[2],  s[3],
           v.sizes()[3],  view_of<T>(q), view_of<T>(k),
-          view_of<T>(v), scale,         Visibility::make(s[1], n, window, is_causal)};
+          view_of<T>(v), scale,         Visibility::make(s[1], n, window_or_all(window, n), is_causal)};
 }
 
 using Backend = std::optional<std::string>;
@@ -20,16 +20,40 @@ void check_no_backend(const char* op, const Backend& backend) {
   STD_TORCH_CHECK(!backend, op, ": backend is \"", *backend, "\", but the CPU has one implementation: None");
 }
 
+// Calls run(of) for each packed sequence, where of(t) is its part of a [1, tokens, ...] tensor, a view: every
+// sequence is a problem of its own. Without packing, once with all.
+template <class Run>
+void for_each_sequence(const Packing& packing, Run&& run) {
+  if (!packing) return run([](const Tensor& t) { return t; });
+  const int64_t* cu = bounds_of(packing);
+  for (int64_t s = 0; s + 1 < packing->sizes()[0]; ++s) {
+    const int64_t begin = cu[s], length = cu[s + 1] - begin;
+    if (length == 0) continue;
+    run([&](const Tensor& t) {
+      Tensor whole = t;
+      return torch::stable::narrow(whole, 1, begin, length);
+    });
+  }
+}
+
+// Tokens behind the last packed sequence get what a query without keys gets.
+void blank(const Packing& packing, std::initializer_list<Tensor*> zeros, Tensor* lse) {
+  if (!packing) return;
+  for (Tensor* t : zeros) torch::stable::zero_(*t);
+  if (lse) torch::stable::fill_(*lse, -INFINITY);
+}
+
 }  // namespace
 
 using Fwd = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-Fwd fwd_cpu(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& lam, double scale,
-            bool is_causal, std::optional<int64_t> window, bool absolute, double tol, int64_t max_iters,
-            Backend backend) {
+Fwd fwd_cpu(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& lam, Packing cu_seqlens,
+            double scale, bool is_causal, std::optional<int64_t> window, bool absolute, double tol,
+            int64_t max_iters, Backend backend) {
   const char* op = "lla_fwd";
   check_no_backend(op, backend);
   check_inputs(op, q_, k_, v_, window);
   check_lam(op, lam, q_);
+  const Packing packing = check_packing(op, cu_seqlens, q_, k_);
   const Tensor q = dense_rows(q_), k = dense_rows(k_), v = dense_rows(v_);
   const auto s = q.sizes();
   const int64_t dv = v.sizes()[3];
@@ -44,25 +68,30 @@ Fwd fwd_cpu(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& 
     lse = new_empty(q, {s[0], s[1], s[2]}, compute_dtype<T>);
     iterations = new_empty(q, {s[0], s[1], s[2]}, ScalarType::Int);
     ratio = new_empty(q, {s[0], s[1], s[2]}, ScalarType::Float);
-    run_fwd_cpu<T>({make_problem<T>(q, k, v, scale, is_causal, window_or_all(window, k.sizes()[1])),
-                    make_ridge<F>(lam, absolute),
-                    {tol, max_iters},
-                    data_of<T>(o),
-                    data_of<F>(x),
-                    data_of<F>(kbar),
-                    data_of<F>(lse),
-                    data_of<int32_t>(iterations),
-                    data_of<float>(ratio)});
+    blank(packing, {&o, &x, &kbar, &iterations, &ratio}, &lse);
+    for_each_sequence(packing, [&](auto of) {
+      run_fwd_cpu<T>({make_problem<T>(of(q), of(k), of(v), scale, is_causal, window),
+                      make_ridge<F>(of(lam), absolute),
+                      {tol, max_iters},
+                      data_of<T>(of(o)),
+                      data_of<F>(of(x)),
+                      data_of<F>(of(kbar)),
+                      data_of<F>(of(lse)),
+                      data_of<int32_t>(of(iterations)),
+                      data_of<float>(of(ratio))});
+    });
   });
   return out;
 }
 
 using ProbeFwd = std::tuple<Tensor, Tensor, Tensor>;
-ProbeFwd probe_fwd_cpu(const Tensor& q_, const Tensor& x_, const Tensor& k_, const Tensor& v_, double scale,
-                       bool is_causal, std::optional<int64_t> window, Backend backend) {
+ProbeFwd probe_fwd_cpu(const Tensor& q_, const Tensor& x_, const Tensor& k_, const Tensor& v_,
+                       Packing cu_seqlens, double scale, bool is_causal, std::optional<int64_t> window,
+                       Backend backend) {
   const char* op = "lla_probe_fwd";
   check_no_backend(op, backend);
   check_inputs(op, q_, k_, v_, window);
+  const Packing packing = check_packing(op, cu_seqlens, q_, k_);
   const Tensor q = dense_rows(q_), x = dense_rows(x_), k = dense_rows(k_), v = dense_rows(v_);
   const auto s = q.sizes();
   check_statistic(op, "x", x, q, {s[0], s[1], s[2], s[3]});
@@ -74,8 +103,11 @@ ProbeFwd probe_fwd_cpu(const Tensor& q_, const Tensor& x_, const Tensor& k_, con
     o = new_empty(q, {s[0], s[1], s[2], v.sizes()[3]});
     kbar = new_empty(q, {s[0], s[1], s[2], s[3]}, compute_dtype<T>);
     lse = new_empty(q, {s[0], s[1], s[2]}, compute_dtype<T>);
-    run_probe_fwd_cpu<T>({make_problem<T>(q, k, v, scale, is_causal, window_or_all(window, k.sizes()[1])),
-                          view_of<F>(x), data_of<T>(o), data_of<F>(kbar), data_of<F>(lse)});
+    blank(packing, {&o, &kbar}, &lse);
+    for_each_sequence(packing, [&](auto of) {
+      run_probe_fwd_cpu<T>({make_problem<T>(of(q), of(k), of(v), scale, is_causal, window), view_of<F>(of(x)),
+                            data_of<T>(of(o)), data_of<F>(of(kbar)), data_of<F>(of(lse))});
+    });
   });
   return out;
 }
@@ -85,9 +117,10 @@ namespace {
 // Both backwards; lam is null for the probe alone. Returns dq, y or dx, dk, dv, dlam.
 std::array<Tensor, 5> backward(const char* op, const Tensor& d_o_, const Tensor& q_, const Tensor& k_,
                                const Tensor& v_, const Tensor* lam, const Tensor& x_, const Tensor& kbar_,
-                               const Tensor& lse_, double scale, bool is_causal,
+                               const Tensor& lse_, const Packing& cu_seqlens, double scale, bool is_causal,
                                std::optional<int64_t> window, bool absolute, Solver solver) {
   check_inputs(op, q_, k_, v_, window);
+  const Packing packing = check_packing(op, cu_seqlens, q_, k_);
   const Tensor q = dense_rows(q_), k = dense_rows(k_), v = dense_rows(v_), d_o = dense_rows(d_o_),
                x = dense_rows(x_);
   const Tensor kbar = torch::stable::contiguous(kbar_), lse = torch::stable::contiguous(lse_);
@@ -108,11 +141,14 @@ std::array<Tensor, 5> backward(const char* op, const Tensor& d_o_, const Tensor&
     const Tensor gbar = new_empty(q, {s[0], s[1], s[2]}, compute_dtype<T>);
     const Tensor factor = new_empty(q, {s[0], s[1], s[2]}, compute_dtype<T>);
     const Tensor row_sum = new_empty(q, {s[0], s[1], s[2]}, compute_dtype<T>);
-    run_bwd_cpu<T>({make_problem<T>(q, k, v, scale, is_causal, window_or_all(window, n)), lam != nullptr,
-                    lam ? make_ridge<F>(*lam, absolute) : Ridge<F>{}, solver, view_of<T>(d_o), view_of<F>(x),
-                    data_of<F>(kbar), data_of<F>(lse), data_of<F>(y), data_of<F>(gbar), data_of<F>(factor),
-                    data_of<F>(row_sum), data_of<T>(dq), data_of<T>(dk), data_of<T>(dvalue),
-                    data_of<F>(dlam)});
+    blank(packing, {&dq, &y, &dk, &dvalue, &dlam}, nullptr);
+    for_each_sequence(packing, [&](auto of) {
+      run_bwd_cpu<T>({make_problem<T>(of(q), of(k), of(v), scale, is_causal, window), lam != nullptr,
+                      lam ? make_ridge<F>(of(*lam), absolute) : Ridge<F>{}, solver, view_of<T>(of(d_o)),
+                      view_of<F>(of(x)), data_of<F>(of(kbar)), data_of<F>(of(lse)), data_of<F>(of(y)),
+                      data_of<F>(of(gbar)), data_of<F>(of(factor)), data_of<F>(of(row_sum)),
+                      data_of<T>(of(dq)), data_of<T>(of(dk)), data_of<T>(of(dvalue)), data_of<F>(of(dlam))});
+    });
   });
   return out;
 }
@@ -121,20 +157,21 @@ std::array<Tensor, 5> backward(const char* op, const Tensor& d_o_, const Tensor&
 
 using Grads = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 Grads bwd_cpu(const Tensor& d_o, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lam,
-              const Tensor& x, const Tensor& kbar, const Tensor& lse, double scale, bool is_causal,
-              std::optional<int64_t> window, bool absolute, double tol, int64_t max_iters, Backend backend) {
+              const Tensor& x, const Tensor& kbar, const Tensor& lse, Packing cu_seqlens, double scale,
+              bool is_causal, std::optional<int64_t> window, bool absolute, double tol, int64_t max_iters,
+              Backend backend) {
   check_no_backend("lla_bwd", backend);
-  auto [dq, y, dk, dv, dlam] = backward("lla_bwd", d_o, q, k, v, &lam, x, kbar, lse, scale, is_causal, window,
-                                        absolute, {tol, max_iters});
+  auto [dq, y, dk, dv, dlam] = backward("lla_bwd", d_o, q, k, v, &lam, x, kbar, lse, cu_seqlens, scale,
+                                        is_causal, window, absolute, {tol, max_iters});
   return {dq, dk, dv, dlam};
 }
 
 Grads probe_bwd_cpu(const Tensor& d_o, const Tensor& q, const Tensor& x, const Tensor& k, const Tensor& v,
-                    const Tensor& kbar, const Tensor& lse, double scale, bool is_causal,
+                    const Tensor& kbar, const Tensor& lse, Packing cu_seqlens, double scale, bool is_causal,
                     std::optional<int64_t> window, Backend backend) {
   check_no_backend("lla_probe_bwd", backend);
-  auto [dq, dx, dk, dv, none] =
-      backward("lla_probe_bwd", d_o, q, k, v, nullptr, x, kbar, lse, scale, is_causal, window, false, {});
+  auto [dq, dx, dk, dv, none] = backward("lla_probe_bwd", d_o, q, k, v, nullptr, x, kbar, lse, cu_seqlens,
+                                         scale, is_causal, window, false, {});
   return {dq, dx, dk, dv};
 }
 
@@ -157,34 +194,32 @@ Tensor step_cpu(const Tensor& q_, const Tensor& k_, const Tensor& v_, std::optio
   const Tensor o = new_empty(q, {q.sizes()[0], q.sizes()[1], q.sizes()[2], v.sizes()[3]});
   dispatch_cpu_dtype(op, "q", q.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
-    const int64_t all = window_or_all(window, k.sizes()[1]);
-    run_step_cpu<T>({make_problem<T>(q, k, v, scale, true, all), make_ridge<acc_t<T>>(lam, absolute),
-                     length.data(), all, data_of<T>(o)});
+    run_step_cpu<T>({make_problem<T>(q, k, v, scale, true, window), make_ridge<acc_t<T>>(lam, absolute),
+                     length.data(), window_or_all(window, k.sizes()[1]), data_of<T>(o)});
   });
   return o;
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(nearfield, m) {
   m.def(
-      "lla_fwd(Tensor q, Tensor k, Tensor v, Tensor lam, float scale, bool is_causal, int? window, bool "
-      "absolute, "
-      "float tol, int max_iters, str? backend=None) -> (Tensor o, Tensor x, Tensor kbar, Tensor lse, Tensor "
-      "iterations, Tensor "
-      "ratio)");
+      "lla_fwd(Tensor q, Tensor k, Tensor v, Tensor lam, Tensor? cu_seqlens, float scale, bool is_causal, "
+      "int? window, bool absolute, float tol, int max_iters, str? backend=None) -> (Tensor o, Tensor x, "
+      "Tensor kbar, Tensor lse, Tensor iterations, Tensor ratio)");
   m.def(
       "lla_bwd(Tensor d_o, Tensor q, Tensor k, Tensor v, Tensor lam, Tensor x, Tensor kbar, Tensor lse, "
-      "float scale, "
-      "bool is_causal, int? window, bool absolute, float tol, int max_iters, str? "
-      "backend=None) -> "
+      "Tensor? cu_seqlens, float scale, bool is_causal, int? window, bool absolute, float tol, int "
+      "max_iters, "
+      "str? backend=None) -> "
       "(Tensor dq, Tensor dk, Tensor dv, Tensor dlam)");
   m.def(
-      "lla_probe_fwd(Tensor q, Tensor x, Tensor k, Tensor v, float scale, bool is_causal, int? window, "
-      "str? backend=None) -> "
+      "lla_probe_fwd(Tensor q, Tensor x, Tensor k, Tensor v, Tensor? cu_seqlens, float scale, bool "
+      "is_causal, "
+      "int? window, str? backend=None) -> "
       "(Tensor o, Tensor kbar, Tensor lse)");
   m.def(
-      "lla_probe_bwd(Tensor d_o, Tensor q, Tensor x, Tensor k, Tensor v, Tensor kbar, Tensor lse, float "
-      "scale, "
-      "bool is_causal, int? window, str? backend=None) -> (Tensor dq, Tensor dx, Tensor dk, Tensor dv)");
+      "lla_probe_bwd(Tensor d_o, Tensor q, Tensor x, Tensor k, Tensor v, Tensor kbar, Tensor lse, "
+      "Tensor? cu_seqlens, float scale, bool is_causal, int? window, str? backend=None) -> (Tensor dq, "
+      "Tensor dx, Tensor dk, Tensor dv)");
   m.def(
       "lla_step(Tensor q, Tensor k, Tensor v, Tensor? cache_seqlens, Tensor lam, float scale, int? window, "
       "bool absolute) -> Tensor");

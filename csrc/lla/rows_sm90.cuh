@@ -61,13 +61,15 @@ __device__ __forceinline__ float2 operand_pair(const Tile& tile, const half* ope
   return __half22float2(*reinterpret_cast<const __half2*>(operand + where));
 }
 
-// Rows of a [B, m, Hq, d] tensor times a factor, 0 beyond it, in the order of an accumulator.
+// Rows of a [B, m, Hq, d] tensor times a factor, in the order of an accumulator; 0 beyond it, and where
+// nothing is seen.
 template <class Tile, class Sum>
 __device__ __forceinline__ void load_rows(const Tile& tile, const View<const float>& from, float factor,
                                           Sum& v) {
   CUTE_UNROLL
   for (int i = 0; i < 2; ++i) {
-    const float* row = tile.inside[i] ? from.row(tile.block.batch, tile.row[i], tile.block.head) : nullptr;
+    const bool sees = tile.keys[i].begin < tile.keys[i].end;
+    const float* row = sees ? from.row(tile.block.batch, tile.row[i], tile.block.head) : nullptr;
     CUTE_UNROLL
     for (int j = 0; j < Tile::kQuads; ++j) {
       const float* at = row + 8 * j + 2 * tile.quad;

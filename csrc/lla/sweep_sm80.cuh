@@ -299,12 +299,13 @@ struct QueryRows {
     return reinterpret_cast<float4*>(base) + at * (kD / 4) + lane;  // quad j of the columns at [32 j]
   }
 
-  // From a [B, m, Hq, d] tensor times a factor; 0 beyond it.
+  // From a [B, m, Hq, d] tensor times a factor; 0 beyond it, and where nothing is seen.
   __device__ __forceinline__ void load(typename Traits::Vector& v, const View<const float>& from,
                                        float factor) const {
     const float* at[2];
     CUTE_UNROLL
-    for (int i = 0; i < 2; ++i) at[i] = inside[i] ? from.row(batch, row[i], head % p.heads) : nullptr;
+    for (int i = 0; i < 2; ++i)
+      at[i] = keys[i].begin < keys[i].end ? from.row(batch, row[i], head % p.heads) : nullptr;
     for_each_value(v, [&](int j, int c, int i, float& x) {
       x = at[i] != nullptr && column_of(j, c) < p.d ? at[i][column_of(j, c)] * factor : 0.f;
     });

@@ -35,13 +35,13 @@ class SolveInfo(NamedTuple):
 def local_linear_attention(
     q: Tensor, k: Tensor, v: Tensor, *, lam: float | Tensor, scale: float | None = ..., is_causal: bool = ...,
     tol: float = ..., max_iters: int = ..., window: int | None = ..., ridge: Ridge = ...,
-    return_aux: Literal[False] = ..., backend: str | None = ...,
+    return_aux: Literal[False] = ..., backend: str | None = ..., cu_seqlens: Tensor | None = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def local_linear_attention(
     q: Tensor, k: Tensor, v: Tensor, *, lam: float | Tensor, scale: float | None = ..., is_causal: bool = ...,
     tol: float = ..., max_iters: int = ..., window: int | None = ..., ridge: Ridge = ...,
-    return_aux: Literal[True], backend: str | None = ...,
+    return_aux: Literal[True], backend: str | None = ..., cu_seqlens: Tensor | None = ...,
 ) -> tuple[Tensor, SolveInfo]: ...  # fmt: skip
 def local_linear_attention(
     q: Tensor,
@@ -57,6 +57,7 @@ def local_linear_attention(
     ridge: Ridge = "relative",
     return_aux: bool = False,
     backend: str | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, SolveInfo]:
     """Fits an affine map to the visible (key, value) pairs of every query and returns its value at the query.
 
@@ -86,6 +87,10 @@ def local_linear_attention(
             are multiples of 8 up to 128). ``"portable"``: those for every GPU since Ampere (also float32, any head
             dim up to 128). None: hopper where it serves the call, else portable; where that leaves the GPU's own
             kernels aside, the logger ``nearfield`` warns once per reason.
+        cu_seqlens: packed sequences, B = 1 and m = n: int32 or int64 [N + 1], on q's device. Sequence s is
+            tokens cu_seqlens[s] to cu_seqlens[s + 1]; it starts with 0 and does not decrease, which is checked
+            on the CPU only. Each sequence sees itself, as in a call of its own; what the tokens behind the
+            last hold (NaN, too) is not used, and they get 0.
 
     Returns:
         o [B, m, Hq, dv]; a query without visible keys gets 0. The gradient is that of the exact solution,
@@ -93,6 +98,7 @@ def local_linear_attention(
     """
     op = "local_linear_attention"
     scale = _check(op, q, k, v, scale, window)
+    _check_packing(op, cu_seqlens, q, k)
     _runtime.check_device(op, q, _DEVICES)
     _check_backend(op, backend, q, v)
     if not isinstance(tol, (int, float)) or not 0 <= tol < math.inf:
@@ -106,6 +112,7 @@ def local_linear_attention(
         k,
         v,
         rows.to(_statistics_dtype(q)),
+        cu_seqlens,
         scale,
         is_causal,
         window,
@@ -127,6 +134,7 @@ def probe_attention(
     is_causal: bool = True,
     window: int | None = None,
     backend: str | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """Local linear attention with the slope given: o_i = sum_j p_ij (1 + (k_j - kbar_i).x_i) v_j.
 
@@ -135,6 +143,7 @@ def probe_attention(
     """
     op = "probe_attention"
     scale = _check(op, q, k, v, scale, window)
+    _check_packing(op, cu_seqlens, q, k)
     _runtime.check_tensors(op, q=q, x=x)
     _runtime.check_device(op, q, _DEVICES)
     _check_backend(op, backend, q, v)
@@ -144,7 +153,7 @@ def probe_attention(
         _runtime.shape_error(op, "x", x, f"the shape of q, {list(q.shape)}")
     q, k, v = _runtime.autocast(q, k, v)
     o: Tensor = torch.ops.nearfield.lla_probe_fwd(
-        q, x.to(_statistics_dtype(q)), k, v, scale, is_causal, window, backend
+        q, x.to(_statistics_dtype(q)), k, v, cu_seqlens, scale, is_causal, window, backend
     )[0]
     return o
 
@@ -248,6 +257,20 @@ def _check(
     return float(scale)
 
 
+def _check_packing(op: str, cu_seqlens: Tensor | None, q: Tensor, k: Tensor) -> None:
+    if cu_seqlens is None:
+        return
+    _runtime.check_tensors(op, q=q, cu_seqlens=cu_seqlens)
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{op}: cu_seqlens has dtype {cu_seqlens.dtype}, expected int32 or int64")
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
+        _runtime.shape_error(op, "cu_seqlens", cu_seqlens, "[N + 1], the boundaries of N sequences")
+    if q.shape[0] != 1:
+        raise ValueError(f"{op}: cu_seqlens needs a batch of 1, got {q.shape[0]}")
+    if k.shape[1] != q.shape[1]:
+        raise ValueError(f"{op}: cu_seqlens needs as many keys as queries, got {k.shape[1]} and {q.shape[1]}")
+
+
 def _check_backend(op: str, backend: str | None, q: Tensor, v: Tensor) -> None:
     if backend is not None:
         if backend not in _BACKENDS:
@@ -343,28 +366,27 @@ torch.library.register_fake("nearfield::lla_step", _step_fake)
 
 
 def _fwd_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, lam, *ctx.options = inputs
+    q, k, v, lam, cu_seqlens, *ctx.options = inputs
     _, x, kbar, lse, iterations, ratio = output
     ctx.mark_non_differentiable(x, kbar, lse, iterations, ratio)
-    ctx.save_for_backward(q, k, v, lam, x, kbar, lse)
+    ctx.save_for_backward(q, k, v, lam, x, kbar, lse, cu_seqlens)
 
 
 def _fwd_backward(ctx: Any, d_o: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    q, k, v, lam, x, kbar, lse = ctx.saved_tensors
-    grads = torch.ops.nearfield.lla_bwd(d_o, q, k, v, lam, x, kbar, lse, *ctx.options)
-    return (*grads, *(None for _ in ctx.options))
+    grads = torch.ops.nearfield.lla_bwd(d_o, *ctx.saved_tensors, *ctx.options)
+    return (*grads, None, *(None for _ in ctx.options))
 
 
 def _probe_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, x, k, v, *ctx.options = inputs
+    q, x, k, v, cu_seqlens, *ctx.options = inputs
     _, kbar, lse = output
     ctx.mark_non_differentiable(kbar, lse)
-    ctx.save_for_backward(q, x, k, v, kbar, lse)
+    ctx.save_for_backward(q, x, k, v, kbar, lse, cu_seqlens)
 
 
 def _probe_backward(ctx: Any, d_o: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     grads = torch.ops.nearfield.lla_probe_bwd(d_o, *ctx.saved_tensors, *ctx.options)
-    return (*grads, *(None for _ in ctx.options))
+    return (*grads, None, *(None for _ in ctx.options))
 
 
 torch.library.register_autograd("nearfield::lla_fwd", _fwd_backward, setup_context=_fwd_save)

@@ -6,14 +6,34 @@ torch.linalg supports, any device, differentiable.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
 
 def visible_keys(
-    m: int, n: int, *, is_causal: bool, window: int | None, device: torch.device | None = None
+    m: int,
+    n: int,
+    *,
+    is_causal: bool,
+    window: int | None,
+    device: torch.device | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """Mask [m, n]: True where query i sees key j. Query i stands at key position i + n - m."""
+    """Mask [m, n]: True where query i sees key j. Query i stands at key position i + n - m.
+
+    Packed sequences (m = n) see only themselves, and tokens behind the last see nothing.
+    """
+    if cu_seqlens is not None:
+        mask = torch.zeros(m, n, dtype=torch.bool, device=device)
+        bounds = cu_seqlens.tolist()
+        for begin, end in itertools.pairwise(bounds):
+            length = end - begin
+            mask[begin:end, begin:end] = visible_keys(
+                length, length, is_causal=is_causal, window=window, device=device
+            )
+        return mask
     position = torch.arange(n - m, n, device=device)[:, None]
     key = torch.arange(n, device=device)[None]
     width = n if window is None else min(window, n)
@@ -62,10 +82,13 @@ def probe_attention(
     scale: float | None = None,
     is_causal: bool = True,
     window: int | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """o_i = sum_j p_ij (1 + (k_j - kbar_i).x_i) v_j for given x."""
     k, v = _repeat_heads(k, q.shape[2]), _repeat_heads(v, q.shape[2])
-    mask = visible_keys(q.shape[1], k.shape[1], is_causal=is_causal, window=window, device=q.device)
+    mask = visible_keys(
+        q.shape[1], k.shape[1], is_causal=is_causal, window=window, device=q.device, cu_seqlens=cu_seqlens
+    )
     p, _ = _softmax(q, k, scale, mask)
     kbar = torch.einsum("bihj,bjhd->bihd", p, k)
     return _readout(p, kbar, x, k, v)
@@ -81,10 +104,13 @@ def local_linear_attention(
     is_causal: bool = True,
     window: int | None = None,
     ridge: str = "relative",
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The centred definition with a direct solve. Returns o [B, m, Hq, dv] and the probe x [B, m, Hq, d]."""
     k, v = _repeat_heads(k, q.shape[2]), _repeat_heads(v, q.shape[2])
-    mask = visible_keys(q.shape[1], k.shape[1], is_causal=is_causal, window=window, device=q.device)
+    mask = visible_keys(
+        q.shape[1], k.shape[1], is_causal=is_causal, window=window, device=q.device, cu_seqlens=cu_seqlens
+    )
     p, lse = _softmax(q, k, scale, mask)
     empty = ~mask.any(-1)[None, :, None, None]
     rows = ridge_per_row(lam, q)

@@ -83,13 +83,15 @@ class LocalLinearAttention(nn.Module):
         shape = (batch, capacity, self.qkv.heads[1], self.qkv.head_dim)
         return KVCache(self.qkv.weight.new_zeros(shape), self.qkv.weight.new_zeros(shape))
 
-    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: KVCache | None = None, *, cu_seqlens: Tensor | None = None) -> Tensor:
         """The next tokens ``x [B, T, dim]`` of B sequences.
 
         Args:
             x: tokens; without a cache the sequences begin with them.
             cache: of :meth:`new_cache`; the sequences go on from it, and the keys and values are added to it. With
                 a cache there is no gradient: call it under ``torch.no_grad()``.
+            cu_seqlens: x is ``[1, T, dim]`` and holds packed sequences, see :func:`local_linear_attention`; without
+                a cache.
         """
         if x.dim() != 3:
             raise ValueError(f"LocalLinearAttention: x has shape {list(x.shape)}, expected [B, T, dim]")
@@ -97,6 +99,8 @@ class LocalLinearAttention(nn.Module):
             raise ValueError(
                 "LocalLinearAttention: decoding with a cache has no gradient; call it under torch.no_grad()"
             )
+        if cache is not None and cu_seqlens is not None:
+            raise ValueError("LocalLinearAttention: cu_seqlens was given with a cache, expected one of them")
         q, k, v = self.qkv.split(x)
         q, k = self.q_norm(q), self.k_norm(k)
         if cache is not None:
@@ -113,6 +117,7 @@ class LocalLinearAttention(nn.Module):
                 window=self.window,
                 tol=self.tol,
                 max_iters=self.max_iters,
+                cu_seqlens=cu_seqlens,
             )
         y: Tensor = self.proj(o.flatten(-2))
         return y
