@@ -214,15 +214,16 @@ struct LaneTile {
 template <class T, class C, class F>
 void for_each_place(const BiasTable<T>& table, Lanes side, const LaneTile<C>& tile, const Rows& rows, F&& f) {
   const int64_t sign = side == Lanes::queries ? 1 : -1;  // rows are keys: key - query = row - lane
-  int64_t row = 0;
+  const auto place_of = [&](int i0, int i1, int i2) {
+    return sign * (int64_t{table.step[0]} * i0 + int64_t{table.step[1]} * i1 + int64_t{table.step[2]} * i2);
+  };
+  int64_t of_lane[kLanes<C>], row = 0;
+  for (int lane = 0; lane < tile.lanes; ++lane)
+    of_lane[lane] = table.center - place_of(tile.index[0][lane], tile.index[1][lane], tile.index[2][lane]);
   for (int l = rows.line.begin; l < rows.line.end; ++l)
     for (int i = rows.inner.begin; i < rows.inner.end; ++i, ++row) {
-      const int at[3] = {rows.i0(l), rows.i1(l), i};
-      for (int lane = 0; lane < tile.lanes; ++lane) {
-        int64_t place = table.center;
-        for (int d = 0; d < 3; ++d) place += sign * table.step[d] * (at[d] - tile.index[d][lane]);
-        f(row, lane, place);
-      }
+      const int64_t of_row = place_of(rows.i0(l), rows.i1(l), i);
+      for (int lane = 0; lane < tile.lanes; ++lane) f(row, lane, of_row + of_lane[lane]);
     }
 }
 
