@@ -8,7 +8,7 @@ import torch
 import typer
 from nearfield.bench import groups, report, timing
 from nearfield.bench.ceiling import measure_ceiling
-from nearfield.bench.runner import run_group
+from nearfield.bench.runner import Results, run_group
 from nearfield.bench.timing import header, time_ms
 
 __all__ = ["RESULTS", "header", "run", "save", "script", "time_ms"]
@@ -60,20 +60,22 @@ def run_script(name: str, *, backward: bool, only: str, peers: bool, store: bool
         raise SystemExit("these are the cases of a GPU, and none is here; see python -m nearfield bench")
     device, group = torch.device("cuda"), groups()[name]
     ceiling = measure_ceiling(device, group.dtype)
+    facts: dict[str, Any] = {"ceiling_tflops": ceiling.tflops, "ceiling_gbs": ceiling.gbs}
+    facts |= {"commit": commit} if commit else {}
+
+    def keep(results: Results) -> None:
+        """After each case: a run that is cut short leaves what it measured."""
+        if store:
+            save(name, results.rows, **facts, checks=results.checks)
+
     results = run_group(
         group, device, ceiling, only=only, passes=group.passes if backward else ("fwd",), peers=peers,
-        report=lambda what: print(what, flush=True),
+        report=lambda what: print(what, flush=True), keep=keep,
     )  # fmt: skip
-    facts: dict[str, Any] = {
-        "ceiling_tflops": ceiling.tflops,
-        "ceiling_gbs": ceiling.gbs,
-        "checks": results.checks,
-    }
-    facts |= {"commit": commit} if commit else {}
     print(report.markdown({"group": name, **header(), **facts, "rows": results.rows}))
     for text in [*(f"{what}: {why}" for what, why in results.refusals.items()), *results.failures]:
         print(text)
     if store and results.rows:
-        print(save(name, results.rows, **facts))
+        print(timing.result_path(RESULTS, name, header()))
     if results.failures:
         raise typer.Exit(1)

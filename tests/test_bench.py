@@ -143,6 +143,22 @@ def test_failures_are_told_apart() -> None:
     assert results.failures == ["bug: CUDA error: misaligned address"]
 
 
+def test_the_same_work_is_timed_once_and_rows_are_kept_as_they_come() -> None:
+    cases = [gna.GnaCase(f"stride {stride}", (6, 8), 1, 16, (3, 4), (stride, 1)) for stride in (1, 2)]
+    cases.append(gna.GnaCase("longer", (6, 9), 1, 16, (3, 4)))
+    group = runner.Group("gna", "", cases, cases, ("fwd", "bwd"))
+    kept: list[list[str]] = []
+    results = runner.run_group(
+        group, CPU, Ceiling(1, 1), keep=lambda so_far: kept.append([row["case"] for row in so_far.rows])
+    )
+    assert kept == [["stride 1"], ["stride 1", "stride 2"], ["stride 1", "stride 2", "longer"]]
+    first, second, longer = ({k: v for k, v in row.items() if k.startswith("dense")} for row in results.rows)
+    assert first
+    assert first == second
+    assert set(longer) == set(first)
+    assert longer != first
+
+
 # --------------------------------------------------------------------------------------------------- command line
 
 

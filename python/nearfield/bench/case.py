@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -32,6 +32,7 @@ class Contender:
     forward: Callable[[], Tensor]
     leaves: Sequence[Tensor] = ()  # require gradients
     gradient: Tensor | None = None  # of the output
+    same: Hashable = None  # equal for cases in which this one does the same work: it is timed once
 
 
 class Case(Protocol):

@@ -125,7 +125,8 @@ class GnaCase:
         if gradient.device.type == "cpu":
             backends = {"dense": SDPBackend.FLASH_ATTENTION}
         for name, backend in backends.items():
-            dense = Contender(name, attend(backend), tokens, gradient.flatten(1, -3).transpose(1, 2))
+            same = (q.shape, q.dtype, self._causal_line)
+            dense = Contender(name, attend(backend), tokens, gradient.flatten(1, -3).transpose(1, 2), same)
             if self.dim > 128:
                 try:
                     torch.autograd.grad(dense.forward(), tokens, dense.gradient)

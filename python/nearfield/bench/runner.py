@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,9 @@ class Results:
     checks: dict[str, dict[str, Any]] = field(default_factory=dict)  # by kind: error, allowed, part
     refusals: dict[str, str] = field(default_factory=dict)  # kinds without a kernel here, and why
     failures: list[str] = field(default_factory=list)
+    peers: dict[Hashable, Row] = field(
+        default_factory=dict
+    )  # what was timed of contenders that do the same work again
 
 
 def select(group: Group, device: torch.device, only: str) -> list[Case]:
@@ -42,8 +45,9 @@ def run_group(
     passes: tuple[Pass, ...] | None = None,
     peers: bool = True,
     report: Callable[[str], None] = lambda _: None,
+    keep: Callable[[Results], None] = lambda _: None,
 ) -> Results:
-    """``report`` is told what comes next, once per check and once per case."""
+    """``report`` is told what comes next, once per check and once per case; ``keep`` gets what there is after each case."""
     dtype = torch.float32 if device.type == "cpu" else group.dtype
     results = Results()
     cases = select(group, device, only)
@@ -69,6 +73,7 @@ def run_group(
             row = _row(case, device, dtype, ceiling, passes or group.passes, peers, results)
             if row is not None:
                 results.rows.append(row)
+                keep(results)
     return results
 
 
@@ -82,7 +87,11 @@ def _row(
             if contender.name == OURS:
                 _time_ours(row, case, contender, passes, device, ceiling, dtype)
             elif peers:
-                _time_peer(row, contender, passes, device)
+                key = contender.same and (contender.name, contender.same)
+                times = results.peers.get(key) or _time_peer(contender, passes, device)
+                if key:
+                    results.peers[key] = times
+                row |= times
     except RuntimeError as error:
         _blame(results, case.name, error)
         return None
@@ -120,13 +129,15 @@ def _peak_mib(call: Callable[[], Any]) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def _time_peer(row: Row, contender: Contender, passes: tuple[Pass, ...], device: torch.device) -> None:
+def _time_peer(contender: Contender, passes: tuple[Pass, ...], device: torch.device) -> Row:
+    row: Row = {}
     for name in passes:
         try:
             call = prepare(contender, name)
             row[f"{contender.name}_{name}_ms"] = time_ms(call, BUDGET_MS[device.type], device=device)
         except Exception as error:  # whatever a peer raises is a fact about it, not about us
             row[f"{contender.name}_{name}_error"] = _runtime.sentence(error)
+    return row
 
 
 def prepare(contender: Contender, name: Pass) -> Callable[[], Any]:
