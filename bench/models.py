@@ -23,7 +23,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from nearfield import neighborhood_attention
-from nearfield._files import folder, write_atomically
+from nearfield._files import folder
 from nearfield.bench import report
 from nearfield.nn import DeltaNet, SlidingWindowAttention, SwiGLU
 from timing import header, run, save, time_ms
@@ -268,9 +268,7 @@ def main(
     if out is not None:
         with folder(out):
             path = save("models", rows, into=out, device=device, **facts)
-            data = report.load(path)
-            write_atomically(path.with_suffix(".md"), f"# {TITLE}\n\n{report.markdown(data)}")
-            write_atomically(path.with_suffix(".png"), report.plot(data, TITLE))
+            report.write_beside(path, TITLE)
             print(f"{path}, with .md and .png beside it")
     print(report.markdown({"group": "models", **header(device), **facts, "rows": rows}))
 

@@ -68,17 +68,6 @@ const F* data_or_null(const OptTensor& t) {
   return defined(t) ? static_cast<const F*>(t->const_data_ptr()) : nullptr;
 }
 
-inline void check_cu_seqlens(const char* op, const Tensor& cu_seqlens, int64_t tokens) {
-  const auto* cu = static_cast<const int64_t*>(cu_seqlens.const_data_ptr());
-  const int64_t last = cu_seqlens.sizes()[0] - 1;
-  STD_TORCH_CHECK(cu[0] == 0, op, ": cu_seqlens starts with ", cu[0], ", expected 0");
-  for (int64_t n = 0; n < last; ++n)
-    STD_TORCH_CHECK(cu[n] <= cu[n + 1], op, ": cu_seqlens decreases from ", cu[n], " to ", cu[n + 1],
-                    " after sequence ", n);
-  STD_TORCH_CHECK(cu[last] <= tokens, op, ": cu_seqlens ends with ", cu[last], ", but there are ", tokens,
-                  " tokens");
-}
-
 // Shapes, types and devices. The tensors are left as they were given, except cu_seqlens.
 inline Inputs check_given(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
                           const Tensor& beta, const OptTensor& g, const OptTensor& initial_state,

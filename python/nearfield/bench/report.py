@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from nearfield._files import write_atomically
+
 Row = dict[str, Any]
 Data = dict[str, Any]
 
@@ -150,6 +152,13 @@ def plot(data: Data, title: str = "") -> bytes:
         out = io.BytesIO()
         figure.savefig(out, format="png", dpi=130)
     return out.getvalue()
+
+
+def write_beside(path: Path, title: str) -> None:
+    """The Markdown and the plot of a result file, next to it."""
+    data = load(path)
+    write_atomically(path.with_suffix(".md"), f"# {title}\n\n{markdown(data)}")
+    write_atomically(path.with_suffix(".png"), plot(data, title))
 
 
 def _panel(panel: Any, rows: Sequence[Row], name: str, others: Sequence[str]) -> None:

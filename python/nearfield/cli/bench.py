@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from nearfield._files import folder, write_atomically
+from nearfield._files import folder
 from nearfield.bench import groups as all_groups
 from nearfield.bench import report
 from nearfield.bench.case import Group, Pass
@@ -106,9 +106,7 @@ def write(out: Path, group: Group, results: Results, device: torch.device, ceili
     if device.type == "cpu":
         head["scaled_down"] = True
     path = save(out, group.name, head, results.rows)
-    data = report.load(path)
-    write_atomically(path.with_suffix(".md"), f"# {group.title}\n\n{report.markdown(data)}")
-    write_atomically(path.with_suffix(".png"), report.plot(data, group.title))
+    report.write_beside(path, group.title)
     return path
 
 
