@@ -26,6 +26,7 @@ from nearfield.delta import (
     delta_rule_step,
     delta_rule_transition,
     delta_rule_verify,
+    op,
 )
 from torch import Tensor
 
@@ -1052,6 +1053,7 @@ def test_opcheck(name: str) -> None:
     ops = torch.ops.nearfield
     torch.library.opcheck(ops.delta_fwd.default, (*arguments, True))
     torch.library.opcheck(ops.delta_fwd.default, (*arguments, False))
+    torch.library.opcheck(ops.delta_fwd_kept.default, (*arguments, True))
     torch.library.opcheck(
         ops.delta_fwd_states.default,
         (*(a.detach() if isinstance(a, Tensor) else a for a in arguments), True, 1),
@@ -1061,6 +1063,9 @@ def test_opcheck(name: str) -> None:
     detached = [a.detach() if isinstance(a, Tensor) else a for a in arguments]
     torch.library.opcheck(ops.delta_bwd.default, (o, state, *detached))
     torch.library.opcheck(ops.delta_bwd.default, (None, state, *detached))
+    o, state, kept = ops.delta_fwd_kept(*detached, True)
+    assert kept.shape == (0,)
+    torch.library.opcheck(ops.delta_bwd.default, (o, state, *detached, None, kept))
 
 
 def test_opcheck_step() -> None:
@@ -1144,6 +1149,36 @@ def test_no_grad() -> None:
     with torch.no_grad():
         o, _ = delta_rule(**args)
     assert not o.requires_grad
+
+
+@pytest.mark.parametrize("gate", GATE_KINDS)
+def test_recompute(gate: str) -> None:
+    """The CPU computes the same either way, and says so for a gradient that was kept elsewhere."""
+    args: dict[str, Any] = make(gate=gate, dtype=torch.float32)
+    d_o, d_state = torch.randn(2, 100, 2, 16), torch.randn(2, 2, 24, 16)
+    want = run(delta_rule, args, d_o, d_state, None)
+    got = run(delta_rule, args | {"recompute": True}, d_o, d_state, None)
+    assert all(torch.equal(got[name], value) for name, value in want.items())
+    with pytest.raises(RuntimeError, match=r"kept has shape \[3\]"):
+        torch.ops.nearfield.delta_bwd(
+            None, d_state, *operator_arguments(args), None, torch.zeros(3, dtype=torch.uint8)
+        )
+
+
+def test_what_the_gradient_keeps() -> None:
+    """The bytes that the docstring of delta_rule promises, and none where Hopper's kernels do not run."""
+    q, v = (torch.empty(2, 130, h, d, dtype=torch.bfloat16, device="meta") for h, d in ((2, 64), (4, 136)))
+    g = q.new_empty(2, 130, 4, 64)
+    assert op.kept_bytes(q, v, None, None, None) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(op, "_keeps_on", lambda *_: True)
+        chunks = 2 * 3 * 4
+        assert op.kept_bytes(q, v, None, None, None) == 64 * chunks * (284 + 6 * 192)
+        assert op.kept_bytes(q, v, g, None, "hopper") == 64 * chunks * (284 + 6 * 192 + 1288)
+        assert op.kept_bytes(q[:1], v[:1], g, torch.tensor([0, 3, 9]), None) == 64 * 4 * 4 * (284 + 1152 + 1288)
+        assert op.kept_bytes(q, v, None, None, "portable") == 0
+        assert op.kept_bytes(q[..., :60], v, None, None, None) == 0
+        assert op.kept_bytes(q[:, :0], v[:, :0], None, None, None) == 0
 
 
 def test_meta_tensors() -> None:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from delta_chunks import delta_rule_by_chunks
 from nearfield.delta import delta_rule, delta_rule_reference
+from nearfield.delta.op import kept_bytes
 from test_delta import L2_16BIT, LEAVES, SEQUENCES, correlated_keys, hostile_gates, make, name_of, run
 from torch import Tensor, nn
 
@@ -22,12 +23,13 @@ DTYPES = [torch.bfloat16, torch.float16]
 GATE_KINDS = ("none", "head", "channel")
 
 
-@pytest.fixture(autouse=True, params=["hopper", "portable"])
+@pytest.fixture(autouse=True, params=["hopper", "hopper-recompute", "portable"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Every test runs on both backends."""
-    name: str = request.param
-    monkeypatch.setattr(sys.modules[__name__], "delta_rule", functools.partial(delta_rule, backend=name))
-    return name
+    """Every test runs on both backends, on Hopper's also without what the forward keeps."""
+    name, _, recompute = request.param.partition("-")
+    rule = functools.partial(delta_rule, backend=name, recompute=bool(recompute))
+    monkeypatch.setattr(sys.modules[__name__], "delta_rule", rule)
+    return str(name)
 
 
 def cuda(args: dict[str, Any]) -> dict[str, Any]:
@@ -333,6 +335,76 @@ def test_side_stream_and_graph(gate: str) -> None:
     for a, b, c in zip(want, got, captured, strict=True):
         assert torch.equal(a, b)
         assert torch.equal(a, c)
+
+
+@pytest.mark.parametrize("gate", GATE_KINDS)
+def test_graph_of_forward_and_gradient(gate: str) -> None:
+    args = cuda(make(B=1, T=500, H=4, HV=4, K=128, V=128, gate=gate, dtype=torch.bfloat16))
+    d_o, _ = output_gradients(args)
+    assert d_o is not None
+    leaves = {n: t.requires_grad_() for n, t in args.items()}
+
+    def step() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(delta_rule(**leaves)[0], list(leaves.values()), d_o)
+
+    want = step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for t in captured:
+        t.detach().fill_(math.nan)
+    for _ in range(2):
+        graph.replay()
+        for a, b in zip(want, captured, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "K, V, gate, bounds, backend_name",
+    [
+        (128, 128, "none", None, None),
+        (128, 128, "channel", None, "hopper"),
+        (64, 200, "head", [0, 70, 70, 190], None),
+        (8, 8, "channel", [0, 3], None),
+        (64, 264, "head", None, "hopper"),  # the forward is there, the gradient is not
+        (136, 64, "head", None, None),
+        (60, 64, "head", None, None),
+        (64, 64, "head", None, "portable"),
+    ],
+)
+def test_kept_for_the_gradient(
+    K: int, V: int, gate: str, bounds: list[int] | None, backend_name: str | None
+) -> None:
+    """The operator keeps as many bytes as its fake kernel says, and the gradients are those without them."""
+    packed = {} if bounds is None else {"cu_seqlens": torch.tensor(bounds)}
+    N = 1 if bounds is None else len(bounds) - 1
+    args = cuda(
+        make(B=1, T=200, H=2, HV=4, K=K, V=V, gate=gate, sequences=N, dtype=torch.bfloat16) | packed
+    )
+    upstream = output_gradients(args)
+    inputs = operands(args, *upstream)
+    o, state, kept = torch.ops.nearfield.delta_fwd_kept(*inputs[2:], True, backend_name)
+    want_o, want_state = torch.ops.nearfield.delta_fwd(*inputs[2:], True, backend_name)
+    torch.testing.assert_close(o, want_o, rtol=2e-2, atol=2e-3)
+    torch.testing.assert_close(state, want_state, rtol=2e-2, atol=2e-3)
+    g, cu = args.get("g"), args.get("cu_seqlens")
+    assert kept.numel() == kept_bytes(args["q"], args["v"], g, cu, backend_name)
+    if not kept.numel():
+        assert V > 256 or K % 8 or K > 128 or backend_name == "portable"
+        return
+    got = torch.ops.nearfield.delta_bwd(*inputs, backend_name, kept)
+    for a, b in zip(got, torch.ops.nearfield.delta_bwd(*inputs, backend_name), strict=True):
+        assert float((a - b).float().norm()) <= 1e-2 * float(b.float().norm())
+    with pytest.raises(RuntimeError, match="kept"):
+        torch.ops.nearfield.delta_bwd(*inputs, backend_name, kept[1:])
+    with pytest.raises(RuntimeError, match="kept"):
+        torch.ops.nearfield.delta_bwd(*inputs, "portable", kept)
+    torch.library.opcheck(
+        torch.ops.nearfield.delta_fwd_kept.default,
+        (*inputs[2:], True, backend_name),
+        test_utils=("test_schema", "test_faketensor"),
+    )
 
 
 @pytest.mark.parametrize("gate", ["head", "channel"])

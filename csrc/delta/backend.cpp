@@ -93,6 +93,14 @@ std::string delta_plan(Tensor q, Tensor k, Tensor v, Tensor beta, OptTensor g, i
 
 }  // namespace
 
+bool keeps_for_backward(Request r, const Inputs& x) {
+  const auto serves = [&](bool backward) {
+    r.backward = backward;
+    return hopper_refuses(r, x).empty();
+  };
+  return (!r.name || *r.name == "hopper") && serves(false) && serves(true);
+}
+
 Backend choose_backend(const Request& r, const Inputs& x) {
   Backend backend{};
   STD_TORCH_CHECK(!r.name || *r.name == "hopper" || *r.name == "portable", r.op, ": backend is \"", *r.name,

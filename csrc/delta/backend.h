@@ -18,6 +18,10 @@ struct Request {
   std::optional<std::string> name;  // "hopper", "portable"; none: hopper where it serves the call
 };
 
+// Whether Hopper's kernels run both the forward and the backward of a call: then the one can keep things for
+// the other.
+bool keeps_for_backward(Request request, const Inputs& x);
+
 // Throws where there is no kernel.
 Backend choose_backend(const Request& request, const Inputs& x);
 

@@ -1,4 +1,5 @@
-// The two serial walks of the backward. The states are recomputed as in the forward (state_pass_sm90.cuh);
+// The two serial walks of the backward. Where the forward has not kept them, the states are recomputed as
+// there (state_pass_sm90.cuh);
 // beside it the walk from the last chunk to the first carries dS, the gradient of the state after a chunk.
 // As there, a warpgroup owns 64 value columns and keeps dS^T [64 values, K] in float32 registers, and every
 // intermediate leaves the tensor cores as left operand of the next product:
@@ -107,6 +108,7 @@ __device__ void store_reverse(typename Traits::Storage& s, const BackwardPassesA
   using Element = typename Traits::Element;
   const int lane = threadIdx.x % 32, piece = lane % 8;
   const int64_t stride = a.in.value_heads * a.in.value_dim;
+  auto* dv = static_cast<Element*>(a.dv);
   const int64_t first = (sequence.batch * a.in.tokens + sequence.begin) * stride + head * a.in.value_dim +
                         first_value + piece * 8;
   const bool inside = piece * 8 < a.in.value_dim - first_value;
@@ -116,22 +118,24 @@ __device__ void store_reverse(typename Traits::Storage& s, const BackwardPassesA
     const int64_t out = first + static_cast<int64_t>(c) * kRows * stride;
     s.ring_out.wait_full(at);
     compiler_fence();
+    if (lane == 0) {
+      copy_out(static_cast<Element*>(a.y) + first_image(a.in, sequence, c, head, first_value) * kImage, s.y,
+               kImageBytes);
+      tma_store_arrive();
+    }
     CUTE_UNROLL
     for (int i = 0; i < kRows / 4; i += 4) {
-      uint4 y[4], dv[4];
+      uint4 words[4];
       CUTE_UNROLL
-      for (int x = 0; x < 4; ++x) {
-        y[x] = *reinterpret_cast<const uint4*>(image_piece(s.y, 4 * (i + x) + lane / 8, piece));
-        dv[x] = *reinterpret_cast<const uint4*>(image_piece(s.dv, 4 * (i + x) + lane / 8, piece));
-      }
+      for (int x = 0; x < 4; ++x)
+        words[x] = *reinterpret_cast<const uint4*>(image_piece(s.dv, 4 * (i + x) + lane / 8, piece));
       CUTE_UNROLL
       for (int x = 0; x < 4; ++x) {
         const int token = 4 * (i + x) + lane / 8;
-        if (token >= valid || !inside) continue;
-        *reinterpret_cast<uint4*>(static_cast<Element*>(a.y) + out + token * stride) = y[x];
-        *reinterpret_cast<uint4*>(static_cast<Element*>(a.dv) + out + token * stride) = dv[x];
+        if (token < valid && inside) *reinterpret_cast<uint4*>(dv + out + token * stride) = words[x];
       }
     }
+    tma_store_wait<0>();
     __syncwarp();
     s.ring_out.release(at);
     at.advance();
@@ -234,9 +238,7 @@ __device__ void walk_reverse(typename Traits::Storage& s, const BackwardPassesAr
     cutlass::arch::fence_view_async_shared();
     __syncwarp();
     if (thread % 32 == 0) {
-      const int64_t tiles = (in.value_dim + kImageColumns - 1) / kImageColumns;
-      const int64_t chunk = (sequence.first_slot + c) * in.value_heads + head;
-      const int64_t image = (chunk * tiles + first_value / kImageColumns) * Traits::kKeyImages;
+      const int64_t image = first_image(in, sequence, c, head, first_value, Traits::kKeyImages);
       constexpr int kWarpRows = 16 * kImageColumns;
       CUTE_UNROLL
       for (int k = 0; k < Traits::kKeyImages; ++k) {
@@ -306,6 +308,7 @@ __device__ void walk_reverse(typename Traits::Storage& s, const BackwardPassesAr
     s.ring_out.wait_empty(at_out);
     store_transposed(s.y, warp, words_of(Y16));
     store_transposed(s.dv, warp, words_of(dv16));
+    cutlass::arch::fence_view_async_shared();
     __syncwarp();
     if (thread % 32 == 0) s.ring_out.arrive_full(at_out);
     at_out.advance();
@@ -329,8 +332,9 @@ __global__ void __launch_bounds__(Forward::kThreads, 1)
     backward_passes_kernel(const __grid_constant__ BackwardMaps maps,
                            const __grid_constant__ BackwardPassesArgs a, int value_tiles) {
   const InputsSm90& in = a.in;
-  const bool reverse = blockIdx.x % 2 == 0;
-  const int index = blockIdx.x / 2, first_value = index % value_tiles * kImageColumns;
+  const int walks = a.forward_walk ? 2 : 1;
+  const bool reverse = blockIdx.x % walks == 0;
+  const int index = blockIdx.x / walks, first_value = index % value_tiles * kImageColumns;
   const int64_t row = index / value_tiles, head = row % in.value_heads, n = row / in.value_heads;
   const Sequence sequence = sequence_of(in, n);
   auto& r = shared_storage<typename Reverse::Storage>();
@@ -343,7 +347,7 @@ __global__ void __launch_bounds__(Forward::kThreads, 1)
       r.ring_out.init(4, 1);
     } else {
       f.ring.init(1, 4);
-      f.ring_out.init(4, 1);
+      f.ring_v_new.init(4, 1);
     }
     cutlass::arch::fence_barrier_init();
   }
@@ -357,7 +361,8 @@ __global__ void __launch_bounds__(Forward::kThreads, 1)
   } else {
     if (warp < 4) walk<Forward>(f, pass, sequence, n, head, first_value);
     if (threadIdx.x == Forward::kHelpers) load<Forward>(f, maps.tokens, pass, sequence, head, first_value);
-    if (warp == kLoading + 1) store<Forward>(f, pass, sequence, head, first_value);
+    if (threadIdx.x == Forward::kStoringV * 32)
+      store_v_new<Forward>(f, pass, sequence, head, first_value);
   }
 }
 
@@ -379,7 +384,7 @@ int backward_passes_sm90<Tag, kKeyDim, kChannelGate>::run(const BackwardPassesAr
           encode_tokens(&maps.dout, args.d_o, kBf16, in.value_dim, in.tokens, in.value_heads, in.batch))
     return e;
   const int64_t tiles = (in.value_dim + kImageColumns - 1) / kImageColumns;
-  const int64_t grid = 2 * in.sequences * in.value_heads * tiles;
+  const int64_t grid = (args.forward_walk ? 2 : 1) * in.sequences * in.value_heads * tiles;
   if (grid > std::numeric_limits<int>::max()) return cudaErrorInvalidConfiguration;
   kernel<<<static_cast<unsigned>(grid), Forward::kThreads, kShared, static_cast<cudaStream_t>(stream)>>>(
       maps, args, static_cast<int>(tiles));

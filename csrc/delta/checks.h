@@ -175,6 +175,13 @@ inline Tensor kept_states(const char* op, const Inputs& x, bool v_first, int64_t
                                : new_empty(x.q, shape, state_dtype(x.q));
 }
 
+// What delta_fwd_kept left for this call, not empty.
+inline void check_kept(const char* op, const Tensor& kept, const Tensor& q, int64_t bytes) {
+  check_shape(op, "kept", kept, {bytes});
+  check_dtype(op, "kept", kept, ScalarType::Byte);
+  check_same_device(op, "kept", kept, q);
+}
+
 // The pool of states of a decode step: dense but for its first stride.
 inline void check_pool(const char* op, const Tensor& state, const Inputs& x, bool state_v_first) {
   auto shape = x.state_shape(state_v_first);

@@ -25,7 +25,7 @@ struct GradientPlace {
   int64_t slot, head, head_k, block, blocks;
   int64_t token, chunk;    // the first token; [slot][value head]
   int64_t first_row, row;  // in [B, T, HV, blocks]: the first token, and from one to the next
-  int64_t state_images;    // before those of this block
+  int64_t first_image;     // of this block, among images of values; with keys, one per 64 of them
   int valid, value_images;
 
   __device__ __forceinline__ bool find(const InputsSm90& in) {
@@ -45,7 +45,7 @@ struct GradientPlace {
     row = in.value_heads * blocks;
     first_row = (sequence.batch * in.tokens + token) * row + head * blocks + block;
     value_images = static_cast<int>(min(tiles - 2 * block, static_cast<int64_t>(2)));
-    state_images = (chunk * tiles + 2 * block) * 2;
+    first_image = chunk * tiles + 2 * block;
     valid = static_cast<int>(min(static_cast<int64_t>(kRows), sequence.length - first));
     return first >= 0 && first < sequence.length;
   }
@@ -124,7 +124,7 @@ struct ChunkGradientTraits {
 };
 
 struct ChunkGradientMaps {
-  CUtensorMap q, k, dout, y, v_new;
+  CUtensorMap q, k, dout;
 };
 
 // ---- Steps ----
@@ -134,7 +134,7 @@ __device__ __forceinline__ void load_states(Element* to, const void* states, uin
                                             const GradientPlace& z) {
   const int bytes = 2 * z.value_images * kImageBytes;
   cutlass::arch::ClusterTransactionBarrier::arrive_and_expect_tx(barrier, bytes);
-  copy_in(to, static_cast<const char*>(states) + z.state_images * kImageBytes, bytes, barrier);
+  copy_in(to, static_cast<const char*>(states) + 2 * z.first_image * kImageBytes, bytes, barrier);
 }
 
 // One thread: Y, V' and dO, then S.
@@ -143,16 +143,16 @@ __device__ __forceinline__ void load_values(Storage& s, const ChunkGradientMaps&
                                             const ChunkGradientArgs& args, const GradientPlace& z) {
   using Barrier = cutlass::arch::ClusterTransactionBarrier;
   const int head = static_cast<int>(z.head), first = static_cast<int>(z.block * kValueBlock);
-  Barrier::arrive_and_expect_tx(&s.values_here, 3 * z.value_images * kImageBytes);
-  for (int v = 0; v < z.value_images; ++v) {
-    const auto load = [&](const CUtensorMap& map, auto* images) {
-      load_tokens<64>(map, &s.values_here, images + v * kImage, first + 64 * v, z.token, head,
-                      z.sequence.batch);
-    };
-    load(maps.y, s.y);
-    load(maps.v_new, s.v_new);
-    load(maps.dout, s.dout);
-  }
+  const int bytes = z.value_images * kImageBytes;
+  Barrier::arrive_and_expect_tx(&s.values_here, 3 * bytes);
+  const auto load = [&](auto* images, const void* from) {
+    copy_in(images, static_cast<const char*>(from) + z.first_image * kImageBytes, bytes, &s.values_here);
+  };
+  load(s.y, args.y);
+  load(s.v_new, args.v_new);
+  for (int v = 0; v < z.value_images; ++v)
+    load_tokens<64>(maps.dout, &s.values_here, s.dout + v * kImage, first + 64 * v, z.token, head,
+                    z.sequence.batch);
   load_states(s.state, args.states, &s.state_here, z);
 }
 // Rows past the end are the next sequence, or padding that may hold NaN. All threads.
@@ -699,8 +699,6 @@ cudaError_t launch_chunk_gradient(Kernel kernel, const ChunkGradientArgs& args, 
   cudaError_t e = encode(&maps.q, in.q, in.key_dim, in.heads);
   if (e == cudaSuccess) e = encode(&maps.k, in.k, in.key_dim, in.heads);
   if (e == cudaSuccess) e = encode(&maps.dout, args.d_o, in.value_dim, in.value_heads);
-  if (e == cudaSuccess) e = encode(&maps.y, args.y, in.value_dim, in.value_heads);
-  if (e == cudaSuccess) e = encode(&maps.v_new, args.v_new, in.value_dim, in.value_heads);
   if (e != cudaSuccess) return e;
   const int64_t grid = ChunkSlots(in).total * in.value_heads * value_blocks(in);
   if (grid > std::numeric_limits<int>::max()) return cudaErrorInvalidConfiguration;

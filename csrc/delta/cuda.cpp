@@ -11,7 +11,7 @@
 #include "delta/checks.h"
 #include "delta/cuda_portable.h"
 #include "delta/instances_sm90.h"
-#include "delta/sm90.h"
+#include "delta/sm90_bwd.h"
 #include "nearfield/device.h"
 
 namespace nearfield::delta {
@@ -35,7 +35,7 @@ struct Plan {
 // A walk is a chain, so few heads leave SMs idle. Split, every span is walked twice, for its transition and,
 // from its true state, for the output. That wins where the SMs would be idle otherwise. Packed sequences are
 // taken as equally long.
-Plan make_plan(const InputsSm90& in, int64_t key_dim, int64_t sms) {
+Plan make_plan(const InputsSm90& in, int64_t key_dim, int64_t sms, bool keep) {
   const int64_t value_tiles = ceil_div(in.value_dim, kImageColumns), key_tiles = key_dim / kImageColumns;
   const int64_t rows = in.sequences * in.value_heads;
   const int64_t chunks = ceil_div(in.cu_seqlens ? ceil_div(in.tokens, in.sequences) : in.tokens, kChunk);
@@ -58,30 +58,40 @@ Plan make_plan(const InputsSm90& in, int64_t key_dim, int64_t sms) {
   }
   // P costs a second read of Q, a write and a read. On a full GPU memory is the limit; on others the chain,
   // which a second warpgroup on the SM slows down.
-  plan.prepare_P = in.channel_gate || plan.span_chunks > 0 || rows * value_tiles < sms * 3 / 4;
+  plan.prepare_P =
+      in.channel_gate || plan.span_chunks > 0 || keep || rows * value_tiles < sms * 3 / 4;
   return plan;
 }
 
 // ---- Operator ----
 
-std::tuple<Tensor, Tensor, Tensor> delta_fwd_states_cuda(
-    Tensor q, Tensor k, Tensor v, Tensor beta, OptTensor g, OptTensor initial_state, OptTensor A_log,
-    OptTensor dt_bias, OptTensor cu_seqlens, double scale, bool qk_l2norm, int64_t beta_activation,
-    int64_t gate, double gate_bound, bool state_v_first, bool output_final_state, int64_t states_every,
-    std::optional<std::string> backend) {
+struct Results {
+  Tensor o, final_state;
+  Tensor states;  // with states_every
+  Tensor kept;    // for the backward
+};
+
+Results forward(Tensor q, Tensor k, Tensor v, Tensor beta, OptTensor g, OptTensor initial_state,
+                OptTensor A_log, OptTensor dt_bias, OptTensor cu_seqlens, double scale, bool qk_l2norm,
+                int64_t beta_activation, int64_t gate, double gate_bound, bool state_v_first,
+                bool output_final_state, std::optional<std::string> backend, int64_t states_every,
+                bool keep) {
   const char* op = "delta_fwd";
   const Options options{scale, qk_l2norm, beta_activation, gate, gate_bound, state_v_first};
   torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   Inputs x = check_inputs(op, q, k, v, beta, g, initial_state, A_log, dt_bias, cu_seqlens, options);
   const int capability = device_info(q.get_device_index()).capability;
-  const bool portable = choose_backend({op, /*backward=*/false, capability, backend}, x).portable;
+  const Request request{op, /*backward=*/false, capability, backend};
+  const bool portable = choose_backend(request, x).portable;
+  keep = keep && keeps_for_backward(request, x);
   Tensor states = kept_states(op, x, state_v_first, states_every);
+  Tensor kept = new_empty(q, {0}, ScalarType::Byte);
   Tensor o = token_rows(q, x, {x.B, x.T, x.HV, x.V}, q.scalar_type());
   const std::vector<int64_t> state_shape = x.state_shape(state_v_first);
   if (x.N == 0 || x.T == 0) {
-    if (!output_final_state) return {o, new_empty(q, {0}, ScalarType::Float), states};
-    if (!defined(initial_state)) return {o, new_zeros(q, state_shape, ScalarType::Float), states};
-    return {o, torch::stable::clone(*x.initial_state), states};
+    if (!output_final_state) return {o, new_empty(q, {0}, ScalarType::Float), states, kept};
+    if (!defined(initial_state)) return {o, new_zeros(q, state_shape, ScalarType::Float), states, kept};
+    return {o, torch::stable::clone(*x.initial_state), states, kept};
   }
   Tensor final_state =
       new_empty(q, output_final_state ? state_shape : std::vector<int64_t>{0}, ScalarType::Float);
@@ -91,14 +101,23 @@ std::tuple<Tensor, Tensor, Tensor> delta_fwd_states_cuda(
     };
     portable_forward(op, x, options, o, floats(output_final_state, final_state),
                      floats(states_every > 0, states), states_every);
-    return {o, final_state, states};
+    return {o, final_state, states, kept};
   }
-  const KernelChoice choice = choose_kernels(op, x);
+  const KernelChoice choice = choose_kernels(op, x, keep ? kBackwardKeyDim : 0);
   make_loadable(x);
   const InputsSm90 in = kernel_inputs<void, float>(x, options);
-  const Plan plan = make_plan(in, choice.key.key_dim, device_info(q.get_device_index()).num_sms);
+  const Plan plan = make_plan(in, choice.key.key_dim, device_info(q.get_device_index()).num_sms, keep);
 
-  Scratch scratch = allocate_scratch(q, in, choice, plan.prepare_P, true);
+  Scratch scratch;
+  void *entering = nullptr, *v_new = nullptr;
+  if (keep) {
+    kept = new_empty(q, {KeptSm90(in, nullptr).bytes}, ScalarType::Byte);
+    const KeptSm90 parts(in, kept.mutable_data_ptr());
+    scratch.chunks = parts.chunks, entering = parts.states, v_new = parts.v_new;
+  } else {
+    scratch = allocate_scratch(q, in, choice, plan.prepare_P);
+  }
+  allocate_low_halves(scratch, q, in, choice);
   void* stream = current_stream(q);
   check_launch(op, choice.prepare({in, scratch.chunks}, stream));
   StatePassArgs pass{in, scratch.chunks};
@@ -115,13 +134,36 @@ std::tuple<Tensor, Tensor, Tensor> delta_fwd_states_cuda(
     pass.span_states = states;
   }
   pass.o = o.mutable_data_ptr();
+  pass.states = entering, pass.v_new = v_new;
   if (output_final_state) pass.final_state = static_cast<float*>(final_state.mutable_data_ptr());
   if (states_every > 0) {
     pass.boundary_states = static_cast<float*>(states.mutable_data_ptr());
     pass.boundary_chunks = states_every;
   }
   check_launch(op, choice.state_pass(pass, stream));
-  return {o, final_state, states};
+  return {o, final_state, states, kept};
+}
+
+std::tuple<Tensor, Tensor, Tensor> delta_fwd_states_cuda(
+    Tensor q, Tensor k, Tensor v, Tensor beta, OptTensor g, OptTensor initial_state, OptTensor A_log,
+    OptTensor dt_bias, OptTensor cu_seqlens, double scale, bool qk_l2norm, int64_t beta_activation,
+    int64_t gate, double gate_bound, bool state_v_first, bool output_final_state, int64_t states_every,
+    std::optional<std::string> backend) {
+  const Results r = forward(q, k, v, beta, g, initial_state, A_log, dt_bias, cu_seqlens, scale, qk_l2norm,
+                            beta_activation, gate, gate_bound, state_v_first, output_final_state, backend,
+                            states_every, false);
+  return {r.o, r.final_state, r.states};
+}
+
+std::tuple<Tensor, Tensor, Tensor> delta_fwd_kept_cuda(
+    Tensor q, Tensor k, Tensor v, Tensor beta, OptTensor g, OptTensor initial_state, OptTensor A_log,
+    OptTensor dt_bias, OptTensor cu_seqlens, double scale, bool qk_l2norm, int64_t beta_activation,
+    int64_t gate, double gate_bound, bool state_v_first, bool output_final_state,
+    std::optional<std::string> backend) {
+  const Results r =
+      forward(q, k, v, beta, g, initial_state, A_log, dt_bias, cu_seqlens, scale, qk_l2norm, beta_activation,
+              gate, gate_bound, state_v_first, output_final_state, backend, 0, true);
+  return {r.o, r.final_state, r.kept};
 }
 
 std::tuple<Tensor, Tensor> delta_fwd_cuda(Tensor q, Tensor k, Tensor v, Tensor beta, OptTensor g,
@@ -130,10 +172,10 @@ std::tuple<Tensor, Tensor> delta_fwd_cuda(Tensor q, Tensor k, Tensor v, Tensor b
                                           int64_t beta_activation, int64_t gate, double gate_bound,
                                           bool state_v_first, bool output_final_state,
                                           std::optional<std::string> backend) {
-  const auto [o, final_state, states] =
-      delta_fwd_states_cuda(q, k, v, beta, g, initial_state, A_log, dt_bias, cu_seqlens, scale, qk_l2norm,
-                            beta_activation, gate, gate_bound, state_v_first, output_final_state, 0, backend);
-  return {o, final_state};
+  const Results r =
+      forward(q, k, v, beta, g, initial_state, A_log, dt_bias, cu_seqlens, scale, qk_l2norm, beta_activation,
+              gate, gate_bound, state_v_first, output_final_state, backend, 0, false);
+  return {r.o, r.final_state};
 }
 
 }  // namespace
@@ -141,6 +183,7 @@ std::tuple<Tensor, Tensor> delta_fwd_cuda(Tensor q, Tensor k, Tensor v, Tensor b
 
 STABLE_TORCH_LIBRARY_IMPL(nearfield, CUDA, m) {
   m.impl("delta_fwd", TORCH_BOX(&nearfield::delta::delta_fwd_cuda));
+  m.impl("delta_fwd_kept", TORCH_BOX(&nearfield::delta::delta_fwd_kept_cuda));
   m.impl("delta_fwd_states", TORCH_BOX(&nearfield::delta::delta_fwd_states_cuda));
 }
 #endif

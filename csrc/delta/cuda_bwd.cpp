@@ -81,13 +81,11 @@ BackwardChoice choose_backward(const char* op, const Inputs& x) {
 
 // ---- Operator ----
 
-Rows<void> dense_rows(const void* data, const Inputs& x) { return {data, x.T * x.HV * x.V, x.HV * x.V, x.V}; }
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> delta_bwd_cuda(
     OptTensor d_o, OptTensor d_final, Tensor q, Tensor k, Tensor v, Tensor beta, OptTensor g,
     OptTensor initial_state, OptTensor A_log, OptTensor dt_bias, OptTensor cu_seqlens, double scale,
     bool qk_l2norm, int64_t beta_activation, int64_t gate, double gate_bound, bool state_v_first,
-    std::optional<std::string> backend) {
+    std::optional<std::string> backend, OptTensor kept) {
   const char* op = "delta_bwd";
   const Options options{scale, qk_l2norm, beta_activation, gate, gate_bound, state_v_first};
   torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
@@ -114,6 +112,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> delta
   const auto float_or_null = [](bool present, const Tensor& t) {
     return present ? static_cast<float*>(t.mutable_data_ptr()) : nullptr;
   };
+  STD_TORCH_CHECK(!portable || !defined(kept) || kept->numel() == 0, op,
+                  ": kept belongs to the other backend");
   if (!empty && portable) {
     portable_backward(op, x, options, d_o, d_final,
                       {dq, dk, dv, static_cast<float*>(dbeta.mutable_data_ptr()),
@@ -124,28 +124,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> delta
     make_loadable(x);
     d_o = defined(d_o) ? loadable(*d_o) : new_zeros(q, {x.B, x.T, x.HV, x.V}, type);
     const InputsSm90 in = kernel_inputs<void, float>(x, options);
-    Scratch scratch = allocate_scratch(q, in, choice.prepare, true);
-    const int64_t chunks = ChunkSlots(in).total * x.HV;
-    if (x.channel_gate)
-      scratch.chunks.G = static_cast<float*>(scratch.bytes(q, chunks * kChunk * kKeyDim * 4));
+    Scratch scratch;
+    const bool given = defined(kept) && kept->numel() > 0;
+    const int64_t kept_bytes = KeptSm90(in, nullptr).bytes;
+    if (given) check_kept(op, *kept, q, kept_bytes);
+    const KeptSm90 start(in, given ? kept->mutable_data_ptr() : scratch.bytes(q, kept_bytes));
     void* stream = current_stream(q);
-    check_launch(op, choice.prepare.prepare({in, scratch.chunks}, stream));
+    if (!given) check_launch(op, choice.prepare.prepare({in, start.chunks}, stream));
 
-    const int64_t tiles = (x.V + kImageColumns - 1) / kImageColumns;
-    const int64_t state_bytes = chunks * tiles * (kKeyDim / kImageColumns) * kImage * 2;
-    const int64_t value_bytes = x.B * x.T * x.HV * x.V * 2;
-    BackwardPassesArgs passes{in, scratch.chunks};
+    const int64_t chunks = ChunkSlots(in).total * x.HV;
+    const int64_t value_bytes = chunks * ((x.V + kImageColumns - 1) / kImageColumns) * kImage * 2;
+    BackwardPassesArgs passes{in, start.chunks};
     passes.d_o = rows<void>(*d_o);
     passes.d_final = data_or_null<float>(d_final);
-    passes.states = scratch.bytes(q, state_bytes), passes.d_states = scratch.bytes(q, state_bytes);
-    passes.v_new = scratch.bytes(q, value_bytes), passes.y = scratch.bytes(q, value_bytes);
+    passes.forward_walk = !given;
+    passes.states = start.states, passes.v_new = start.v_new;
+    passes.d_states = scratch.bytes(q, value_bytes * (kKeyDim / kImageColumns));
+    passes.y = scratch.bytes(q, value_bytes);
     passes.dv = dv.mutable_data_ptr();
     passes.d_initial = float_or_null(defined(initial_state), d_initial);
     check_launch(op, choice.passes(passes, stream));
 
-    ChunkGradientArgs gradient{in, scratch.chunks.rows, scratch.chunks.G};
+    ChunkGradientArgs gradient{in, start.chunks.rows, start.chunks.G};
     gradient.d_o = passes.d_o;
-    gradient.y = dense_rows(passes.y, x), gradient.v_new = dense_rows(passes.v_new, x);
+    gradient.y = passes.y, gradient.v_new = passes.v_new;
     gradient.states = passes.states, gradient.d_states = passes.d_states;
     gradient.dq = dq.mutable_data_ptr(), gradient.dk = dk.mutable_data_ptr();
     const int64_t blocks = value_blocks(in), rows_of_blocks = x.B * x.T * x.HV * blocks;

@@ -78,7 +78,8 @@ struct KernelChoice {
   int (*compose_spans)(const ComposeSpansArgs&, void*);
 };
 
-inline KernelChoice choose_kernels(const char* op, const Inputs& x) {
+// The smallest key dim that serves, at least so many.
+inline KernelChoice choose_kernels(const char* op, const Inputs& x, int64_t least_key_dim = 0) {
   const auto dtype = x.q.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, op, ": q has dtype ",
                   torch::headeronly::toString(dtype), "; supported on CUDA: bfloat16, float16");
@@ -89,7 +90,8 @@ inline KernelChoice choose_kernels(const char* op, const Inputs& x) {
   for (const auto& e : InstancesSm90::all().prepare) {
     if (e.key.bf16 != choice.key.bf16 || e.key.channel_gate != x.channel_gate) continue;
     built << (built.tellp() ? ", " : "") << e.key.key_dim;
-    if (e.key.key_dim >= x.K && (choice.prepare == nullptr || e.key.key_dim < choice.key.key_dim)) {
+    if (e.key.key_dim >= std::max(x.K, least_key_dim) &&
+        (choice.prepare == nullptr || e.key.key_dim < choice.key.key_dim)) {
       choice.key = e.key;
       choice.prepare = e.run;
     }
@@ -133,7 +135,7 @@ struct Scratch {
 
 // Allocated from the caching allocator, so it may be dropped as soon as the kernels are launched.
 inline Scratch allocate_scratch(const Tensor& like, const InputsSm90& in, const KernelChoice& choice,
-                                bool with_P, bool with_low = false) {
+                                bool with_P) {
   const int64_t chunks = ChunkSlots(in).total * in.value_heads, image = kImage * 2;
   const int64_t key_images = choice.key.key_dim / kImageColumns;
   Scratch s;
@@ -146,13 +148,19 @@ inline Scratch allocate_scratch(const Tensor& like, const InputsSm90& in, const 
     s.chunks.Qh = s.bytes(like, chunks * key_images * image);
     s.chunks.decay = static_cast<float*>(s.bytes(like, chunks * choice.key.key_dim * 4));
   }
-  if (with_low && choice.key.bf16) {  // float16 has digits enough
-    s.chunks.hard = static_cast<float*>(s.bytes(like, chunks * 4));
-    s.chunks.N_low = s.bytes(like, chunks * image);
-    if (with_P) s.chunks.P_low = s.bytes(like, chunks * image);
-    if (in.channel_gate) s.chunks.Kt_low = s.bytes(like, chunks * key_images * image);
-  }
   return s;
+}
+
+// For hard chunks.
+inline void allocate_low_halves(Scratch& s, const Tensor& like, const InputsSm90& in,
+                                const KernelChoice& choice) {
+  if (!choice.key.bf16) return;  // float16 has digits enough
+  const int64_t chunks = ChunkSlots(in).total * in.value_heads, image = kImage * 2;
+  s.chunks.hard = static_cast<float*>(s.bytes(like, chunks * 4));
+  s.chunks.N_low = s.bytes(like, chunks * image);
+  if (s.chunks.P != nullptr) s.chunks.P_low = s.bytes(like, chunks * image);
+  if (in.channel_gate)
+    s.chunks.Kt_low = s.bytes(like, chunks * (choice.key.key_dim / kImageColumns) * image);
 }
 
 }  // namespace nearfield::delta

@@ -50,13 +50,28 @@ std::tuple<Tensor, Tensor> delta_fwd_cpu(Tensor q, Tensor k, Tensor v, Tensor be
   return {o, final_state};
 }
 
+// The gradient on the CPU computes again what it needs.
+std::tuple<Tensor, Tensor, Tensor> delta_fwd_kept_cpu(Tensor q, Tensor k, Tensor v, Tensor beta, OptTensor g,
+                                                      OptTensor initial_state, OptTensor A_log,
+                                                      OptTensor dt_bias, OptTensor cu_seqlens, double scale,
+                                                      bool qk_l2norm, int64_t beta_activation, int64_t gate,
+                                                      double gate_bound, bool state_v_first,
+                                                      bool output_final_state,
+                                                      std::optional<std::string> backend) {
+  const auto [o, final_state] =
+      delta_fwd_cpu(q, k, v, beta, g, initial_state, A_log, dt_bias, cu_seqlens, scale, qk_l2norm,
+                    beta_activation, gate, gate_bound, state_v_first, output_final_state, backend);
+  return {o, final_state, new_empty(q, {0}, ScalarType::Byte)};
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> delta_bwd_cpu(
     OptTensor d_o, OptTensor d_final, Tensor q, Tensor k, Tensor v, Tensor beta, OptTensor g,
     OptTensor initial_state, OptTensor A_log, OptTensor dt_bias, OptTensor cu_seqlens, double scale,
     bool qk_l2norm, int64_t beta_activation, int64_t gate, double gate_bound, bool state_v_first,
-    std::optional<std::string> backend) {
+    std::optional<std::string> backend, OptTensor kept) {
   const char* op = "delta_bwd";
   check_no_backend(op, backend);
+  if (defined(kept)) check_kept(op, *kept, q, 0);
   const Options options{scale, qk_l2norm, beta_activation, gate, gate_bound, state_v_first};
   const Inputs x = check_inputs(op, q, k, v, beta, g, initial_state, A_log, dt_bias, cu_seqlens, options);
   const ScalarType dtype = state_dtype(q);
@@ -223,13 +238,20 @@ STABLE_TORCH_LIBRARY_FRAGMENT(nearfield, m) {
       "float gate_bound, bool state_v_first, bool output_final_state, int states_every, str? backend=None) "
       "-> (Tensor o, Tensor "
       "final_state, Tensor states)");
-  // The gradient of an absent input has no elements.
+  // The same as delta_fwd, and what the gradient starts from if it need not compute it again: bytes whose
+  // meaning is the kernels' own. None of them where the gradient computes it again anyway.
+  m.def(
+      "delta_fwd_kept(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, Tensor? initial_state, Tensor? "
+      "A_log, Tensor? dt_bias, Tensor? cu_seqlens, float scale, bool qk_l2norm, int beta_activation, int "
+      "gate, float gate_bound, bool state_v_first, bool output_final_state, str? backend=None) -> (Tensor o, "
+      "Tensor final_state, Tensor kept)");
+  // The gradient of an absent input has no elements. kept: of delta_fwd_kept with the same inputs.
   m.def(
       "delta_bwd(Tensor? d_o, Tensor? d_final, Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, "
       "Tensor? initial_state, Tensor? A_log, Tensor? dt_bias, Tensor? cu_seqlens, float scale, bool "
       "qk_l2norm, "
-      "int beta_activation, int gate, float gate_bound, bool state_v_first, str? backend=None) -> (Tensor "
-      "dq, "
+      "int beta_activation, int gate, float gate_bound, bool state_v_first, str? backend=None, Tensor? "
+      "kept=None) -> (Tensor dq, "
       "Tensor dk, Tensor dv, "
       "Tensor dbeta, Tensor dg, Tensor d_initial, Tensor dA_log, Tensor ddt_bias)");
   m.def(
@@ -253,6 +275,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(nearfield, m) {
 STABLE_TORCH_LIBRARY_IMPL(nearfield, CPU, m) {
   m.impl("delta_fwd", TORCH_BOX(&delta_fwd_cpu));
   m.impl("delta_fwd_states", TORCH_BOX(&delta_fwd_states_cpu));
+  m.impl("delta_fwd_kept", TORCH_BOX(&delta_fwd_kept_cpu));
   m.impl("delta_bwd", TORCH_BOX(&delta_bwd_cpu));
   m.impl("delta_step", TORCH_BOX(&delta_step_cpu));
   m.impl("delta_verify", TORCH_BOX(&delta_verify_cpu));

@@ -9,22 +9,51 @@ namespace nearfield::delta {
 // Smaller head dims are padded with zeros inside the kernels.
 constexpr int64_t kBackwardKeyDim = 128, kMostBackwardValues = 256;
 
+// What the backward starts from, in one piece of memory: kept by the forward, or computed again.
+struct KeptSm90 {
+  ChunkScratch chunks{};  // all of it but the low halves
+  void *states, *v_new;   // see StatePassArgs
+  int64_t bytes = 0;
+
+  // Every part has a multiple of 128 bytes.
+  KeptSm90(const InputsSm90& in, void* memory) {
+    const int64_t count = ChunkSlots(in).total * in.value_heads, image = kImage * 2;
+    const int64_t value_images = (in.value_dim + kImageColumns - 1) / kImageColumns;
+    const int64_t key_images = kBackwardKeyDim / kImageColumns;
+    const auto take = [&](int64_t bytes_of_chunk) {
+      void* here = memory == nullptr ? nullptr : static_cast<char*>(memory) + bytes;
+      bytes += count * bytes_of_chunk;
+      return here;
+    };
+    chunks.rows = static_cast<ChunkRows*>(take(sizeof(ChunkRows)));
+    chunks.N = take(image), chunks.P = take(image);
+    if (in.channel_gate) {
+      chunks.Kh = take(key_images * image), chunks.Kt = take(key_images * image);
+      chunks.Qh = take(key_images * image);
+      chunks.decay = static_cast<float*>(take(kBackwardKeyDim * 4));
+      chunks.G = static_cast<float*>(take(kChunk * kBackwardKeyDim * 4));
+    }
+    states = take(value_images * key_images * image), v_new = take(value_images * image);
+  }
+};
+
 struct BackwardPassesArgs {
   InputsSm90 in;
   ChunkScratch scratch;
   Rows<void> d_o;        // [B, T, HV, V], readable like v
   const float* d_final;  // like initial_state, or null: zero
+  bool forward_walk;     // else states and v_new are there already
   // Left by the pass from first to last chunk: see StatePassArgs.
   void *states, *v_new;
   // Left by the pass from last to first chunk.
   void* d_states;    // like states: gradient of the state after the chunk
-  void* y;           // [B, T, HV, V] contiguous: Y
+  void* y;           // like v_new: Y
   void* dv;          // [B, T, HV, V] contiguous: the result
   float* d_initial;  // like initial_state, or null
 };
 
-// Both walks over the chunks, which need nothing from each other, side by side in one launch: half of the
-// CTAs recompute the states, the other half carry their gradients.
+// The walk that carries the gradients of the states. With forward_walk, other CTAs of the same launch recompute
+// the states: the two need nothing from each other.
 template <class Tag, int kKeyDim, bool kChannelGate>
 struct backward_passes_sm90 {
   static int run(const BackwardPassesArgs& args, void* stream);
@@ -41,8 +70,8 @@ struct ChunkGradientArgs {
   InputsSm90 in;
   const ChunkRows* rows;
   const float* G;            // ChunkScratch.G: with a gate per channel
-  Rows<void> d_o, y, v_new;  // [B, T, HV, V]
-  const void *states, *d_states;
+  Rows<void> d_o;            // [B, T, HV, V]
+  const void *y, *v_new, *states, *d_states;  // as the walks leave them
   // One value head per key head and one block: dq and dk [B, T, H, K] contiguous. Else *_heads: [B, T, HV,
   // blocks, K] contiguous, gradients of what is normalised, times the factor of the norm.
   void *dq, *dk;

@@ -17,25 +17,29 @@ namespace nearfield::delta {
 
 // ---- Layouts and storage ----
 
-// kFull: a walk for sequences with hard chunks and for states on the way. Others take a walk without these
-// branches, whose mere presence costs the chain a third of its speed.
+// kOutput: O is wanted. kKeep: beside O, what the backward would otherwise compute again; a walk without
+// output is for its sake only. kFull: a walk for sequences with hard chunks and for states on the way. Others
+// take a walk without these branches, whose mere presence costs the chain a third of its speed.
 template <class Tag, int kKeyDim_, bool kChannelGate_, bool kOutput_, bool kComputeP_ = false,
-          bool kFull_ = false>
+          bool kKeep_ = false, bool kFull_ = false>
 struct StatePassTraits {
   using Element = element_t<Tag>;
   static constexpr int kKeyDim = kKeyDim_;
   static constexpr bool kChannelGate = kChannelGate_, kOutput = kOutput_, kComputeP = kComputeP_;
   static constexpr bool kReadP = kOutput && !kComputeP;
+  static constexpr bool kKeep = kKeep_ || !kOutput;  // S and V' of every chunk, if asked for
   static constexpr int kKeyImages = kKeyDim / kImageColumns;
   static constexpr int kKeyTile = kKeyDim * kRows;  // elements
-  static constexpr int kStages = 3;
+  static constexpr int kStages = kKeep_ && kChannelGate ? 2 : 3;
   static constexpr bool kFull = kFull_, kMayBeHard = std::is_same_v<Tag, bf16>;
   static constexpr bool kLow = kFull && kMayBeHard;  // low halves of a hard chunk take a second stage
-  using Full = StatePassTraits<Tag, kKeyDim_, kChannelGate_, kOutput_, kComputeP_, true>;
+  using Full = StatePassTraits<Tag, kKeyDim_, kChannelGate_, kOutput_, kComputeP_, kKeep_, true>;
 
-  // Warpgroups: the chain, the one that computes P, if any, and one of which two warps load and store.
+  // Warpgroups: the chain, the one that computes P, if any, and one whose first warps load, store O and store
+  // V'.
   static constexpr int kHelpers = kComputeP ? 256 : 128;  // first thread of the last warpgroup
-  static constexpr int kThreads = kComputeP ? 384 : 192;
+  static constexpr int kStoringO = kHelpers / 32 + 1, kStoringV = kHelpers / 32 + 1 + kOutput;  // warps
+  static constexpr int kThreads = kComputeP ? 384 : kOutput && kKeep ? 224 : 192;
   // Hand-over of registers among three warpgroups, which start with 168 each.
   static constexpr int kChainRegisters = 248, kMixRegisters = 152, kHelperRegisters = 104;
   static_assert(kChainRegisters + kMixRegisters + kHelperRegisters <= 3 * 168);
@@ -70,13 +74,15 @@ struct StatePassTraits {
 
   struct Storage {
     Stage stage[kStages];
-    alignas(1024) Element out[kImage];                    // O or V' on the way out
-    alignas(1024) Element state[kOutput ? 0 : kKeyTile];  // entering states on the way out
+    alignas(1024) Element out[kOutput ? kImage : 0];     // O on the way out
+    alignas(1024) Element v_new[kKeep ? kImage : 0];     // V' on the way out
+    alignas(1024) Element state[kKeep ? kKeyTile : 0];  // entering states on the way out
     StageRows rows[kStages];
     bool hard[kStages];    // the low halves are in the next stage
     Ring<kStages> ring;    // tiles: loading warp -> chain
     Ring<kStages> ring_p;  // P, if computed: `full` only, `empty` is that of `ring`
     Ring<1> ring_out;      // O: chain -> storing warp
+    Ring<1> ring_v_new;    // V': chain -> the thread that stores it
   };
   static_assert(sizeof(Storage) <= 227 * 1024, "a Hopper CTA has 227 KB of shared memory");
 };
@@ -154,14 +160,42 @@ __device__ void load(typename Traits::Storage& s, const TokenMaps& maps, const S
   }
 }
 
-// ---- Storing warp ----
+// ---- Storing warps ----
 
+// Images [slot][value head][V / 64] of 64 values, or [..][K / 64] of them: the first of this CTA in chunk c.
+__device__ __forceinline__ int64_t first_image(const InputsSm90& in, const Sequence& sequence, int c,
+                                               int64_t head, int first_value, int key_images = 1) {
+  const int64_t tiles = (in.value_dim + kImageColumns - 1) / kImageColumns;
+  const int64_t chunk = (sequence.first_slot + c) * in.value_heads + head;
+  return (chunk * tiles + first_value / kImageColumns) * key_images;
+}
+
+// One thread: V', whole images. The chain has made it visible to the copy engine.
+template <class Traits>
+__device__ void store_v_new(typename Traits::Storage& s, const StatePassArgs& a, const Sequence& sequence,
+                            int64_t head, int first_value) {
+  if (a.v_new == nullptr) return;
+  const int chunks = sequence.chunks();
+  RingIndex<1> at;
+  for (int c = 0; c < chunks; ++c) {
+    s.ring_v_new.wait_full(at);
+    compiler_fence();
+    copy_out(static_cast<typename Traits::Element*>(a.v_new) +
+                 first_image(a.in, sequence, c, head, first_value) * kImage,
+             s.v_new, kImageBytes);
+    tma_store_arrive();
+    tma_store_wait<0>();
+    s.ring_v_new.release(at);
+    at.advance();
+  }
+}
+
+// O: rows past the end belong to the next sequence.
 template <class Traits>
 __device__ void store(typename Traits::Storage& s, const StatePassArgs& a, const Sequence& sequence,
                       int64_t head, int first_value) {
   using Element = typename Traits::Element;
-  auto* out = static_cast<Element*>(Traits::kOutput ? a.o : a.v_new);
-  if (out == nullptr) return;
+  auto* out = static_cast<Element*>(a.o);
   const int lane = threadIdx.x % 32, piece = lane % 8, chunks = sequence.chunks();
   const int64_t stride = a.in.value_heads * a.in.value_dim;
   out += (sequence.batch * a.in.tokens + sequence.begin) * stride + head * a.in.value_dim + first_value +
@@ -334,7 +368,7 @@ __device__ __forceinline__ void walk(typename Traits::Storage& s, const StatePas
   const InputsSm90& in = a.in;
   const int thread = threadIdx.x % 128, warp = thread / 32, quad = thread % 4;
   const int chunks = sequence.chunks();
-  const bool stores = kOutput || a.v_new != nullptr;
+  const bool keeps = Traits::kKeep && a.states != nullptr;
 
   typename Traits::MmaToToken mma_token;
   typename Traits::MmaToState mma_state;
@@ -372,12 +406,13 @@ __device__ __forceinline__ void walk(typename Traits::Storage& s, const StatePas
 
   RingIndex<Traits::kStages> at;
   RingIndex<1> at_out;
-  const auto hand_over = [&](auto& result) {  // to the storing warp; 16-bit
-    s.ring_out.wait_empty(at_out);
-    store_transposed(s.out, warp, reinterpret_cast<const uint32_t*>(result.data()));
+  // To a storing warp; 16-bit.
+  const auto hand_over = [&](Ring<1>& ring, Element* image, auto& result, bool to_copy_engine) {
+    ring.wait_empty(at_out);
+    store_transposed(image, warp, reinterpret_cast<const uint32_t*>(result.data()));
+    if (to_copy_engine) cutlass::arch::fence_view_async_shared();
     __syncwarp();
-    if (thread % 32 == 0) s.ring_out.arrive_full(at_out);
-    at_out.advance();
+    if (thread % 32 == 0) ring.arrive_full(at_out);
   };
 
   round(S, S16);
@@ -399,10 +434,9 @@ __device__ __forceinline__ void walk(typename Traits::Storage& s, const StatePas
     s.ring.wait_full(at);
     compiler_fence();
     issue_gemm<true>(mma_token, S16, by_row(stage.k, Int<kKeyDim>{}), R);
-    if constexpr (kOutput) {
-      issue_gemm<true>(mma_token, S16, by_row(stage.q, Int<kKeyDim>{}), O);
-    } else {
-      if (a.states != nullptr) {
+    if constexpr (kOutput) issue_gemm<true>(mma_token, S16, by_row(stage.q, Int<kKeyDim>{}), O);
+    if constexpr (Traits::kKeep) {
+      if (keeps) {
         tma_store_wait<0>();
         __syncwarp();
         CUTE_UNROLL
@@ -411,10 +445,7 @@ __device__ __forceinline__ void walk(typename Traits::Storage& s, const StatePas
         cutlass::arch::fence_view_async_shared();
         __syncwarp();
         if (thread % 32 == 0) {
-          const int64_t tiles = (in.value_dim + kImageColumns - 1) / kImageColumns;
-          const int64_t image =
-              (((sequence.first_slot + c) * in.value_heads + head) * tiles + first_value / kImageColumns) *
-              Traits::kKeyImages;
+          const int64_t image = first_image(in, sequence, c, head, first_value, Traits::kKeyImages);
           constexpr int kWarpRows = 16 * kImageColumns;
           CUTE_UNROLL
           for (int k = 0; k < Traits::kKeyImages; ++k) {
@@ -528,11 +559,9 @@ __device__ __forceinline__ void walk(typename Traits::Storage& s, const StatePas
         }
       }
       issue_gemm<false>(mma_token, V16, by_row(stage.p, Int<kRows>{}), O);
-      warpgroup_wait<1>();
-    } else {
-      if (stores) hand_over(V16);
-      warpgroup_wait<0>();
     }
+    if (keeps) hand_over(s.ring_v_new, s.v_new, V16, true);
+    warpgroup_wait<kOutput ? 1 : 0>();
     round(S, S16);
     if constexpr (kOutput) {
       warpgroup_fence_operand(S);  // the rounding stays above the wait
@@ -569,8 +598,9 @@ __device__ __forceinline__ void walk(typename Traits::Storage& s, const StatePas
     }
     if constexpr (kOutput) {
       round(O, V16);
-      hand_over(V16);
+      hand_over(s.ring_out, s.out, V16, false);
     }
+    at_out.advance();
     if (Traits::kFull && valid == kRows) keep(c, S);
     const bool two_stages = hard();
     s.ring.release(at);
@@ -580,7 +610,7 @@ __device__ __forceinline__ void walk(typename Traits::Storage& s, const StatePas
       at.advance();
     }
   }
-  if constexpr (!kOutput) tma_store_wait<0>();
+  if constexpr (Traits::kKeep) tma_store_wait<0>();
 }
 
 template <class Traits>
@@ -654,6 +684,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     s.ring.init(1, 4);
     s.ring_p.init(4, 1);
     s.ring_out.init(4, 1);
+    s.ring_v_new.init(4, 1);
     cutlass::arch::fence_barrier_init();
     prefetch_map(maps.q);
     prefetch_map(maps.k);
@@ -693,7 +724,13 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
         load<decltype(traits)>(storage, maps, a, part.sequence, head, first_value);
       });
     }
-    if (warp == Traits::kHelpers / 32 + 1) store<Traits>(s, a, part.sequence, head, first_value);
+    if constexpr (Traits::kOutput) {
+      if (warp == Traits::kStoringO) store<Traits>(s, a, part.sequence, head, first_value);
+    }
+    if constexpr (Traits::kKeep) {
+      if (threadIdx.x == Traits::kStoringV * 32)
+        store_v_new<Traits>(s, a, part.sequence, head, first_value);
+    }
   }
 }
 
@@ -723,6 +760,12 @@ int state_pass_sm90<Tag, kKeyDim, kChannelGate>::run(const StatePassArgs& args, 
   if constexpr (!kChannelGate) {
     if (args.o != nullptr && args.scratch.P == nullptr) {
       using Traits = StatePassTraits<Tag, kKeyDim, kChannelGate, true, true>;
+      return launch_state_pass<Traits>(args, kBf16, stream);
+    }
+  }
+  if constexpr (kKeyDim == 128) {
+    if (args.o != nullptr && args.states != nullptr) {
+      using Traits = StatePassTraits<Tag, kKeyDim, kChannelGate, true, false, true>;
       return launch_state_pass<Traits>(args, kBf16, stream);
     }
   }

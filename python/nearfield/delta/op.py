@@ -44,6 +44,7 @@ def delta_rule(
     dt_bias: Tensor | None = None,
     gate_bound: float = -5.0,
     state_v_first: bool = False,
+    recompute: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Linear attention that corrects its memory: DeltaNet, Gated DeltaNet or KDA, by the shape of g.
@@ -73,6 +74,11 @@ def delta_rule(
         dt_bias: ``[HV]``, or ``[HV, K]`` (also flat) with a gate per channel; optional.
         gate_bound: lower bound of the log decay for "bounded", in [-5, 0).
         state_v_first: states are ``[N, HV, V, K]``.
+        recompute: how the gradient on a Hopper GPU comes by the state that enters each chunk of 64 tokens. False: the
+            forward keeps it, and more, until the gradient has run: ``284 + 6 V`` bytes per token and value head
+            (1052 at V = 128; V rounded up to a multiple of 64), ``1288`` more with a gate per channel. True: only
+            the inputs are kept, and the gradient walks over the sequence once more, which takes longer (README.md of
+            csrc/delta has times). Without a gradient, and on other devices and backends, nothing is ever kept.
         backend: CUDA only. ``"hopper"``: the kernels for compute capability 9.0 (bfloat16 and float16, head dims that
             are multiples of 8); ``"portable"``: those for every GPU since Ampere (float32 too, K up to 256, any V);
             None: hopper where it serves the call, else portable, forward and backward each for itself. Where that
@@ -90,11 +96,15 @@ def delta_rule(
         gate_bound, state_v_first,
     )  # fmt: skip
     _check_backend("delta_rule", backend, q, k, v, beta, g)
-    o, final_state = torch.ops.nearfield.delta_fwd(
+    inputs = (q, k, v, beta, g, initial_state, A_log, dt_bias)
+    differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    keeps = differentiated and not recompute
+    forward = torch.ops.nearfield.delta_fwd_kept if keeps else torch.ops.nearfield.delta_fwd
+    o, final_state = forward(
         q, k, v, beta, g, initial_state, A_log, _flat(dt_bias), cu_seqlens,
         scale, use_qk_l2norm, BETA_ACTIVATIONS[beta_activation], GATES[gate], gate_bound, state_v_first,
         output_final_state, backend,
-    )  # fmt: skip
+    )[:2]  # fmt: skip
     return o, final_state if output_final_state else None
 
 
@@ -367,6 +377,50 @@ def plan(
     return name, because
 
 
+# Limits of the Hopper kernels that keep things for the gradient; K is padded to this.
+_KEPT_K, _KEPT_V = 128, 256
+_ROWS_BYTES, _IMAGE_BYTES = 7 * 4 * CHUNK, 2 * CHUNK * 64
+
+
+def kept_bytes(
+    q: Tensor, v: Tensor, g: Tensor | None, cu_seqlens: Tensor | None, backend: str | None
+) -> int | torch.SymInt:
+    """How many bytes ``delta_fwd_kept`` keeps for the gradient. The operator itself decides by the same rules."""
+    B, T, _, K = q.shape
+    HV, V = v.shape[2:]
+    served = K % 8 == 0 and V % 8 == 0 and K <= _KEPT_K and V <= _KEPT_V
+    if backend == "portable" or not served or not _keeps_on(q.device, q.dtype) or B == 0 or T == 0:
+        return 0
+    slots = B * ((T + CHUNK - 1) // CHUNK)
+    if cu_seqlens is not None:
+        if cu_seqlens.shape[0] == 1:
+            return 0
+        slots = T // CHUNK + cu_seqlens.shape[0] - 1
+    values, keys = (V + 63) // 64, _KEPT_K // 64
+    chunk = _ROWS_BYTES + (2 + values * (1 + keys)) * _IMAGE_BYTES
+    if g is not None and g.dim() == 4:  # three tiles of keys, the decay of the chunk and the gates up to each row
+        chunk += 3 * keys * _IMAGE_BYTES + (1 + CHUNK) * 4 * _KEPT_K
+    return slots * HV * chunk
+
+
+@functools.cache
+def _keeps_on(device: torch.device, dtype: torch.dtype) -> bool:
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or not torch.cuda.is_available():
+        return False
+    return _HAS_HOPPER and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def _has_hopper() -> bool:
+    q, beta = (torch.empty(*shape, dtype=torch.bfloat16, device="meta") for shape in ((1, 1, 1, 128), (1, 1, 1)))
+    try:
+        return plan(q, q, q, beta, None, 90, True, None)[0] == "hopper"
+    except RuntimeError:  # built without CUDA kernels
+        return False
+
+
+_HAS_HOPPER = _has_hopper()
+
+
 def _flat(dt_bias: Tensor | None) -> Tensor | None:
     return None if dt_bias is None else dt_bias.reshape(-1)
 
@@ -489,6 +543,23 @@ def _(
     return q.new_empty(v.shape), q.new_empty(shape if output_final_state else [0], dtype=_state_dtype(q))
 
 
+@torch.library.register_fake("nearfield::delta_fwd_kept")  # type: ignore[untyped-decorator]
+def _(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, initial_state: Tensor | None,
+    A_log: Tensor | None, dt_bias: Tensor | None, cu_seqlens: Tensor | None, scale: float, qk_l2norm: bool,
+    beta_activation: int, gate: int, gate_bound: float, state_v_first: bool, output_final_state: bool,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    K, (HV, V) = q.shape[3], v.shape[2:]
+    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    shape = [sequences, HV, V, K] if state_v_first else [sequences, HV, K, V]
+    return (
+        q.new_empty(v.shape),
+        q.new_empty(shape if output_final_state else [0], dtype=_state_dtype(q)),
+        q.new_empty([kept_bytes(q, v, g, cu_seqlens, backend)], dtype=torch.uint8),
+    )
+
+
 @torch.library.register_fake("nearfield::delta_fwd_states")  # type: ignore[untyped-decorator]
 def _(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, initial_state: Tensor | None,
@@ -513,7 +584,7 @@ def _(
     d_o: Tensor | None, d_final: Tensor | None, q: Tensor, k: Tensor, v: Tensor, beta: Tensor,
     g: Tensor | None, initial_state: Tensor | None, A_log: Tensor | None, dt_bias: Tensor | None,
     cu_seqlens: Tensor | None, scale: float, qk_l2norm: bool, beta_activation: int, gate: int,
-    gate_bound: float, state_v_first: bool, backend: str | None = None,
+    gate_bound: float, state_v_first: bool, backend: str | None = None, kept: Tensor | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     def like(t: Tensor | None) -> Tensor:
         return q.new_empty(0, dtype=_state_dtype(q)) if t is None else t.new_empty(t.shape)
@@ -548,25 +619,30 @@ def _(*arguments: Any) -> None:
 # ------------------------------------------------------------------------------------------------- autograd
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:9])
+    kept = output[2] if len(output) == 3 else None
+    ctx.save_for_backward(*inputs[:9], kept)
     ctx.options = inputs[9:15]
     ctx.backend = inputs[16]
 
 
-def _backward(ctx: Any, d_o: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(
+    ctx: Any, d_o: Tensor | None, d_final: Tensor | None, d_kept: None = None
+) -> tuple[Tensor | None, ...]:
     needed = ctx.needs_input_grad
     if d_o is None and (d_final is None or d_final.dim() == 1):
         return (None,) * len(needed)
     if d_final is not None and d_final.dim() == 1:  # of the placeholder without output_final_state
         d_final = None
-    grads = torch.ops.nearfield.delta_bwd(d_o, d_final, *ctx.saved_tensors, *ctx.options, ctx.backend)
+    *inputs, kept = ctx.saved_tensors
+    grads = torch.ops.nearfield.delta_bwd(d_o, d_final, *inputs, *ctx.options, ctx.backend, kept)
     wanted = [grad if need else None for grad, need in zip(grads, needed, strict=False)]
     return (*wanted, *(None,) * (len(needed) - len(wanted)))
 
 
-torch.library.register_autograd("nearfield::delta_fwd", _backward, setup_context=_setup_context)
+for _name in ("delta_fwd", "delta_fwd_kept"):
+    torch.library.register_autograd(f"nearfield::{_name}", _backward, setup_context=_setup_context)
 
 
 def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> NoReturn:
