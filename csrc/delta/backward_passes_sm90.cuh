@@ -102,6 +102,20 @@ __device__ void load_reverse(typename Traits::Storage& s, const BackwardMaps& ma
 
 // ---- Storing warp ----
 
+// Up to kLeft of this thread's bulk stores may still be on their way to memory.
+template <int kLeft>
+__device__ __forceinline__ void wait_for_memory() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kLeft) : "memory");
+}
+
+// One thread. dS and Y of the chunk are in memory: dS because the chain said so, Y is its own store.
+__device__ __forceinline__ void announce(const BackwardPassesArgs& a, int64_t image) {
+  if (a.announced == nullptr) return;
+  wait_for_memory<0>();
+  asm volatile("fence.proxy.async;" ::: "memory");
+  asm volatile("st.release.gpu.global.s32 [%0], 1;" ::"l"(a.announced + image) : "memory");
+}
+
 template <class Traits>
 __device__ void store_reverse(typename Traits::Storage& s, const BackwardPassesArgs& a,
                               const Sequence& sequence, int64_t head, int first_value) {
@@ -112,15 +126,17 @@ __device__ void store_reverse(typename Traits::Storage& s, const BackwardPassesA
   const int64_t first = (sequence.batch * a.in.tokens + sequence.begin) * stride + head * a.in.value_dim +
                         first_value + piece * 8;
   const bool inside = piece * 8 < a.in.value_dim - first_value;
+  const auto image_of = [&](int c) { return first_image(a.in, sequence, c, head, first_value); };
+  const int chunks = sequence.chunks();
   RingIndex<1> at;
-  for (int c = sequence.chunks() - 1; c >= 0; --c) {
+  for (int c = chunks - 1; c >= 0; --c) {
     const int valid = valid_rows(sequence, c);
     const int64_t out = first + static_cast<int64_t>(c) * kRows * stride;
     s.ring_out.wait_full(at);
     compiler_fence();
     if (lane == 0) {
-      copy_out(static_cast<Element*>(a.y) + first_image(a.in, sequence, c, head, first_value) * kImage, s.y,
-               kImageBytes);
+      if (c + 1 < chunks) announce(a, image_of(c + 1));
+      copy_out(static_cast<Element*>(a.y) + image_of(c) * kImage, s.y, kImageBytes);
       tma_store_arrive();
     }
     CUTE_UNROLL
@@ -140,6 +156,9 @@ __device__ void store_reverse(typename Traits::Storage& s, const BackwardPassesA
     s.ring_out.release(at);
     at.advance();
   }
+  if (chunks == 0) return;
+  s.ring_out.wait_full(at);
+  if (lane == 0) announce(a, image_of(0));
 }
 
 // ---- Chain ----
@@ -310,7 +329,10 @@ __device__ void walk_reverse(typename Traits::Storage& s, const BackwardPassesAr
     store_transposed(s.dv, warp, words_of(dv16));
     cutlass::arch::fence_view_async_shared();
     __syncwarp();
-    if (thread % 32 == 0) s.ring_out.arrive_full(at_out);
+    if (thread % 32 == 0) {
+      wait_for_memory<1>();  // dS of the chunk before
+      s.ring_out.arrive_full(at_out);
+    }
     at_out.advance();
     warpgroup_wait<0>();
     s.ring.release(at);
@@ -322,7 +344,11 @@ __device__ void walk_reverse(typename Traits::Storage& s, const BackwardPassesAr
       if (value < in.value_dim && key < in.key_dim) a.d_initial[state_at(value, key)] = S(x);
     });
   }
-  tma_store_wait<0>();
+  if (thread % 32 == 0) {  // dS of the first chunk
+    wait_for_memory<0>();
+    s.ring_out.wait_empty(at_out);
+    s.ring_out.arrive_full(at_out);
+  }
 }
 
 // ---- Kernel and launch ----
@@ -350,6 +376,7 @@ __global__ void __launch_bounds__(Forward::kThreads, 1)
       f.ring_v_new.init(4, 1);
     }
     cutlass::arch::fence_barrier_init();
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");  // this CTA has its place on an SM
   }
   __syncthreads();
   const int warp = threadIdx.x / 32;

@@ -78,14 +78,6 @@ struct ChunkGradientChannelTraits : ChunkGradientTraits<Tag, kKeyDim_> {
 
 // ---- Steps ----
 
-// c += A B for a warp: (16 x 16) (16 x 8).
-template <class Element>
-__device__ __forceinline__ void warp_mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  using Mma = std::conditional_t<std::is_same_v<Element, cutlass::bfloat16_t>, SM80_16x8x16_F32BF16BF16F32_TN,
-                                 SM80_16x8x16_F32F16F16F32_TN>;
-  Mma::fma(c[0], c[1], c[2], c[3], a[0], a[1], a[2], a[3], b0, b1, c[0], c[1], c[2], c[3]);
-}
-
 // Calls f(index in a (64, 64) accumulator, h, that element of the image and the next); h: the row is
 // 16 warp + 8 h + lane / 4.
 template <class Element, class F>
@@ -398,8 +390,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   constexpr int kKeyDim = Traits::kKeyDim;
   auto& s = shared_storage<typename Traits::Storage>();
   const InputsSm90& in = args.in;
+  wait_for_end_of_walk();
   GradientPlace place;
-  const bool inside = place.find(in);
+  const bool inside = place.find(args);
   const int wg = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32, quad = lane % 4;
 
@@ -420,11 +413,11 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       Barrier::init(barrier, 1);
     cutlass::arch::fence_barrier_init();
     s.place = place;
-    load_values(s, maps, args, place);
     const int head_k = static_cast<int>(place.head_k);
     Barrier::arrive_and_expect_tx(&s.qk_here, 2 * Traits::kTile * 2);
     load_tokens<kKeyDim>(maps.k, &s.qk_here, s.k, 0, place.token, head_k, place.sequence.batch);
     load_tokens<kKeyDim>(maps.q, &s.qk_here, s.q, 0, place.token, head_k, place.sequence.batch);
+    load_values(s, maps, args, place);
   }
   if (threadIdx.x < kRows) {
     s.beta[threadIdx.x] = rows.beta[threadIdx.x];
@@ -460,14 +453,15 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
 
   // 1. First warpgroup: dA = -tril(Y V'^T, -1). Second: dP = s tril(dO V'^T). (rows i, rows j)
   uint32_t weights[16];
-  float diagonal[8], y_vnew, y_v;  // of the diagonal block: index 4 (column / 8) + 2 h + e
+  float diagonal[8], y_vnew[2], y_v;  // of the diagonal block: index 4 (column / 8) + 2 h + e
   {
     Tensor product = accumulator();
     Element* left = wg == 0 ? s.y : s.dout;
     multiply<true, ByRow>(mma_rows, left, s.v_new, product);
     if (value_images == 2) multiply<false, ByRow>(mma_rows, left + kImage, s.v_new + kImage, product);
-    value_dots(s.y, s.v_new, v, z.values(in), y_vnew, y_v);
+    y_v = dot_with_v(s.y, v, z.values(in));
     warpgroup_wait<0>();
+    diagonal_of(product, warp, y_vnew);
     const float factor = wg == 0 ? -1.f : static_cast<float>(in.scale);
     CUTE_UNROLL
     for (int n = 0; n < 8; ++n) {
@@ -553,10 +547,11 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     if (warp > 0) *reinterpret_cast<float2*>(&s.sums.enter[warp - 1][channel]) = enter;
     if (warp < 3) *reinterpret_cast<float2*>(&s.sums.leave[warp][channel]) = leave;
     if (lane % 2 == 0) s.sums.through[channel_of_state_dots()] = through;
-    if (threadIdx.x % 4 == 0) {
-      s.sums.y_vnew[threadIdx.x / 4] = y_vnew;
-      s.sums.y_v[threadIdx.x / 4] = y_v;
+    if (wg == 0 && has_diagonal()) {
+      s.sums.y_vnew[row0] = y_vnew[0];
+      s.sums.y_vnew[row0 + 8] = y_vnew[1];
     }
+    if (threadIdx.x % 4 == 0) s.sums.y_v[threadIdx.x / 4] = y_v;
     if (threadIdx.x < 2 * kRows) s.sums.k_diagonal[threadIdx.x / kRows][threadIdx.x % kRows] = 0.f;
   }
   scale_blocks(s, G, kKeyDim);

@@ -19,6 +19,15 @@ constexpr float kLeastDivisor = 1.f / 64;
 
 // ---- Which chunk ----
 
+// The walk goes from the last chunk of every sequence to the first, and announces chunks faster than the SMs
+// that it leaves free can take them. So CTAs first take `early` of the n, evenly spread and close behind the walk, while
+// the L2 cache still has what it wrote; then the others, those it wrote last first. Returns the number of chunks behind
+// the `which`-th that is taken.
+__device__ __forceinline__ int64_t behind_in_order(int64_t which, int64_t early, int64_t n) {
+  if (which < early) return ((which + 1) * n + early - 1) / early - 1;
+  return (n - 1 - which) * n / (n - early);
+}
+
 // A CTA has a slot, a value head and a block of its values.
 struct GradientPlace {
   Sequence sequence;
@@ -28,17 +37,20 @@ struct GradientPlace {
   int64_t first_image;     // of this block, among images of values; with keys, one per 64 of them
   int valid, value_images;
 
-  __device__ __forceinline__ bool find(const InputsSm90& in) {
+  __device__ __forceinline__ bool find(const ChunkGradientArgs& args) {
+    const InputsSm90& in = args.in;
     const int64_t tiles = (in.value_dim + kImageColumns - 1) / kImageColumns;
     const auto value_heads = static_cast<uint32_t>(in.value_heads);
     const uint32_t block_count = static_cast<uint32_t>(tiles + 1) / 2, index = blockIdx.x / block_count;
     blocks = block_count;
     block = blockIdx.x % block_count;
-    chunk = index;
-    slot = index / value_heads;
-    const uint32_t h = index % value_heads;
+    const uint32_t h = index % value_heads, rest = index / value_heads;
     head = h;
     head_k = h / (value_heads / static_cast<uint32_t>(in.heads));
+    const auto sequences = in.cu_seqlens == nullptr ? static_cast<uint32_t>(in.sequences) : 1u;
+    const int64_t n = gridDim.x / (block_count * value_heads * sequences);  // slots of a sequence, or all of them
+    slot = (rest % sequences + 1) * n - 1 - behind_in_order(rest / sequences, args.early, n);
+    chunk = slot * in.value_heads + head;
     sequence = sequence_of(in, sequence_at_slot(in, slot));
     const int64_t first = (slot - sequence.first_slot) * kRows;
     token = sequence.begin + first;
@@ -129,6 +141,14 @@ struct ChunkGradientMaps {
 
 // ---- Steps ----
 
+// c += A B for a warp: (16 x 16) (16 x 8).
+template <class Element>
+__device__ __forceinline__ void warp_mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  using Mma = std::conditional_t<std::is_same_v<Element, cutlass::bfloat16_t>, SM80_16x8x16_F32BF16BF16F32_TN,
+                                 SM80_16x8x16_F32F16F16F32_TN>;
+  Mma::fma(c[0], c[1], c[2], c[3], a[0], a[1], a[2], a[3], b0, b1, c[0], c[1], c[2], c[3]);
+}
+
 template <class Element>
 __device__ __forceinline__ void load_states(Element* to, const void* states, uint64_t* barrier,
                                             const GradientPlace& z) {
@@ -137,7 +157,27 @@ __device__ __forceinline__ void load_states(Element* to, const void* states, uin
   copy_in(to, static_cast<const char*>(states) + 2 * z.first_image * kImageBytes, bytes, barrier);
 }
 
-// One thread: Y, V' and dO, then S.
+// One thread: what the walk leaves of a chunk is in memory, for loads of the copy engine.
+__device__ __forceinline__ void wait_for_walk(const ChunkGradientArgs& args, const GradientPlace& z) {
+  if (args.announced == nullptr) return;
+  for (int v = 0; v < z.value_images; ++v) {
+    for (int there = 0; there == 0;) {
+      asm volatile("ld.acquire.gpu.global.s32 %0, [%1];"
+                   : "=r"(there)
+                   : "l"(args.announced + z.first_image + v)
+                   : "memory");
+      if (there == 0) __nanosleep(100);
+    }
+  }
+  asm volatile("fence.proxy.async;" ::: "memory");
+}
+
+// What follows in the stream needs the walk to be over, too. All threads of the launch's last CTA.
+__device__ __forceinline__ void wait_for_end_of_walk() {
+  if (blockIdx.x == gridDim.x - 1) asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
+// One thread: V', dO and S, then Y.
 template <class Storage>
 __device__ __forceinline__ void load_values(Storage& s, const ChunkGradientMaps& maps,
                                             const ChunkGradientArgs& args, const GradientPlace& z) {
@@ -148,12 +188,13 @@ __device__ __forceinline__ void load_values(Storage& s, const ChunkGradientMaps&
   const auto load = [&](auto* images, const void* from) {
     copy_in(images, static_cast<const char*>(from) + z.first_image * kImageBytes, bytes, &s.values_here);
   };
-  load(s.y, args.y);
   load(s.v_new, args.v_new);
   for (int v = 0; v < z.value_images; ++v)
     load_tokens<64>(maps.dout, &s.values_here, s.dout + v * kImage, first + 64 * v, z.token, head,
                     z.sequence.batch);
   load_states(s.state, args.states, &s.state_here, z);
+  wait_for_walk(args, z);
+  load(s.y, args.y);
 }
 // Rows past the end are the next sequence, or padding that may hold NaN. All threads.
 template <class Storage>
@@ -225,38 +266,60 @@ __device__ __forceinline__ void subtract_rows(Element* image, int warp, const fl
   }
 }
 
-// Four threads per row: dot products of Y with V', and with V in rows that ask for it.
+// The diagonal of a (64, 64) accumulator: rows 16 warp + lane / 4 and + 8, in the lanes that have it.
+__device__ __forceinline__ bool has_diagonal() { return threadIdx.x % 4 == threadIdx.x % 32 / 8; }
+template <class Acc>
+__device__ __forceinline__ void diagonal_of(const Acc& acc, int warp, float (&diagonal)[2]) {
+  const bool odd = threadIdx.x & 4;
+  CUTE_UNROLL
+  for (int n = 0; n < 8; ++n) {
+    const int h = n % 2, at = 4 * n + 2 * h;
+    if (n / 2 == warp) diagonal[h] = odd ? acc(at + 1) : acc(at);
+  }
+}
+
+// This lane's share of the sum of products of 16 rows (values) of two states, each [K / 64] images: the diagonals of
+// 8 x 8 blocks of S dS^T by mma.sync, half of which is thrown away.
 template <class Element>
-__device__ __forceinline__ void value_dots(Element* y, Element* v_new, const Element* v, int columns,
-                                           float& with_new, float& with_v) {
+__device__ __forceinline__ float dot_of_states(Element* state, Element* d_state, int warp) {
+  float upper[4] = {}, lower[4] = {};
+  CUTE_UNROLL
+  for (int k = 0; k < 2; ++k) {
+    CUTE_UNROLL
+    for (int j = 0; j < 8; j += 2) {
+      uint32_t a[4], b[4];
+      SM75_U32x4_LDSM_N::copy(matrices_at<true>(state + k * kImage, 16 * warp, j), a[0], a[1], a[2], a[3]);
+      SM75_U32x4_LDSM_N::copy(matrices_at<true>(d_state + k * kImage, 16 * warp, j), b[0], b[1], b[2], b[3]);
+      warp_mma<Element>(upper, a, b[0], b[2]);
+      warp_mma<Element>(lower, a, b[1], b[3]);
+    }
+  }
+  const bool odd = threadIdx.x & 4;
+  return has_diagonal() ? (odd ? upper[1] + lower[3] : upper[0] + lower[2]) : 0.f;
+}
+
+// Four threads per row: the dot product of Y with V in rows that ask for it.
+template <class Element>
+__device__ __forceinline__ float dot_with_v(Element* y, const Element* v, int columns) {
+  constexpr uint32_t kAll = 0xffffffffu;
+  if (!__any_sync(kAll, v != nullptr)) return 0.f;
   const int row = threadIdx.x / 4, part = threadIdx.x % 4;
-  with_new = with_v = 0.f;
+  float sum = 0.f;
   CUTE_UNROLL
   for (int m = 0; m < 4; ++m) {
     const int piece = 4 * m + part;
-    const auto at = [&](Element* images) {
-      return *reinterpret_cast<const uint4*>(image_piece(images + piece / 8 * kImage, row, piece % 8));
-    };
-    const auto dot = [&](const uint4& a, const uint4& b) {
-      float sum = 0.f;
-      const uint32_t x[4] = {a.x, a.y, a.z, a.w}, z[4] = {b.x, b.y, b.z, b.w};
-      CUTE_UNROLL
-      for (int w = 0; w < 4; ++w) {
-        const float2 p = unpack<Element>(x[w]), r = unpack<Element>(z[w]);
-        sum += p.x * r.x + p.y * r.y;
-      }
-      return sum;
-    };
-    if (piece * 8 >= columns) continue;
-    const uint4 mine = at(y);
-    with_new += dot(mine, at(v_new));
-    if (v != nullptr) with_v += dot(mine, *reinterpret_cast<const uint4*>(v + piece * 8));
+    if (piece * 8 >= columns || v == nullptr) continue;
+    const uint4 a = *reinterpret_cast<const uint4*>(image_piece(y + piece / 8 * kImage, row, piece % 8));
+    const uint4 b = *reinterpret_cast<const uint4*>(v + piece * 8);
+    const uint32_t left[4] = {a.x, a.y, a.z, a.w}, right[4] = {b.x, b.y, b.z, b.w};
+    CUTE_UNROLL
+    for (int w = 0; w < 4; ++w) {
+      const float2 p = unpack<Element>(left[w]), r = unpack<Element>(right[w]);
+      sum += p.x * r.x + p.y * r.y;
+    }
   }
-  CUTE_UNROLL
-  for (int step = 1; step < 4; step *= 2) {
-    with_new += __shfl_xor_sync(0xffffffffu, with_new, step);
-    with_v += __shfl_xor_sync(0xffffffffu, with_v, step);
-  }
+  sum += __shfl_xor_sync(kAll, sum, 1);
+  return sum + __shfl_xor_sync(kAll, sum, 2);
 }
 
 // Eight lanes (lane / 4) share 16 columns, 8 n + 2 (lane % 4) and the next, n < 8; their sums end with n =
@@ -286,24 +349,24 @@ template <class Acc>
 __device__ __forceinline__ float2 pair_sums(const Acc& m, int warp) {
   const int lane = threadIdx.x % 32, quad = lane % 4;
   constexpr uint32_t kAll = 0xffffffffu;
-  float column[16] = {};
+  float column[16] = {}, before[2] = {0.f, 0.f};  // before: the columns of earlier n
   CUTE_UNROLL
-  for (int h = 0; h < 2; ++h) {
-    const int i = 16 * warp + 8 * h + lane / 4;
-    float before = 0.f;  // the columns of earlier n
+  for (int n = 0; n < 8; ++n) {
+    if (n > 2 * warp + 1) break;  // above the diagonal
     CUTE_UNROLL
-    for (int n = 0; n < 8; ++n) {
+    for (int h = 0; h < 2; ++h) {
+      const int i = 16 * warp + 8 * h + lane / 4;
       const float a = m(4 * n + 2 * h), b = m(4 * n + 2 * h + 1);
       float sum = a + b, below = __shfl_up_sync(kAll, sum, 1, 4);
       if (quad >= 1) sum += below;
       below = __shfl_up_sync(kAll, sum, 2, 4);
       if (quad >= 2) sum += below;
       below = __shfl_up_sync(kAll, sum, 1, 4);
-      const float here = before + (quad > 0 ? below : 0.f);
+      const float here = before[h] + (quad > 0 ? below : 0.f);
       const int t = 8 * n + 2 * quad;
       column[2 * n] += t <= i ? here : 0.f;
       column[2 * n + 1] += t + 1 <= i ? here + a : 0.f;
-      before += __shfl_sync(kAll, sum, 3, 4);
+      before[h] += __shfl_sync(kAll, sum, 3, 4);
     }
   }
   return sum_over_lanes(column);
@@ -486,14 +549,16 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
   using ByRow = LayoutByRow<Element, kImageColumns>;
   auto& s = shared_storage<typename Traits::Storage>();
   const InputsSm90& in = args.in;
+  wait_for_end_of_walk();
   GradientPlace place;
-  if (!place.find(in)) {
+  if (!place.find(args)) {
     if (args.rate_parts != nullptr && threadIdx.x == 0)
       args.rate_parts[place.part(in, 1, 0)] = args.bias_parts[place.part(in, 1, 0)] = 0.f;
     return;
   }
   const int wg = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
-  const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32, quad = lane % 4;
+  const int warp = __shfl_sync(0xffffffffu, threadIdx.x % 128 / 32, 0);
+  const int lane = threadIdx.x % 32, quad = lane % 4;
   const int value_images = place.value_images;
   const ChunkRows& rows = args.rows[place.chunk];
 
@@ -533,7 +598,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
     return partition_fragment_C(mma_rows, cute::Shape<Int<kRows>, Int<kRows>>{});
   };
   uint32_t weights[16];  // E or F, before the norms
-  float dA_Abar[2] = {0.f, 0.f}, y_vnew, y_v;
+  float dA_Abar[2] = {0.f, 0.f}, y_vnew[2], y_v;
   float2 pairs{0.f, 0.f};
   {
     Tensor product = accumulator(), d_product = accumulator();
@@ -542,32 +607,43 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
     multiply<false, ByRow>(mma_rows, left + kImage, s.k + kImage, product);
     multiply<true, ByRow>(mma_rows, d_left, s.v_new, d_product);
     if (value_images == 2) multiply<false, ByRow>(mma_rows, d_left + kImage, s.v_new + kImage, d_product);
-    value_dots(s.y, s.v_new, v, z.values(in), y_vnew, y_v);
+    y_v = dot_with_v(s.y, v, z.values(in));
     warpgroup_wait<0>();
+    diagonal_of(d_product, warp, y_vnew);
     const float sign = wg == 0 ? -1.f : static_cast<float>(in.scale);
+    float G[2], weight_row[2];
     CUTE_UNROLL
     for (int h = 0; h < 2; ++h) {
-      const int i = row0 + 8 * h;
-      const float G_i = s.G[i], weight_row = sign * (wg == 0 ? beta[h] : 1.f);
+      G[h] = s.G[row0 + 8 * h];
+      weight_row[h] = sign * (wg == 0 ? beta[h] : 1.f);
+    }
+    CUTE_UNROLL
+    for (int n = 0; n < 8; ++n) {
+      weights[2 * n] = weights[2 * n + 1] = 0;
+      if (n > 2 * warp + 1) continue;  // above the diagonal
+      const int j = 8 * n + 2 * quad;
+      const float2 G_j = *reinterpret_cast<const float2*>(&s.G[j]);
+      const float2 k_j = *reinterpret_cast<const float2*>(&s.k_norm[j]);
       CUTE_UNROLL
-      for (int n = 0; n < 8; ++n) {
-        const int j = 8 * n + 2 * quad;
-        const float2 G_j = *reinterpret_cast<const float2*>(&s.G[j]);
-        const float2 k_j = *reinterpret_cast<const float2*>(&s.k_norm[j]);
+      for (int h = 0; h < 2; ++h) {
+        const int i = row0 + 8 * h;
         float weight[2];
         CUTE_UNROLL
         for (int e = 0; e < 2; ++e) {
           const int at = 4 * n + 2 * h + e;
           const bool strict = i > j + e, kept = strict || (wg == 1 && i == j + e);
-          const float decay = exp2_fast(kept ? G_i - (e ? G_j.y : G_j.x) : 0.f);
+          const float decay = exp2_fast(kept ? G[h] - (e ? G_j.y : G_j.x) : 0.f);
           const float d = kept ? d_product(at) * decay : 0.f;
           const float pair = d * (left_norm[h] * (e ? k_j.y : k_j.x) * product(at));
-          weight[e] = weight_row * d;
+          weight[e] = weight_row[h] * d;
           dA_Abar[h] -= strict ? pair : 0.f;
-          product(at) = strict ? weight_row * pair : 0.f;
+          product(at) = strict ? weight_row[h] * pair : 0.f;
         }
         weights[2 * n + h] = pack<Element>(weight[0], weight[1]);
       }
+    }
+    CUTE_UNROLL
+    for (int h = 0; h < 2; ++h) {
       dA_Abar[h] += __shfl_xor_sync(0xffffffffu, dA_Abar[h], 1);
       dA_Abar[h] += __shfl_xor_sync(0xffffffffu, dA_Abar[h], 2);
     }
@@ -609,17 +685,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
     Tensor to_end = accumulator();
     through_state(s.v_new, s.d_state, to_end);
     if (args.dg != nullptr) {
-      const auto* S = reinterpret_cast<const uint4*>(s.state);
-      const auto* dS = reinterpret_cast<const uint4*>(s.d_state);
-      for (int x = threadIdx.x; x < 2 * value_images * kImageBytes / 16; x += Traits::kThreads) {
-        const uint4 a = S[x], b = dS[x];
-        const uint32_t left[4] = {a.x, a.y, a.z, a.w}, right[4] = {b.x, b.y, b.z, b.w};
-        CUTE_UNROLL
-        for (int w = 0; w < 4; ++w) {
-          const float2 y = unpack<Element>(left[w]), z = unpack<Element>(right[w]);
-          through += y.x * z.x + y.y * z.y;
-        }
-      }
+      if (wg < value_images) through = dot_of_states(s.state + 2 * wg * kImage, s.d_state + 2 * wg * kImage, warp);
       CUTE_UNROLL
       for (int step = 16; step >= 1; step /= 2) through += __shfl_xor_sync(0xffffffffu, through, step);
     }
@@ -660,10 +726,11 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
       if (wg == 0) s.sums.dA_Abar[i] = dA_Abar[h];
     }
   }
-  if (threadIdx.x % 4 == 0) {
-    s.sums.y_vnew[threadIdx.x / 4] = y_vnew;
-    s.sums.y_v[threadIdx.x / 4] = y_v;
+  if (wg == 0 && has_diagonal()) {
+    s.sums.y_vnew[row0] = y_vnew[0];
+    s.sums.y_vnew[row0 + 8] = y_vnew[1];
   }
+  if (threadIdx.x % 4 == 0) s.sums.y_v[threadIdx.x / 4] = y_v;
   *reinterpret_cast<float2*>(&s.sums.pairs[threadIdx.x / 32][column_after_sum()]) = pairs;
   if (lane == 0) s.sums.through[threadIdx.x / 32] = through;
   __syncthreads();
@@ -702,9 +769,14 @@ cudaError_t launch_chunk_gradient(Kernel kernel, const ChunkGradientArgs& args, 
   if (e != cudaSuccess) return e;
   const int64_t grid = ChunkSlots(in).total * in.value_heads * value_blocks(in);
   if (grid > std::numeric_limits<int>::max()) return cudaErrorInvalidConfiguration;
-  kernel<<<static_cast<unsigned>(grid), Traits::kThreads, kShared, static_cast<cudaStream_t>(stream)>>>(maps,
-                                                                                                        args);
-  return cudaGetLastError();
+  cudaLaunchAttribute beside_walk{};
+  beside_walk.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  beside_walk.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = static_cast<unsigned>(grid), config.blockDim = Traits::kThreads;
+  config.dynamicSmemBytes = kShared, config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &beside_walk, config.numAttrs = args.announced != nullptr ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, maps, args);
 }
 
 template <class Tag, int kKeyDim>

@@ -3,6 +3,7 @@
 #include "nearfield_build.h"
 #endif
 #ifdef NEARFIELD_DELTA
+#include <algorithm>
 #include <tuple>
 
 #include "delta/backend.h"
@@ -79,6 +80,23 @@ BackwardChoice choose_backward(const char* op, const Inputs& x) {
   return choice;
 }
 
+// ---- Plan ----
+
+// On an H100, in microseconds: a chunk of the walk, and a chunk of the gradient on an SM of its own.
+constexpr double kWalkUs = 1.7, kGradientUs = 14.5, kChannelGradientUs = 39;
+
+// How many of n chunks of a sequence the SMs that the walk leaves free can take meanwhile.
+int64_t early_chunks(const InputsSm90& in, int64_t sms) {
+  const ChunkSlots slots(in);
+  const int64_t tiles = (in.value_dim + kImageColumns - 1) / kImageColumns;
+  const int64_t chains = in.sequences * in.value_heads, free = std::max<int64_t>(0, sms - chains * tiles);
+  const int64_t n = in.cu_seqlens != nullptr ? slots.total : slots.per_sequence;
+  double us = in.channel_gate ? kChannelGradientUs : kGradientUs;
+  if (const char* e = std::getenv("NEARFIELD_EARLY")) us /= std::atof(e);
+  const double share = static_cast<double>(free) * kWalkUs / (us * static_cast<double>(chains * value_blocks(in)));
+  return std::min(n, static_cast<int64_t>(share * static_cast<double>(n)));
+}
+
 // ---- Operator ----
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> delta_bwd_cuda(
@@ -143,11 +161,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> delta
     passes.y = scratch.bytes(q, value_bytes);
     passes.dv = dv.mutable_data_ptr();
     passes.d_initial = float_or_null(defined(initial_state), d_initial);
+    if (given && !std::getenv("NEARFIELD_SERIAL")) {
+      const int64_t count = value_bytes / (kImage * 2);
+      scratch.memory.push_back(new_zeros(q, {count}, ScalarType::Int));
+      passes.announced = static_cast<int*>(scratch.memory.back().mutable_data_ptr());
+    }
     check_launch(op, choice.passes(passes, stream));
 
     ChunkGradientArgs gradient{in, start.chunks.rows, start.chunks.G};
     gradient.d_o = passes.d_o;
     gradient.y = passes.y, gradient.v_new = passes.v_new;
+    gradient.announced = passes.announced;
+    if (given) gradient.early = early_chunks(in, device_info(q.get_device_index()).num_sms);
     gradient.states = passes.states, gradient.d_states = passes.d_states;
     gradient.dq = dq.mutable_data_ptr(), gradient.dk = dk.mutable_data_ptr();
     const int64_t blocks = value_blocks(in), rows_of_blocks = x.B * x.T * x.HV * blocks;

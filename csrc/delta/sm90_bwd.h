@@ -50,6 +50,7 @@ struct BackwardPassesArgs {
   void* y;           // like v_new: Y
   void* dv;          // [B, T, HV, V] contiguous: the result
   float* d_initial;  // like initial_state, or null
+  int* announced;    // [slot][value head][V / 64], zeros: set to 1 when dS and Y are in memory; or null
 };
 
 // The walk that carries the gradients of the states. With forward_walk, other CTAs of the same launch recompute
@@ -72,6 +73,10 @@ struct ChunkGradientArgs {
   const float* G;            // ChunkScratch.G: with a gate per channel
   Rows<void> d_o;            // [B, T, HV, V]
   const void *y, *v_new, *states, *d_states;  // as the walks leave them
+  // Null: the walks are over. Else the launch may begin when the last CTA of theirs has, and a chunk waits for what
+  // this announces (see BackwardPassesArgs); states and v_new are there already.
+  const int* announced;
+  int64_t early;  // of the chunks of a sequence (packed: of all slots), how many to take while the walk is on
   // One value head per key head and one block: dq and dk [B, T, H, K] contiguous. Else *_heads: [B, T, HV,
   // blocks, K] contiguous, gradients of what is normalised, times the factor of the norm.
   void *dq, *dk;
