@@ -22,6 +22,7 @@ struct ReversePassTraits {
   static constexpr int kKeyDim = kKeyDim_, kKeyImages = Forward::kKeyImages, kKeyTile = Forward::kKeyTile;
   static constexpr bool kChannelGate = kChannelGate_;
   static constexpr int kStages = kChannelGate ? 2 : 3;
+  static constexpr int kThreads = Forward::kThreads + 32;
   using MmaToToken = typename Forward::MmaToToken;                             // (64 values, 64 tokens)
   using MmaToColumn = typename Forward::template Mma<kRows, GMMA::Major::MN>;  // the same; B by column
   using MmaToState = typename Forward::MmaToState;                             // (64 values, K)
@@ -51,7 +52,7 @@ struct ReversePassTraits {
     alignas(1024) Element state[kKeyTile];  // dS on the way out
     StageRows rows[kStages];
     Ring<kStages> ring;
-    Ring<1> ring_out;  // chain -> storing warp
+    Ring<1> ring_out;  // chain -> storing warps
   };
   static_assert(sizeof(Storage) <= 227 * 1024, "a Hopper CTA has 227 KB of shared memory");
 };
@@ -100,7 +101,7 @@ __device__ void load_reverse(typename Traits::Storage& s, const BackwardMaps& ma
   }
 }
 
-// ---- Storing warp ----
+// ---- Storing warps ----
 
 // Up to kLeft of this thread's bulk stores may still be on their way to memory.
 template <int kLeft>
@@ -108,37 +109,52 @@ __device__ __forceinline__ void wait_for_memory() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kLeft) : "memory");
 }
 
-// One thread. dS and Y of the chunk are in memory: dS because the chain said so, Y is its own store.
-__device__ __forceinline__ void announce(const BackwardPassesArgs& a, int64_t image) {
-  if (a.announced == nullptr) return;
-  wait_for_memory<0>();
-  asm volatile("fence.proxy.async;" ::: "memory");
-  asm volatile("st.release.gpu.global.s32 [%0], 1;" ::"l"(a.announced + image) : "memory");
+// One thread: Y, whole images; and tells the gradient which chunks are in memory. A thread of its own, for nobody on
+// the chain may wait for memory.
+template <class Traits>
+__device__ void store_y(typename Traits::Storage& s, const BackwardPassesArgs& a, const Sequence& sequence,
+                        int64_t head, int first_value) {
+  const int chunks = sequence.chunks();
+  const auto image_of = [&](int c) { return first_image(a.in, sequence, c, head, first_value); };
+  // Y is this thread's own store, of dS the chain has said so.
+  const auto announce = [&](int c) {
+    if (a.announced == nullptr || c == chunks) return;
+    asm volatile("fence.proxy.async;" ::: "memory");
+    asm volatile("st.release.gpu.global.s32 [%0], 1;" ::"l"(a.announced + image_of(c)) : "memory");
+  };
+  RingIndex<1> at;
+  for (int c = chunks - 1; c >= 0; --c) {
+    s.ring_out.wait_full(at);
+    compiler_fence();
+    copy_out(static_cast<typename Traits::Element*>(a.y) + image_of(c) * kImage, s.y, kImageBytes);
+    tma_store_arrive();
+    tma_store_wait<0>();
+    s.ring_out.release(at);
+    at.advance();
+    announce(c + 1);
+    wait_for_memory<0>();
+  }
+  if (chunks == 0) return;
+  s.ring_out.wait_full(at);
+  announce(0);
 }
 
+// One warp: dV. Rows past the end belong to the next sequence.
 template <class Traits>
-__device__ void store_reverse(typename Traits::Storage& s, const BackwardPassesArgs& a,
-                              const Sequence& sequence, int64_t head, int first_value) {
+__device__ void store_dv(typename Traits::Storage& s, const BackwardPassesArgs& a, const Sequence& sequence,
+                         int64_t head, int first_value) {
   using Element = typename Traits::Element;
   const int lane = threadIdx.x % 32, piece = lane % 8;
   const int64_t stride = a.in.value_heads * a.in.value_dim;
-  auto* dv = static_cast<Element*>(a.dv);
-  const int64_t first = (sequence.batch * a.in.tokens + sequence.begin) * stride + head * a.in.value_dim +
-                        first_value + piece * 8;
+  auto* dv = static_cast<Element*>(a.dv) + (sequence.batch * a.in.tokens + sequence.begin) * stride +
+             head * a.in.value_dim + first_value + piece * 8;
   const bool inside = piece * 8 < a.in.value_dim - first_value;
-  const auto image_of = [&](int c) { return first_image(a.in, sequence, c, head, first_value); };
-  const int chunks = sequence.chunks();
   RingIndex<1> at;
-  for (int c = chunks - 1; c >= 0; --c) {
+  for (int c = sequence.chunks() - 1; c >= 0; --c) {
     const int valid = valid_rows(sequence, c);
-    const int64_t out = first + static_cast<int64_t>(c) * kRows * stride;
+    Element* out = dv + static_cast<int64_t>(c) * kRows * stride;
     s.ring_out.wait_full(at);
     compiler_fence();
-    if (lane == 0) {
-      if (c + 1 < chunks) announce(a, image_of(c + 1));
-      copy_out(static_cast<Element*>(a.y) + image_of(c) * kImage, s.y, kImageBytes);
-      tma_store_arrive();
-    }
     CUTE_UNROLL
     for (int i = 0; i < kRows / 4; i += 4) {
       uint4 words[4];
@@ -148,17 +164,13 @@ __device__ void store_reverse(typename Traits::Storage& s, const BackwardPassesA
       CUTE_UNROLL
       for (int x = 0; x < 4; ++x) {
         const int token = 4 * (i + x) + lane / 8;
-        if (token < valid && inside) *reinterpret_cast<uint4*>(dv + out + token * stride) = words[x];
+        if (token < valid && inside) *reinterpret_cast<uint4*>(out + token * stride) = words[x];
       }
     }
-    tma_store_wait<0>();
     __syncwarp();
     s.ring_out.release(at);
     at.advance();
   }
-  if (chunks == 0) return;
-  s.ring_out.wait_full(at);
-  if (lane == 0) announce(a, image_of(0));
 }
 
 // ---- Chain ----
@@ -354,7 +366,7 @@ __device__ void walk_reverse(typename Traits::Storage& s, const BackwardPassesAr
 // ---- Kernel and launch ----
 
 template <class Forward, class Reverse>
-__global__ void __launch_bounds__(Forward::kThreads, 1)
+__global__ void __launch_bounds__(Reverse::kThreads, 1)
     backward_passes_kernel(const __grid_constant__ BackwardMaps maps,
                            const __grid_constant__ BackwardPassesArgs a, int value_tiles) {
   const InputsSm90& in = a.in;
@@ -370,7 +382,7 @@ __global__ void __launch_bounds__(Forward::kThreads, 1)
   if (threadIdx.x == 0) {
     if (reverse) {
       r.ring.init(1, 4);
-      r.ring_out.init(4, 1);
+      r.ring_out.init(4, 2);
     } else {
       f.ring.init(1, 4);
       f.ring_v_new.init(4, 1);
@@ -384,7 +396,8 @@ __global__ void __launch_bounds__(Forward::kThreads, 1)
   if (reverse) {
     if (warp < 4) walk_reverse<Reverse>(r, a, sequence, n, head, first_value);
     if (threadIdx.x == Forward::kHelpers) load_reverse<Reverse>(r, maps, a, sequence, head, first_value);
-    if (warp == kLoading + 1) store_reverse<Reverse>(r, a, sequence, head, first_value);
+    if (warp == kLoading + 1) store_dv<Reverse>(r, a, sequence, head, first_value);
+    if (threadIdx.x == Forward::kThreads) store_y<Reverse>(r, a, sequence, head, first_value);
   } else {
     if (warp < 4) walk<Forward>(f, pass, sequence, n, head, first_value);
     if (threadIdx.x == Forward::kHelpers) load<Forward>(f, maps.tokens, pass, sequence, head, first_value);
@@ -413,7 +426,7 @@ int backward_passes_sm90<Tag, kKeyDim, kChannelGate>::run(const BackwardPassesAr
   const int64_t tiles = (in.value_dim + kImageColumns - 1) / kImageColumns;
   const int64_t grid = (args.forward_walk ? 2 : 1) * in.sequences * in.value_heads * tiles;
   if (grid > std::numeric_limits<int>::max()) return cudaErrorInvalidConfiguration;
-  kernel<<<static_cast<unsigned>(grid), Forward::kThreads, kShared, static_cast<cudaStream_t>(stream)>>>(
+  kernel<<<static_cast<unsigned>(grid), Reverse::kThreads, kShared, static_cast<cudaStream_t>(stream)>>>(
       maps, args, static_cast<int>(tiles));
   return cudaGetLastError();
 }

@@ -391,42 +391,43 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   auto& s = shared_storage<typename Traits::Storage>();
   const InputsSm90& in = args.in;
   wait_for_end_of_walk();
-  GradientPlace place;
-  const bool inside = place.find(args);
   const int wg = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32, quad = lane % 4;
-
-  if (!inside) {
-    if (args.rate_parts == nullptr) return;
-    if (lane == 0) args.rate_parts[place.part(in, 8, 4 * wg + warp)] = 0.f;
-    const int64_t part = place.part(in, 4, warp) * in.key_dim;
-    for (int c = 64 * wg + lane; c < min(64 * wg + 64, static_cast<int>(in.key_dim)); c += 32)
-      args.bias_parts[part + c] = 0.f;
-    return;
-  }
-  const int value_images = place.value_images;
-  const ChunkRows& rows = args.rows[place.chunk];
-  const float* G = args.G + place.chunk * kRows * kKeyDim;
 
   if (threadIdx.x == 0) {
     for (uint64_t* barrier : {&s.qk_here, &s.values_here, &s.state_here, &s.d_state_here})
       Barrier::init(barrier, 1);
     cutlass::arch::fence_barrier_init();
-    s.place = place;
-    const int head_k = static_cast<int>(place.head_k);
+    s.place.find(args);
+  }
+  __syncthreads();
+  const GradientPlace& z = s.place;
+  if (!z.inside) {
+    if (args.rate_parts == nullptr) return;
+    if (lane == 0) args.rate_parts[z.part(in, 8, 4 * wg + warp)] = 0.f;
+    const int64_t part = z.part(in, 4, warp) * in.key_dim;
+    for (int c = 64 * wg + lane; c < min(64 * wg + 64, static_cast<int>(in.key_dim)); c += 32)
+      args.bias_parts[part + c] = 0.f;
+    return;
+  }
+  const int value_images = z.value_images;
+  const ChunkRows& rows = args.rows[z.chunk];
+  const float* G = args.G + z.chunk * kRows * kKeyDim;
+
+  if (threadIdx.x == 0) {
+    const int head_k = static_cast<int>(z.head_k);
     Barrier::arrive_and_expect_tx(&s.qk_here, 2 * Traits::kTile * 2);
-    load_tokens<kKeyDim>(maps.k, &s.qk_here, s.k, 0, place.token, head_k, place.sequence.batch);
-    load_tokens<kKeyDim>(maps.q, &s.qk_here, s.q, 0, place.token, head_k, place.sequence.batch);
-    load_values(s, maps, args, place);
+    load_tokens<kKeyDim>(maps.k, &s.qk_here, s.k, 0, z.token, head_k, z.sequence.batch);
+    load_tokens<kKeyDim>(maps.q, &s.qk_here, s.q, 0, z.token, head_k, z.sequence.batch);
+    load_values(s, maps, args, z);
   }
   if (threadIdx.x < kRows) {
     s.beta[threadIdx.x] = rows.beta[threadIdx.x];
     s.k_norm[threadIdx.x] = rows.k_norm[threadIdx.x];
     s.q_norm[threadIdx.x] = rows.q_norm[threadIdx.x];
   }
-  const Element* v = place.value_row<Element>(in, rows, threadIdx.x / 4);
+  const Element* v = z.value_row<Element>(in, rows, threadIdx.x / 4);
   __syncthreads();
-  const GradientPlace& z = s.place;  // frees registers
   Barrier::wait(&s.qk_here, 0);
   Barrier::wait(&s.values_here, 0);
   asm volatile("" ::: "memory");

@@ -9,6 +9,8 @@
 // decay across t. dS takes the place of dO and Y, E and F that of S.
 #pragma once
 
+#include <cute/arch/copy_sm80.hpp>
+
 #include "delta/chunk_sm90.cuh"
 #include "delta/sm90_bwd.h"
 
@@ -19,13 +21,16 @@ constexpr float kLeastDivisor = 1.f / 64;
 
 // ---- Which chunk ----
 
-// The walk goes from the last chunk of every sequence to the first, and announces chunks faster than the SMs
-// that it leaves free can take them. So CTAs first take `early` of the n, evenly spread and close behind the walk, while
-// the L2 cache still has what it wrote; then the others, those it wrote last first. Returns the number of chunks behind
-// the `which`-th that is taken.
-__device__ __forceinline__ int64_t behind_in_order(int64_t which, int64_t early, int64_t n) {
-  if (which < early) return ((which + 1) * n + early - 1) / early - 1;
-  return (n - 1 - which) * n / (n - early);
+// The walk goes from the last chunk of a sequence to the first, and announces chunks faster than the SMs that it
+// leaves free can take them. So CTAs first take `early` of every 16, evenly spread and close behind the walk, while the
+// L2 cache still has what it wrote; then the others, those it wrote last first. Returns how many of the n chunks the
+// walk has done before the `which`-th that is taken.
+__device__ __forceinline__ uint32_t done_before(uint32_t which, uint32_t early, uint32_t n) {
+  const uint32_t groups = n / 16, late = 16 - early;
+  if (which < groups * early) return which / early * 16 + ((which % early + 1) * 16 + early - 1) / early - 1;
+  const uint32_t left = n - 1 - which;
+  if (left < groups * late) return left / late * 16 + left % late * 16 / late;
+  return left + groups * early;
 }
 
 // A CTA has a slot, a value head and a block of its values.
@@ -36,22 +41,24 @@ struct GradientPlace {
   int64_t first_row, row;  // in [B, T, HV, blocks]: the first token, and from one to the next
   int64_t first_image;     // of this block, among images of values; with keys, one per 64 of them
   int valid, value_images;
+  bool inside;  // else there is no such chunk
 
-  __device__ __forceinline__ bool find(const ChunkGradientArgs& args) {
+  __device__ __forceinline__ void find(const ChunkGradientArgs& args) {
     const InputsSm90& in = args.in;
+    const bool packed = in.cu_seqlens != nullptr;
     const int64_t tiles = (in.value_dim + kImageColumns - 1) / kImageColumns;
     const auto value_heads = static_cast<uint32_t>(in.value_heads);
     const uint32_t block_count = static_cast<uint32_t>(tiles + 1) / 2, index = blockIdx.x / block_count;
+    const uint32_t h = index % value_heads, rest = index / value_heads;
+    const uint32_t sequences = packed ? 1u : static_cast<uint32_t>(in.sequences), n = rest % sequences;
+    const uint32_t slots = gridDim.x / (block_count * value_heads * sequences);  // of a sequence, or packed of all
     blocks = block_count;
     block = blockIdx.x % block_count;
-    const uint32_t h = index % value_heads, rest = index / value_heads;
     head = h;
     head_k = h / (value_heads / static_cast<uint32_t>(in.heads));
-    const auto sequences = in.cu_seqlens == nullptr ? static_cast<uint32_t>(in.sequences) : 1u;
-    const int64_t n = gridDim.x / (block_count * value_heads * sequences);  // slots of a sequence, or all of them
-    slot = (rest % sequences + 1) * n - 1 - behind_in_order(rest / sequences, args.early, n);
+    slot = (n + 1) * slots - 1 - done_before(rest / sequences, args.early, slots);
     chunk = slot * in.value_heads + head;
-    sequence = sequence_of(in, sequence_at_slot(in, slot));
+    sequence = sequence_of(in, packed ? sequence_at_slot(in, slot) : n);
     const int64_t first = (slot - sequence.first_slot) * kRows;
     token = sequence.begin + first;
     row = in.value_heads * blocks;
@@ -59,7 +66,7 @@ struct GradientPlace {
     value_images = static_cast<int>(min(tiles - 2 * block, static_cast<int64_t>(2)));
     first_image = chunk * tiles + 2 * block;
     valid = static_cast<int>(min(static_cast<int64_t>(kRows), sequence.length - first));
-    return first >= 0 && first < sequence.length;
+    inside = first >= 0 && first < sequence.length;
   }
   // Index of a token of the chunk in [B, T, HV].
   __device__ __forceinline__ int64_t token_head(const InputsSm90& in, int i) const {
@@ -105,6 +112,7 @@ struct ChunkGradientTraits {
     float dA_Abar[kRows], y_vnew[kRows], y_v[kRows];
     float through[8];
     float q_dq[2][kRows], k_dk[2][kRows];
+    alignas(16) ChunkRows rows;
   };
   struct Storage {
     alignas(1024) Element q[kTile];  // in the end dq on the way out, as dk in K
@@ -454,24 +462,42 @@ __device__ __forceinline__ void finish_rows(const ChunkGradientArgs& args, const
   store_gradient(k, warp, dk, static_cast<Element*>(args.dk) + out, stride, z.valid, columns);
 }
 
-// One warp, two tokens per lane: dbeta and dg from the sums, and through the activations of beta and gate.
+// One warp, two tokens per lane: dbeta from the sums, and through the activation.
 template <class Sums>
-__device__ __forceinline__ void finish_tokens(const ChunkGradientArgs& a, const GradientPlace& z,
-                                              const Sums& sums, const ChunkRows& rows) {
+__device__ __forceinline__ void finish_beta(const ChunkGradientArgs& a, const GradientPlace& z,
+                                            const Sums& sums) {
   const InputsSm90& in = a.in;
+  CUTE_UNROLL
+  for (int i = threadIdx.x % 32; i < kRows; i += 32) {
+    if (i >= z.valid) continue;
+    const float beta = sums.rows.beta[i], k_dot = sums.k_dot[0][i] + sums.k_dot[1][i];
+    // V'_i / beta_i is the error r_i against the memory just before token i, and dbeta_i = Y_i . r_i.
+    float dbeta = fabsf(beta) >= kLeastDivisor ? sums.y_vnew[i] / beta
+                                               : sums.y_v[i] + sums.rows.k_read[i] * k_dot + sums.dA_Abar[i];
+    if (in.beta_activation != BetaActivation::kNone) {
+      const float top = in.beta_activation == BetaActivation::kSigmoid2 ? 2.f : 1.f;
+      dbeta *= beta * (1.f - beta / top);
+    }
+    a.dbeta[z.first_row + i * z.row] = dbeta;
+  }
+}
+
+// One warp, two tokens per lane: dg from the sums, and through the activation.
+template <class Sums>
+__device__ __forceinline__ void finish_gate(const ChunkGradientArgs& a, const GradientPlace& z,
+                                            const Sums& sums) {
+  if (a.dg == nullptr) return;
+  const InputsSm90& in = a.in;
+  const ChunkRows& rows = sums.rows;
   const int lane = threadIdx.x % 32;
   constexpr uint32_t kAll = 0xffffffffu;
-  float enter[2], leave[2], dbeta[2];
+  float enter[2], leave[2];
   CUTE_UNROLL
   for (int e = 0; e < 2; ++e) {
     const int i = 2 * lane + e;
-    const float beta = rows.beta[i], k_read = rows.k_read[i];
     const float k_dot = sums.k_dot[0][i] + sums.k_dot[1][i];
-    enter[e] = rows.q_read[i] * (sums.q_dot[0][i] + sums.q_dot[1][i]) + beta * k_read * k_dot;
+    enter[e] = rows.q_read[i] * (sums.q_dot[0][i] + sums.q_dot[1][i]) + rows.beta[i] * rows.k_read[i] * k_dot;
     leave[e] = rows.k_write[i] * (sums.t_dot[0][i] + sums.t_dot[1][i]);
-    // V'_i / beta_i is the error r_i against the memory just before token i, and dbeta_i = Y_i . r_i.
-    dbeta[e] =
-        fabsf(beta) >= kLeastDivisor ? sums.y_vnew[i] / beta : sums.y_v[i] + k_read * k_dot + sums.dA_Abar[i];
   }
   // Readers from t on, sources before t.
   float from = enter[0] + enter[1], before = leave[0] + leave[1];
@@ -496,14 +522,6 @@ __device__ __forceinline__ void finish_tokens(const ChunkGradientArgs& a, const 
   for (int e = 0; e < 2; ++e) {
     const int i = 2 * lane + e;
     if (i >= z.valid) continue;
-    const int64_t at = z.first_row + i * z.row;
-    const float beta = rows.beta[i];
-    if (in.beta_activation != BetaActivation::kNone) {
-      const float top = in.beta_activation == BetaActivation::kSigmoid2 ? 2.f : 1.f;
-      dbeta[e] *= beta * (1.f - beta / top);
-    }
-    a.dbeta[at] = dbeta[e];
-    if (a.dg == nullptr) continue;
     float pairs = 0.f;
     CUTE_UNROLL
     for (int w = 0; w < 8; ++w) pairs += sums.pairs[w][i];
@@ -523,7 +541,7 @@ __device__ __forceinline__ void finish_tokens(const ChunkGradientArgs& a, const 
       }
       d_bias += da;
     }
-    a.dg[at] = da;
+    a.dg[z.first_row + i * z.row] = da;
   }
   if (a.rate_parts == nullptr) return;
   CUTE_UNROLL
@@ -550,30 +568,33 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
   auto& s = shared_storage<typename Traits::Storage>();
   const InputsSm90& in = args.in;
   wait_for_end_of_walk();
-  GradientPlace place;
-  if (!place.find(args)) {
-    if (args.rate_parts != nullptr && threadIdx.x == 0)
-      args.rate_parts[place.part(in, 1, 0)] = args.bias_parts[place.part(in, 1, 0)] = 0.f;
-    return;
-  }
   const int wg = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x % 128 / 32, 0);
   const int lane = threadIdx.x % 32, quad = lane % 4;
-  const int value_images = place.value_images;
-  const ChunkRows& rows = args.rows[place.chunk];
 
   if (threadIdx.x == 0) {
     for (uint64_t* barrier : {&s.qk_here, &s.values_here, &s.state_here, &s.d_state_here})
       Barrier::init(barrier, 1);
     cutlass::arch::fence_barrier_init();
-    s.place = place;
-    const int head_k = static_cast<int>(place.head_k);
+    s.place.find(args);
+  }
+  __syncthreads();
+  const GradientPlace& z = s.place;
+  if (!z.inside) {
+    if (args.rate_parts != nullptr && threadIdx.x == 0)
+      args.rate_parts[z.part(in, 1, 0)] = args.bias_parts[z.part(in, 1, 0)] = 0.f;
+    return;
+  }
+  const int value_images = z.value_images;
+  const ChunkRows& rows = args.rows[z.chunk];
+  if (threadIdx.x == 0) {
+    const int head_k = static_cast<int>(z.head_k);
     Barrier::arrive_and_expect_tx(&s.qk_here, 2 * Traits::kTile * 2 + 2 * kRows * 4);
-    load_tokens<Traits::kKeyDim>(maps.k, &s.qk_here, s.k, 0, place.token, head_k, place.sequence.batch);
-    load_tokens<Traits::kKeyDim>(maps.q, &s.qk_here, s.q, 0, place.token, head_k, place.sequence.batch);
+    load_tokens<Traits::kKeyDim>(maps.k, &s.qk_here, s.k, 0, z.token, head_k, z.sequence.batch);
+    load_tokens<Traits::kKeyDim>(maps.q, &s.qk_here, s.q, 0, z.token, head_k, z.sequence.batch);
     copy_in(s.G, rows.G, kRows * 4, &s.qk_here);
     copy_in(s.k_norm, rows.k_norm, kRows * 4, &s.qk_here);
-    load_values(s, maps, args, place);
+    load_values(s, maps, args, z);
   }
   // This thread's rows of every accumulator: 16 warp + lane / 4 and + 8.
   const int row0 = 16 * warp + lane / 4;
@@ -583,9 +604,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
     beta[h] = rows.beta[row0 + 8 * h];
     left_norm[h] = wg == 0 ? rows.k_norm[row0 + 8 * h] : rows.q_norm[row0 + 8 * h];
   }
-  const Element* v = place.value_row<Element>(in, rows, threadIdx.x / 4);
-  __syncthreads();
-  const GradientPlace& z = s.place;  // frees registers
+  const Element* v = z.value_row<Element>(in, rows, threadIdx.x / 4);
   Barrier::wait(&s.qk_here, 0);
   Barrier::wait(&s.values_here, 0);
   asm volatile("" ::: "memory");
@@ -698,6 +717,11 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
     for (int x = 0; x < size(dk); ++x) dk(x) += decay[x % 4 / 2] * to_end(x);
   }
   __syncthreads();  // S and dS are free
+  if (threadIdx.x < sizeof(ChunkRows) / 16) {
+    SM80_CP_ASYNC_CACHEGLOBAL<uint128_t>::copy(reinterpret_cast<const uint128_t*>(&rows)[threadIdx.x],
+                                               reinterpret_cast<uint128_t*>(&s.sums.rows)[threadIdx.x]);
+    cp_async_fence();
+  }
 
   // 4. E and F in both orientations, as left operands; their columns carry the norms of what they multiply.
   {
@@ -733,17 +757,18 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
   if (threadIdx.x % 4 == 0) s.sums.y_v[threadIdx.x / 4] = y_v;
   *reinterpret_cast<float2*>(&s.sums.pairs[threadIdx.x / 32][column_after_sum()]) = pairs;
   if (lane == 0) s.sums.through[threadIdx.x / 32] = through;
+  cp_async_wait<0>();
   __syncthreads();
   multiply<false, Features>(mma_features, s.f, k_image, dq);
   multiply<false, Features>(mma_features, s.e, k_image, dk);
   multiply<false, Features>(mma_features, s.e_t, k_image, dk);
   multiply<false, Features>(mma_features, s.f_t, q_image, dk);
-  if (threadIdx.x / 32 == 0) finish_tokens(args, z, s.sums, rows);
+  if (warp == 0) wg == 0 ? finish_beta(args, z, s.sums) : finish_gate(args, z, s.sums);
   float q_norm[2], k_norm[2];
   CUTE_UNROLL
   for (int h = 0; h < 2; ++h) {
-    q_norm[h] = rows.q_norm[row0 + 8 * h];
-    k_norm[h] = rows.k_norm[row0 + 8 * h];
+    q_norm[h] = s.sums.rows.q_norm[row0 + 8 * h];
+    k_norm[h] = s.sums.rows.k_norm[row0 + 8 * h];
   }
   warpgroup_wait<0>();
   scale_rows(dq, q_norm[0], q_norm[1]);

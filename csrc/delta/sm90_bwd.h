@@ -76,7 +76,7 @@ struct ChunkGradientArgs {
   // Null: the walks are over. Else the launch may begin when the last CTA of theirs has, and a chunk waits for what
   // this announces (see BackwardPassesArgs); states and v_new are there already.
   const int* announced;
-  int64_t early;  // of the chunks of a sequence (packed: of all slots), how many to take while the walk is on
+  uint32_t early;  // so many of 16 chunks are taken while the walk is on
   // One value head per key head and one block: dq and dk [B, T, H, K] contiguous. Else *_heads: [B, T, HV,
   // blocks, K] contiguous, gradients of what is normalised, times the factor of the norm.
   void *dq, *dk;
