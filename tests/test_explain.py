@@ -304,6 +304,9 @@ def test_delta_rule_names_its_backend(
         assert (found.because is not None) == (name == "portable")
         assert (found.refused is not None) == (name is None)
     assert ("portable kernels: " in str(told)) == ("portable" in (forward, backward))
+    if backward == "hopper":
+        again = explain(delta_rule, q, q, v, beta, architecture=architecture, recompute=True)
+        assert again.backward.kernels == told.forward.kernels + told.backward.kernels
     if architecture == "sm_90" and dtype != torch.float64 and K <= 256:
         named = explain(delta_rule, q, q, v, beta, architecture=architecture, backend="portable")
         assert named.forward == Pass("portable", ("prepare_sm80", "walk_sm80"))

@@ -24,14 +24,14 @@ struct BackwardInstances {
   using Key = InstancesSm90::Key;
   template <class Args>
   using Entry = InstancesSm90::Entry<Args>;
-  std::vector<Entry<BackwardPassesArgs>> passes;
+  std::vector<Entry<ReversePassArgs>> reverse;
   std::vector<Entry<ChunkGradientArgs>> gradient;
   std::vector<Entry<FinishGradientArgs>> finish;
 
   template <class Tag, int kKeys, bool kChannelGate>
-  void add(backward_passes_sm90<Tag, kKeys, kChannelGate>*) {
-    using Kernel = backward_passes_sm90<Tag, kKeys, kChannelGate>;
-    passes.push_back({{std::is_same_v<Tag, bf16>, kKeys, kChannelGate}, &Kernel::run});
+  void add(reverse_pass_sm90<Tag, kKeys, kChannelGate>*) {
+    using Kernel = reverse_pass_sm90<Tag, kKeys, kChannelGate>;
+    reverse.push_back({{std::is_same_v<Tag, bf16>, kKeys, kChannelGate}, &Kernel::run});
   }
   template <class Tag, int kKeys>
   void add(chunk_gradient_sm90<Tag, kKeys>*) {
@@ -59,7 +59,7 @@ struct BackwardInstances {
 
 struct BackwardChoice {
   KernelChoice prepare;
-  int (*passes)(const BackwardPassesArgs&, void*);
+  int (*reverse)(const ReversePassArgs&, void*);
   int (*gradient)(const ChunkGradientArgs&, void*);
   int (*finish)(const FinishGradientArgs&, void*);
 };
@@ -71,11 +71,12 @@ BackwardChoice choose_backward(const char* op, const Inputs& x) {
   static const BackwardInstances instances;
   const bool is_bf16 = x.q.scalar_type() == ScalarType::BFloat16;
   const InstancesSm90::Key key{is_bf16, kKeyDim, x.channel_gate};
-  BackwardChoice choice{{key, InstancesSm90::find(InstancesSm90::all().prepare, key), nullptr},
-                        InstancesSm90::find(instances.passes, key),
+  BackwardChoice choice{{key, InstancesSm90::find(InstancesSm90::all().prepare, key),
+                         InstancesSm90::find(InstancesSm90::all().state_pass, key)},
+                        InstancesSm90::find(instances.reverse, key),
                         InstancesSm90::find(instances.gradient, key),
                         InstancesSm90::find(instances.finish, {is_bf16, 0, false})};
-  STD_TORCH_CHECK(choice.prepare.prepare && choice.passes && choice.gradient && choice.finish, op,
+  STD_TORCH_CHECK(choice.prepare.prepare && choice.prepare.state_pass && choice.reverse && choice.gradient && choice.finish, op,
                   ": this build lacks a kernel for it");
   return choice;
 }
@@ -83,15 +84,14 @@ BackwardChoice choose_backward(const char* op, const Inputs& x) {
 // ---- Plan ----
 
 // On an H100, in microseconds: a chunk of the walk, and a chunk of the gradient on an SM of its own.
-constexpr double kWalkUs = 1.7, kGradientUs = 10.5, kChannelGradientUs = 39;
+constexpr double kWalkUs = 2, kGradientUs = 10.5, kChannelGradientUs = 39;
 
 // How many of 16 chunks the SMs that the walk leaves free can take meanwhile.
 uint32_t early_chunks(const InputsSm90& in, int64_t sms) {
-  const int64_t tiles = (in.value_dim + kImageColumns - 1) / kImageColumns;
-  const int64_t chains = in.sequences * in.value_heads, free = std::max<int64_t>(0, sms - chains * tiles);
+  const int64_t walks = in.sequences * in.value_heads * value_blocks(in);
   double us = in.channel_gate ? kChannelGradientUs : kGradientUs;
   if (const char* e = std::getenv("NEARFIELD_EARLY")) us /= std::atof(e);
-  const double share = static_cast<double>(free) * kWalkUs / (us * static_cast<double>(chains * value_blocks(in)));
+  const double share = static_cast<double>(std::max<int64_t>(0, sms - walks)) * kWalkUs / (us * static_cast<double>(walks));
   return static_cast<uint32_t>(std::min(16., 16 * share));
 }
 
@@ -146,32 +146,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> delta
     if (given) check_kept(op, *kept, q, kept_bytes);
     const KeptSm90 start(in, given ? kept->mutable_data_ptr() : scratch.bytes(q, kept_bytes));
     void* stream = current_stream(q);
-    if (!given) check_launch(op, choice.prepare.prepare({in, start.chunks}, stream));
+    if (!given) {
+      check_launch(op, choice.prepare.prepare({in, start.chunks}, stream));
+      StatePassArgs pass{in, start.chunks};
+      pass.states = start.states, pass.v_new = start.v_new;
+      check_launch(op, choice.prepare.state_pass(pass, stream));
+    }
 
     const int64_t chunks = ChunkSlots(in).total * x.HV;
     const int64_t value_bytes = chunks * ((x.V + kImageColumns - 1) / kImageColumns) * kImage * 2;
-    BackwardPassesArgs passes{in, start.chunks};
-    passes.d_o = rows<void>(*d_o);
-    passes.d_final = data_or_null<float>(d_final);
-    passes.forward_walk = !given;
-    passes.states = start.states, passes.v_new = start.v_new;
-    passes.d_states = scratch.bytes(q, value_bytes * (kKeyDim / kImageColumns));
-    passes.y = scratch.bytes(q, value_bytes);
-    passes.dv = dv.mutable_data_ptr();
-    passes.d_initial = float_or_null(defined(initial_state), d_initial);
-    if (given && !std::getenv("NEARFIELD_SERIAL")) {
-      const int64_t count = value_bytes / (kImage * 2);
-      scratch.memory.push_back(new_zeros(q, {count}, ScalarType::Int));
-      passes.announced = static_cast<int*>(scratch.memory.back().mutable_data_ptr());
-    }
-    check_launch(op, choice.passes(passes, stream));
+    ReversePassArgs pass{in, start.chunks};
+    pass.d_o = rows<void>(*d_o);
+    pass.d_final = data_or_null<float>(d_final);
+    pass.d_states = scratch.bytes(q, value_bytes * (kKeyDim / kImageColumns));
+    pass.y = scratch.bytes(q, value_bytes);
+    pass.dv = dv.mutable_data_ptr();
+    pass.d_initial = float_or_null(defined(initial_state), d_initial);
+    scratch.memory.push_back(new_zeros(q, {value_bytes / (kImage * 2)}, ScalarType::Int));
+    pass.announced = static_cast<int*>(scratch.memory.back().mutable_data_ptr());
+    check_launch(op, choice.reverse(pass, stream));
 
     ChunkGradientArgs gradient{in, start.chunks.rows, start.chunks.G};
-    gradient.d_o = passes.d_o;
-    gradient.y = passes.y, gradient.v_new = passes.v_new;
-    gradient.announced = passes.announced;
-    if (given) gradient.early = early_chunks(in, device_info(q.get_device_index()).num_sms);
-    gradient.states = passes.states, gradient.d_states = passes.d_states;
+    gradient.d_o = pass.d_o;
+    gradient.y = pass.y, gradient.v_new = start.v_new;
+    gradient.announced = pass.announced;
+    gradient.early = early_chunks(in, device_info(q.get_device_index()).num_sms);
+    gradient.states = start.states, gradient.d_states = pass.d_states;
     gradient.dq = dq.mutable_data_ptr(), gradient.dk = dk.mutable_data_ptr();
     const int64_t blocks = value_blocks(in), rows_of_blocks = x.B * x.T * x.HV * blocks;
     if (x.HV != x.H || blocks > 1) {

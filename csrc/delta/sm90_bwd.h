@@ -1,5 +1,5 @@
-// The contract of the Hopper kernels of the backward; continues sm90.h. Order: prepare, backward passes,
-// chunk gradient, finish. Symbols: README.md.
+// The contract of the Hopper kernels of the backward; continues sm90.h. Order: what the
+// forward keeps (or prepare and state pass), reverse pass, chunk gradient, finish. Symbols: README.md.
 #pragma once
 
 #include "delta/sm90.h"
@@ -37,27 +37,22 @@ struct KeptSm90 {
   }
 };
 
-struct BackwardPassesArgs {
+struct ReversePassArgs {
   InputsSm90 in;
   ChunkScratch scratch;
   Rows<void> d_o;        // [B, T, HV, V], readable like v
   const float* d_final;  // like initial_state, or null: zero
-  bool forward_walk;     // else states and v_new are there already
-  // Left by the pass from first to last chunk: see StatePassArgs.
-  void *states, *v_new;
-  // Left by the pass from last to first chunk.
-  void* d_states;    // like states: gradient of the state after the chunk
-  void* y;           // like v_new: Y
-  void* dv;          // [B, T, HV, V] contiguous: the result
-  float* d_initial;  // like initial_state, or null
-  int* announced;    // [slot][value head][V / 64], zeros: set to 1 when dS and Y are in memory; or null
+  void* d_states;        // like StatePassArgs.states: gradient of the state after the chunk
+  void* y;               // like StatePassArgs.v_new: Y
+  void* dv;              // [B, T, HV, V] contiguous: the result
+  float* d_initial;      // like initial_state, or null
+  int* announced;        // [slot][value head][V / 64], zeros: set to 1 when d_states and y are in memory
 };
 
-// The walk that carries the gradients of the states. With forward_walk, other CTAs of the same launch recompute
-// the states: the two need nothing from each other.
+// The walk over the chunks of a sequence from the last to the first. One CTA per (sequence, value head, 128 values).
 template <class Tag, int kKeyDim, bool kChannelGate>
-struct backward_passes_sm90 {
-  static int run(const BackwardPassesArgs& args, void* stream);
+struct reverse_pass_sm90 {
+  static int run(const ReversePassArgs& args, void* stream);
 };
 
 // The chunk gradient is a sum over values. Blocks of them are treated as value heads of their own, and summed
@@ -73,8 +68,8 @@ struct ChunkGradientArgs {
   const float* G;            // ChunkScratch.G: with a gate per channel
   Rows<void> d_o;            // [B, T, HV, V]
   const void *y, *v_new, *states, *d_states;  // as the walks leave them
-  // Null: the walks are over. Else the launch may begin when the last CTA of theirs has, and a chunk waits for what
-  // this announces (see BackwardPassesArgs); states and v_new are there already.
+  // The launch may begin when the last CTA of the reverse pass has; a chunk waits for what this announces (see
+  // ReversePassArgs). states and v_new are there already.
   const int* announced;
   uint32_t early;  // so many of 16 chunks are taken while the walk is on
   // One value head per key head and one block: dq and dk [B, T, H, K] contiguous. Else *_heads: [B, T, HV,

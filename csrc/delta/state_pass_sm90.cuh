@@ -302,14 +302,14 @@ __device__ void mix(typename Traits::Storage& s, const StatePassArgs& a, const S
 
 // Rows of a token tile past the end of the sequence belong to the next one, or are padding that may hold NaN.
 template <class Element>
-__device__ __forceinline__ void clear_rows(Element* images, int count, int valid) {
+__device__ __forceinline__ void clear_rows(Element* images, int count, int valid, uint32_t barrier = 2) {
   const int pieces = (kRows - valid) * (kImageColumns / 8);
   for (int c = 0; c < count; ++c) {
     auto* first = reinterpret_cast<uint4*>(images + c * kImage + valid * kImageColumns);
     for (int i = threadIdx.x % 128; i < pieces; i += 128) first[i] = uint4{0, 0, 0, 0};
   }
   cutlass::arch::fence_view_async_shared();
-  cutlass::arch::NamedBarrier::sync(128, 2);
+  cutlass::arch::NamedBarrier::sync(128, barrier);
 }
 
 // Calls f(index in the accumulator, value, key) for what this thread holds of S^T.

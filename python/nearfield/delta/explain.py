@@ -3,7 +3,7 @@ asks too."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -12,7 +12,7 @@ from nearfield.delta import op
 
 _KERNELS = {
     ("hopper", False): ("prepare_sm90", "state_pass_sm90"),
-    ("hopper", True): ("prepare_sm90", "backward_passes_sm90", "{gradient}", "finish_gradient_sm90"),
+    ("hopper", True): ("reverse_pass_sm90", "{gradient}", "finish_gradient_sm90"),
     ("portable", False): ("prepare_sm80", "walk_sm80"),
     ("portable", True): ("prepare_sm80", "walk_sm80", "gradient_sm80"),
 }
@@ -60,6 +60,7 @@ def _explain_delta_rule(
     beta: Tensor,
     g: Tensor | None = None,
     *,
+    recompute: bool = False,
     backend: str | None = None,
     **options: object,
 ) -> DeltaExplanation:
@@ -71,6 +72,8 @@ def _explain_delta_rule(
         return DeltaExplanation("delta_rule", architecture, shapes, Pass("cpu"), Pass("cpu"))
     capability = int(architecture.removeprefix("sm_"))
     forward, backward = (_pass(q, k, v, beta, g, capability, way, backend) for way in (False, True))
+    if backward.backend == "hopper" and (recompute or forward.backend != "hopper"):
+        backward = replace(backward, kernels=_KERNELS["hopper", False] + backward.kernels)
     return DeltaExplanation("delta_rule", architecture, shapes, forward, backward)
 
 

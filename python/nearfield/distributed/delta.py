@@ -103,23 +103,23 @@ class _Spans(torch.autograd.Function):
         state = initial_state
         for N_span, M_span in _gather_pairs(N, M, group)[: dist.get_rank(group)]:
             state = N_span if state is None else N_span + M_span @ state
-        o, final = torch.ops.nearfield.delta_fwd(
-            q, k, v, beta, g, state, A_log, dt_bias, None, *options, True
-        )
-        ctx.save_for_backward(q, k, v, beta, g, state, A_log, dt_bias, M)
+        ops = torch.ops.nearfield
+        forward = ops.delta_fwd_kept if any(ctx.needs_input_grad) else ops.delta_fwd
+        o, final, *kept = forward(q, k, v, beta, g, state, A_log, dt_bias, None, *options, True)
+        ctx.save_for_backward(q, k, v, beta, g, state, A_log, dt_bias, M, *kept)
         ctx.options, ctx.group = options, group
         return o, final
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_o: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
-        *inputs, M = ctx.saved_tensors
+        *inputs, M, kept = ctx.saved_tensors
         if d_o is None:
             d_o = torch.zeros_like(inputs[2])
 
         def gradients(d_state: Tensor | None) -> tuple[Tensor, ...]:
             grads: tuple[Tensor, ...] = torch.ops.nearfield.delta_bwd(
-                d_o, d_state, *inputs, None, *ctx.options
+                d_o, d_state, *inputs, None, *ctx.options, None, kept
             )
             return grads
 

@@ -46,6 +46,9 @@ class DeltaLayer(nn.Module):
     ``[B, T, dim]``.
     """
 
+    recompute = False
+    """Set it to True to save memory in training on a Hopper GPU, as in :func:`nearfield.delta_rule`."""
+
     def __init__(
         self,
         dim: int,
@@ -134,7 +137,7 @@ class DeltaLayer(nn.Module):
             o, state = delta_rule(
                 q, k, v, beta, **decay, use_qk_l2norm=True, beta_activation=self.beta_activation,
                 initial_state=None if cache is None else cache.state, output_final_state=cache is not None,
-                cu_seqlens=cu_seqlens,
+                cu_seqlens=cu_seqlens, recompute=self.recompute,
             )  # fmt: skip
             if cache is not None and state is not None:
                 cache.state = state.detach()
