@@ -75,15 +75,19 @@ struct StepWork {
   bool possible;              // the length lies in [0, n]
 
   __device__ __forceinline__ explicit StepWork(const StepArgs& args) {
-    const int group = static_cast<int>(args.heads / args.kv_heads);
-    int64_t rest = blockIdx.x;
-    i = rest % args.m;
-    rest /= args.m;
-    const int g = static_cast<int>(rest % group);
-    rest /= group;
-    const int split = static_cast<int>(rest % args.splits);
-    rest /= args.splits;
-    kv_head = rest % args.kv_heads, b = rest / args.kv_heads, h = kv_head * group + g;
+    // 32-bit divisions: the grid fits, and a block waits for them before it can load anything.
+    const auto m = static_cast<uint32_t>(args.m), heads = static_cast<uint32_t>(args.kv_heads),
+               group = static_cast<uint32_t>(args.heads) / heads, splits = static_cast<uint32_t>(args.splits);
+    uint32_t rest = blockIdx.x;
+    const auto next = [&](uint32_t count) {
+      const uint32_t quotient = rest / count, remainder = rest - quotient * count;
+      rest = quotient;
+      return remainder;
+    };
+    i = next(m);
+    const uint32_t g = next(group);
+    const int split = static_cast<int>(next(splits));
+    kv_head = next(heads), b = rest, h = kv_head * group + g;
 
     int64_t length = args.n;
     if (args.lengths != nullptr) {
@@ -96,7 +100,7 @@ struct StepWork {
     end = static_cast<int>(last > 0 ? last : 0);
     begin = static_cast<int>(last > args.window ? last - args.window : 0);
     const int share =
-        ((end - begin + args.splits - 1) / args.splits + kStepTile - 1) / kStepTile * kStepTile;
+        (static_cast<int>((end - begin + splits - 1) / splits) + kStepTile - 1) / kStepTile * kStepTile;
     begin = min(begin + split * share, end);
     end = min(begin + share, end);
     num_tiles = (end - begin + kStepTile - 1) / kStepTile;
@@ -127,7 +131,7 @@ struct Sums {
   __device__ __forceinline__ float (&key_key(int n))[4] { return x[n]; }
   __device__ __forceinline__ float (&key_value(int n))[4] { return x[kD / 8 + n]; }
   __device__ __forceinline__ static int row(int e) {
-    return static_cast<int>(threadIdx.x) / 32 * 16 + threadIdx.x % 32 / 4 + e / 2 * 8;
+    return static_cast<int>(threadIdx.x) % kStepThreads<kD> / 32 * 16 + threadIdx.x % 32 / 4 + e / 2 * 8;
   }
   __device__ __forceinline__ static int column(int n, int e) { return 8 * n + threadIdx.x % 4 * 2 + e % 2; }
 };
@@ -136,8 +140,8 @@ struct Sums {
 struct Units {
   float top = -INFINITY, key = 1.f, value = 1.f;
 
-  // The first tile sets all three; later ones raise top where a score is much higher, and lower the scales where
-  // an operand would not fit.
+  // The first tile sets all three; later ones raise top where a score is much higher, and lower the scales
+  // where an operand would not fit.
   __device__ __forceinline__ Units next(bool first, bool higher, float score, float k, float v) const {
     return {higher ? score : top, first || k * key > kKeyLimit ? power_to(kKeyExponent, k) : key,
             first || v * value > kValueLimit ? power_to(kValueExponent, v) : value};
@@ -183,45 +187,70 @@ __device__ __forceinline__ void move_sums(Sums<kD, kDv>& sums, const UnitChange&
 // Shared memory of solve(): the columns of the elimination, and the right-hand side, which becomes x.
 template <int kD>
 struct System {
-  static constexpr int kRow = kD + 1;
+  static constexpr int kRow = kD + 2;
   float column[kD * kRow];  // column j of what was left at step j
   float x[kD];
+  float second[2]
+              [kD + 2];  // of a pair of columns, and its x, before the first is eliminated; pairs take turns
 };
 
+__device__ __forceinline__ float pivot_reciprocal(float x) {
+  float r;
+  asm("rcp.approx.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return x > 0.f ? r : NAN;
+}
+
 // Solves A x = b for a symmetric positive definite A, spread over the block like Sums::key_key. Elimination
-// with the matrix in registers: step j publishes column j, which by symmetry is also row j, and everybody
-// subtracts its multiple; elements of finished rows and columns become garbage that nothing reads. NaN if a
-// pivot is not positive.
+// with the matrix in registers, two columns at a time: a step publishes columns j and j + 1, which by
+// symmetry are also rows, and everybody subtracts its multiples of both; elements of finished rows and
+// columns become garbage that nothing reads. NaN if a pivot is not positive.
 template <int kD, int kDv>
 __device__ __forceinline__ void solve(Sums<kD, kDv>& a, System<kD>& s) {
   using S = Sums<kD, kDv>;
   constexpr int kRow = System<kD>::kRow;
-  const int lane = threadIdx.x % 32, row0 = S::row(0), row1 = S::row(2);
+  const int lane = threadIdx.x % 32, row[2] = {S::row(0), S::row(2)};
   __syncthreads();
-  float b0 = s.x[row0], b1 = s.x[row1];  // every lane of a row keeps its own copy
+  float b[2] = {s.x[row[0]], s.x[row[1]]};  // every lane of a row keeps its own copy
   __syncwarp();
 #pragma unroll
   for (int n = 0; n < kD / 8; ++n) {
 #pragma unroll 1
     for (int l = 0; l < 4; ++l) {
+      const int j = 8 * n + 2 * l;
+      float *v = s.column + j * kRow, *w = s.second[l % 2];
+      if (lane % 4 == l) {
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int j = 8 * n + 2 * l + e;
-        float* v = s.column + j * kRow;
-        if (lane % 4 == l) {
-          v[row0] = a.key_key(n)[e], v[row1] = a.key_key(n)[2 + e];
-          if (row0 == j) s.x[j] = b0;
-          if (row1 == j) s.x[j] = b1;
+        for (int h = 0; h < 2; ++h) {
+          v[row[h]] = a.key_key(n)[2 * h], w[row[h]] = a.key_key(n)[2 * h + 1];
+          if (row[h] == j) s.x[j] = b[h];
+          if (row[h] == j + 1) w[kD] = b[h];
         }
-        __syncthreads();
-        const float pivot = v[j], r = pivot > 0.f ? __frcp_rn(pivot) : NAN;
-        const float m0 = v[row0] * r, m1 = v[row1] * r, b = s.x[j];
-        b0 -= m0 * b, b1 -= m1 * b;
+      }
+      __syncthreads();
+      const float2 top = *reinterpret_cast<const float2*>(v + j);
+      const float r = pivot_reciprocal(top.x), share = top.y * r;  // of column j in the next
+      const float r_second = pivot_reciprocal(w[j + 1] - share * top.y);
+      const float b_first = s.x[j], b_second = w[kD];
+      float m[2], m_second[2];
 #pragma unroll
-        for (int c = n; c < kD / 8; ++c) {
-          const float low = v[S::column(c, 0)], high = v[S::column(c, 1)];
-          a.key_key(c)[0] -= m0 * low, a.key_key(c)[1] -= m0 * high;
-          a.key_key(c)[2] -= m1 * low, a.key_key(c)[3] -= m1 * high;
+      for (int h = 0; h < 2; ++h) {
+        const float left = w[row[h]] - share * v[row[h]];
+        if (lane % 4 == l) {
+          v[kRow + row[h]] = left;
+          if (row[h] == j + 1) s.x[j + 1] = b_second - share * b_first;
+        }
+        m_second[h] = left * r_second;
+        m[h] = v[row[h]] * r - m_second[h] * share;
+        b[h] -= m[h] * b_first + m_second[h] * b_second;
+      }
+#pragma unroll
+      for (int c = n; c < kD / 8; ++c) {
+        const float2 x = *reinterpret_cast<const float2*>(v + S::column(c, 0));
+        const float2 y = *reinterpret_cast<const float2*>(w + S::column(c, 0));
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          a.key_key(c)[2 * h] -= m[h] * x.x + m_second[h] * y.x;
+          a.key_key(c)[2 * h + 1] -= m[h] * x.y + m_second[h] * y.y;
         }
       }
     }
@@ -234,7 +263,7 @@ __device__ __forceinline__ void solve(Sums<kD, kDv>& a, System<kD>& s) {
 #pragma unroll
     for (int c = 0; c < kMine; ++c) {
       const int i = 32 * c + lane;
-      inverse[c] = __frcp_rn(s.column[i * kRow + i]);
+      inverse[c] = 1.f / s.column[i * kRow + i];
       z[c] = s.x[i] * inverse[c];
     }
 #pragma unroll
@@ -349,35 +378,54 @@ __device__ __forceinline__ void finish_split(const StepArgs& args, const StepWor
       *reinterpret_cast<float2*>(record + first) = {x[e], x[e + 1]};
     };
 #pragma unroll
-    for (int n = 0; n < kD / 8; ++n)
-      put(Record::kKeyKey + S::row(e) * kD + S::column(n, 0), sums.key_key(n));
+    for (int n = 0; n < kD / 8; ++n) put(Record::kKeyKey + S::row(e) * kD + S::column(n, 0), sums.key_key(n));
 #pragma unroll
     for (int n = 0; n < kDv / 8; ++n)
       put(Record::kKeyValue + S::row(e) * kDv + S::column(n, 0), sums.key_value(n));
   }
 }
 
-// Adds up the splits of a query, moved to the reference of the one with the highest score.
+// Adds up the splits of a query, moved to the reference of the one with the highest score. Few blocks, each
+// waiting for memory: so several groups of threads take splits in turn, and the first adds up and solves.
+template <int kD, int kDv>
+constexpr int kMergeGroups = kD + kDv <= 128 ? 4
+                             : kD < 128      ? 2
+                                             : 1;  // as many as the registers suffice for
+
+template <int kD, int kDv>
+struct MergeStorage {
+  static constexpr int kSmall = 2 * kD + kDv, kFloats = 4 * (kD / 8 + kDv / 8);  // of a thread
+  union {
+    float small[kMaxSplits][kSmall];  // delta, sum w k', sum w v
+    System<kD> system;
+  };
+  float others[std::max(kMergeGroups<kD, kDv> - 1, 1)][kFloats][kStepThreads<kD>];
+};
+
 template <class Tag, int kD, int kDv>
-__global__ void __launch_bounds__(kStepThreads<kD>)
+__global__ void __launch_bounds__(kMergeGroups<kD, kDv>* kStepThreads<kD>)
     merge_kernel(const __grid_constant__ StepArgs args) {
   using Record = Moments<kD, kDv>;
   using E = StepElement<Tag>;
   using Element = typename E::type;
   using S = Sums<kD, kDv>;
-  constexpr int kThreads = kStepThreads<kD>, kSmall = 2 * kD + kDv;
+  using Storage = MergeStorage<kD, kDv>;
+  constexpr int kThreads = kStepThreads<kD>, kGroups = kMergeGroups<kD, kDv>, kSmall = Storage::kSmall;
   extern __shared__ __align__(16) unsigned char storage[];
-  auto* small = reinterpret_cast<float*>(storage);  // [splits][delta, sum w k', sum w v]
+  auto& shared = *reinterpret_cast<Storage*>(storage);
+  const int thread = threadIdx.x % kThreads, turn = threadIdx.x / kThreads;
   __shared__ float sC[kD], sKeySum[kD], sValueSum[kDv];
   __shared__ float sTop[kMaxSplits], sSum[kMaxSplits], sFactor[kMaxSplits];
-  const int group = static_cast<int>(args.heads / args.kv_heads), splits = args.splits;
-  const int64_t i = blockIdx.x % args.m;
-  const int64_t h = blockIdx.x / args.m % args.heads, b = blockIdx.x / args.m / args.heads;
+  const int group = static_cast<int>(args.heads) / static_cast<int>(args.kv_heads), splits = args.splits;
+  const auto m = static_cast<uint32_t>(args.m), heads = static_cast<uint32_t>(args.heads);
+  const uint32_t head = blockIdx.x / m;
+  const int64_t i = blockIdx.x % m, h = head % heads, b = head / heads;
   const int64_t stride = static_cast<int64_t>(group) * args.m * Record::kFloats;  // from split to split
   const float* first =
-      args.moments +
-      ((b * args.kv_heads + h / group) * splits * group * args.m + h % group * args.m + i) * Record::kFloats;
-  for (int s = threadIdx.x; s < splits; s += kThreads) {
+      args.moments + ((b * args.kv_heads + static_cast<int>(h) / group) * splits * group * args.m +
+                      static_cast<int>(h) % group * args.m + i) *
+                         Record::kFloats;
+  for (int s = threadIdx.x; s < splits; s += kGroups * kThreads) {
     sTop[s] = first[s * stride + Record::kTop];
     sSum[s] = first[s * stride + Record::kSum];
   }
@@ -388,59 +436,76 @@ __global__ void __launch_bounds__(kStepThreads<kD>)
   const float top = sTop[best];
   if (!(top > -INFINITY)) {  // no visible key; an impossible length has left NaN
     auto* o = static_cast<Element*>(args.o) + ((b * args.m + i) * args.heads + h) * args.dv;
-    for (int c = threadIdx.x; c < args.dv; c += kThreads) o[c] = E::round(isnan(top) ? NAN : 0.f);
+    for (int c = threadIdx.x; c < args.dv; c += kGroups * kThreads) o[c] = E::round(isnan(top) ? NAN : 0.f);
     return;
   }
-  for (int s = threadIdx.x; s < splits; s += kThreads) sFactor[s] = exp2f(sTop[s] - top);
+  for (int s = threadIdx.x; s < splits; s += kGroups * kThreads) sFactor[s] = exp2f(sTop[s] - top);
   const float* c_best = first + best * stride + Record::kC;
-  for (int c = threadIdx.x; c < kD; c += kThreads) sC[c] = c_best[c];
-  for (int at = threadIdx.x; at < splits * kSmall; at += kThreads) {
+  for (int c = threadIdx.x; c < kD; c += kGroups * kThreads) sC[c] = c_best[c];
+  for (int at = threadIdx.x; at < splits * kSmall; at += kGroups * kThreads) {
     const int s = at / kSmall, c = at % kSmall;
     // A split without keys has only said so.
-    if (sSum[s] != 0.f) small[at] = first[s * stride + Record::kC + c] - (c < kD ? c_best[c] : 0.f);
+    if (sSum[s] != 0.f) shared.small[s][c] = first[s * stride + Record::kC + c] - (c < kD ? c_best[c] : 0.f);
   }
   __syncthreads();
 
   S sums;
-  float l = 0.f;
-  for (int s = 0; s < splits; ++s) {
+#pragma unroll 1
+  for (int s = turn; s < splits; s += kGroups) {
     const float sum = sSum[s], f = sFactor[s];
     if (sum == 0.f) continue;
-    l += f * sum;
     const float* from = first + s * stride;
-    const float *delta = small + s * kSmall, *m = delta + kD, *mv = m + kD;
+    const float *delta = shared.small[s], *m = delta + kD, *mv = m + kD;
+    // A group of loads before their first use.
+    const auto take = [&](auto chunks, int begin, const auto& add) {
+      constexpr int kChunks = decltype(chunks)::value;
+      float2 x[kChunks][2];
 #pragma unroll
-    for (int e = 0; e < 4; e += 2) {
-      const int row = S::row(e);
+      for (int n = 0; n < kChunks; ++n)
 #pragma unroll
-      for (int n = 0; n < kD / 8; ++n) {
-        const int column = S::column(n, 0);
-        const float2 x = *reinterpret_cast<const float2*>(from + Record::kKeyKey + row * kD + column);
-        const float moved[2] = {x.x, x.y};
+        for (int h = 0; h < 2; ++h)
+          x[n][h] = __ldcg(
+              reinterpret_cast<const float2*>(from + begin + S::row(2 * h) * 8 * kChunks + S::column(n, 0)));
 #pragma unroll
-        for (int d = 0; d < 2; ++d)
-          sums.key_key(n)[e + d] += f * (moved[d] + delta[row] * (m[column + d] + sum * delta[column + d]) +
-                                         m[row] * delta[column + d]);
-      }
+      for (int n = 0; n < kChunks; ++n)
 #pragma unroll
-      for (int n = 0; n < kDv / 8; ++n) {
-        const int column = S::column(n, 0);
-        const float2 x = *reinterpret_cast<const float2*>(from + Record::kKeyValue + row * kDv + column);
-        sums.key_value(n)[e] += f * (x.x + delta[row] * mv[column]);
-        sums.key_value(n)[e + 1] += f * (x.y + delta[row] * mv[column + 1]);
-      }
-    }
+        for (int h = 0; h < 2; ++h) {
+          add(n, 2 * h, S::row(2 * h), S::column(n, 0), x[n][h].x);
+          add(n, 2 * h + 1, S::row(2 * h), S::column(n, 1), x[n][h].y);
+        }
+    };
+    take(std::integral_constant<int, kD / 8>{}, Record::kKeyKey,
+         [&](int n, int e, int row, int column, float x) {
+           sums.key_key(n)[e] +=
+               f * (x + delta[row] * (m[column] + sum * delta[column]) + m[row] * delta[column]);
+         });
+    take(std::integral_constant<int, kDv / 8>{}, Record::kKeyValue,
+         [&](int n, int e, int row, int column, float x) {
+           sums.key_value(n)[e] += f * (x + delta[row] * mv[column]);
+         });
   }
-  for (int c = threadIdx.x; c < kD + kDv; c += kThreads) {
+  for (int c = threadIdx.x; c < kD + kDv; c += kGroups * kThreads) {
     float total = 0.f;
     for (int s = 0; s < splits; ++s) {
       if (sSum[s] == 0.f) continue;
-      const float* of = small + s * kSmall;
+      const float* of = shared.small[s];
       total += sFactor[s] * (of[kD + c] + (c < kD ? sSum[s] * of[c] : 0.f));
     }
     (c < kD ? sKeySum[c] : sValueSum[c - kD]) = total;
   }
+  float l = 0.f;
+  for (int s = 0; s < splits; ++s) l += sFactor[s] * sSum[s];
+  // A fixed order: the bits repeat.
+  if (turn > 0) {
+#pragma unroll
+    for (int x = 0; x < Storage::kFloats; ++x) shared.others[turn - 1][x][thread] = sums.x[x / 4][x % 4];
+  }
   __syncthreads();
+  if (turn > 0) return;
+  for (int other = 0; other < kGroups - 1; ++other) {
+#pragma unroll
+    for (int x = 0; x < Storage::kFloats; ++x) sums.x[x / 4][x % 4] += shared.others[other][x][thread];
+  }
   answer<Tag>(args, b, i, h, top, l, sC, sKeySum, sValueSum, sums, storage);
 }
 
@@ -448,8 +513,8 @@ __global__ void __launch_bounds__(kStepThreads<kD>)
 template <class Tag, int kD, int kDv, class Kernel, class... Maps>
 cudaError_t launch_step(Kernel kernel, int shared_bytes, const StepArgs& args, cudaStream_t stream,
                         const Maps&... maps) {
-  constexpr int kSmallBytes = kMaxSplits * (2 * kD + kDv) * 4;
-  constexpr int kMergeBytes = std::max<int>(kSmallBytes, sizeof(System<kD>));
+  constexpr int kMergeBytes = sizeof(MergeStorage<kD, kDv>),
+                kMergeThreads = kMergeGroups<kD, kDv> * kStepThreads<kD>;
   const auto attribute = cudaFuncAttributeMaxDynamicSharedMemorySize;  // per device, so not remembered
   cudaError_t error = cudaFuncSetAttribute(kernel, attribute, shared_bytes);
   if (error == cudaSuccess && args.splits > 1)
@@ -459,8 +524,7 @@ cudaError_t launch_step(Kernel kernel, int shared_bytes, const StepArgs& args, c
   kernel<<<static_cast<unsigned>(queries * args.splits), kStepThreads<kD>, shared_bytes, stream>>>(maps...,
                                                                                                    args);
   if (args.splits > 1)
-    merge_kernel<Tag, kD, kDv>
-        <<<static_cast<unsigned>(queries), kStepThreads<kD>, kMergeBytes, stream>>>(args);
+    merge_kernel<Tag, kD, kDv><<<static_cast<unsigned>(queries), kMergeThreads, kMergeBytes, stream>>>(args);
   return cudaGetLastError();
 }
 

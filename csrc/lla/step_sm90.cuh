@@ -2,14 +2,15 @@
 // memory, so that a tile costs its threads a read and a write of its elements and little else.
 //
 //   scores      q k^T of the next tile, [64 keys, 8] of which one column is q
-//   transform   a thread's pieces of keys and values, in registers since the last tile, become w^1/2 (k - c) 2^e
+//   transform   a thread's pieces of keys and values, in registers since the last tile, become w^1/2 (k - c)
+//   2^e
 //               and w^1/2 v 2^f in float16, in place of the raw ones
 //   sums        K'^T [K' V'], the transposed tile times itself, and K'^T w, V'^T w
 //
 // The sums of a tile and the scores of the next are in flight together, while every thread fetches its pieces
-// of the next tile and looks for their largest. One barrier carries the vote whether any score or operand is too
-// large for the units of the sums (seldom), one says that a tile is transformed. The other blocks on the SM
-// fill the gaps.
+// of the next tile and looks for their largest. One barrier carries the vote whether any score or operand is
+// too large for the units of the sums (seldom), one says that a tile is transformed. The other blocks on the
+// SM fill the gaps.
 #pragma once
 
 #include <cutlass/arch/barrier.h>
@@ -20,6 +21,7 @@
 
 #include "lla/step_answer.cuh"
 #include "nearfield/mma.cuh"
+#include "nearfield/softmax.cuh"
 #include "nearfield/tma.h"
 
 namespace nearfield::lla {
@@ -32,8 +34,8 @@ struct StepTraits {
   static constexpr int kD = kD_, kDv = kDv_;
   using Raw = std::conditional_t<std::is_same_v<Tag, bf16>, cutlass::bfloat16_t, cutlass::half_t>;
   using Half = cutlass::half_t;
-  // An image: 64 rows (keys) of 64 elements, 16-byte pieces swizzled, as the copy engine leaves it. A tile is the
-  // images of its keys, then those of its values. A warpgroup owns 64 rows of the sums.
+  // An image: 64 rows (keys) of 64 elements, 16-byte pieces swizzled, as the copy engine leaves it. A tile is
+  // the images of its keys, then those of its values. A warpgroup owns 64 rows of the sums.
   static constexpr int kImage = 64 * 64;
   static constexpr int kGroups = kD / 64, kKeyImages = kD / 64, kValueImages = kDv / 64;
   static constexpr int kMyValueImages = kValueImages / kGroups;  // of a warpgroup; it has one image of keys
@@ -42,14 +44,14 @@ struct StepTraits {
   static constexpr int kStages = kD < 128 ? 4 : 6;
   static_assert(kStepTile == 64 && kValueImages % kGroups == 0 && kStepThreads<kD> == 128 * kGroups);
 
-  using MmaScores = decltype(make_tiled_mma(
-      GMMA::ss_op_selector<Raw, Raw, float, cute::Shape<_64, _8, Int<kD>>>()));
+  using MmaScores =
+      decltype(make_tiled_mma(GMMA::ss_op_selector<Raw, Raw, float, cute::Shape<_64, _8, Int<kD>>>()));
   using LayoutKeys = decltype(tile_to_shape(GMMA::Layout_K_SW128_Atom<Raw>{}, cute::Shape<_64, Int<kD>>{}));
   using LayoutQ = decltype(tile_to_shape(GMMA::Layout_K_SW128_Atom<Raw>{}, cute::Shape<_8, Int<kD>>{}));
 
-  using MmaSums = decltype(make_tiled_mma(
-      GMMA::ss_op_selector<Half, Half, float, cute::Shape<_64, Int<kD + kDv>, _64>, GMMA::Major::MN,
-                           GMMA::Major::MN>()));
+  using MmaSums =
+      decltype(make_tiled_mma(GMMA::ss_op_selector<Half, Half, float, cute::Shape<_64, Int<kD + kDv>, _64>,
+                                                   GMMA::Major::MN, GMMA::Major::MN>()));
   using MmaWeights = decltype(make_tiled_mma(
       GMMA::ss_op_selector<Half, Half, float, cute::Shape<_64, _8, _64>, GMMA::Major::MN, GMMA::Major::K>()));
   using LayoutImage = decltype(tile_to_shape(GMMA::Layout_MN_SW128_Atom<Half>{}, cute::Shape<_64, _64>{}));
@@ -137,8 +139,8 @@ __global__ void __launch_bounds__(kStepThreads<kD>, (StepTraits<Tag, kD, kDv>::k
     const int key = work.begin + tile * kStepTile, head = static_cast<int>(work.kv_head);
     Barrier::arrive_and_expect_tx(full, Traits::kTileBytes);
     const auto bring = [&](const CUtensorMap& map, uint16_t* image, int feature) {
-      SM90_TMA_LOAD_5D::copy(&map, full, static_cast<uint64_t>(TMA::CacheHintSm90::EVICT_NORMAL), image, feature,
-                             key, head, static_cast<int>(work.b), 0);
+      SM90_TMA_LOAD_5D::copy(&map, full, static_cast<uint64_t>(TMA::CacheHintSm90::EVICT_NORMAL), image,
+                             feature, key, head, static_cast<int>(work.b), 0);
     };
 #pragma unroll
     for (int i = 0; i < Traits::kKeyImages; ++i) bring(maps.k, to + i * kImage, 64 * i);
@@ -237,19 +239,27 @@ __global__ void __launch_bounds__(kStepThreads<kD>, (StepTraits<Tag, kD, kDv>::k
   uint4 raw_k[4], raw_v[kMine][4];
   uint32_t packed_k, packed_v;  // the largest
   const auto fetch_pieces = [&](int tile) {
-    packed_k = packed_v = 0;
-    const bool last = tile == num_tiles - 1;
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
-      // What lies beyond the visible keys may be anything.
-      const bool inside = !last || work.begin + tile * kStepTile + first_row + 4 * r < work.end;
-      raw_k[r] = inside ? *place(keys_of(tile), r) : uint4{0, 0, 0, 0};
+      raw_k[r] = *place(keys_of(tile), r);
+#pragma unroll
+      for (int i = 0; i < kMine; ++i) raw_v[i][r] = *place(values_of(tile, i), r);
+    }
+    if (tile >= num_tiles - 1) {  // what lies beyond the visible keys may be anything
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        if (work.begin + tile * kStepTile + first_row + 4 * r < work.end) continue;
+        raw_k[r] = {0, 0, 0, 0};
+#pragma unroll
+        for (int i = 0; i < kMine; ++i) raw_v[i][r] = {0, 0, 0, 0};
+      }
+    }
+    packed_k = packed_v = 0;
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
       packed_k = largest_of<E>(packed_k, raw_k[r]);
 #pragma unroll
-      for (int i = 0; i < kMine; ++i) {
-        raw_v[i][r] = inside ? *place(values_of(tile, i), r) : uint4{0, 0, 0, 0};
-        packed_v = largest_of<E>(packed_v, raw_v[i][r]);
-      }
+      for (int i = 0; i < kMine; ++i) packed_v = largest_of<E>(packed_v, raw_v[i][r]);
     }
   };
   const float score_scale = args.scale * 1.44269504088896341f;
@@ -283,7 +293,8 @@ __global__ void __launch_bounds__(kStepThreads<kD>, (StepTraits<Tag, kD, kDv>::k
         largest_k = fmaxf(largest_k, __shfl_xor_sync(0xffffffffu, largest_k, step));
         largest_v = fmaxf(largest_v, __shfl_xor_sync(0xffffffffu, largest_v, step));
       }
-      if (lane == 0) s.largest[0][warp] = largest, s.largest[1][warp] = largest_k, s.largest[2][warp] = largest_v;
+      if (lane == 0)
+        s.largest[0][warp] = largest, s.largest[1][warp] = largest_k, s.largest[2][warp] = largest_v;
       __syncthreads();
 #pragma unroll
       for (int w = 0; w < kStepWarps<kD>; ++w) {
@@ -296,7 +307,8 @@ __global__ void __launch_bounds__(kStepThreads<kD>, (StepTraits<Tag, kD, kDv>::k
       for (int r = 0; r < 4; ++r)
         if (higher && piece == 0 && score[r] == largest) atomicMin(&s.argmax, first_row + 4 * r);
       __syncthreads();
-      // The new reference, by the threads whose piece it is in, to everybody. raw_k is still in shared memory.
+      // The new reference, by the threads whose piece it is in, to everybody. raw_k is still in shared
+      // memory.
       float c_new[8];
 #pragma unroll
       for (int e = 0; e < 8; ++e) c_new[e] = c0[e];
@@ -320,7 +332,7 @@ __global__ void __launch_bounds__(kStepThreads<kD>, (StepTraits<Tag, kD, kDv>::k
       const float l = total_weight();
       __syncthreads();
       if (threadIdx.x == 0) s.argmax = kStepTile;
-      move_sums(sums, by, s.delta, s.key_sum, s.value_sum, l);
+      if (!first) move_sums(sums, by, s.delta, s.key_sum, s.value_sum, l);
 #pragma unroll
       for (int x = 0; x < 2; ++x) {
         const int row = 64 * group + warp % 4 * 16 + lane / 4 + 8 * x;
@@ -334,7 +346,7 @@ __global__ void __launch_bounds__(kStepThreads<kD>, (StepTraits<Tag, kD, kDv>::k
 
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
-      const float w = exp2f(0.5f * (score[r] - units.top));
+      const float w = exp2_approx(0.5f * (score[r] - units.top));
       const __half rounded = __float2half_rn(w);
       weight_sum += __half2float(rounded) * __half2float(rounded);
       if (piece == 0 && group == 0)
@@ -351,8 +363,8 @@ __global__ void __launch_bounds__(kStepThreads<kD>, (StepTraits<Tag, kD, kDv>::k
     cutlass::arch::fence_view_async_shared();
     __syncthreads();
     multiply_sums(tile);
-    // After the last tile the same with what happens to be in its stage: a branch around products in flight would
-    // make the compiler wait for each of them.
+    // After the last tile the same with what happens to be in its stage: a branch around products in flight
+    // would make the compiler wait for each of them.
     multiply_scores(tile + 1);
     fetch_pieces(tile + 1);
     warpgroup_wait<0>();
