@@ -99,8 +99,7 @@ Tensor step_cuda(const Tensor& q_, const Tensor& k, const Tensor& v, std::option
   torch::stable::accelerator::DeviceGuard guard(q_.get_device_index());
   const int64_t d = k.sizes()[3], dv = v.sizes()[3];
   const DeviceInfo device = device_info(q_.get_device_index());
-  const Instance& instance =
-      pick(op, q_, d, dv, device.capability == 90 && has_steps(k) && has_steps(v));
+  const Instance& instance = pick(op, q_, d, dv, device.capability == 90 && has_steps(k) && has_steps(v));
   const Tensor q = dense_rows(q_);
   const auto s = q.sizes();
   const Tensor o = new_empty(q, {s[0], s[1], s[2], dv});
