@@ -21,10 +21,10 @@ constexpr float kLeastDivisor = 1.f / 64;
 
 // ---- Which chunk ----
 
-// The walk goes from the last chunk of a sequence to the first, and announces chunks faster than the SMs that it
-// leaves free can take them. So CTAs first take `early` of every 16, evenly spread and close behind the walk, while the
-// L2 cache still has what it wrote; then the others, those it wrote last first. Returns how many of the n chunks the
-// walk has done before the `which`-th that is taken.
+// The walk goes from the last chunk of a sequence to the first, and announces chunks faster than the SMs that
+// it leaves free can take them. So CTAs first take `early` of every 16, evenly spread and close behind the
+// walk, while the L2 cache still has what it wrote; then the others, those it wrote last first. Returns how
+// many of the n chunks the walk has done before the `which`-th that is taken.
 __device__ __forceinline__ uint32_t done_before(uint32_t which, uint32_t early, uint32_t n) {
   const uint32_t groups = n / 16, late = 16 - early;
   if (which < groups * early) return which / early * 16 + ((which % early + 1) * 16 + early - 1) / early - 1;
@@ -51,7 +51,8 @@ struct GradientPlace {
     const uint32_t block_count = static_cast<uint32_t>(tiles + 1) / 2, index = blockIdx.x / block_count;
     const uint32_t h = index % value_heads, rest = index / value_heads;
     const uint32_t sequences = packed ? 1u : static_cast<uint32_t>(in.sequences), n = rest % sequences;
-    const uint32_t slots = gridDim.x / (block_count * value_heads * sequences);  // of a sequence, or packed of all
+    const uint32_t slots =
+        gridDim.x / (block_count * value_heads * sequences);  // of a sequence, or packed of all
     blocks = block_count;
     block = blockIdx.x % block_count;
     head = h;
@@ -285,8 +286,8 @@ __device__ __forceinline__ void diagonal_of(const Acc& acc, int warp, float (&di
   }
 }
 
-// This lane's share of the sum of products of 16 rows (values) of two states, each [K / 64] images: the diagonals of
-// 8 x 8 blocks of S dS^T by mma.sync, half of which is thrown away.
+// This lane's share of the sum of products of 16 rows (values) of two states, each [K / 64] images: the
+// diagonals of 8 x 8 blocks of S dS^T by mma.sync, half of which is thrown away.
 template <class Element>
 __device__ __forceinline__ float dot_of_states(Element* state, Element* d_state, int warp) {
   float upper[4] = {}, lower[4] = {};
@@ -703,7 +704,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
     Tensor to_end = accumulator();
     through_state(s.v_new, s.d_state, to_end);
     if (args.dg != nullptr) {
-      if (wg < value_images) through = dot_of_states(s.state + 2 * wg * kImage, s.d_state + 2 * wg * kImage, warp);
+      if (wg < value_images)
+        through = dot_of_states(s.state + 2 * wg * kImage, s.d_state + 2 * wg * kImage, warp);
       CUTE_UNROLL
       for (int step = 16; step >= 1; step /= 2) through += __shfl_xor_sync(0xffffffffu, through, step);
     }

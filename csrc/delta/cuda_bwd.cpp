@@ -76,8 +76,9 @@ BackwardChoice choose_backward(const char* op, const Inputs& x) {
                         InstancesSm90::find(instances.reverse, key),
                         InstancesSm90::find(instances.gradient, key),
                         InstancesSm90::find(instances.finish, {is_bf16, 0, false})};
-  STD_TORCH_CHECK(choice.prepare.prepare && choice.prepare.state_pass && choice.reverse && choice.gradient && choice.finish, op,
-                  ": this build lacks a kernel for it");
+  STD_TORCH_CHECK(choice.prepare.prepare && choice.prepare.state_pass && choice.reverse && choice.gradient &&
+                      choice.finish,
+                  op, ": this build lacks a kernel for it");
   return choice;
 }
 
@@ -91,7 +92,8 @@ uint32_t early_chunks(const InputsSm90& in, int64_t sms) {
   const int64_t walks = in.sequences * in.value_heads * value_blocks(in);
   double us = in.channel_gate ? kChannelGradientUs : kGradientUs;
   if (const char* e = std::getenv("NEARFIELD_EARLY")) us /= std::atof(e);
-  const double share = static_cast<double>(std::max<int64_t>(0, sms - walks)) * kWalkUs / (us * static_cast<double>(walks));
+  const double share =
+      static_cast<double>(std::max<int64_t>(0, sms - walks)) * kWalkUs / (us * static_cast<double>(walks));
   return static_cast<uint32_t>(std::min(16., 16 * share));
 }
 

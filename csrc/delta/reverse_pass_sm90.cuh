@@ -1,11 +1,13 @@
-// The serial walk of the backward, from the last chunk to the first: it carries dS, the gradient of the state after
-// a chunk. As in the forward (state_pass_sm90.cuh) a warpgroup owns 64 value columns and keeps dS^T [64 values, K] in
-// float32 registers, and every intermediate leaves the tensor cores as left operand of the next product:
+// The serial walk of the backward, from the last chunk to the first: it carries dS, the gradient of the state
+// after a chunk. As in the forward (state_pass_sm90.cuh) a warpgroup owns 64 value columns and keeps dS^T [64
+// values, K] in float32 registers, and every intermediate leaves the tensor cores as left operand of the next
+// product:
 //   dV'^T = dS^T Kt^T + s dO^T P,  Y^T = dV'^T + dV'^T N,  dS^T <- e^{G_C} dS^T + s dO^T Qh - beta Y^T Kh
-// A CTA has two such chains, which share the tiles of keys and queries, P and N: one SM instead of two, and the others
-// are free for the gradient of the chunks that the walk has passed. One warp streams the tiles of the next chunk, one
-// carries dV away, one Y, and one tells the gradient what is there. With a gate per head, decays and norms are factors of columns of the accumulators; with one per
-// channel, prepare has left Kh, Kt and s Qh.
+// A CTA has two such chains, which share the tiles of keys and queries, P and N: one SM instead of two, and
+// the others are free for the gradient of the chunks that the walk has passed. One warp streams the tiles of
+// the next chunk, one carries dV away, one Y, and one tells the gradient what is there. With a gate per head,
+// decays and norms are factors of columns of the accumulators; with one per channel, prepare has left Kh, Kt
+// and s Qh.
 #pragma once
 
 #include "delta/sm90_bwd.h"
@@ -52,7 +54,7 @@ struct ReversePassTraits {
   static constexpr int kEarlyBytes = (1 + kChannelGate) * kKeyTile * 2 + kImageBytes;  // and dO
   static constexpr int kLateBytes = kKeyTile * 2 + kImageBytes + static_cast<int>(sizeof(StageRows));
 
-  struct Out {  // of a chain, on the way out
+  struct Out {                              // of a chain, on the way out
     alignas(1024) Element state[kKeyTile];  // dS
     alignas(1024) Element y[kImage];
     alignas(1024) Element dv[kImage];
@@ -139,8 +141,8 @@ __device__ __forceinline__ void wait_for_memory() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kLeft) : "memory");
 }
 
-// One thread: Y, whole images. Once Y of a chunk and dS, of which the chains say so, are in memory, it goes to the
-// thread that tells the gradient: telling takes as long as a chunk, and no chain may wait for it.
+// One thread: Y, whole images. Once Y of a chunk and dS, of which the chains say so, are in memory, it goes
+// to the thread that tells the gradient: telling takes as long as a chunk, and no chain may wait for it.
 template <class Traits>
 __device__ void store_y(typename Traits::Storage& s, const ReversePassArgs& a, const ReversePlace& z) {
   using Element = typename Traits::Element;

@@ -49,7 +49,8 @@ struct ReversePassArgs {
   int* announced;        // [slot][value head][V / 64], zeros: set to 1 when d_states and y are in memory
 };
 
-// The walk over the chunks of a sequence from the last to the first. One CTA per (sequence, value head, 128 values).
+// The walk over the chunks of a sequence from the last to the first. One CTA per (sequence, value head, 128
+// values).
 template <class Tag, int kKeyDim, bool kChannelGate>
 struct reverse_pass_sm90 {
   static int run(const ReversePassArgs& args, void* stream);
@@ -65,11 +66,11 @@ constexpr int64_t value_blocks(const InputsSm90& in) {
 struct ChunkGradientArgs {
   InputsSm90 in;
   const ChunkRows* rows;
-  const float* G;            // ChunkScratch.G: with a gate per channel
-  Rows<void> d_o;            // [B, T, HV, V]
+  const float* G;                             // ChunkScratch.G: with a gate per channel
+  Rows<void> d_o;                             // [B, T, HV, V]
   const void *y, *v_new, *states, *d_states;  // as the walks leave them
-  // The launch may begin when the last CTA of the reverse pass has; a chunk waits for what this announces (see
-  // ReversePassArgs). states and v_new are there already.
+  // The launch may begin when the last CTA of the reverse pass has; a chunk waits for what this announces
+  // (see ReversePassArgs). states and v_new are there already.
   const int* announced;
   uint32_t early;  // so many of 16 chunks are taken while the walk is on
   // One value head per key head and one block: dq and dk [B, T, H, K] contiguous. Else *_heads: [B, T, HV,
