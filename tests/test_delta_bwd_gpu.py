@@ -379,9 +379,7 @@ def test_kept_for_the_gradient(
     """The operator keeps as many bytes as its fake kernel says, and the gradients are those without them."""
     packed = {} if bounds is None else {"cu_seqlens": torch.tensor(bounds)}
     N = 1 if bounds is None else len(bounds) - 1
-    args = cuda(
-        make(B=1, T=200, H=2, HV=4, K=K, V=V, gate=gate, sequences=N, dtype=torch.bfloat16) | packed
-    )
+    args = cuda(make(B=1, T=200, H=2, HV=4, K=K, V=V, gate=gate, sequences=N, dtype=torch.bfloat16) | packed)
     upstream = output_gradients(args)
     inputs = operands(args, *upstream)
     o, state, kept = torch.ops.nearfield.delta_fwd_kept(*inputs[2:], True, backend_name)

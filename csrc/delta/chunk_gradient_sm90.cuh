@@ -801,7 +801,7 @@ cudaError_t launch_chunk_gradient(Kernel kernel, const ChunkGradientArgs& args, 
   cudaLaunchConfig_t config{};
   config.gridDim = static_cast<unsigned>(grid), config.blockDim = Traits::kThreads;
   config.dynamicSmemBytes = kShared, config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &beside_walk, config.numAttrs = std::getenv("NEARFIELD_SERIAL") ? 0 : 1;
+  config.attrs = &beside_walk, config.numAttrs = 1;
   return cudaLaunchKernelEx(&config, kernel, maps, args);
 }
 

@@ -3,11 +3,9 @@
 // values, K] in float32 registers, and every intermediate leaves the tensor cores as left operand of the next
 // product:
 //   dV'^T = dS^T Kt^T + s dO^T P,  Y^T = dV'^T + dV'^T N,  dS^T <- e^{G_C} dS^T + s dO^T Qh - beta Y^T Kh
-// A CTA has two such chains, which share the tiles of keys and queries, P and N: one SM instead of two, and
-// the others are free for the gradient of the chunks that the walk has passed. One warp streams the tiles of
-// the next chunk, one carries dV away, one Y, and one tells the gradient what is there. With a gate per head,
-// decays and norms are factors of columns of the accumulators; with one per channel, prepare has left Kh, Kt
-// and s Qh.
+// One warp streams the tiles of the next chunks, one carries dV away, one Y, and one tells the gradient,
+// which may run beside the walk, what is in memory. With a gate per head, decays and norms are factors of
+// columns of the accumulators; with one per channel, prepare has left Kh, Kt and s Qh.
 #pragma once
 
 #include "delta/sm90_bwd.h"
@@ -23,26 +21,20 @@ struct ReversePassTraits {
   using Element = typename Forward::Element;
   static constexpr int kKeyDim = kKeyDim_, kKeyImages = Forward::kKeyImages, kKeyTile = Forward::kKeyTile;
   static constexpr bool kChannelGate = kChannelGate_;
-  static constexpr int kStages = 2, kNews = 4;
-  using MmaToToken = typename Forward::MmaToToken;                             // (64 values, 64 tokens)
+  static constexpr int kStages = kChannelGate ? 2 : 3;
+  static constexpr int kThreads = 256;  // the chain, and the warps that load, store dV, store Y and tell
+  static constexpr int kTold = 4, kNews = 2 * kTold;  // chunks that are told at a time; that may wait for it
+  using MmaToToken = typename Forward::MmaToToken;    // (64 values, 64 tokens)
   using MmaToColumn = typename Forward::template Mma<kRows, GMMA::Major::MN>;  // the same; B by column
   using MmaToState = typename Forward::MmaToState;                             // (64 values, K)
 
-  // Two warpgroups of chains, and one of which warp 0 loads, 1 stores dV, 2 stores Y, 3 tells the gradient.
-  static constexpr int kChains = 2, kHelpers = 128 * kChains, kThreads = kHelpers + 128;
-  static constexpr int kChainRegisters = 232, kHelperRegisters = 40;  // each starts with 168
-  static_assert(kChains * kChainRegisters + kHelperRegisters <= 3 * 168);
-
-  // What a chain has done with after dV', and what it needs to the end of the chunk.
-  struct alignas(1024) Early {
+  struct alignas(1024) Stage {
+    Element k[kKeyTile];                           // with a gate per channel Kh
     Element k_write[kChannelGate ? kKeyTile : 0];  // Kt
     Element q[kKeyTile];                           // with a gate per channel s Qh
-    Element dout[kChains * kImage];
-    Element p[kImage];
-  };
-  struct alignas(1024) Late {
-    Element k[kKeyTile];  // with a gate per channel Kh
+    Element dout[kImage];
     Element n[kImage];
+    Element p[kImage];
   };
   static constexpr int kHeadRows = kChannelGate ? 0 : kRows;
   struct alignas(128) StageRows {  // the beginning of ChunkRows, or beta and decay
@@ -51,22 +43,18 @@ struct ReversePassTraits {
     float decay[kChannelGate ? kKeyDim : 0];
   };
   static_assert(kChannelGate || offsetof(StageRows, q_read) == offsetof(ChunkRows, q_read));
-  static constexpr int kEarlyBytes = (1 + kChannelGate) * kKeyTile * 2 + kImageBytes;  // and dO
-  static constexpr int kLateBytes = kKeyTile * 2 + kImageBytes + static_cast<int>(sizeof(StageRows));
+  static constexpr int kBytes =
+      (2 + kChannelGate) * kKeyTile * 2 + 3 * kImageBytes + static_cast<int>(sizeof(StageRows));
 
-  struct Out {                              // of a chain, on the way out
-    alignas(1024) Element state[kKeyTile];  // dS
-    alignas(1024) Element y[kImage];
-    alignas(1024) Element dv[kImage];
-  };
   struct Storage {
-    Early early[kStages];
-    Late late[kStages];
-    Out out[kChains];
+    Stage stage[kStages];
+    alignas(1024) Element y[kImage];  // Y and dV on the way out
+    alignas(1024) Element dv[kImage];
+    alignas(1024) Element state[kKeyTile];  // dS on the way out
     StageRows rows[kStages];
-    Ring<kStages> ring_early, ring_late;
-    Ring<1> ring_out[kChains];  // chain -> storing warps
-    Ring<kNews> ring_news;      // a chunk in memory: the thread that stores Y -> the one that tells
+    Ring<kStages> ring;
+    Ring<1> ring_out;       // chain -> storing warps
+    Ring<kNews> ring_news;  // a chunk in memory: the thread that stores Y -> the one that tells
   };
   static_assert(sizeof(Storage) <= 227 * 1024, "a Hopper CTA has 227 KB of shared memory");
 };
@@ -76,11 +64,11 @@ struct ReverseMaps {
   CUtensorMap dout;
 };
 
-// What a CTA walks over: a sequence, a value head and up to two tiles of its values.
+// What a CTA walks over: a sequence, a value head and 64 of its values.
 struct ReversePlace {
   Sequence sequence;
   int64_t n, head;
-  int first_value, chains;
+  int first_value;
 };
 
 // ---- Loading warp: one thread ----
@@ -95,40 +83,30 @@ __device__ void load_reverse(typename Traits::Storage& s, const ReverseMaps& map
   const int head_k = static_cast<int>(head / (a.in.value_heads / a.in.heads));
   RingIndex<Traits::kStages> at;
   for (int c = sequence.chunks() - 1; c >= 0; --c) {
+    s.ring.wait_empty(at);
+    s.ring.expect_bytes(at, Traits::kBytes);
+    auto& stage = s.stage[at.stage];
+    auto& rows = s.rows[at.stage];
+    uint64_t* full = &s.ring.full[at.stage];
     const int64_t token = sequence.begin + static_cast<int64_t>(c) * kRows;
     const int64_t chunk = (sequence.first_slot + c) * a.in.value_heads + head;
-    const auto copy = [&](Element* to, void* scratch, int images, uint64_t* full) {
+    const auto copy = [&](Element* to, void* scratch, int images) {
       copy_in(to, static_cast<Element*>(scratch) + chunk * images * kImage, images * kImageBytes, full);
     };
-    s.ring_early.wait_empty(at);
-    s.ring_early.expect_bytes(at, Traits::kEarlyBytes + z.chains * kImageBytes);
-    auto& early = s.early[at.stage];
-    uint64_t* full = &s.ring_early.full[at.stage];
     if constexpr (Traits::kChannelGate) {
-      copy(early.k_write, a.scratch.Kt, Traits::kKeyImages, full);
-      copy(early.q, a.scratch.Qh, Traits::kKeyImages, full);
-    } else {
-      load_tokens<kKeyDim>(maps.tokens.q, full, early.q, 0, token, head_k, sequence.batch);
-    }
-    for (int v = 0; v < z.chains; ++v)
-      load_tokens<kImageColumns>(maps.dout, full, early.dout + v * kImage, z.first_value + v * kImageColumns,
-                                 token, head, sequence.batch);
-    copy(early.p, a.scratch.P, 1, full);
-
-    s.ring_late.wait_empty(at);
-    s.ring_late.expect_bytes(at, Traits::kLateBytes);
-    auto& late = s.late[at.stage];
-    auto& rows = s.rows[at.stage];
-    full = &s.ring_late.full[at.stage];
-    if constexpr (Traits::kChannelGate) {
-      copy(late.k, a.scratch.Kh, Traits::kKeyImages, full);
+      copy(stage.k_write, a.scratch.Kt, Traits::kKeyImages);
+      copy(stage.q, a.scratch.Qh, Traits::kKeyImages);
+      copy(stage.k, a.scratch.Kh, Traits::kKeyImages);
       copy_in(rows.beta, a.scratch.rows[chunk].beta, kRows * 4, full);
       copy_in(rows.decay, a.scratch.decay + chunk * kKeyDim, kKeyDim * 4, full);
     } else {
-      load_tokens<kKeyDim>(maps.tokens.k, full, late.k, 0, token, head_k, sequence.batch);
+      load_tokens<kKeyDim>(maps.tokens.k, full, stage.k, 0, token, head_k, sequence.batch);
+      load_tokens<kKeyDim>(maps.tokens.q, full, stage.q, 0, token, head_k, sequence.batch);
       copy_in(&rows, a.scratch.rows + chunk, sizeof(typename Traits::StageRows), full);
     }
-    copy(late.n, a.scratch.N, 1, full);
+    load_tokens<kImageColumns>(maps.dout, full, stage.dout, z.first_value, token, head, sequence.batch);
+    copy(stage.p, a.scratch.P, 1);
+    copy(stage.n, a.scratch.N, 1);
     at.advance();
   }
 }
@@ -141,8 +119,8 @@ __device__ __forceinline__ void wait_for_memory() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kLeft) : "memory");
 }
 
-// One thread: Y, whole images. Once Y of a chunk and dS, of which the chains say so, are in memory, it goes
-// to the thread that tells the gradient: telling takes as long as a chunk, and no chain may wait for it.
+// One thread: Y, whole images. Once Y of a chunk and dS, of which the chain says so, are in memory, it goes
+// to the thread that tells the gradient: a fence takes as long as a chunk, and the chain may not wait for it.
 template <class Traits>
 __device__ void store_y(typename Traits::Storage& s, const ReversePassArgs& a, const ReversePlace& z) {
   using Element = typename Traits::Element;
@@ -150,15 +128,14 @@ __device__ void store_y(typename Traits::Storage& s, const ReversePassArgs& a, c
   RingIndex<1> at;
   RingIndex<Traits::kNews> at_news;
   for (int c = chunks - 1; c >= -1; --c) {
-    for (int v = 0; v < z.chains; ++v) s.ring_out[v].wait_full(at);
+    s.ring_out.wait_full(at);
     compiler_fence();
     if (c >= 0) {
-      const int64_t image = first_image(a.in, z.sequence, c, z.head, z.first_value);
-      for (int v = 0; v < z.chains; ++v)
-        copy_out(static_cast<Element*>(a.y) + (image + v) * kImage, s.out[v].y, kImageBytes);
+      copy_out(static_cast<Element*>(a.y) + first_image(a.in, z.sequence, c, z.head, z.first_value) * kImage,
+               s.y, kImageBytes);
       tma_store_arrive();
       tma_store_wait<0>();
-      for (int v = 0; v < z.chains; ++v) s.ring_out[v].release(at);
+      s.ring_out.release(at);
       at.advance();
     }
     if (c == chunks - 1) continue;
@@ -169,68 +146,65 @@ __device__ void store_y(typename Traits::Storage& s, const ReversePassArgs& a, c
   }
 }
 
-// One thread: tells the gradient which chunks are in memory.
+// One thread: tells the gradient which chunks are in memory, several at a time.
 template <class Traits>
 __device__ void announce(typename Traits::Storage& s, const ReversePassArgs& a, const ReversePlace& z) {
   RingIndex<Traits::kNews> at;
-  for (int c = z.sequence.chunks() - 1; c >= 0; --c) {
-    s.ring_news.wait_full(at);
-    s.ring_news.release(at);
-    at.advance();
-    asm volatile("fence.proxy.async;" ::: "memory");
-    const int64_t image = first_image(a.in, z.sequence, c, z.head, z.first_value);
-    for (int v = 0; v < z.chains; ++v)
-      asm volatile("st.release.gpu.global.s32 [%0], 1;" ::"l"(a.announced + image + v) : "memory");
+  for (int c = z.sequence.chunks() - 1; c >= 0;) {
+    const int end = max(c - Traits::kTold, -1);
+    for (int x = c; x > end; --x) {
+      s.ring_news.wait_full(at);
+      s.ring_news.release(at);
+      at.advance();
+    }
+    asm volatile("fence.proxy.async;\n\tfence.acq_rel.gpu;" ::: "memory");
+    for (; c > end; --c) {
+      int* flag = a.announced + first_image(a.in, z.sequence, c, z.head, z.first_value);
+      asm volatile("st.relaxed.gpu.global.s32 [%0], 1;" ::"l"(flag) : "memory");
+    }
   }
 }
 
-// One warp: dV. Rows past the end belong to the next sequence.
+// One warp: dV, four rows at a time. Rows past the end belong to the next sequence.
 template <class Traits>
 __device__ void store_dv(typename Traits::Storage& s, const ReversePassArgs& a, const ReversePlace& z) {
   using Element = typename Traits::Element;
-  const int lane = threadIdx.x % 32, piece = lane % 8;
+  const int lane = threadIdx.x % 32, row = lane / 8, piece = lane % 8;
   const int64_t stride = a.in.value_heads * a.in.value_dim;
-  auto* dv = static_cast<Element*>(a.dv) + (z.sequence.batch * a.in.tokens + z.sequence.begin) * stride +
-             z.head * a.in.value_dim + z.first_value + piece * 8;
+  auto* dv = static_cast<Element*>(a.dv) +
+             (z.sequence.batch * a.in.tokens + z.sequence.begin + row) * stride + z.head * a.in.value_dim +
+             z.first_value + piece * 8;
+  const bool inside = z.first_value + piece * 8 < a.in.value_dim;
   RingIndex<1> at;
   for (int c = z.sequence.chunks() - 1; c >= 0; --c) {
-    const int valid = valid_rows(z.sequence, c);
-    for (int v = 0; v < z.chains; ++v) {
-      Element* out = dv + static_cast<int64_t>(c) * kRows * stride + v * kImageColumns;
-      const bool inside = piece * 8 + v * kImageColumns < a.in.value_dim - z.first_value;
-      s.ring_out[v].wait_full(at);
-      compiler_fence();
+    const int rows = inside ? valid_rows(z.sequence, c) - row : 0;
+    Element* to = dv + static_cast<int64_t>(c) * kRows * stride;
+    s.ring_out.wait_full(at);
+    compiler_fence();
+    CUTE_UNROLL
+    for (int i = 0; i < kRows; i += 16) {
+      uint4 words[4];
       CUTE_UNROLL
-      for (int i = 0; i < kRows / 4; i += 4) {
-        uint4 words[4];
-        CUTE_UNROLL
-        for (int x = 0; x < 4; ++x)
-          words[x] = *reinterpret_cast<const uint4*>(image_piece(s.out[v].dv, 4 * (i + x) + lane / 8, piece));
-        CUTE_UNROLL
-        for (int x = 0; x < 4; ++x) {
-          const int token = 4 * (i + x) + lane / 8;
-          if (token < valid && inside) *reinterpret_cast<uint4*>(out + token * stride) = words[x];
-        }
-      }
-      __syncwarp();
-      s.ring_out[v].release(at);
+      for (int x = 0; x < 4; ++x)
+        words[x] = *reinterpret_cast<const uint4*>(image_piece(s.dv, i + 4 * x + row, piece));
+      CUTE_UNROLL
+      for (int x = 0; x < 4; ++x, to += 4 * stride)
+        if (i + 4 * x < rows) *reinterpret_cast<uint4*>(to) = words[x];
     }
+    __syncwarp();
+    s.ring_out.release(at);
     at.advance();
   }
 }
 
-// ---- Chain: a warpgroup ----
+// ---- Chain ----
 
 template <class Traits>
-__device__ void walk_reverse(typename Traits::Storage& s, const ReversePassArgs& a, const ReversePlace& z,
-                             int v) {
+__device__ void walk_reverse(typename Traits::Storage& s, const ReversePassArgs& a, const ReversePlace& z) {
   using Element = typename Traits::Element;
   constexpr int kKeyDim = Traits::kKeyDim;
   const InputsSm90& in = a.in;
   const Sequence& sequence = z.sequence;
-  const int first_value = z.first_value + v * kImageColumns;
-  auto& out = s.out[v];
-  auto& ring_out = s.ring_out[v];
   const int thread = threadIdx.x % 128, warp = thread / 32, quad = thread % 4;
 
   typename Traits::MmaToToken mma_token;
@@ -271,7 +245,7 @@ __device__ void walk_reverse(typename Traits::Storage& s, const ReversePassArgs&
   };
   clear(S);
   if (a.d_final != nullptr) {
-    for_state<kKeyDim>(first_value, [&](int at, int value, int key) {
+    for_state<kKeyDim>(z.first_value, [&](int at, int value, int key) {
       if (value < in.value_dim && key < in.key_dim) S(at) = a.d_final[state_at(value, key)];
     });
   }
@@ -279,9 +253,7 @@ __device__ void walk_reverse(typename Traits::Storage& s, const ReversePassArgs&
   RingIndex<Traits::kStages> at;
   RingIndex<1> at_out;
   for (int c = sequence.chunks() - 1; c >= 0; --c) {
-    auto& early = s.early[at.stage];
-    auto& late = s.late[at.stage];
-    Element* dout = early.dout + v * kImage;
+    auto& stage = s.stage[at.stage];
     const auto& rows = s.rows[at.stage];
     const int valid = valid_rows(sequence, c);
     const auto columns_of = [&](const float* row, int j) {
@@ -297,20 +269,19 @@ __device__ void walk_reverse(typename Traits::Storage& s, const ReversePassArgs&
     };
     // Kt dS
     round(S, S16);
-    s.ring_late.wait_full(at);
-    s.ring_early.wait_full(at);
+    s.ring.wait_full(at);
     compiler_fence();
-    if (valid < kRows) {  // each chain for itself, both write zeros
+    if (valid < kRows) {
       if constexpr (!Traits::kChannelGate) {
-        clear_rows(late.k, Traits::kKeyImages, valid, 2 + v);
-        clear_rows(early.q, Traits::kKeyImages, valid, 2 + v);
+        clear_rows(stage.k, Traits::kKeyImages, valid);
+        clear_rows(stage.q, Traits::kKeyImages, valid);
       }
-      clear_rows(dout, 1, valid, 2 + v);
+      clear_rows(stage.dout, 1, valid);
     }
     if constexpr (Traits::kChannelGate) {
-      issue_gemm<true>(mma_token, S16, by_row(early.k_write), R);
+      issue_gemm<true>(mma_token, S16, by_row(stage.k_write), R);
     } else {
-      issue_gemm<true>(mma_token, S16, by_row(late.k), R);
+      issue_gemm<true>(mma_token, S16, by_row(stage.k), R);
     }
 
     // Meanwhile dS, the gradient of the state after this chunk, leaves.
@@ -318,22 +289,22 @@ __device__ void walk_reverse(typename Traits::Storage& s, const ReversePassArgs&
     __syncwarp();
     CUTE_UNROLL
     for (int k = 0; k < Traits::kKeyImages; ++k)
-      store_rows(out.state + k * kImage, warp, words_of(S16) + 16 * k);
+      store_rows(s.state + k * kImage, warp, words_of(S16) + 16 * k);
     cutlass::arch::fence_view_async_shared();
     __syncwarp();
     if (thread % 32 == 0) {
-      const int64_t image = first_image(in, sequence, c, z.head, first_value, Traits::kKeyImages);
+      const int64_t image = first_image(in, sequence, c, z.head, z.first_value, Traits::kKeyImages);
       constexpr int kWarpRows = 16 * kImageColumns;
       CUTE_UNROLL
       for (int k = 0; k < Traits::kKeyImages; ++k) {
         copy_out(static_cast<Element*>(a.d_states) + (image + k) * kImage + warp * kWarpRows,
-                 out.state + k * kImage + warp * kWarpRows, kWarpRows * 2);
+                 s.state + k * kImage + warp * kWarpRows, kWarpRows * 2);
       }
       tma_store_arrive();
     }
 
     // dS <- e^{G_C} dS + s Qh^T dO, behind it
-    load_transposed(dout, warp, words_of(dO16));
+    load_transposed(stage.dout, warp, words_of(dO16));
     if constexpr (Traits::kChannelGate) {
       CUTE_UNROLL
       for (int j = 0; j < kKeyDim / 8; ++j) {
@@ -341,7 +312,7 @@ __device__ void walk_reverse(typename Traits::Storage& s, const ReversePassArgs&
         CUTE_UNROLL
         for (int x = 4 * j; x < 4 * j + 4; ++x) S(x) *= x % 2 ? decay.y : decay.x;
       }
-      issue_gemm<false>(mma_state, dO16, by_key(early.q), S);
+      issue_gemm<false>(mma_state, dO16, by_key(stage.q), S);
     } else {
       const float decay = exp2_fast(rows.G[kRows - 1]);
       CUTE_UNROLL
@@ -355,15 +326,14 @@ __device__ void walk_reverse(typename Traits::Storage& s, const ReversePassArgs&
           words_of(X16)[x] = pack<Element>(q_read.x * dO.x, q_read.y * dO.y);
         }
       }
-      issue_gemm<false>(mma_state, X16, by_key(early.q), S);
+      issue_gemm<false>(mma_state, X16, by_key(stage.q), S);
     }
     warpgroup_wait<1>();
 
     // dV' = Kt dS + s P^T dO
     if constexpr (!Traits::kChannelGate) scale_columns(rows.k_write);
-    issue_gemm<false>(mma_column, dO16, by_column(early.p), R);
+    issue_gemm<false>(mma_column, dO16, by_column(stage.p), R);
     warpgroup_wait<0>();
-    s.ring_early.release(at);
 
     // Y = dV' + N^T dV'. Where keys repeat, Y is a small difference: N multiplies what rounding dV' lost,
     // too.
@@ -373,8 +343,8 @@ __device__ void walk_reverse(typename Traits::Storage& s, const ReversePassArgs&
       const float2 high = unpack<Element>(words_of(X16)[x]);
       words_of(Y16)[x] = pack<Element>(R(2 * x) - high.x, R(2 * x + 1) - high.y);
     }
-    issue_gemm<false>(mma_column, X16, by_column(late.n), R);
-    issue_gemm<false>(mma_column, Y16, by_column(late.n), R);
+    issue_gemm<false>(mma_column, X16, by_column(stage.n), R);
+    issue_gemm<false>(mma_column, Y16, by_column(stage.n), R);
     warpgroup_wait<0>();
     round(R, Y16);
 
@@ -389,31 +359,31 @@ __device__ void walk_reverse(typename Traits::Storage& s, const ReversePassArgs&
       for (int x = 2 * j; x < 2 * j + 2; ++x)
         words_of(X16)[x] = pack<Element>(-k_read.x * R(2 * x), -k_read.y * R(2 * x + 1));
     }
-    issue_gemm<false>(mma_state, X16, by_key(late.k), S);
-    ring_out.wait_empty(at_out);
-    store_transposed(out.y, warp, words_of(Y16));
-    store_transposed(out.dv, warp, words_of(dv16));
+    issue_gemm<false>(mma_state, X16, by_key(stage.k), S);
+    s.ring_out.wait_empty(at_out);
+    store_transposed(s.y, warp, words_of(Y16));
+    store_transposed(s.dv, warp, words_of(dv16));
     cutlass::arch::fence_view_async_shared();
     __syncwarp();
     if (thread % 32 == 0) {
       wait_for_memory<1>();  // dS of the chunk before
-      ring_out.arrive_full(at_out);
+      s.ring_out.arrive_full(at_out);
     }
     at_out.advance();
     warpgroup_wait<0>();
-    s.ring_late.release(at);
+    s.ring.release(at);
     at.advance();
   }
 
   if (a.d_initial != nullptr) {
-    for_state<kKeyDim>(first_value, [&](int x, int value, int key) {
+    for_state<kKeyDim>(z.first_value, [&](int x, int value, int key) {
       if (value < in.value_dim && key < in.key_dim) a.d_initial[state_at(value, key)] = S(x);
     });
   }
   if (thread % 32 == 0) {  // dS of the first chunk
     wait_for_memory<0>();
-    ring_out.wait_empty(at_out);
-    ring_out.arrive_full(at_out);
+    s.ring_out.wait_empty(at_out);
+    s.ring_out.arrive_full(at_out);
   }
 }
 
@@ -424,32 +394,26 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     reverse_pass_kernel(const __grid_constant__ ReverseMaps maps, const __grid_constant__ ReversePassArgs a,
                         int value_tiles) {
   auto& s = shared_storage<typename Traits::Storage>();
-  const int blocks = (value_tiles + 1) / 2, block = blockIdx.x % blocks, row = blockIdx.x / blocks;
-  const int value_heads = static_cast<int>(a.in.value_heads);
   ReversePlace z;
-  z.n = row / value_heads, z.head = row % value_heads;
+  const int row = blockIdx.x / value_tiles;
+  z.first_value = blockIdx.x % value_tiles * kImageColumns;
+  z.head = row % a.in.value_heads, z.n = row / a.in.value_heads;
   z.sequence = sequence_of(a.in, z.n);
-  z.first_value = 2 * block * kImageColumns, z.chains = min(Traits::kChains, value_tiles - 2 * block);
   if (threadIdx.x == 0) {
-    s.ring_early.init(1, 4 * z.chains);
-    s.ring_late.init(1, 4 * z.chains);
-    for (auto& ring : s.ring_out) ring.init(4, 2);
+    s.ring.init(1, 4);
+    s.ring_out.init(4, 2);
     s.ring_news.init(1, 1);
     cutlass::arch::fence_barrier_init();
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");  // this CTA has its place on an SM
   }
   __syncthreads();
-  const int warpgroup = threadIdx.x / 128, warp = threadIdx.x % 128 / 32;
-  if (warpgroup < Traits::kChains) {
-    cutlass::arch::warpgroup_reg_alloc<Traits::kChainRegisters>();
-    if (warpgroup < z.chains) walk_reverse<Traits>(s, a, z, warpgroup);
-  } else {
-    cutlass::arch::warpgroup_reg_dealloc<Traits::kHelperRegisters>();
-    if (warp == 0 && threadIdx.x % 32 == 0) load_reverse<Traits>(s, maps, a, z);
-    if (warp == 1) store_dv<Traits>(s, a, z);
-    if (warp == 2 && threadIdx.x % 32 == 0) store_y<Traits>(s, a, z);
-    if (warp == 3 && threadIdx.x % 32 == 0) announce<Traits>(s, a, z);
-  }
+  const int warp = threadIdx.x / 32;
+  const bool one_thread = threadIdx.x % 32 == 0;
+  if (warp < 4) walk_reverse<Traits>(s, a, z);
+  if (warp == 4 && one_thread) load_reverse<Traits>(s, maps, a, z);
+  if (warp == 5) store_dv<Traits>(s, a, z);
+  if (warp == 6 && one_thread) store_y<Traits>(s, a, z);
+  if (warp == 7 && one_thread) announce<Traits>(s, a, z);
 }
 
 template <class Tag, int kKeyDim, bool kChannelGate>
@@ -468,7 +432,7 @@ int reverse_pass_sm90<Tag, kKeyDim, kChannelGate>::run(const ReversePassArgs& ar
           encode_tokens(&maps.dout, args.d_o, kBf16, in.value_dim, in.tokens, in.value_heads, in.batch))
     return e;
   const int64_t tiles = (in.value_dim + kImageColumns - 1) / kImageColumns;
-  const int64_t grid = in.sequences * in.value_heads * value_blocks(in);
+  const int64_t grid = in.sequences * in.value_heads * tiles;
   if (grid > std::numeric_limits<int>::max()) return cudaErrorInvalidConfiguration;
   kernel<<<static_cast<unsigned>(grid), Traits::kThreads, kShared, static_cast<cudaStream_t>(stream)>>>(
       maps, args, static_cast<int>(tiles));

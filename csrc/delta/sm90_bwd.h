@@ -49,7 +49,7 @@ struct ReversePassArgs {
   int* announced;        // [slot][value head][V / 64], zeros: set to 1 when d_states and y are in memory
 };
 
-// The walk over the chunks of a sequence from the last to the first. One CTA per (sequence, value head, 128
+// The walk over the chunks of a sequence from the last to the first. One CTA per (sequence, value head, 64
 // values).
 template <class Tag, int kKeyDim, bool kChannelGate>
 struct reverse_pass_sm90 {

@@ -40,6 +40,7 @@ Portable portable() {
 #define INSTANCE(kernel, ...) USE_##kernel(__VA_ARGS__)
 #define USE_operands_sm80(element)
 #define USE_step_sm80(element, d, dv)
+#define USE_step_sm90(element, d, dv)
 
 const std::vector<Portable> kPortable = {
 #define USE_portable_sm80(tag, dim) portable<tag, dim>(),

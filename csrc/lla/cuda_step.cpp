@@ -12,10 +12,11 @@ namespace nearfield::lla {
 namespace {
 
 struct Instance {
+  bool hopper;
   ScalarType type;
   int d, dv;
   int floats;  // of the moments of one split
-  int (*run)(const StepSm80Args&, void*);
+  int (*run)(const StepArgs&, void*);
 };
 
 template <class Tag>
@@ -29,23 +30,35 @@ const std::vector<Instance> kSteps = {
 #define USE_fwd_sm90(dim)
 #define USE_bwd_query_sm90(dim)
 #define USE_bwd_key_sm90(dim)
-#define USE_step_sm80(element, d, dv) \
-  {kScalarType<element>, d, dv, step_sm80<element, d, dv>::kFloats, &step_sm80<element, d, dv>::run},
+#define USE_STEP(kernel, hopper, element, d, dv) \
+  {hopper, kScalarType<element>, d, dv, kernel<element, d, dv>::kFloats, &kernel<element, d, dv>::run},
+#define USE_step_sm80(element, d, dv) USE_STEP(step_sm80, false, element, d, dv)
+#ifdef NEARFIELD_LLA_SM90
+#define USE_step_sm90(element, d, dv) USE_STEP(step_sm90, true, element, d, dv)
+#else
+#define USE_step_sm90(element, d, dv)
+#endif
 #include "lla/instances.def"
 #undef INSTANCE
 #undef USE_step_sm80
+#undef USE_step_sm90
+#undef USE_STEP
 };
 
-const Instance& pick(const char* op, const Tensor& q, int64_t d, int64_t dv) {
+// The smallest that holds the head dims, Hopper's own before the others.
+const Instance& pick(const char* op, const Tensor& q, int64_t d, int64_t dv, bool hopper) {
   const auto type = q.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::BFloat16 || type == ScalarType::Half, op, ": q has dtype ",
                   torch::headeronly::toString(type), "; supported on CUDA: bfloat16, float16");
   const Instance* best = nullptr;
   std::ostringstream built;
   for (const auto& i : kSteps) {
-    if (i.type != type) continue;
-    built << (built.tellp() ? ", " : "") << i.d << "/" << i.dv;
-    if (i.d >= d && i.dv >= dv && (best == nullptr || i.floats < best->floats)) best = &i;
+    if (i.type != type || (i.hopper && !hopper)) continue;
+    if (!i.hopper) built << (built.tellp() ? ", " : "") << i.d << "/" << i.dv;
+    const auto before = [](const Instance& x, const Instance& y) {
+      return x.floats != y.floats ? x.floats < y.floats : x.hopper > y.hopper;
+    };
+    if (i.d >= d && i.dv >= dv && (best == nullptr || before(i, *best))) best = &i;
   }
   STD_TORCH_CHECK(best != nullptr && d % 8 == 0 && dv % 8 == 0, op, ": head dims ", d,
                   " of q and k_cache and ", dv,
@@ -60,6 +73,13 @@ void check_alignment(const char* op, const char* name, const Tensor& t) {
   for (int d = 0; d < 3; ++d) fits &= t.sizes()[d] <= 1 || t.strides()[d] % 8 == 0;
   STD_TORCH_CHECK(fits, op, ": ", name, " has strides ", shape_text(t.strides().data(), 4),
                   "; supported on CUDA: a dense last dimension, rows at multiples of 16 bytes");
+}
+
+// The copy engine steps through memory; a broadcast dimension has nothing to step through.
+bool has_steps(const Tensor& t) {
+  for (int d = 0; d < 3; ++d)
+    if (t.sizes()[d] > 1 && t.strides()[d] <= 0) return false;
+  return true;
 }
 
 View<const void> untyped(const Tensor& t) {
@@ -78,14 +98,15 @@ Tensor step_cuda(const Tensor& q_, const Tensor& k, const Tensor& v, std::option
   check_lengths(op, cache_seqlens, q_);
   torch::stable::accelerator::DeviceGuard guard(q_.get_device_index());
   const int64_t d = k.sizes()[3], dv = v.sizes()[3];
-  const Instance& instance = pick(op, q_, d, dv);
+  const DeviceInfo device = device_info(q_.get_device_index());
+  const Instance& instance = pick(op, q_, d, dv, device.capability == 90 && has_steps(k) && has_steps(v));
   const Tensor q = dense_rows(q_);
   const auto s = q.sizes();
   const Tensor o = new_empty(q, {s[0], s[1], s[2], dv});
   if (o.numel() == 0) return o;
   check_alignment(op, "k_cache", k), check_alignment(op, "v_cache", v);
 
-  StepSm80Args args{};
+  StepArgs args{};
   args.batch = s[0], args.m = s[1], args.n = k.sizes()[1], args.heads = s[2], args.kv_heads = k.sizes()[2];
   args.d = static_cast<int>(d), args.dv = static_cast<int>(dv);
   args.q = untyped(q), args.k = untyped(k), args.v = untyped(v);
@@ -100,7 +121,7 @@ Tensor step_cuda(const Tensor& q_, const Tensor& k, const Tensor& v, std::option
   args.o = o.mutable_data_ptr();
 
   const int64_t queries = args.batch * args.heads * args.m, keys = std::min(args.n, args.window);
-  const int64_t wanted = kBlocksPerSm * device_info(q.get_device_index()).num_sms / queries;
+  const int64_t wanted = kBlocksPerSm * device.num_sms / queries;
   args.splits = static_cast<int>(std::clamp<int64_t>(std::min(wanted, keys / kKeysPerSplit), 1, kMaxSplits));
   Tensor moments;
   if (args.splits > 1) {

@@ -8,7 +8,7 @@ namespace nearfield::lla {
 
 constexpr int kMaxSplits = 32;
 
-struct StepSm80Args {
+struct StepArgs {
   int64_t batch, m, n, heads, kv_heads;
   int d, dv;
   View<const void> q;   // [B, m, Hq, d]
@@ -34,11 +34,18 @@ struct Moments {
                        kKeyValue = kKeyKey + kD * kD, kFloats = kKeyValue + kD * kDv;
 };
 
-// Element: bf16 or fp16; kD and kDv: the smallest built that hold d and dv. Returns a cudaError_t.
+// Element: bf16 or fp16; kD and kDv: the smallest built that hold d and dv. Return a cudaError_t.
 template <class Element, int kD, int kDv>
 struct step_sm80 {
   static constexpr int kFloats = Moments<kD, kDv>::kFloats;
-  static int run(const StepSm80Args& args, void* stream);
+  static int run(const StepArgs& args, void* stream);
+};
+
+// The same on Hopper, for caches without strides of 0 (a broadcast).
+template <class Element, int kD, int kDv>
+struct step_sm90 {
+  static constexpr int kFloats = Moments<kD, kDv>::kFloats;
+  static int run(const StepArgs& args, void* stream);
 };
 
 }  // namespace nearfield::lla

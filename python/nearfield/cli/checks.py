@@ -156,13 +156,22 @@ def _delta(function: Any) -> Callable[..., Tensors]:
     return call
 
 
-def _delta_chunks(device: torch.device, dtype: torch.dtype, backward: bool) -> dict[str, Accuracy]:
+def _delta_kept(v: Tensor, **inputs: Tensor) -> Tensors:
+    """The forward of a call that will be differentiated."""
+    with torch.enable_grad():
+        results = _delta(delta_rule)(v=v.detach().requires_grad_(), **inputs)
+    return {name: t.detach() for name, t in results.items()}
+
+
+def _delta_chunks(
+    device: torch.device, dtype: torch.dtype, backward: bool, ours: Callable[..., Tensors] | None = None
+) -> dict[str, Accuracy]:
     found: dict[str, Accuracy] = {}
     for form in DELTA:
         inputs, random = _delta_inputs(form, dtype, 70), _random(3)
         upstream = {"out": random(*inputs["v"].shape), "state": random(*inputs["state"].shape)}
         parts = _compare(
-            _delta(delta_rule), _delta(delta_rule_reference), inputs, upstream if backward else None, device,
+            ours or _delta(delta_rule), _delta(delta_rule_reference), inputs, upstream if backward else None, device,
             eager_dtype=dtype, factor=DELTA_FACTOR,
         )  # fmt: skip
         found |= {f"{form} {name}": accuracy for name, accuracy in parts.items()}
@@ -172,6 +181,11 @@ def _delta_chunks(device: torch.device, dtype: torch.dtype, backward: bool) -> d
 @check("delta_fwd")
 def _(device: torch.device, dtype: torch.dtype) -> dict[str, Accuracy]:
     return _delta_chunks(device, dtype, backward=False)
+
+
+@check("delta_fwd_kept")
+def _(device: torch.device, dtype: torch.dtype) -> dict[str, Accuracy]:
+    return _delta_chunks(device, dtype, backward=False, ours=_delta_kept)
 
 
 @check("delta_fwd_states")

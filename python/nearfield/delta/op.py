@@ -398,7 +398,9 @@ def kept_bytes(
         slots = T // CHUNK + cu_seqlens.shape[0] - 1
     values, keys = (V + 63) // 64, _KEPT_K // 64
     chunk = _ROWS_BYTES + (2 + values * (1 + keys)) * _IMAGE_BYTES
-    if g is not None and g.dim() == 4:  # three tiles of keys, the decay of the chunk and the gates up to each row
+    if (
+        g is not None and g.dim() == 4
+    ):  # three tiles of keys, the decay of the chunk and the gates up to each row
         chunk += 3 * keys * _IMAGE_BYTES + (1 + CHUNK) * 4 * _KEPT_K
     return slots * HV * chunk
 
@@ -411,7 +413,9 @@ def _keeps_on(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _has_hopper() -> bool:
-    q, beta = (torch.empty(*shape, dtype=torch.bfloat16, device="meta") for shape in ((1, 1, 1, 128), (1, 1, 1)))
+    q, beta = (
+        torch.empty(*shape, dtype=torch.bfloat16, device="meta") for shape in ((1, 1, 1, 128), (1, 1, 1))
+    )
     try:
         return plan(q, q, q, beta, None, 90, True, None)[0] == "hopper"
     except RuntimeError:  # built without CUDA kernels
