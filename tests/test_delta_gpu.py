@@ -95,6 +95,25 @@ def test_long_sequence() -> None:
     check(make(B=1, T=20000, H=1, HV=2, K=128, V=128, strength=0.01, dtype=torch.bfloat16))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("gate", ["none", "head"])
+@pytest.mark.parametrize("repeated", [None, (0, 1000), (290, 460)], ids=str)
+def test_chunks_prepared_beside_the_walk(
+    backend: str, repeated: tuple[int, int] | None, gate: str, dtype: torch.dtype
+) -> None:
+    """Where the walks leave half of the GPU idle; where keys repeat, a walk changes to its exact form on the way."""
+    args = make(B=2, T=1000, H=15, HV=15, K=128, V=128, gate=gate, strength=0.01, dtype=dtype)
+    if repeated is not None:
+        some = slice(*repeated)
+        args["k"][:, some] = correlated_keys("identical", args["k"][:, some].shape).to(dtype)
+        args["beta"][:, some] = 1.9 * (0.9 + 0.1 * torch.rand(args["beta"][:, some].shape))
+    check(args, factor=1 if repeated is None else 2)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiled:
+        delta_rule(**cuda(args))
+        torch.cuda.synchronize()
+    assert any("prepare_ahead" in event.name for event in profiled.events()) == (backend == "hopper")
+
+
 @pytest.mark.parametrize("dims", [(128, 128), (64, 72), (72, 200)], ids=str)
 @pytest.mark.parametrize("gate", GATE_KINDS)
 def test_few_heads_split_the_sequence(gate: str, dims: tuple[int, int]) -> None:

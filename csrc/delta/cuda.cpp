@@ -24,18 +24,22 @@ namespace {
 constexpr double kLaunchUs = 7, kBytesPerUs = 4.2e6;
 constexpr double kChunkUs = 1.07, kTransitionUs = 0.87;  // with and without output
 constexpr double kComposeUs = 5.5, kSpanUs = 1.5;        // a launch, and a span of it
+// To prepare a chunk, times the SMs that do: before the walk, and beside it, where also the walk is slower.
+constexpr double kPrepareUs = 2.4, kPrepareBesideUs = 3.3, kChunkBesideUs = 1.55;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Plan {
-  int64_t span_chunks = 0;  // 0: sequences are not split
-  bool prepare_P = true;    // else the state pass computes P
+  int64_t span_chunks = 0;    // 0: sequences are not split
+  bool prepare_P = true;      // else the state pass computes P
+  int64_t preparing_sms = 0;  // beside the state pass; 0: all of them, before it
 };
 
 // A walk is a chain, so few heads leave SMs idle. Split, every span is walked twice, for its transition and,
 // from its true state, for the output. That wins where the SMs would be idle otherwise. Packed sequences are
-// taken as equally long.
-Plan make_plan(const InputsSm90& in, int64_t key_dim, int64_t sms, bool keep) {
+// taken as equally long. Or the walk takes the SMs that it needs, and the others prepare chunks beside it:
+// without split sequences, which need all transitions first.
+Plan make_plan(const InputsSm90& in, int64_t key_dim, int64_t sms, bool keep, bool states_on_the_way) {
   const int64_t value_tiles = ceil_div(in.value_dim, kImageColumns), key_tiles = key_dim / kImageColumns;
   const int64_t rows = in.sequences * in.value_heads;
   const int64_t chunks = ceil_div(in.cu_seqlens ? ceil_div(in.tokens, in.sequences) : in.tokens, kChunk);
@@ -56,10 +60,19 @@ Plan make_plan(const InputsSm90& in, int64_t key_dim, int64_t sms, bool keep) {
                       walk_us(rows * spans * value_tiles, length, true);
     if (us < best) best = us, plan.span_chunks = length;
   }
+  const int64_t walks = rows * value_tiles;
+  const auto prepare_us = [&](double us, int64_t on) {
+    return us * static_cast<double>(rows * chunks) / static_cast<double>(on);
+  };
+  if (!in.cu_seqlens && !in.channel_gate && !states_on_the_way && !keep && walks < sms) {
+    const double walk = kLaunchUs + kChunkBesideUs * static_cast<double>(chunks);
+    if (std::max(walk, prepare_us(kPrepareBesideUs, sms - walks)) < best + prepare_us(kPrepareUs, sms))
+      plan.preparing_sms = sms - walks, plan.span_chunks = 0;
+  }
   // P costs a second read of Q, a write and a read. On a full GPU memory is the limit; on others the chain,
   // which a second warpgroup on the SM slows down.
-  plan.prepare_P =
-      in.channel_gate || plan.span_chunks > 0 || keep || rows * value_tiles < sms * 3 / 4;
+  plan.prepare_P = plan.preparing_sms > 0 || in.channel_gate || plan.span_chunks > 0 || keep ||
+                   rows * value_tiles < sms * 3 / 4;
   return plan;
 }
 
@@ -106,7 +119,8 @@ Results forward(Tensor q, Tensor k, Tensor v, Tensor beta, OptTensor g, OptTenso
   const KernelChoice choice = choose_kernels(op, x, keep ? kBackwardKeyDim : 0);
   make_loadable(x);
   const InputsSm90 in = kernel_inputs<void, float>(x, options);
-  const Plan plan = make_plan(in, choice.key.key_dim, device_info(q.get_device_index()).num_sms, keep);
+  const Plan plan =
+      make_plan(in, choice.key.key_dim, device_info(q.get_device_index()).num_sms, keep, states_every > 0);
 
   Scratch scratch;
   void *entering = nullptr, *v_new = nullptr;
@@ -119,8 +133,15 @@ Results forward(Tensor q, Tensor k, Tensor v, Tensor beta, OptTensor g, OptTenso
   }
   allocate_low_halves(scratch, q, in, choice);
   void* stream = current_stream(q);
-  check_launch(op, choice.prepare({in, scratch.chunks}, stream));
-  StatePassArgs pass{in, scratch.chunks};
+  int* ready = nullptr;
+  const int64_t slots = ChunkSlots(in).total;
+  if (plan.preparing_sms > 0) {
+    scratch.memory.push_back(new_zeros(q, {slots * x.HV}, ScalarType::Int));
+    ready = static_cast<int*>(scratch.memory.back().mutable_data_ptr());
+  }
+  check_launch(
+      op, choice.prepare({in, scratch.chunks, ready, slots, static_cast<int>(plan.preparing_sms)}, stream));
+  StatePassArgs pass{in, scratch.chunks, ready, slots};
   if (const int64_t span = plan.span_chunks) {
     pass.span_chunks = span;
     const int64_t values = ceil_div(x.V, kImageColumns) * kImageColumns;
@@ -149,17 +170,19 @@ std::tuple<Tensor, Tensor, Tensor> delta_fwd_states_cuda(
     OptTensor dt_bias, OptTensor cu_seqlens, double scale, bool qk_l2norm, int64_t beta_activation,
     int64_t gate, double gate_bound, bool state_v_first, bool output_final_state, int64_t states_every,
     std::optional<std::string> backend) {
-  const Results r = forward(q, k, v, beta, g, initial_state, A_log, dt_bias, cu_seqlens, scale, qk_l2norm,
-                            beta_activation, gate, gate_bound, state_v_first, output_final_state, backend,
-                            states_every, false);
+  const Results r =
+      forward(q, k, v, beta, g, initial_state, A_log, dt_bias, cu_seqlens, scale, qk_l2norm, beta_activation,
+              gate, gate_bound, state_v_first, output_final_state, backend, states_every, false);
   return {r.o, r.final_state, r.states};
 }
 
-std::tuple<Tensor, Tensor, Tensor> delta_fwd_kept_cuda(
-    Tensor q, Tensor k, Tensor v, Tensor beta, OptTensor g, OptTensor initial_state, OptTensor A_log,
-    OptTensor dt_bias, OptTensor cu_seqlens, double scale, bool qk_l2norm, int64_t beta_activation,
-    int64_t gate, double gate_bound, bool state_v_first, bool output_final_state,
-    std::optional<std::string> backend) {
+std::tuple<Tensor, Tensor, Tensor> delta_fwd_kept_cuda(Tensor q, Tensor k, Tensor v, Tensor beta, OptTensor g,
+                                                       OptTensor initial_state, OptTensor A_log,
+                                                       OptTensor dt_bias, OptTensor cu_seqlens, double scale,
+                                                       bool qk_l2norm, int64_t beta_activation, int64_t gate,
+                                                       double gate_bound, bool state_v_first,
+                                                       bool output_final_state,
+                                                       std::optional<std::string> backend) {
   const Results r =
       forward(q, k, v, beta, g, initial_state, A_log, dt_bias, cu_seqlens, scale, qk_l2norm, beta_activation,
               gate, gate_bound, state_v_first, output_final_state, backend, 0, true);

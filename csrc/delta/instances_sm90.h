@@ -159,8 +159,7 @@ inline void allocate_low_halves(Scratch& s, const Tensor& like, const InputsSm90
   s.chunks.hard = static_cast<float*>(s.bytes(like, chunks * 4));
   s.chunks.N_low = s.bytes(like, chunks * image);
   if (s.chunks.P != nullptr) s.chunks.P_low = s.bytes(like, chunks * image);
-  if (in.channel_gate)
-    s.chunks.Kt_low = s.bytes(like, chunks * (choice.key.key_dim / kImageColumns) * image);
+  if (in.channel_gate) s.chunks.Kt_low = s.bytes(like, chunks * (choice.key.key_dim / kImageColumns) * image);
 }
 
 }  // namespace nearfield::delta

@@ -310,7 +310,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
   auto& s = shared_storage<typename Traits::Storage>();
   const InputsSm90& in = args.in;
   ChunkPlace place;
-  if (!place.find(in)) return;
+  if (!place.find(in, blockIdx.x / in.value_heads, blockIdx.x % in.value_heads)) return;
   const int valid = place.valid;
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, t = lane % 4;
   const float scale = static_cast<float>(in.scale);

@@ -1,6 +1,7 @@
 // Everything of a chunk that does not depend on the state, for all chunks at once: gates and their cumulative
 // sum, write strengths, norms, N = T - I and P. A gate per channel: prepare_channel_sm90.cuh. One warpgroup
-// per (slot, value head); several CTAs share an SM and hide each other's latencies.
+// per (slot, value head); several share an SM and hide each other's latencies. They are either CTAs of their
+// own, or stay on a few SMs and take chunks in the order in which the state pass on the others needs them.
 #pragma once
 
 #include "delta/prepare_channel_sm90.cuh"
@@ -69,33 +70,47 @@ __device__ __forceinline__ void sum_gates(const InputsSm90& in, ChunkRows& rows,
   rows.G[2 * lane + 1] = sum;
 }
 
-// ---- Kernel ----
+// ---- A chunk ----
 
+// A chunk whose results are on their way to memory, known to the thread that sent them.
+struct Announcement {
+  int* flag = nullptr;
+  int value = 0;
+  // In memory, not only read from shared memory.
+  __device__ __forceinline__ void make() {
+    if (flag == nullptr) return;
+    asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+    __threadfence();
+    asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+    flag = nullptr;
+  }
+};
+
+// By a warpgroup with a barrier of its own. `turn` counts its chunks. The last chunk is announced under this
+// one's loads.
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads, 4)
-    prepare_kernel(const __grid_constant__ TokenMaps maps, const __grid_constant__ PrepareArgs args) {
+__device__ __forceinline__ void prepare_chunk(typename Traits::Storage& s, const TokenMaps& maps,
+                                              const PrepareArgs& args, const ChunkPlace& place, uint32_t turn,
+                                              uint32_t barrier, Announcement& last) {
   using Element = typename Traits::Element;
   using Barrier = cutlass::arch::ClusterTransactionBarrier;
   constexpr int kKeyDim = Traits::kKeyDim;
-  auto& s = shared_storage<typename Traits::Storage>();
   const InputsSm90& in = args.in;
-  ChunkPlace place;
-  if (!place.find(in)) return;
   const int valid = place.valid;
-  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, quad = lane % 4;
+  const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32, quad = lane % 4;
+  const auto sync = [&] { cutlass::arch::NamedBarrier::sync(128, barrier); };
 
   if (thread == 0) {
-    Barrier::init(&s.arrived, 1);
-    cutlass::arch::fence_barrier_init();
     Barrier::arrive_and_expect_tx(&s.arrived, (Traits::kWithP ? 2 : 1) * Traits::kTile * 2);
     load_tokens<kKeyDim>(maps.k, &s.arrived, s.k, 0, place.token, place.head_k, place.batch);
     if constexpr (Traits::kWithP)
       load_tokens<kKeyDim>(maps.q, &s.arrived, s.q, 0, place.token, place.head_k, place.batch);
+    last.make();
   }
   if (warp == 1) sum_gates(in, s.rows, place);
   if (warp == 2) load_betas(in, s.rows, place);
-  __syncthreads();
-  Barrier::wait(&s.arrived, 0);
+  sync();
+  Barrier::wait(&s.arrived, turn % 2);
   asm volatile("" ::: "memory");
 
   // K K^T and Q K^T, [64, 64]; thread (warp, lane) holds rows 16 warp + lane / 4 and + 8.
@@ -124,7 +139,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 4)
     s.rows.k_write[row] = k_norm * exp2_fast(s.rows.G[kRows - 1] - G);
   }
   warpgroup_wait<0>();
-  __syncthreads();  // K and Q are free, the rows complete
+  sync();  // K and Q are free, the rows complete
 
   // A = beta_i k_i . k_j e^{G_i - G_j} below the diagonal, P = scale q_i . k_j e^{G_i - G_j} with it.
   // Selected, not multiplied by 0: rows past the end may hold anything.
@@ -157,9 +172,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 4)
   }
   const auto to = [&](void* scratch) { return static_cast<Element*>(scratch) + place.index * kImage; };
   if constexpr (Traits::kWithP) store_rows(s.p, warp, p_words);
-  put_squares(s.squares, invert<false>(s.a, s.triangular, s.n, s.n));
+  put_squares(s.squares, invert<false>(s.a, s.triangular, s.n, s.n, barrier));
   cutlass::arch::fence_view_async_shared();
-  __syncthreads();
+  sync();
   const bool hard = with_low && is_hard(s.squares, valid);
   if (thread == 0) {
     copy_out(args.scratch.rows + place.index, &s.rows, sizeof(ChunkRows));
@@ -169,35 +184,87 @@ __global__ void __launch_bounds__(Traits::kThreads, 4)
     tma_store_arrive();
     tma_store_wait<0>();
   }
-  if (!hard) return;
-  __syncthreads();  // the results have been read
-  invert<true>(s.a, s.triangular, s.n, s.p);
-  __syncthreads();
-  auto* low = reinterpret_cast<Element*>(s.a[0]);
-  if constexpr (Traits::kWithP) store_rows(low, warp, p_low);
-  cutlass::arch::fence_view_async_shared();
-  __syncthreads();
-  if (thread == 0) {
-    copy_out(to(args.scratch.N_low), s.p, kImageBytes);
-    if constexpr (Traits::kWithP) copy_out(to(args.scratch.P_low), low, kImageBytes);
-    tma_store_arrive();
-    tma_store_wait<0>();
+  // Whether hard or not, nobody writes to shared memory before the results have been read.
+  sync();
+  if (hard) {
+    invert<true>(s.a, s.triangular, s.n, s.p, barrier);
+    sync();
+    auto* low = reinterpret_cast<Element*>(s.a[0]);
+    if constexpr (Traits::kWithP) store_rows(low, warp, p_low);
+    cutlass::arch::fence_view_async_shared();
+    sync();
+    if (thread == 0) {
+      copy_out(to(args.scratch.N_low), s.p, kImageBytes);
+      if constexpr (Traits::kWithP) copy_out(to(args.scratch.P_low), low, kImageBytes);
+      tma_store_arrive();
+      tma_store_wait<0>();
+    }
+    sync();
   }
+  if (args.ready != nullptr && thread == 0)
+    last = {args.ready + place.head * args.slots + place.slot, hard ? kReadyHard : kReady};
+}
+
+// ---- Kernels ----
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 4)
+    prepare_kernel(const __grid_constant__ TokenMaps maps, const __grid_constant__ PrepareArgs args) {
+  auto& s = shared_storage<typename Traits::Storage>();
+  ChunkPlace place;
+  if (!place.find(args.in, blockIdx.x / args.in.value_heads, blockIdx.x % args.in.value_heads)) return;
+  if (threadIdx.x == 0) {
+    cutlass::arch::ClusterTransactionBarrier::init(&s.arrived, 1);
+    cutlass::arch::fence_barrier_init();
+  }
+  Announcement none;
+  prepare_chunk<Traits>(s, maps, args, place, 0, 1, none);
+}
+
+// One CTA on each of a few SMs. Chunk after chunk, of all sequences and heads, and says what is done. Not for
+// packed sequences, where slots have no such order.
+constexpr int kAheadGroups = 4;
+
+template <class Traits>
+__global__ void __launch_bounds__(kAheadGroups* Traits::kThreads, 1)
+    prepare_ahead_kernel(const __grid_constant__ TokenMaps maps, const __grid_constant__ PrepareArgs args) {
+  // The state pass may take its SMs once all of these CTAs have theirs.
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  const int group = threadIdx.x / 128;
+  auto& s = (&shared_storage<typename Traits::Storage>())[group];
+  const uint32_t barrier = 1 + group;
+  if (threadIdx.x % 128 == 0) {
+    cutlass::arch::ClusterTransactionBarrier::init(&s.arrived, 1);
+    cutlass::arch::fence_barrier_init();
+  }
+  const auto heads = static_cast<uint32_t>(args.in.value_heads),
+             rows = static_cast<uint32_t>(args.in.sequences) * heads;
+  const auto chunks = static_cast<uint32_t>(args.slots / args.in.sequences);
+  Announcement last;
+  uint32_t turn = 0;
+  for (uint32_t at = blockIdx.x * kAheadGroups + group; at < chunks * rows; at += gridDim.x * kAheadGroups) {
+    const uint32_t chunk = at / rows, row = at % rows;
+    ChunkPlace place;
+    if (place.find(args.in, static_cast<int64_t>(row / heads) * chunks + chunk, row % heads))
+      prepare_chunk<Traits>(s, maps, args, place, turn++, barrier, last);
+  }
+  if (threadIdx.x % 128 == 0) last.make();
 }
 
 // ---- Launch ----
 
-template <class Traits, class Kernel>
+template <class Traits, int kGroups = 1, class Kernel>
 cudaError_t launch_prepare(Kernel kernel, const PrepareArgs& args, bool is_bf16, cudaStream_t stream) {
-  constexpr int kShared = sizeof(typename Traits::Storage);
+  constexpr int kShared = kGroups * sizeof(typename Traits::Storage);
   static const cudaError_t attribute =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
   if (attribute != cudaSuccess) return attribute;
   TokenMaps maps{};
   if (const cudaError_t e = encode_inputs(&maps, args.in, is_bf16)) return e;
-  const int64_t grid = ChunkSlots(args.in).total * args.in.value_heads;
-  if (grid > std::numeric_limits<int>::max()) return cudaErrorInvalidConfiguration;
-  kernel<<<static_cast<unsigned>(grid), Traits::kThreads, kShared, stream>>>(maps, args);
+  const int64_t chunks = ChunkSlots(args.in).total * args.in.value_heads;
+  if (chunks > std::numeric_limits<int>::max()) return cudaErrorInvalidConfiguration;
+  const auto grid = static_cast<unsigned>(args.ready == nullptr ? chunks : args.ctas);
+  kernel<<<grid, kGroups * Traits::kThreads, kShared, stream>>>(maps, args);
   return cudaGetLastError();
 }
 
@@ -210,6 +277,8 @@ int prepare_sm90<Tag, kKeyDim, kChannelGate>::run(const PrepareArgs& args, void*
     return launch_prepare<Traits>(prepare_channel_kernel<Traits>, args, kBf16, stream);
   } else if (args.scratch.P != nullptr) {
     using Traits = PrepareTraits<Tag, kKeyDim, true>;
+    if (args.ready != nullptr)
+      return launch_prepare<Traits, kAheadGroups>(prepare_ahead_kernel<Traits>, args, kBf16, stream);
     return launch_prepare<Traits>(prepare_kernel<Traits>, args, kBf16, stream);
   } else {
     using Traits = PrepareTraits<Tag, kKeyDim, false>;

@@ -9,12 +9,12 @@ namespace nearfield::delta {
 // ---- Which chunk ----
 
 struct ChunkPlace {
-  int64_t batch, token, head, index;  // the first token; [slot][value head]
+  int64_t slot, batch, token, head, index;  // the first token; [slot][value head]
   int head_k, valid;
 
-  __device__ __forceinline__ bool find(const InputsSm90& in) {
-    const int64_t slot = blockIdx.x / in.value_heads;
-    head = blockIdx.x % in.value_heads;
+  // False: the slot has no chunk.
+  __device__ __forceinline__ bool find(const InputsSm90& in, int64_t at, int64_t value_head) {
+    slot = at, head = value_head;
     const Sequence sequence = sequence_of(in, sequence_at_slot(in, slot));
     const int64_t first = (slot - sequence.first_slot) * kRows;
     batch = sequence.batch;
@@ -53,13 +53,12 @@ __device__ __forceinline__ Element low_half(float x) {
   return static_cast<Element>(x - static_cast<float>(static_cast<Element>(x)));
 }
 
-// The first four warps of a CTA, after put_pair of the whole lower triangle; the others are not waited for.
-// Returns the sum of the squares of N that this thread has. With kLow, once more: `low` receives what
-// rounding lost.
+// A warpgroup, which `barrier` is for, after put_pair of the whole lower triangle. Returns the sum of the
+// squares of N that this thread has. With kLow, once more: `low` receives what rounding lost.
 template <bool kLow, class Element>
 __device__ __forceinline__ float invert(cutlass::bfloat16_t (&a)[2][kImage], TriangularScratch& triangular,
-                                        Element* image, Element* low) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+                                        Element* image, Element* low, uint32_t barrier = 1) {
+  const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   __syncwarp();
   float column[16], squares = 0.f;
   invert_diagonal_block(triangular, warp, column);
@@ -74,7 +73,7 @@ __device__ __forceinline__ float invert(cutlass::bfloat16_t (&a)[2][kImage], Tri
     CUTE_UNROLL
     for (int i = 1; i < 16; ++i) squares += i > lane ? column[i] * column[i] : 0.f;
   }
-  cutlass::arch::NamedBarrier::sync(128, 1);
+  cutlass::arch::NamedBarrier::sync(128, barrier);
   if constexpr (kLow) put_column(low, [](float x) { return low_half<Element>(x); });
   if (warp < 3) {
     const auto load_a = [&](int I, int M) {
@@ -117,7 +116,7 @@ __device__ __forceinline__ float invert(cutlass::bfloat16_t (&a)[2][kImage], Tri
 __device__ __forceinline__ void put_squares(float (&sums)[4], float squares) {
   CUTE_UNROLL
   for (int step = 16; step > 0; step /= 2) squares += __shfl_xor_sync(0xffffffffu, squares, step);
-  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = squares;
+  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32 % 4] = squares;
 }
 __device__ __forceinline__ bool is_hard(const float (&sums)[4], int rows) {
   return sums[0] + sums[1] + sums[2] + sums[3] > kHardSquare * static_cast<float>(rows);

@@ -78,9 +78,17 @@ constexpr float kHardSquare = 0.75f;
 
 // ---- Kernels; each returns a cudaError_t. Tag is bf16 or fp16, kKeyDim the padded K ----
 
+// What `ready` says of a chunk that is no longer 0.
+constexpr int kReady = 1, kReadyHard = 2;
+
 struct PrepareArgs {
   InputsSm90 in;
   ChunkScratch scratch;
+  // Beside the state pass instead of before it, for sequences that are not packed and a gate per head; or
+  // null:
+  int* ready;     // [value head][slot], zeros
+  int64_t slots;  // of ChunkSlots
+  int ctas;       // that stay on as many SMs
 };
 
 // Everything of a chunk that does not depend on the state: one CTA per slot and value head.
@@ -92,7 +100,10 @@ struct prepare_sm90 {
 struct StatePassArgs {
   InputsSm90 in;
   ChunkScratch scratch;
-  void* o;             // [B, T, HV, V] contiguous; null: no output, and Q is not read
+  const int*
+      ready;      // as above: the launch begins when prepare has its SMs, and waits chunk by chunk; or null
+  int64_t slots;  // of ready
+  void* o;        // [B, T, HV, V] contiguous; null: no output, and Q is not read
   float* final_state;  // like initial_state, or null
   // For the backward, both or neither; with output for K padded to 128 and with P only:
   void* states;  // image [slot][value head][V / 64][K / 64] (K and V padded): S^T of the state that enters

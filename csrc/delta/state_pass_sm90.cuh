@@ -32,7 +32,9 @@ struct StatePassTraits {
   static constexpr int kKeyTile = kKeyDim * kRows;  // elements
   static constexpr int kStages = kKeep_ && kChannelGate ? 2 : 3;
   static constexpr bool kFull = kFull_, kMayBeHard = std::is_same_v<Tag, bf16>;
-  static constexpr bool kLow = kFull && kMayBeHard;  // low halves of a hard chunk take a second stage
+  static constexpr bool kMayStop =
+      !kFull && kMayBeHard && kOutput && !kChannelGate;  // and hand over to the full walk
+  static constexpr bool kLow = kFull && kMayBeHard;      // low halves of a hard chunk take a second stage
   using Full = StatePassTraits<Tag, kKeyDim_, kChannelGate_, kOutput_, kComputeP_, kKeep_, true>;
 
   // Warpgroups: the chain, the one that computes P, if any, and one whose first warps load, store O and store
@@ -74,8 +76,8 @@ struct StatePassTraits {
 
   struct Storage {
     Stage stage[kStages];
-    alignas(1024) Element out[kOutput ? kImage : 0];     // O on the way out
-    alignas(1024) Element v_new[kKeep ? kImage : 0];     // V' on the way out
+    alignas(1024) Element out[kOutput ? kImage : 0];    // O on the way out
+    alignas(1024) Element v_new[kKeep ? kImage : 0];    // V' on the way out
     alignas(1024) Element state[kKeep ? kKeyTile : 0];  // entering states on the way out
     StageRows rows[kStages];
     bool hard[kStages];    // the low halves are in the next stage
@@ -95,7 +97,40 @@ __device__ __forceinline__ int valid_rows(const Sequence& sequence, int chunk) {
 // Waits through barriers say nothing to the compiler about memory.
 __device__ __forceinline__ void compiler_fence() { asm volatile("" ::: "memory"); }
 
-// ---- Loading warp: one thread ----
+// ---- Loading warp ----
+
+// What a warp knows of the chunks ahead of it: whether they are prepared, and which are hard. Lane l knows of
+// chunk first + l.
+struct ChunkNews {
+  const int* ready;   // of this head and sequence, one per chunk; null: all are prepared
+  const float* hard;  // of this head and sequence; null: none
+  int64_t stride;     // of hard
+  int chunks, first = 0, known = 0, mine = 0;
+
+  __device__ __forceinline__ ChunkNews(const StatePassArgs& a, const Sequence& sequence, int64_t head)
+      : ready(a.ready), hard(a.scratch.hard), stride(a.in.value_heads), chunks(sequence.chunks()) {
+    if (ready != nullptr) ready += head * a.slots + sequence.first_slot;
+    if (hard != nullptr) hard += sequence.first_slot * stride + head;
+  }
+  // Waits until chunk c is prepared; chunks are asked for in order. True if it is hard.
+  __device__ __forceinline__ bool wait(int c) {
+    while (c >= known) {
+      const int at = c + static_cast<int>(threadIdx.x) % 32;
+      first = c, mine = 0;
+      if (at < chunks) {
+        if (ready != nullptr) {
+          asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(mine) : "l"(ready + at) : "memory");
+        } else {
+          mine = hard != nullptr && hard[at * stride] != 0.f ? kReadyHard : kReady;
+        }
+      }
+      const uint32_t missing = ~__ballot_sync(0xffffffffu, mine != 0);
+      known = c + (missing == 0 ? 32 : __ffs(missing) - 1);
+      asm volatile("fence.proxy.async.global;" ::: "memory");  // the copy engine reads what was announced
+    }
+    return __shfl_sync(0xffffffffu, mine, c - first) == kReadyHard;
+  }
+};
 
 template <class Traits>
 __device__ void load(typename Traits::Storage& s, const TokenMaps& maps, const StatePassArgs& a,
@@ -104,17 +139,18 @@ __device__ void load(typename Traits::Storage& s, const TokenMaps& maps, const S
   constexpr int kKeyDim = Traits::kKeyDim;
   const int head_k = static_cast<int>(head / (a.in.value_heads / a.in.heads));
   const int chunks = sequence.chunks();
-  const auto hardness = [&](int c) {
-    const bool known = Traits::kLow && a.scratch.hard != nullptr && c < chunks;
-    return known ? a.scratch.hard[(sequence.first_slot + c) * a.in.value_heads + head] : 0.f;
-  };
-  float next_hardness = hardness(0);  // looked at a chunk later: nobody waits for it
+  ChunkNews news(a, sequence, head);
   RingIndex<Traits::kStages> at;
   for (int c = 0; c < chunks; ++c) {
-    const float hardness_now = next_hardness;
-    next_hardness = hardness(c + 1);
+    const bool hard = news.wait(c) && Traits::kMayBeHard && a.scratch.hard != nullptr;
     s.ring.wait_empty(at);
-    const bool hard = hardness_now != 0.f;
+    if (threadIdx.x % 32 != 0) {
+      at.advance();
+      if (!hard) continue;
+      s.ring.wait_empty(at);
+      at.advance();
+      continue;
+    }
     s.hard[at.stage] = hard;
     s.ring.expect_bytes(at, Traits::kBytes);
     auto& stage = s.stage[at.stage];
@@ -288,7 +324,7 @@ __device__ void mix(typename Traits::Storage& s, const StatePassArgs& a, const S
     store_rows(stage.p, warp, words);
     cutlass::arch::fence_view_async_shared();
     __syncwarp();
-    const bool two_stages = Traits::kLow && s.hard[at.stage];
+    const bool two_stages = Traits::kMayBeHard && s.hard[at.stage];  // always false where the chain is lean
     if (lane == 0) s.ring_p.arrive_full(at);
     at.advance();
     if (two_stages) {  // the next stage has the low halves
@@ -356,12 +392,20 @@ __device__ __forceinline__ void store_state(const Accumulator& S, const StateRow
   });
 }
 
+// Where a walk is: its next chunk, and its places in the rings.
+template <class Traits>
+struct WalkPosition {
+  int chunk = 0;
+  RingIndex<Traits::kStages> at;
+  RingIndex<1> at_out;
+};
+
 // Leaves the state after the walk in S, which holds the entering one. A full walk offers it to keep(chunk, S)
-// after every whole chunk, counted from 0.
+// after every whole chunk, counted from 0. One that is not, beside prepare, stops at the first hard chunk.
 template <class Traits, class Accumulator, class Keep>
 __device__ __forceinline__ void walk(typename Traits::Storage& s, const StatePassArgs& a,
                                      const Sequence& sequence, int64_t head, int first_value, Accumulator& S,
-                                     const Keep& keep) {
+                                     WalkPosition<Traits>& position, const Keep& keep) {
   using Element = typename Traits::Element;
   constexpr int kKeyDim = Traits::kKeyDim;
   constexpr bool kOutput = Traits::kOutput;
@@ -404,8 +448,9 @@ __device__ __forceinline__ void walk(typename Traits::Storage& s, const StatePas
     convert_to(view, to);
   };
 
-  RingIndex<Traits::kStages> at;
-  RingIndex<1> at_out;
+  int& c = position.chunk;
+  auto& at = position.at;
+  auto& at_out = position.at_out;
   // To a storing warp; 16-bit.
   const auto hand_over = [&](Ring<1>& ring, Element* image, auto& result, bool to_copy_engine) {
     ring.wait_empty(at_out);
@@ -416,7 +461,7 @@ __device__ __forceinline__ void walk(typename Traits::Storage& s, const StatePas
   };
 
   round(S, S16);
-  for (int c = 0; c < chunks; ++c) {
+  for (; c < chunks; ++c) {
     auto& stage = s.stage[at.stage];
     const auto& rows = s.rows[at.stage];
     const int valid = valid_rows(sequence, c);
@@ -433,6 +478,9 @@ __device__ __forceinline__ void walk(typename Traits::Storage& s, const StatePas
     // Kh S and Qh S; meanwhile beta V arrives
     s.ring.wait_full(at);
     compiler_fence();
+    if constexpr (Traits::kMayStop) {
+      if (a.ready != nullptr && s.hard[at.stage]) return;
+    }
     issue_gemm<true>(mma_token, S16, by_row(stage.k, Int<kKeyDim>{}), R);
     if constexpr (kOutput) issue_gemm<true>(mma_token, S16, by_row(stage.q, Int<kKeyDim>{}), O);
     if constexpr (Traits::kKeep) {
@@ -618,20 +666,12 @@ __device__ __forceinline__ auto make_state() {  // S^T, (values, keys)
   return partition_fragment_C(typename Traits::MmaToState{}, cute::Shape<Int<64>, Int<Traits::kKeyDim>>{});
 }
 
-// A whole sequence.
-template <class Traits>
-__device__ void walk(typename Traits::Storage& s, const StatePassArgs& a, const Sequence& sequence, int64_t n,
-                     int64_t head, int first_value) {
-  auto S = make_state<Traits>();
-  load_state<Traits::kKeyDim>(S, rows_of_state(a.in, a.in.initial_state, n, head, first_value));
-  walk<Traits>(s, a, sequence, head, first_value, S, [](int, const auto&) {});
-  store_state<Traits::kKeyDim>(S, rows_of_state(a.in, a.final_state, n, head, first_value));
-}
-
 // A sequence or a span of one, with the states or transitions at its ends. `slot` counts either.
+// `full`: without the lean walk first.
 template <class Traits>
-__device__ void walk_part(typename Traits::Storage& s, const StatePassArgs& a, const Part& part, int64_t slot,
-                          int64_t head, int first_value) {
+__device__ __forceinline__ void walk_part(typename Traits::Storage& s, const StatePassArgs& a,
+                                          const Part& part, int64_t slot, int64_t head, int first_value,
+                                          bool full) {
   constexpr int kKeyDim = Traits::kKeyDim;
   const int64_t values = (a.in.value_dim + kImageColumns - 1) / kImageColumns * kImageColumns;
   const auto in_scratch = [&](const float* data, int64_t rows) -> StateRows {
@@ -647,7 +687,7 @@ __device__ void walk_part(typename Traits::Storage& s, const StatePassArgs& a, c
   } else {
     load_state<kKeyDim>(S, a.span_states != nullptr ? in_scratch(a.span_states, values) : StateRows{});
   }
-  walk<Traits>(s, a, part.sequence, head, first_value, S, [&](int chunk, const auto& state) {
+  const auto keep = [&](int chunk, const auto& state) {
     if (a.boundary_chunks == 0) return;
     const InputsSm90& in = a.in;
     const int every = static_cast<int>(a.boundary_chunks), after = part.first_chunk + chunk + 1;
@@ -658,7 +698,15 @@ __device__ void walk_part(typename Traits::Storage& s, const StatePassArgs& a, c
     StateRows to = rows_of_state(in, a.boundary_states, begin + after / every - 1, head, first_value);
     asm volatile("" : "+l"(to.value), "+l"(to.key));  // or 64 offsets live in registers all along
     store_state<kKeyDim>(state, to);
-  });
+  };
+  WalkPosition<Traits> position;
+  if (!full) walk<Traits>(s, a, part.sequence, head, first_value, S, position, keep);
+  if (position.chunk < part.sequence.chunks()) {
+    using Full = typename Traits::Full;
+    static_assert(sizeof(typename Full::Storage) == sizeof(typename Traits::Storage));
+    WalkPosition<Full> rest{position.chunk, position.at, position.at_out};
+    walk<Full>(shared_storage<typename Full::Storage>(), a, part.sequence, head, first_value, S, rest, keep);
+  }
   if (a.transitions != nullptr) {
     store_state<kKeyDim>(S, in_scratch(a.transitions, values + kKeyDim));
   } else if (part.last) {
@@ -691,45 +739,32 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     prefetch_map(maps.v);
   }
   bool wants_full = a.boundary_chunks > 0;
-  if (Traits::kMayBeHard && a.scratch.hard != nullptr) {
+  if (Traits::kMayBeHard && a.scratch.hard != nullptr && a.ready == nullptr) {
     for (int c = threadIdx.x; c < part.sequence.chunks(); c += Traits::kThreads)
       wants_full |= a.scratch.hard[(part.sequence.first_slot + c) * a.in.value_heads + head] != 0.f;
   }
   const bool full = __syncthreads_or(wants_full) != 0;
-  // Calls role(traits, storage) for the walk that the CTA needs; both see the same storage.
-  const auto run = [&](const auto& role) {
-    using Full = typename Traits::Full;
-    static_assert(sizeof(typename Full::Storage) == sizeof(typename Traits::Storage));
-    if (full) {
-      role(Full{}, shared_storage<typename Full::Storage>());
-    } else {
-      role(Traits{}, s);
-    }
-  };
   const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32;
   if (warpgroup == 0) {
     if constexpr (Traits::kComputeP) cutlass::arch::warpgroup_reg_alloc<Traits::kChainRegisters>();
-    run([&](auto traits, auto& storage) {
-      walk_part<decltype(traits)>(storage, a, part, slot, head, first_value);
-    });
+    walk_part<Traits>(s, a, part, slot, head, first_value, full);
   } else if (Traits::kComputeP && warpgroup == 1) {
     if constexpr (Traits::kComputeP) {
       cutlass::arch::warpgroup_reg_dealloc<Traits::kMixRegisters>();
-      run([&](auto traits, auto& storage) { mix<decltype(traits)>(storage, a, part.sequence); });
+      mix<Traits>(s, a, part.sequence);
     }
   } else {
     if constexpr (Traits::kComputeP) cutlass::arch::warpgroup_reg_dealloc<Traits::kHelperRegisters>();
-    if (threadIdx.x == Traits::kHelpers) {
-      run([&](auto traits, auto& storage) {
-        load<decltype(traits)>(storage, maps, a, part.sequence, head, first_value);
-      });
+    if (warp == Traits::kHelpers / 32) {
+      load<Traits>(s, maps, a, part.sequence, head, first_value);
+      // The next launch waits for this one only, and may take the scratch.
+      if (a.ready != nullptr) asm volatile("griddepcontrol.wait;" ::: "memory");
     }
     if constexpr (Traits::kOutput) {
       if (warp == Traits::kStoringO) store<Traits>(s, a, part.sequence, head, first_value);
     }
     if constexpr (Traits::kKeep) {
-      if (threadIdx.x == Traits::kStoringV * 32)
-        store_v_new<Traits>(s, a, part.sequence, head, first_value);
+      if (threadIdx.x == Traits::kStoringV * 32) store_v_new<Traits>(s, a, part.sequence, head, first_value);
     }
   }
 }
@@ -748,9 +783,14 @@ cudaError_t launch_state_pass(const StatePassArgs& args, bool is_bf16, cudaStrea
   const int64_t parts = args.span_chunks > 0 ? Spans(args.in, args.span_chunks).total : args.in.sequences;
   const int64_t grid = parts * args.in.value_heads * tiles;
   if (grid > std::numeric_limits<int>::max()) return cudaErrorInvalidConfiguration;
-  kernel<<<static_cast<unsigned>(grid), Traits::kThreads, kShared, stream>>>(maps, args,
-                                                                             static_cast<int>(tiles));
-  return cudaGetLastError();
+  cudaLaunchAttribute beside{};
+  beside.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  beside.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = static_cast<unsigned>(grid), config.blockDim = Traits::kThreads;
+  config.dynamicSmemBytes = kShared, config.stream = stream;
+  config.attrs = &beside, config.numAttrs = args.ready != nullptr;
+  return cudaLaunchKernelEx(&config, kernel, maps, args, static_cast<int>(tiles));
 }
 
 template <class Tag, int kKeyDim, bool kChannelGate>
