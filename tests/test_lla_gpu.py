@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from compare import assert_accurate
 from nearfield import explain, lla
 from nearfield.lla import local_linear_attention, probe_attention
 from nearfield.lla import reference as ref
@@ -805,3 +806,26 @@ def test_memory_is_linear_in_the_length() -> None:
         return torch.cuda.max_memory_allocated() - before
 
     assert peak(65536) < 4.2 * peak(16384)
+
+
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2)], ids=str)
+@pytest.mark.parametrize("dim", [64, 128])
+def test_readout_is_the_operator_of_parallax(dim: int, heads: tuple[int, int], window: int | None) -> None:
+    """The same operator written by others, with r = -x: their definition in float32 is the truth, their kernels in bfloat16
+    the yardstick."""
+    parallax = pytest.importorskip("fla.ops.parallax", reason="needs flash-linear-attention")
+    q, x, k, v = (torch.randn(2, 300, h, dim, device="cuda") for h in (heads[0], heads[0], heads[1], heads[1]))
+    inputs = [t.bfloat16() for t in (q, 0.1 * x, k, v)]
+    upstream = torch.randn_like(q).bfloat16()
+
+    def run(function: Callable[..., Tensor], kind: torch.dtype, sign: float) -> list[Tensor]:
+        leaves = [t.to(kind).requires_grad_() for t in inputs]
+        out = function(leaves[0], sign * leaves[1], *leaves[2:])
+        return [out, *torch.autograd.grad(out, leaves, upstream.to(out))]
+
+    ours = run(lambda *a: probe_attention(*a, window=window), torch.bfloat16, 1.0)
+    truth = run(lambda *a: parallax.naive_parallax(*a, window_size=window), torch.float32, -1.0)
+    theirs = run(lambda *a: parallax.parallel_parallax(*a, window_size=window), torch.bfloat16, -1.0)
+    for name, got, true, eager in zip(("o", "dq", "dx", "dk", "dv"), ours, truth, theirs, strict=True):
+        assert_accurate(name, got, true, eager)

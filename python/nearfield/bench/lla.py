@@ -3,6 +3,7 @@ same shape."""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -136,6 +137,14 @@ class ReadoutCase(LlaCase):
     def call(self, inputs: dict[str, Tensor], **_: Any) -> Tensor:
         q, x, k, v = inputs.values()
         return probe_attention(q, x, k, v, window=self.window)
+
+    def contenders(self, device: torch.device, dtype: torch.dtype) -> Iterator[Contender]:
+        yield from super().contenders(device, dtype)
+        if device.type == "cuda" and importlib.util.find_spec("fla"):
+            from fla.ops.parallax import parallel_parallax
+
+            q, r, k, v = leaves = list(self.inputs(device, dtype).values())
+            yield Contender("fla", lambda: parallel_parallax(q, r, k, v), leaves, torch.randn_like(v))
 
     def reference(self, inputs: dict[str, Tensor]) -> Tensor:
         q, x, k, v = inputs.values()
