@@ -815,7 +815,9 @@ def test_readout_is_the_operator_of_parallax(dim: int, heads: tuple[int, int], w
     """The same operator written by others, with r = -x: their definition in float32 is the truth, their kernels in bfloat16
     the yardstick."""
     parallax = pytest.importorskip("fla.ops.parallax", reason="needs flash-linear-attention")
-    q, x, k, v = (torch.randn(2, 300, h, dim, device="cuda") for h in (heads[0], heads[0], heads[1], heads[1]))
+    q, x, k, v = (
+        torch.randn(2, 300, h, dim, device="cuda") for h in (heads[0], heads[0], heads[1], heads[1])
+    )
     inputs = [t.bfloat16() for t in (q, 0.1 * x, k, v)]
     upstream = torch.randn_like(q).bfloat16()
 
