@@ -101,6 +101,31 @@ inline const int64_t* bounds_of(const Packing& packing) {
   return static_cast<const int64_t*>(packing->const_data_ptr());
 }
 
+// The grid of an operator's argument `grid`: sizes, windows, strides, dilations, causal, sides of a box,
+// three of each; empty: none. Rows are in the order of boxes.
+inline Grid check_grid(const char* op, const std::vector<int64_t>& given, const Packing& packing,
+                       const Tensor& q, const Tensor& k) {
+  Grid g{};
+  if (given.empty()) return g;
+  STD_TORCH_CHECK(given.size() == 18, op, ": grid has ", given.size(), " entries, expected 0 or 18");
+  STD_TORCH_CHECK(!packing, op, ": cu_seqlens and grid exclude each other");
+  int* const fields[6] = {g.size, g.window, g.stride, g.dilation, g.causal, g.side};
+  for (int i = 0; i < 18; ++i) {
+    STD_TORCH_CHECK(given[i] >= (i / 3 == 4 ? 0 : 1) && given[i] < INT32_MAX / 2, op, ": grid[", i, "] is ",
+                    given[i]);
+    fields[i / 3][i % 3] = static_cast<int>(given[i]);
+  }
+  for (int d = 0; d < 3; ++d)
+    STD_TORCH_CHECK((g.side[d] & (g.side[d] - 1)) == 0 && g.stride[d] <= g.window[d] &&
+                        given[3 + d] * given[9 + d] <= given[d],
+                    op, ": dimension ", d, " of grid does not hold its window, stride or box");
+  STD_TORCH_CHECK(given[15] * given[16] * given[17] == kBoxRows, op, ": the box of grid does not hold ",
+                  kBoxRows, " tokens");
+  STD_TORCH_CHECK(q.sizes()[1] == g.rows() && k.sizes()[1] == g.rows(), op, ": q and k have ", q.sizes()[1],
+                  " and ", k.sizes()[1], " tokens, the boxes of grid ", g.rows());
+  return g;
+}
+
 // The filled length of each sequence of a cache.
 inline void check_lengths(const char* op, const std::optional<Tensor>& cache_seqlens, const Tensor& q) {
   if (!defined(cache_seqlens)) return;

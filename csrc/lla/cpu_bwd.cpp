@@ -122,7 +122,7 @@ void key_sweep(const BwdParams<T>& params, int64_t b, int64_t kv_head, int64_t j
   const Problem<T>& problem = params.problem;
   const int64_t d = problem.d, dv = problem.dv, cols = std::min(kKeys, problem.n - j0);
   const int64_t group = problem.heads / problem.kv_heads;
-  const Range seen_by = problem.visible.any_seen_by(j0, j0 + cols - 1);
+  const std::vector<Rows> seen_by = query_tiles_of(problem, j0, cols);
 
   std::vector<F> raw_keys, centred(cols * d), value_copy, q_copy, d_o_copy;
   const MatrixView<F> k = rows_as<F>(problem.k, b, j0, cols, kv_head, d, raw_keys);
@@ -140,8 +140,7 @@ void key_sweep(const BwdParams<T>& params, int64_t b, int64_t kv_head, int64_t j
   F lse[kQueries], factor[kQueries], gbar[kQueries], row_sum[kQueries], xbar[kQueries], ybar[kQueries] = {};
 
   for (int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h) {
-    for (int64_t i0 = seen_by.begin; i0 < seen_by.end; i0 += kQueries) {
-      const int64_t rows = std::min<int64_t>(kQueries, seen_by.end - i0);
+    for (const auto [i0, rows] : seen_by) {
       load_rows(params.x, b, i0, rows, h, d, static_cast<const F*>(nullptr), x.data());
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t row = problem.row_index(b, i0 + r, h);
@@ -153,7 +152,7 @@ void key_sweep(const BwdParams<T>& params, int64_t b, int64_t kv_head, int64_t j
       const MatrixView<F> q = rows_as<F>(problem.q, b, i0, rows, h, d, q_copy);
       const MatrixView<F> d_o = rows_as<F>(params.d_o, b, i0, rows, h, dv, d_o_copy);
 
-      masked_scores(problem.visible, i0, rows, j0, cols, d, static_cast<F>(problem.scale), q, k, p.data());
+      masked_scores(problem, i0, rows, j0, cols, q, k, p.data());
       scores_to_probabilities(rows, cols, lse, factor, p.data());
       gemm(rows, cols, dv, F(1), d_o, v.transposed(), F(0), gam.data(), kKeys);
       gemm(rows, cols, d, F(1), row_major<F>(x.data(), d), keys.transposed(), F(0), slope_x.data(), kKeys);

@@ -14,8 +14,9 @@
 
 namespace nearfield::lla {
 
-constexpr int64_t kQueries = 64;                 // rows of a query tile
-constexpr int64_t kKeys = 64;                    // rows of a key tile
+constexpr int64_t kQueries = 64;  // rows of a query tile
+constexpr int64_t kKeys = 64;     // rows of a key tile
+static_assert(kQueries == kBoxRows && kKeys == kBoxRows);
 constexpr int64_t kKeptProbabilities = 1 << 20;  // a tile of P rows up to this size is kept, else recomputed
 
 using cpu::gemm;
@@ -63,16 +64,24 @@ MatrixView<F> rows_as(const View<const T>& view, int64_t b, int64_t begin, int64
 
 // S[r, c] = scale q.k for queries i0 + r and keys j0 + c; -inf where the query does not see the key. ld =
 // kKeys.
-template <class F>
-void masked_scores(const Visibility& visible, int64_t i0, int64_t rows, int64_t j0, int64_t cols, int64_t d,
-                   F scale, MatrixView<F> q, MatrixView<F> k, F* s) {
-  gemm(rows, cols, d, scale, q, k.transposed(), F(0), s, kKeys);
+template <class F, class T>
+void masked_scores(const Problem<T>& problem, int64_t i0, int64_t rows, int64_t j0, int64_t cols,
+                   MatrixView<F> q, MatrixView<F> k, F* s) {
+  constexpr F kHidden = -std::numeric_limits<F>::infinity();
+  gemm(rows, cols, problem.d, static_cast<F>(problem.scale), q, k.transposed(), F(0), s, kKeys);
   for (int64_t r = 0; r < rows; ++r) {
-    const Range seen = visible.keys(i0 + r);
+    F* row = s + r * kKeys;
+    if (problem.grid.given()) {
+      const uint64_t seen = problem.grid.keys_of_tile(i0 + r, j0 / kBoxRows);
+      for (int64_t c = 0; c < cols; ++c)
+        if ((seen >> c & 1) == 0) row[c] = kHidden;
+      continue;
+    }
+    const Range seen = problem.visible.keys(i0 + r);
     const int64_t begin = std::clamp<int64_t>(seen.begin - j0, 0, cols);
     const int64_t end = std::clamp<int64_t>(seen.end - j0, begin, cols);
-    std::fill(s + r * kKeys, s + r * kKeys + begin, -std::numeric_limits<F>::infinity());
-    std::fill(s + r * kKeys + end, s + r * kKeys + cols, -std::numeric_limits<F>::infinity());
+    std::fill(row, row + begin, kHidden);
+    std::fill(row + end, row + cols, kHidden);
   }
 }
 
@@ -90,6 +99,43 @@ void scores_to_probabilities(int64_t rows, int64_t cols, const F* shift, const F
     cpu::exp_sum(row, cols, shift[r]);
     for (int64_t c = 0; c < cols; ++c) row[c] *= factor[r];
   }
+}
+
+// Consecutive rows of a tensor.
+struct Rows {
+  int64_t begin, count;
+};
+
+inline std::vector<Rows> tiles_of(Range rows, int64_t size) {
+  std::vector<Rows> tiles;
+  for (int64_t begin = rows.begin; begin < rows.end; begin += size)
+    tiles.push_back({begin, std::min<int64_t>(size, rows.end - begin)});
+  return tiles;
+}
+inline std::vector<Rows> tiles_of(const Grid::Tiles& boxes) {
+  std::vector<Rows> tiles;
+  for (int n = 0; n < boxes.total(); ++n) tiles.push_back({int64_t{boxes.at(n)} * kBoxRows, kBoxRows});
+  return tiles;
+}
+
+// Keys that a tile of queries sees, and queries that see a tile of keys.
+template <class T>
+std::vector<Rows> key_tiles_of(const Problem<T>& p, int64_t i0, int64_t rows) {
+  if (p.grid.given()) return tiles_of(p.grid.reached(static_cast<int>(i0 / kBoxRows), false));
+  return tiles_of(p.visible.any_sees(i0, i0 + rows - 1), kKeys);
+}
+template <class T>
+std::vector<Rows> query_tiles_of(const Problem<T>& p, int64_t j0, int64_t cols) {
+  if (p.grid.given()) return tiles_of(p.grid.reached(static_cast<int>(j0 / kBoxRows), true));
+  return tiles_of(p.visible.any_seen_by(j0, j0 + cols - 1), kQueries);
+}
+
+// Whether query i sees a key of the tile from j0 on.
+template <class T>
+bool sees_tile(const Problem<T>& p, int64_t i, int64_t j0, int64_t cols) {
+  if (p.grid.given()) return p.grid.keys_of_tile(i, j0 / kBoxRows) != 0;
+  const Range seen = p.visible.keys(i);
+  return seen.begin < j0 + cols && seen.end > j0;
 }
 
 template <class F>
@@ -115,11 +161,11 @@ class QueryTile {
   void load(int64_t batch, int64_t head, int64_t first) {
     b = batch, h = head, i0 = first;
     rows = std::min(kQueries, problem.m - i0);
-    seen_ = problem.visible.any_sees(i0, i0 + rows - 1);
+    seen_ = key_tiles_of(problem, i0, rows);
     q.resize(rows * d), kbar.resize(rows * d), lse.resize(rows), factor.assign(rows, F(0)),
         kbar_c_.resize(rows * d), weight_sum_.resize(rows);
     load_rows(problem.q, b, i0, rows, h, d, static_cast<const F*>(nullptr), q.data());
-    const int64_t tiles = (seen_.end - seen_.begin + kKeys - 1) / kKeys;
+    const auto tiles = static_cast<int64_t>(seen_.size());
     keep_ = tiles * kQueries * kKeys <= kKeptProbabilities;
     p_.resize((keep_ ? tiles : 1) * kQueries * kKeys);
     ready_.assign(tiles, 0);
@@ -132,15 +178,13 @@ class QueryTile {
     std::vector<double> omega(rows, 0.0);  // thousands of tiles: float would round each time
     std::fill(kbar.begin(), kbar.end(), F(0));
     lse.assign(rows, -inf);
-    for (int64_t j0 = seen_.begin; j0 < seen_.end; j0 += kKeys) {
-      const int64_t cols = std::min<int64_t>(kKeys, seen_.end - j0);
+    for (const auto [j0, cols] : seen_) {
       F* s = p_.data();
       const MatrixView<F> k = scores(j0, cols, s);
       for (int64_t r = 0; r < rows; ++r) {
         F highest = top[r];
         for (int64_t c = 0; c < cols; ++c) highest = s[r * kKeys + c] > highest ? s[r * kKeys + c] : highest;
-        const Range seen = problem.visible.keys(i0 + r);
-        if (highest == -inf && (seen.end <= j0 || seen.begin >= j0 + cols)) {  // nothing seen yet
+        if (highest == -inf && !sees_tile(problem, i0 + r, j0, cols)) {  // nothing seen yet
           std::fill(s + r * kKeys, s + r * kKeys + cols, F(0));
           continue;
         }
@@ -171,8 +215,7 @@ class QueryTile {
     }
     shift = lse;
     std::vector<double> omega(rows, 0.0);
-    for (int64_t j0 = seen_.begin; j0 < seen_.end; j0 += kKeys) {
-      const int64_t cols = std::min<int64_t>(kKeys, seen_.end - j0);
+    for (const auto [j0, cols] : seen_) {
       scores(j0, cols, p_.data());
       for (int64_t r = 0; r < rows; ++r)
         if (sees_a_key(r)) omega[r] += cpu::exp_sum(p_.data() + r * kKeys, cols, shift[r]);
@@ -187,7 +230,7 @@ class QueryTile {
   template <class Visit>
   void for_each_key_tile(Visit&& visit) {
     for (int64_t tile = 0; tile < static_cast<int64_t>(ready_.size()); ++tile) {
-      const int64_t begin = seen_.begin + tile * kKeys, cols = std::min<int64_t>(kKeys, seen_.end - begin);
+      const auto [begin, cols] = seen_[tile];
       F* p = p_.data() + (keep_ ? tile : 0) * kQueries * kKeys;
       if (!keep_ || !ready_[tile]) {
         scores(begin, cols, p);
@@ -261,7 +304,7 @@ class QueryTile {
   }
 
  private:
-  Range seen_{0, 0};
+  std::vector<Rows> seen_;
   bool keep_ = false;
   std::vector<char> ready_;         // per key tile: P has been computed
   std::vector<F> p_;                // all P tiles of these rows if keep_, else one
@@ -274,8 +317,7 @@ class QueryTile {
   // Masked scores of one key tile; returns its keys.
   MatrixView<F> scores(int64_t j0, int64_t cols, F* s) {
     const MatrixView<F> k = rows_as<F>(problem.k, b, j0, cols, problem.kv_head(h), d, raw_keys_);
-    masked_scores(problem.visible, i0, rows, j0, cols, d, static_cast<F>(problem.scale),
-                  row_major<F>(q.data(), d), k, s);
+    masked_scores(problem, i0, rows, j0, cols, row_major<F>(q.data(), d), k, s);
     return k;
   }
 

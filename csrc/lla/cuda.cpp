@@ -80,9 +80,10 @@ const std::vector<Instance<BwdSm90Args>> kBackwardOfKeys = {
 
 using Backend = std::optional<std::string>;
 
-Plan plan_of(const char* op, const Tensor& q, const Tensor& v, const Backend& backend) {
+Plan plan_of(const char* op, const Tensor& q, const Tensor& v, const Backend& backend,
+             const std::vector<int64_t>& grid) {
   return choose_plan(op, q.scalar_type(), q.sizes()[3], v.sizes()[3],
-                     device_info(q.get_device_index()).capability, backend);
+                     device_info(q.get_device_index()).capability, backend, !grid.empty());
 }
 
 // The plan has checked that the instance is built.
@@ -203,13 +204,13 @@ void run_forward(const char* op, FwdSm80Args& args, const Plan& plan, const Tens
 using Fwd = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 Fwd fwd_cuda(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& lam, Packing cu_seqlens,
              double scale, bool is_causal, std::optional<int64_t> window, bool absolute, double tol,
-             int64_t max_iters, Backend backend) {
+             int64_t max_iters, Backend backend, std::vector<int64_t> grid) {
   const char* op = "lla_fwd";
   check_inputs(op, q_, k_, v_, window);
   check_lam(op, lam, q_);
   torch::stable::accelerator::DeviceGuard guard(q_.get_device_index());
   const Packing packing = check_packing(op, cu_seqlens, q_, k_);
-  const Plan plan = plan_of(op, q_, v_, backend);
+  const Plan plan = plan_of(op, q_, v_, backend, grid);
   const Tensor q = dense_rows(q_), k = dense_rows(k_), v = dense_rows(v_);
   const auto s = q.sizes();
   Fwd out{new_empty(q, {s[0], s[1], s[2], v.sizes()[3]}),
@@ -247,12 +248,12 @@ Fwd fwd_cuda(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor&
 using ProbeFwd = std::tuple<Tensor, Tensor, Tensor>;
 ProbeFwd probe_fwd_cuda(const Tensor& q_, const Tensor& x_, const Tensor& k_, const Tensor& v_,
                         Packing cu_seqlens, double scale, bool is_causal, std::optional<int64_t> window,
-                        Backend backend) {
+                        Backend backend, std::vector<int64_t> grid) {
   const char* op = "lla_probe_fwd";
   check_inputs(op, q_, k_, v_, window);
   torch::stable::accelerator::DeviceGuard guard(q_.get_device_index());
   const Packing packing = check_packing(op, cu_seqlens, q_, k_);
-  const Plan plan = plan_of(op, q_, v_, backend);
+  const Plan plan = plan_of(op, q_, v_, backend, grid);
   const Tensor q = dense_rows(q_), x = dense_rows(x_), k = dense_rows(k_), v = dense_rows(v_);
   const auto s = q.sizes();
   check_statistic(op, "x", x, q, {s[0], s[1], s[2], s[3]});
@@ -286,13 +287,13 @@ std::array<Tensor, 5> backward(const char* op, const Tensor& d_o_, const Tensor&
                                const Tensor& v_, const Tensor* lam, const Tensor& x_, const Tensor& kbar_,
                                const Tensor& lse_, const Packing& cu_seqlens, double scale, bool is_causal,
                                std::optional<int64_t> window, bool absolute, double tol, int64_t max_iters,
-                               const Backend& backend) {
+                               const Backend& backend, const std::vector<int64_t>& grid) {
   check_inputs(op, q_, k_, v_, window);
   check_saved(op, q_, v_, d_o_, x_, kbar_, lse_);
   if (lam) check_lam(op, *lam, q_);
   torch::stable::accelerator::DeviceGuard guard(q_.get_device_index());
   const Packing packing = check_packing(op, cu_seqlens, q_, k_);
-  const Plan plan = plan_of(op, q_, v_, backend);
+  const Plan plan = plan_of(op, q_, v_, backend, grid);
   const Tensor q = dense_rows(q_), k = dense_rows(k_), v = dense_rows(v_), d_o = dense_rows(d_o_),
                x = dense_rows(x_);
   const Tensor kbar = torch::stable::contiguous(kbar_), lse = torch::stable::contiguous(lse_);
@@ -359,17 +360,17 @@ using Grads = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 Grads bwd_cuda(const Tensor& d_o, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lam,
                const Tensor& x, const Tensor& kbar, const Tensor& lse, Packing cu_seqlens, double scale,
                bool is_causal, std::optional<int64_t> window, bool absolute, double tol, int64_t max_iters,
-               Backend backend) {
+               Backend backend, std::vector<int64_t> grid) {
   auto [dq, none, dk, dv, dlam] = backward("lla_bwd", d_o, q, k, v, &lam, x, kbar, lse, cu_seqlens, scale,
-                                           is_causal, window, absolute, tol, max_iters, backend);
+                                           is_causal, window, absolute, tol, max_iters, backend, grid);
   return {dq, dk, dv, dlam};
 }
 
 Grads probe_bwd_cuda(const Tensor& d_o, const Tensor& q, const Tensor& x, const Tensor& k, const Tensor& v,
                      const Tensor& kbar, const Tensor& lse, Packing cu_seqlens, double scale, bool is_causal,
-                     std::optional<int64_t> window, Backend backend) {
+                     std::optional<int64_t> window, Backend backend, std::vector<int64_t> grid) {
   auto [dq, dx, dk, dv, none] = backward("lla_probe_bwd", d_o, q, k, v, nullptr, x, kbar, lse, cu_seqlens,
-                                         scale, is_causal, window, false, 0, 0, backend);
+                                         scale, is_causal, window, false, 0, 0, backend, grid);
   return {dq, dx, dk, dv};
 }
 

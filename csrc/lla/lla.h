@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "lla/grid.h"
 #include "nearfield/window.h"
 
 namespace nearfield::lla {
@@ -107,6 +108,7 @@ struct View {
   }
 };
 
+// On the CPU.
 template <class T>
 struct Problem {
   int64_t batch, m, n, heads, kv_heads, d, dv;
@@ -115,6 +117,7 @@ struct Problem {
   View<const T> v;  // [B, n, Hk, dv]
   double scale;
   Visibility visible;
+  Grid grid{};  // if there is one, it says what is visible
 
   int64_t kv_head(int64_t h) const { return h / (heads / kv_heads); }
   int64_t row_index(int64_t b, int64_t i, int64_t h) const {

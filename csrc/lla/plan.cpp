@@ -5,6 +5,8 @@
 #include <vector>
 
 #include "architectures.h"
+#include "lla/grid.h"
+#include "nearfield/tile_plan.h"
 
 namespace nearfield::lla {
 namespace {
@@ -85,10 +87,12 @@ std::string hopper_refuses(int capability, ScalarType dtype, int64_t d, int64_t 
 }
 
 Plan choose_plan(const char* op, ScalarType dtype, int64_t d, int64_t dv, int capability,
-                 const std::optional<std::string>& backend) {
+                 const std::optional<std::string>& backend, bool on_grid) {
   Plan plan;
   STD_TORCH_CHECK(!backend || *backend == "hopper" || *backend == "portable", op, ": backend is \"", *backend,
                   "\"; known: \"hopper\", \"portable\"");
+  STD_TORCH_CHECK(!on_grid, op,
+                  ": kernel_size is that of a grid, for which there are no CUDA kernels; supported: the CPU");
   STD_TORCH_CHECK(*kBuiltFor != '\0', op, ": this build has no kernel for compute capability ",
                   capability_text(capability), "; it was built without CUDA kernels");
   STD_TORCH_CHECK(is_built_for(kBuiltFor, capability), op, ": the GPU has compute capability ",
@@ -114,11 +118,33 @@ Plan choose_plan(const char* op, ScalarType dtype, int64_t d, int64_t dv, int ca
 namespace {
 
 // For explain: "hopper 64", or "portable 64 <why>".
-std::string lla_plan(Tensor q, Tensor v, int64_t capability, std::optional<std::string> backend) {
-  const Plan plan =
-      choose_plan("lla", q.scalar_type(), q.sizes()[3], v.sizes()[3], static_cast<int>(capability), backend);
+std::string lla_plan(Tensor q, Tensor v, int64_t capability, std::optional<std::string> backend,
+                     bool on_grid) {
+  const Plan plan = choose_plan("lla", q.scalar_type(), q.sizes()[3], v.sizes()[3],
+                                static_cast<int>(capability), backend, on_grid);
   return std::string(plan.portable ? "portable " : "hopper ") + std::to_string(plan.head_dim) +
          (plan.because.empty() ? "" : " " + plan.because);
+}
+
+// The box of a grid whose tiles of queries see the fewest tiles of keys.
+std::vector<int64_t> lla_box(std::vector<int64_t> size, std::vector<int64_t> window,
+                             std::vector<int64_t> stride, std::vector<int64_t> dilation,
+                             std::vector<int64_t> causal) {
+  const size_t rank = size.size();
+  for (const auto* given : {&window, &stride, &dilation, &causal})
+    STD_TORCH_CHECK(given->size() == rank, "lla_box: the lists have ", rank, " and ", given->size(),
+                    " entries");
+  std::vector<Axis> axes;
+  for (size_t d = 0; d < rank; ++d)
+    axes.push_back({static_cast<int>(size[d]), static_cast<int>(window[d]), static_cast<int>(stride[d]),
+                    static_cast<int>(dilation[d]), causal[d] != 0});
+  int64_t least = 0;
+  TileShape best;
+  for (const TileShape& box : tile_shapes(static_cast<int>(rank), kBoxRows, Shapes::kPowersOfTwo)) {
+    const int64_t visited = plan_tiles(axes, box, box, Placement::kGrid).visited;
+    if (best.empty() || visited < least) best = box, least = visited;
+  }
+  return {best.begin(), best.end()};
 }
 
 std::string slower_because(int64_t capability, ScalarType dtype, int64_t d, int64_t dv) {
@@ -128,12 +154,14 @@ std::string slower_because(int64_t capability, ScalarType dtype, int64_t d, int6
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(nearfield, m) {
-  m.def("lla_plan(Tensor q, Tensor v, int capability, str? backend=None) -> str");
+  m.def("lla_plan(Tensor q, Tensor v, int capability, str? backend=None, bool on_grid=False) -> str");
+  m.def("lla_box(int[] size, int[] window, int[] stride, int[] dilation, int[] causal) -> int[]");
   m.def("lla_slower_because(int capability, ScalarType dtype, int d, int dv) -> str");
 }
 STABLE_TORCH_LIBRARY_IMPL(nearfield, Meta, m) { m.impl("lla_plan", TORCH_BOX(&lla_plan)); }
 STABLE_TORCH_LIBRARY_IMPL(nearfield, CompositeExplicitAutograd, m) {
   m.impl("lla_slower_because", TORCH_BOX(&slower_because));
+  m.impl("lla_box", TORCH_BOX(&lla_box));
 }
 
 }  // namespace nearfield::lla

@@ -16,7 +16,7 @@ struct Plan {
 
 // backend: "hopper", "portable"; none: hopper where it serves the call. Throws where there is no kernel.
 Plan choose_plan(const char* op, ScalarType dtype, int64_t d, int64_t dv, int capability,
-                 const std::optional<std::string>& backend);
+                 const std::optional<std::string>& backend, bool on_grid);
 
 // Why Hopper's kernels do not serve the call; empty if they do.
 std::string hopper_refuses(int capability, ScalarType dtype, int64_t d, int64_t dv);

@@ -6,13 +6,14 @@ namespace {
 
 template <class T>
 Problem<T> make_problem(const Tensor& q, const Tensor& k, const Tensor& v, double scale, bool is_causal,
-                        const std::optional<int64_t>& window) {
+                        const std::optional<int64_t>& window, const Grid& grid = {}) {
   const auto s = q.sizes();
   const int64_t n = k.sizes()[1];
   return {s[0],          s[1],          n,
           s[2],          k.sizes()[2],  s[3],
           v.sizes()[3],  view_of<T>(q), view_of<T>(k),
-          view_of<T>(v), scale,         Visibility::make(s[1], n, window_or_all(window, n), is_causal)};
+          view_of<T>(v), scale,         Visibility::make(s[1], n, window_or_all(window, n), is_causal),
+          grid};
 }
 
 using Backend = std::optional<std::string>;
@@ -48,12 +49,13 @@ void blank(const Packing& packing, std::initializer_list<Tensor*> zeros, Tensor*
 using Fwd = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 Fwd fwd_cpu(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& lam, Packing cu_seqlens,
             double scale, bool is_causal, std::optional<int64_t> window, bool absolute, double tol,
-            int64_t max_iters, Backend backend) {
+            int64_t max_iters, Backend backend, std::vector<int64_t> grid_) {
   const char* op = "lla_fwd";
   check_no_backend(op, backend);
   check_inputs(op, q_, k_, v_, window);
   check_lam(op, lam, q_);
   const Packing packing = check_packing(op, cu_seqlens, q_, k_);
+  const Grid grid = check_grid(op, grid_, packing, q_, k_);
   const Tensor q = dense_rows(q_), k = dense_rows(k_), v = dense_rows(v_);
   const auto s = q.sizes();
   const int64_t dv = v.sizes()[3];
@@ -70,7 +72,7 @@ Fwd fwd_cpu(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& 
     ratio = new_empty(q, {s[0], s[1], s[2]}, ScalarType::Float);
     blank(packing, {&o, &x, &kbar, &iterations, &ratio}, &lse);
     for_each_sequence(packing, [&](auto of) {
-      run_fwd_cpu<T>({make_problem<T>(of(q), of(k), of(v), scale, is_causal, window),
+      run_fwd_cpu<T>({make_problem<T>(of(q), of(k), of(v), scale, is_causal, window, grid),
                       make_ridge<F>(of(lam), absolute),
                       {tol, max_iters},
                       data_of<T>(of(o)),
@@ -87,11 +89,12 @@ Fwd fwd_cpu(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& 
 using ProbeFwd = std::tuple<Tensor, Tensor, Tensor>;
 ProbeFwd probe_fwd_cpu(const Tensor& q_, const Tensor& x_, const Tensor& k_, const Tensor& v_,
                        Packing cu_seqlens, double scale, bool is_causal, std::optional<int64_t> window,
-                       Backend backend) {
+                       Backend backend, std::vector<int64_t> grid_) {
   const char* op = "lla_probe_fwd";
   check_no_backend(op, backend);
   check_inputs(op, q_, k_, v_, window);
   const Packing packing = check_packing(op, cu_seqlens, q_, k_);
+  const Grid grid = check_grid(op, grid_, packing, q_, k_);
   const Tensor q = dense_rows(q_), x = dense_rows(x_), k = dense_rows(k_), v = dense_rows(v_);
   const auto s = q.sizes();
   check_statistic(op, "x", x, q, {s[0], s[1], s[2], s[3]});
@@ -105,8 +108,8 @@ ProbeFwd probe_fwd_cpu(const Tensor& q_, const Tensor& x_, const Tensor& k_, con
     lse = new_empty(q, {s[0], s[1], s[2]}, compute_dtype<T>);
     blank(packing, {&o, &kbar}, &lse);
     for_each_sequence(packing, [&](auto of) {
-      run_probe_fwd_cpu<T>({make_problem<T>(of(q), of(k), of(v), scale, is_causal, window), view_of<F>(of(x)),
-                            data_of<T>(of(o)), data_of<F>(of(kbar)), data_of<F>(of(lse))});
+      run_probe_fwd_cpu<T>({make_problem<T>(of(q), of(k), of(v), scale, is_causal, window, grid),
+                            view_of<F>(of(x)), data_of<T>(of(o)), data_of<F>(of(kbar)), data_of<F>(of(lse))});
     });
   });
   return out;
@@ -118,9 +121,11 @@ namespace {
 std::array<Tensor, 5> backward(const char* op, const Tensor& d_o_, const Tensor& q_, const Tensor& k_,
                                const Tensor& v_, const Tensor* lam, const Tensor& x_, const Tensor& kbar_,
                                const Tensor& lse_, const Packing& cu_seqlens, double scale, bool is_causal,
-                               std::optional<int64_t> window, bool absolute, Solver solver) {
+                               std::optional<int64_t> window, bool absolute, Solver solver,
+                               const std::vector<int64_t>& grid_) {
   check_inputs(op, q_, k_, v_, window);
   const Packing packing = check_packing(op, cu_seqlens, q_, k_);
+  const Grid grid = check_grid(op, grid_, packing, q_, k_);
   const Tensor q = dense_rows(q_), k = dense_rows(k_), v = dense_rows(v_), d_o = dense_rows(d_o_),
                x = dense_rows(x_);
   const Tensor kbar = torch::stable::contiguous(kbar_), lse = torch::stable::contiguous(lse_);
@@ -143,7 +148,7 @@ std::array<Tensor, 5> backward(const char* op, const Tensor& d_o_, const Tensor&
     const Tensor row_sum = new_empty(q, {s[0], s[1], s[2]}, compute_dtype<T>);
     blank(packing, {&dq, &y, &dk, &dvalue, &dlam}, nullptr);
     for_each_sequence(packing, [&](auto of) {
-      run_bwd_cpu<T>({make_problem<T>(of(q), of(k), of(v), scale, is_causal, window), lam != nullptr,
+      run_bwd_cpu<T>({make_problem<T>(of(q), of(k), of(v), scale, is_causal, window, grid), lam != nullptr,
                       lam ? make_ridge<F>(of(*lam), absolute) : Ridge<F>{}, solver, view_of<T>(of(d_o)),
                       view_of<F>(of(x)), data_of<F>(of(kbar)), data_of<F>(of(lse)), data_of<F>(of(y)),
                       data_of<F>(of(gbar)), data_of<F>(of(factor)), data_of<F>(of(row_sum)),
@@ -159,19 +164,19 @@ using Grads = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 Grads bwd_cpu(const Tensor& d_o, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lam,
               const Tensor& x, const Tensor& kbar, const Tensor& lse, Packing cu_seqlens, double scale,
               bool is_causal, std::optional<int64_t> window, bool absolute, double tol, int64_t max_iters,
-              Backend backend) {
+              Backend backend, std::vector<int64_t> grid) {
   check_no_backend("lla_bwd", backend);
   auto [dq, y, dk, dv, dlam] = backward("lla_bwd", d_o, q, k, v, &lam, x, kbar, lse, cu_seqlens, scale,
-                                        is_causal, window, absolute, {tol, max_iters});
+                                        is_causal, window, absolute, {tol, max_iters}, grid);
   return {dq, dk, dv, dlam};
 }
 
 Grads probe_bwd_cpu(const Tensor& d_o, const Tensor& q, const Tensor& x, const Tensor& k, const Tensor& v,
                     const Tensor& kbar, const Tensor& lse, Packing cu_seqlens, double scale, bool is_causal,
-                    std::optional<int64_t> window, Backend backend) {
+                    std::optional<int64_t> window, Backend backend, std::vector<int64_t> grid) {
   check_no_backend("lla_probe_bwd", backend);
   auto [dq, dx, dk, dv, none] = backward("lla_probe_bwd", d_o, q, k, v, nullptr, x, kbar, lse, cu_seqlens,
-                                         scale, is_causal, window, false, {});
+                                         scale, is_causal, window, false, {}, grid);
   return {dq, dx, dk, dv};
 }
 
@@ -203,22 +208,24 @@ Tensor step_cpu(const Tensor& q_, const Tensor& k_, const Tensor& v_, std::optio
 STABLE_TORCH_LIBRARY_FRAGMENT(nearfield, m) {
   m.def(
       "lla_fwd(Tensor q, Tensor k, Tensor v, Tensor lam, Tensor? cu_seqlens, float scale, bool is_causal, "
-      "int? window, bool absolute, float tol, int max_iters, str? backend=None) -> (Tensor o, Tensor x, "
+      "int? window, bool absolute, float tol, int max_iters, str? backend=None, int[] grid=[]) -> (Tensor o, "
+      "Tensor x, "
       "Tensor kbar, Tensor lse, Tensor iterations, Tensor ratio)");
   m.def(
       "lla_bwd(Tensor d_o, Tensor q, Tensor k, Tensor v, Tensor lam, Tensor x, Tensor kbar, Tensor lse, "
       "Tensor? cu_seqlens, float scale, bool is_causal, int? window, bool absolute, float tol, int "
       "max_iters, "
-      "str? backend=None) -> "
+      "str? backend=None, int[] grid=[]) -> "
       "(Tensor dq, Tensor dk, Tensor dv, Tensor dlam)");
   m.def(
       "lla_probe_fwd(Tensor q, Tensor x, Tensor k, Tensor v, Tensor? cu_seqlens, float scale, bool "
       "is_causal, "
-      "int? window, str? backend=None) -> "
+      "int? window, str? backend=None, int[] grid=[]) -> "
       "(Tensor o, Tensor kbar, Tensor lse)");
   m.def(
       "lla_probe_bwd(Tensor d_o, Tensor q, Tensor x, Tensor k, Tensor v, Tensor kbar, Tensor lse, "
-      "Tensor? cu_seqlens, float scale, bool is_causal, int? window, str? backend=None) -> (Tensor dq, "
+      "Tensor? cu_seqlens, float scale, bool is_causal, int? window, str? backend=None, int[] grid=[]) -> "
+      "(Tensor dq, "
       "Tensor dx, Tensor dk, Tensor dv)");
   m.def(
       "lla_step(Tensor q, Tensor k, Tensor v, Tensor? cache_seqlens, Tensor lam, float scale, int? window, "

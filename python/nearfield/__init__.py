@@ -4,7 +4,13 @@ from nearfield import _runtime, delta, gna, lla, nn
 from nearfield._explain import explain
 from nearfield.delta import delta_rule, delta_rule_step
 from nearfield.gna import merge_attentions, neighborhood_attention
-from nearfield.lla import local_linear_attention, local_linear_attention_step, probe_attention
+from nearfield.lla import (
+    local_linear_attention,
+    local_linear_attention_step,
+    neighborhood_local_linear_attention,
+    neighborhood_probe_attention,
+    probe_attention,
+)
 
 __version__ = "0.1.0"
 __all__ = [
@@ -19,6 +25,8 @@ __all__ = [
     "local_linear_attention_step",
     "merge_attentions",
     "neighborhood_attention",
+    "neighborhood_local_linear_attention",
+    "neighborhood_probe_attention",
     "nn",
     "probe_attention",
 ]

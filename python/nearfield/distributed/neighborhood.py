@@ -11,7 +11,7 @@ from torch import Tensor
 from nearfield import _runtime, gna
 from nearfield.distributed.replicated import replicated
 from nearfield.distributed.rows import Range, gather_rows, gather_sizes, owned_ranges
-from nearfield.gna.op import _windows_of_head
+from nearfield.gna.op import windows_of_head
 
 _OP = "distributed.neighborhood_attention"
 
@@ -77,7 +77,7 @@ def neighborhood_attention(
         )
     whole = list(q.shape[1:-2])
     whole[split_dim] = sum(sizes)
-    window, strides, dilations, causal = _windows_of_head(
+    window, strides, dilations, causal = windows_of_head(
         tuple(whole), kernel_size, stride, dilation, is_causal
     )
     one = (window[split_dim], strides[split_dim], dilations[split_dim], bool(causal[split_dim]))

@@ -308,7 +308,7 @@ def _window_parameters(
     """The four parameters as lists, checked: one entry per dimension, or that many for every query head."""
     given = {"kernel_size": kernel_size, "stride": stride, "dilation": dilation, "is_causal": is_causal}
     if not any(_is_per_head(value) for value in given.values()):
-        return _windows_of_head(size, kernel_size, stride, dilation, is_causal)
+        return windows_of_head(size, kernel_size, stride, dilation, is_causal)
     for name, value in given.items():
         if _is_per_head(value) and len(value) != heads:  # type: ignore[arg-type]
             raise ValueError(
@@ -316,7 +316,7 @@ def _window_parameters(
                 f" for each of the {heads} heads of q"
             )
     rows = [
-        _windows_of_head(size, *(v[h] if _is_per_head(v) else v for v in given.values()))  # type: ignore[index]
+        windows_of_head(size, *(v[h] if _is_per_head(v) else v for v in given.values()))  # type: ignore[index,arg-type]
         for h in range(heads)
     ]
     shared = heads // heads_kv if heads_kv else 1
@@ -334,55 +334,60 @@ def _is_per_head(value: object) -> bool:
     return isinstance(value, (tuple, list)) and any(isinstance(entry, (tuple, list)) for entry in value)
 
 
-def _windows_of_head(
-    size: tuple[int, ...], kernel_size: object, stride: object, dilation: object, is_causal: object
+def windows_of_head(
+    size: tuple[int, ...],
+    kernel_size: object,
+    stride: object,
+    dilation: object,
+    is_causal: object,
+    op: str = _OP,
 ) -> tuple[list[int], list[int], list[int], list[int]]:
     """The parameters of one head as lists with one entry per dimension, checked against each other and the sizes."""
     n = len(size)
-    kernel_size = [-1 if w is None else w for w in _per_dimension("kernel_size", kernel_size, n)]
-    windows = _integers("kernel_size", kernel_size)
-    strides = _integers("stride", _per_dimension("stride", stride, n))
-    dilations = _integers("dilation", _per_dimension("dilation", dilation, n))
-    causal = _per_dimension("is_causal", is_causal, n)
+    kernel_size = [-1 if w is None else w for w in _per_dimension("kernel_size", kernel_size, n, op)]
+    windows = _integers("kernel_size", kernel_size, op)
+    strides = _integers("stride", _per_dimension("stride", stride, n, op), op)
+    dilations = _integers("dilation", _per_dimension("dilation", dilation, n, op), op)
+    causal = _per_dimension("is_causal", is_causal, n, op)
     for c in causal:
         if not isinstance(c, bool):
-            raise TypeError(f"{_OP}: is_causal must be a bool or one bool per dimension, got {is_causal!r}")
+            raise TypeError(f"{op}: is_causal must be a bool or one bool per dimension, got {is_causal!r}")
     for name, values in (("stride", strides), ("dilation", dilations)):
         if any(value < 1 for value in values):
-            raise ValueError(f"{_OP}: {name} is {values}, expected at least 1 in every dimension")
+            raise ValueError(f"{op}: {name} is {values}, expected at least 1 in every dimension")
     windows = [x // d if w == -1 else w for w, d, x in zip(windows, dilations, size, strict=True)]
     if any(w < 1 for w in windows):
         raise ValueError(
-            f"{_OP}: kernel_size is {kernel_size} for input size {list(size)} and dilation {dilations},"
+            f"{op}: kernel_size is {kernel_size} for input size {list(size)} and dilation {dilations},"
             " expected at least 1 in every dimension, or -1 or None for the whole dimension"
         )
     if any(w * d > x for w, d, x in zip(windows, dilations, size, strict=True)):
         raise ValueError(
-            f"{_OP}: the product of kernel_size {windows} and dilation {dilations} exceeds the input size"
+            f"{op}: the product of kernel_size {windows} and dilation {dilations} exceeds the input size"
             f" {list(size)}"
         )
     if any(s > w for s, w in zip(strides, windows, strict=True)):
         raise ValueError(
-            f"{_OP}: stride is {strides}, expected at most kernel_size {windows}, else no query sees the keys"
+            f"{op}: stride is {strides}, expected at most kernel_size {windows}, else no query sees the keys"
             " in between"
         )
     return windows, strides, dilations, [int(c) for c in causal]
 
 
-def _per_dimension(name: str, value: object, n: int) -> list[Any]:
+def _per_dimension(name: str, value: object, n: int, op: str = _OP) -> list[Any]:
     if not isinstance(value, (tuple, list)):
         return [value] * n
     if len(value) != n:
         raise ValueError(
-            f"{_OP}: {name} is {value!r}, expected one value or {n}, one per spatial dimension of q"
+            f"{op}: {name} is {value!r}, expected one value or {n}, one per spatial dimension of q"
         )
     return list(value)
 
 
-def _integers(name: str, values: list[Any]) -> list[int]:
+def _integers(name: str, values: list[Any], op: str = _OP) -> list[int]:
     for value in values:
         if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-            raise TypeError(f"{_OP}: {name} must be an int or one int per dimension, got {value!r}")
+            raise TypeError(f"{op}: {name} must be an int or one int per dimension, got {value!r}")
     return values
 
 

@@ -1,6 +1,7 @@
 """Local linear attention: a weighted affine fit around every query instead of a weighted mean."""
 
 from nearfield.lla.explain import LocalLinearExplanation
+from nearfield.lla.neighborhood import neighborhood_local_linear_attention, neighborhood_probe_attention
 from nearfield.lla.op import (
     SolveInfo,
     local_linear_attention,
@@ -13,5 +14,7 @@ __all__ = [
     "SolveInfo",
     "local_linear_attention",
     "local_linear_attention_step",
+    "neighborhood_local_linear_attention",
+    "neighborhood_probe_attention",
     "probe_attention",
 ]

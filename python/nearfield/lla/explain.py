@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from nearfield import _explain, _runtime
-from nearfield.lla import op
+from nearfield.lla import neighborhood, op
 
 
 @dataclass(frozen=True)
 class LocalLinearExplanation(_explain.Explanation):
-    """What a call of ``local_linear_attention`` or ``probe_attention`` runs, forward and backward alike."""
+    """What a call of ``local_linear_attention``, ``probe_attention`` or their neighborhood forms runs, forward and
+    backward alike."""
 
     call: str
     backend: str | None
@@ -45,10 +46,33 @@ def _explain_call(
     op._check(name, q, k, v, None, window)
     call = f"q {list(q.shape)} {str(q.dtype).removeprefix('torch.')}, k {list(k.shape)}, v {list(v.shape)}"
     call += f", window {window}" if window is not None else ""
+    return _explain_kernels(name, architecture, call, q, v, backend, False)
+
+
+def _explain_neighborhood(
+    name: str,
+    architecture: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kernel_size: object,
+    options: dict[str, Any],
+) -> LocalLinearExplanation:
+    q, k, v = (t.to("meta") for t in _runtime.autocast(q, k, v))
+    windows = (options.get("stride", 1), options.get("dilation", 1), options.get("is_causal", False))
+    boxes = neighborhood.boxes_of(name, q, k, v, kernel_size, *windows)
+    call = f"q {list(q.shape)} {str(q.dtype).removeprefix('torch.')}, k {list(k.shape)}, v {list(v.shape)}"
+    call += f", kernel_size {boxes.window}, boxes of {'x'.join(map(str, boxes.side))} tokens"
+    return _explain_kernels(name, architecture, call, q.flatten(1, -3), v.flatten(1, -3), None, True)
+
+
+def _explain_kernels(
+    name: str, architecture: str, call: str, q: Tensor, v: Tensor, backend: str | None, on_grid: bool
+) -> LocalLinearExplanation:
     if architecture == "cpu":
         return LocalLinearExplanation(name, architecture, call, "cpu")
     try:
-        told = torch.ops.nearfield.lla_plan(q, v, int(architecture.removeprefix("sm_")), backend)
+        told = torch.ops.nearfield.lla_plan(q, v, int(architecture.removeprefix("sm_")), backend, on_grid)
     except RuntimeError as error:
         refused = _runtime.sentence(error).removeprefix("lla: ")
         return LocalLinearExplanation(name, architecture, call, None, refused=refused)
@@ -86,3 +110,19 @@ def _explain_probe_attention(
     **_: Any,
 ) -> LocalLinearExplanation:
     return _explain_call("probe_attention", architecture, q, k, v, backend, window)
+
+
+@_explain.explains(neighborhood.neighborhood_local_linear_attention)
+def _explain_neighborhood_local_linear_attention(
+    architecture: str, q: Tensor, k: Tensor, v: Tensor, kernel_size: object, **options: Any
+) -> LocalLinearExplanation:
+    name = "neighborhood_local_linear_attention"
+    return _explain_neighborhood(name, architecture, q, k, v, kernel_size, options)
+
+
+@_explain.explains(neighborhood.neighborhood_probe_attention)
+def _explain_neighborhood_probe_attention(
+    architecture: str, q: Tensor, x: Tensor, k: Tensor, v: Tensor, kernel_size: object, **options: Any
+) -> LocalLinearExplanation:
+    name = "neighborhood_probe_attention"
+    return _explain_neighborhood(name, architecture, q, k, v, kernel_size, options)

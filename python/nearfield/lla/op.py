@@ -99,6 +99,17 @@ def local_linear_attention(
     op = "local_linear_attention"
     scale = _check(op, q, k, v, scale, window)
     _check_packing(op, cu_seqlens, q, k)
+    o, info = _solve_and_read(
+        op, q, k, v, cu_seqlens, lam, scale, is_causal, window, ridge, tol, max_iters, backend, []
+    )
+    return (o, info) if return_aux else o
+
+
+def _solve_and_read(
+    op: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, lam: float | Tensor, scale: float, is_causal: bool,
+    window: int | None, ridge: str, tol: float, max_iters: int, backend: str | None, grid: list[int],
+) -> tuple[Tensor, SolveInfo]:  # fmt: skip
+    """Checks what is left to check and runs the operator."""
     _runtime.check_device(op, q, _DEVICES)
     _check_backend(op, backend, q, v)
     if not isinstance(tol, (int, float)) or not 0 <= tol < math.inf:
@@ -120,8 +131,9 @@ def local_linear_attention(
         float(tol),
         max_iters,
         backend,
+        grid,
     )
-    return (o, SolveInfo(lse.detach(), iterations, ratio.detach())) if return_aux else o
+    return o, SolveInfo(lse.detach(), iterations, ratio.detach())
 
 
 def probe_attention(
@@ -144,16 +156,27 @@ def probe_attention(
     op = "probe_attention"
     scale = _check(op, q, k, v, scale, window)
     _check_packing(op, cu_seqlens, q, k)
+    _check_probe(op, q, x)
+    return _read(op, q, x, k, v, cu_seqlens, scale, is_causal, window, backend, [])
+
+
+def _check_probe(op: str, q: Tensor, x: Tensor) -> None:
     _runtime.check_tensors(op, q=q, x=x)
-    _runtime.check_device(op, q, _DEVICES)
-    _check_backend(op, backend, q, v)
     if not x.is_floating_point():
         raise NotImplementedError(f"{op}: x has dtype {x.dtype}; supported: floating point")
     if x.shape != q.shape:
         _runtime.shape_error(op, "x", x, f"the shape of q, {list(q.shape)}")
+
+
+def _read(
+    op: str, q: Tensor, x: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, scale: float, is_causal: bool,
+    window: int | None, backend: str | None, grid: list[int],
+) -> Tensor:  # fmt: skip
+    _runtime.check_device(op, q, _DEVICES)
+    _check_backend(op, backend, q, v)
     q, k, v = _runtime.autocast(q, k, v)
     o: Tensor = torch.ops.nearfield.lla_probe_fwd(
-        q, x.to(_statistics_dtype(q)), k, v, cu_seqlens, scale, is_causal, window, backend
+        q, x.to(_statistics_dtype(q)), k, v, cu_seqlens, scale, is_causal, window, backend, grid
     )[0]
     return o
 
@@ -282,7 +305,9 @@ def _check_backend(op: str, backend: str | None, q: Tensor, v: Tensor) -> None:
 
 
 @functools.cache
-def _warn_once_if_slower(op: str, device: torch.device, dtype: torch.dtype, d: int, dv: int) -> None:
+def _warn_once_if_slower(
+    op: str, device: torch.device, dtype: torch.dtype, d: int, dv: int, on_grid: bool
+) -> None:
     major, minor = torch.cuda.get_device_capability(device)
     if reason := torch.ops.nearfield.lla_slower_because(10 * major + minor, dtype, d, dv):
         _log.warning("%s: %s; the portable kernels run instead", op, reason)

@@ -7,9 +7,12 @@ torch.linalg supports, any device, differentiable.
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from nearfield.gna.reference import neighborhood_mask
 
 
 def visible_keys(
@@ -85,10 +88,23 @@ def probe_attention(
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """o_i = sum_j p_ij (1 + (k_j - kbar_i).x_i) v_j for given x."""
-    k, v = _repeat_heads(k, q.shape[2]), _repeat_heads(v, q.shape[2])
     mask = visible_keys(
         q.shape[1], k.shape[1], is_causal=is_causal, window=window, device=q.device, cu_seqlens=cu_seqlens
     )
+    return _probe(q, x, k, v, scale, mask)
+
+
+def neighborhood_probe_attention(
+    q: Tensor, x: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, **windows: Any
+) -> Tensor:
+    """The same on a grid: tensors [B, *X, H, ..], windows as in ``neighborhood_mask``."""
+    mask = neighborhood_mask(q.shape[1:-2], **windows).to(q.device)
+    o = _probe(q.flatten(1, -3), x.flatten(1, -3), k.flatten(1, -3), v.flatten(1, -3), scale, mask)
+    return o.reshape(*q.shape[:-1], -1)
+
+
+def _probe(q: Tensor, x: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor) -> Tensor:
+    k, v = _repeat_heads(k, q.shape[2]), _repeat_heads(v, q.shape[2])
     p, _ = _softmax(q, k, scale, mask)
     kbar = torch.einsum("bihj,bjhd->bihd", p, k)
     return _readout(p, kbar, x, k, v)
@@ -107,10 +123,34 @@ def local_linear_attention(
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The centred definition with a direct solve. Returns o [B, m, Hq, dv] and the probe x [B, m, Hq, d]."""
-    k, v = _repeat_heads(k, q.shape[2]), _repeat_heads(v, q.shape[2])
     mask = visible_keys(
         q.shape[1], k.shape[1], is_causal=is_causal, window=window, device=q.device, cu_seqlens=cu_seqlens
     )
+    return _fit(q, k, v, lam, scale, ridge, mask)[:2]
+
+
+def neighborhood_local_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    lam: float | Tensor,
+    scale: float | None = None,
+    ridge: str = "relative",
+    **windows: Any,
+) -> tuple[Tensor, Tensor]:
+    """The same on a grid: tensors [B, *X, H, ..], windows as in ``neighborhood_mask``. Returns o and lse [B, *X, H]."""
+    mask = neighborhood_mask(q.shape[1:-2], **windows).to(q.device)
+    if isinstance(lam, Tensor) and lam.shape == q.shape[:-1]:
+        lam = lam.flatten(1, q.ndim - 3)
+    o, _, lse = _fit(q.flatten(1, -3), k.flatten(1, -3), v.flatten(1, -3), lam, scale, ridge, mask)
+    return o.reshape(*q.shape[:-1], -1), lse.reshape(q.shape[:-1])
+
+
+def _fit(
+    q: Tensor, k: Tensor, v: Tensor, lam: float | Tensor, scale: float | None, ridge: str, mask: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    k, v = _repeat_heads(k, q.shape[2]), _repeat_heads(v, q.shape[2])
     p, lse = _softmax(q, k, scale, mask)
     empty = ~mask.any(-1)[None, :, None, None]
     rows = ridge_per_row(lam, q)
@@ -122,7 +162,7 @@ def local_linear_attention(
     system = covariance + torch.diag_embed(rows.expand_as(q))
     g = (q - kbar).masked_fill(empty, 0)
     x = torch.linalg.solve(system, g[..., None])[..., 0]
-    return _readout(p, kbar, x, k, v), x
+    return _readout(p, kbar, x, k, v), x, lse
 
 
 def penalised_least_squares(
