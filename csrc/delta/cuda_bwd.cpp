@@ -84,18 +84,18 @@ BackwardChoice choose_backward(const char* op, const Inputs& x) {
 
 // ---- Plan ----
 
-// On an H100, in microseconds: a chunk of the walk, and a chunk of the gradient on an SM of its own, close
-// behind.
-constexpr double kWalkUs = 1.7, kGradientUs = 6.5, kChannelGradientUs = 32;
+// On an H100, in microseconds: a chunk of the walk, and what a chunk of the gradient beside it costs an SM, memory that it
+// takes from the walk included.
+constexpr double kWalkUs = 1.7, kGradientUs = 16, kChannelGradientUs = 50;
 
-// How many of 16 chunks the SMs that the walk leaves free can take meanwhile.
+// How many of 16 chunks the SMs that the walk leaves free take meanwhile: all, where they nearly can.
 uint32_t early_chunks(const InputsSm90& in, int64_t sms) {
   const int64_t tiles = (in.value_dim + kImageColumns - 1) / kImageColumns;
   const int64_t heads = in.sequences * in.value_heads, free = std::max<int64_t>(0, sms - heads * tiles);
   const double us = in.channel_gate ? kChannelGradientUs : kGradientUs;
   const double share =
       static_cast<double>(free) * kWalkUs / (us * static_cast<double>(heads * value_blocks(in)));
-  return static_cast<uint32_t>(std::min(16., 16 * share));
+  return share > 0.6 ? 16 : static_cast<uint32_t>(16 * share);
 }
 
 // ---- Operator ----
