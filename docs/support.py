@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nearfield import delta_rule, explain, local_linear_attention, neighborhood_attention, probe_attention
+from nearfield import (
+    delta_rule,
+    explain,
+    local_linear_attention,
+    neighborhood_attention,
+    neighborhood_local_linear_attention,
+    neighborhood_probe_attention,
+    probe_attention,
+)
 from nearfield._files import write_atomically
 from nearfield._runtime import FLOAT_DTYPES
 from torch import Tensor
@@ -49,8 +57,10 @@ def delta(keys: int, values: int, dtype: torch.dtype, backend: str) -> Any:
     return ask(delta_rule, q, q, v, beta, q, backend=backend)
 
 
-def local_linear(operator: Any, tensors: int) -> Callable[[int, torch.dtype, str], Any]:
-    return lambda size, dtype, backend: ask(operator, *[meta(size, dtype=dtype)] * tensors, backend=backend)
+def local_linear(operator: Any, tensors: int, *window: int) -> Callable[[int, torch.dtype, str], Any]:
+    return lambda size, dtype, backend: ask(
+        operator, *[meta(size, dtype=dtype)] * tensors, *window, backend=backend
+    )
 
 
 OPERATORS = [
@@ -64,6 +74,11 @@ OPERATORS = [
     ),
     Operator("local_linear_attention", {"head dims": local_linear(local_linear_attention, 3)}),
     Operator("probe_attention", {"head dims": local_linear(probe_attention, 4)}),
+    Operator(
+        "neighborhood_local_linear_attention",
+        {"head dims": local_linear(neighborhood_local_linear_attention, 3, 7)},
+    ),
+    Operator("neighborhood_probe_attention", {"head dims": local_linear(neighborhood_probe_attention, 4, 7)}),
 ]
 
 
@@ -102,7 +117,7 @@ def cell(operator: Operator, backend: str) -> str:
             texts.setdefault("; ".join([both, ", ".join(parts)]), []).append(
                 str(dtype).removeprefix("torch.")
             )
-    return "; ".join(f"{', '.join(dtypes)}; {text}" for text, dtypes in texts.items())
+    return "; ".join(f"{', '.join(dtypes)}; {text}" for text, dtypes in texts.items()) or "none"
 
 
 def table() -> str:

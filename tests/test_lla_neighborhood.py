@@ -302,6 +302,7 @@ Q = torch.randn(1, 6, 5, 2, 8)
         ({"tol": -1.0}, ValueError, "tol"),
         ({"max_iters": 0}, ValueError, "max_iters"),
         ({"ridge": "both"}, ValueError, "ridge"),
+        ({"backend": "portable"}, ValueError, "backend"),
     ],
 )
 def test_bad_input(changes: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -382,23 +383,6 @@ def test_explain() -> None:
     assert "kernel_size [3, 7, 7]" in str(told)
     told = nearfield.explain(neighborhood_probe_attention, t, t, t, t, 7, architecture="cpu")
     assert told.backend == "cpu"
-    for operator, tensors in ((neighborhood_local_linear_attention, 3), (neighborhood_probe_attention, 4)):
-        told = nearfield.explain(operator, *[t] * tensors, 7, architecture="sm_90")
-        assert told.backend is None
-        assert told.refused is not None
-        assert told.refused.startswith("kernel_size is that of a grid")
-
-
-@pytest.mark.gpu
-def test_cuda_is_refused() -> None:
-    q = Q.cuda()
-    with pytest.raises(NotImplementedError, match="kernel_size is that of a grid"):
-        neighborhood_local_linear_attention(q, q, q, 3, lam=1.0)
-    with pytest.raises(NotImplementedError, match="kernel_size is that of a grid"):
-        neighborhood_probe_attention(q, q, q, q, 3)
-    rows, grid = torch.randn(1, 64, 1, 8, device="cuda"), [1, 6, 5, 1, 3, 3, *[1] * 6, 0, 0, 0, 1, 8, 8]
-    with pytest.raises(RuntimeError, match="lla_probe_fwd: kernel_size is that of a grid"):
-        ops.lla_probe_fwd(rows, rows, rows, rows, None, 1.0, False, None, None, grid)
 
 
 def test_public_names() -> None:

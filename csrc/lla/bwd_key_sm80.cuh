@@ -14,9 +14,10 @@ namespace nearfield::lla {
 constexpr float kPairUnitSm80 = 256.f, kPairLog2Sm80 = 8.f;
 
 // Residents: K, V. Moving: Q, X, -Y, dO.
-template <class Tag, int kHeadDim>
-using KeyPortable = PortableTraits<Tag, kHeadDim, (sizeof(operand_t<Tag>) == 4 && kHeadDim > 64) ? 2 : 4, 2,
-                                   (sizeof(operand_t<Tag>) == 2 ? 32 : 16) / (kHeadDim <= 64 ? 1 : 2), 4>;
+template <class Tag, int kHeadDim, bool kOnGrid>
+using KeyPortable =
+    PortableTraits<Tag, kHeadDim, kOnGrid, (sizeof(operand_t<Tag>) == 4 && kHeadDim > 64) ? 2 : 4, 2,
+                   (sizeof(operand_t<Tag>) == 2 ? 32 : 16) / (kHeadDim <= 64 ? 1 : 2), 4>;
 
 // The powers of two (and the scale) of one query head.
 struct PairUnits {
@@ -72,8 +73,9 @@ __global__ void __launch_bounds__(256) pair_rows_portable_kernel(const __grid_co
       ybar += __shfl_xor_sync(0xffffffffu, ybar, o);
     }
     const RowSums sums = a.row_sums[source];
-    out = {whole_log2(lse, p.visible.lone(row)) - kPairLog2Sm80, sums.weight, xbar,
-           sums.gbar * units.v_scale + ybar, units.one * units.v_scale * sums.d};
+    const bool lone = a.grid.given() ? a.grid.reach(row, false).count() == 1 : p.visible.lone(row);
+    out = {whole_log2(lse, lone) - kPairLog2Sm80, sums.weight, xbar, sums.gbar * units.v_scale + ybar,
+           units.one * units.v_scale * sums.d};
   }
   if (lane == 0) a.pair_rows[static_cast<int64_t>(head) * rows + row] = out;
 }
@@ -94,20 +96,32 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
   const int group = p.heads / p.kv_heads, first_head = batch * p.heads + kv_head % p.kv_heads * group;
   const int own = first + warp * 16;
   int key[2];
-  Range seen_by[2];
+  // Visits of tiles of queries; on a grid they go along its boxes, else a visit is the tile's number.
+  Range seen_by[2], all_seen_by{0, 0};
+  int begin, end;
   CUTE_UNROLL
-  for (int i = 0; i < 2; ++i) {
-    key[i] = own + lane / 4 + 8 * i;
-    seen_by[i] = key[i] < p.n ? p.visible.any_seen_by(key[i], key[i]) : Range{0, 0};
+  for (int i = 0; i < 2; ++i) key[i] = own + lane / 4 + 8 * i;
+  if constexpr (Traits::kOnGrid) {
+    const Grid::Tiles boxes = a.grid.reached(first / kBoxRows, true);
+    begin = 0, end = boxes.total() * Traits::kTilesOfBox;
+    if (threadIdx.x == 0) s.boxes = boxes;
+    if (threadIdx.x < Traits::kRows) s.reach[threadIdx.x] = a.grid.reach(first + threadIdx.x, true);
+    __syncthreads();
+  } else {
+    CUTE_UNROLL
+    for (int i = 0; i < 2; ++i)
+      seen_by[i] = key[i] < p.n ? p.visible.any_seen_by(key[i], key[i]) : Range{0, 0};
+    if (own + 15 < p.n)
+      all_seen_by = {p.visible.any_seen_by(own + 15, own + 15).begin, p.visible.any_seen_by(own, own).end};
+    const Range queries = p.visible.any_seen_by(first, min(first + Traits::kRows, p.n) - 1);
+    begin = min(queries.begin, p.m - 1) / kQueries;
+    end = max(begin + 1, (queries.end + kQueries - 1) / kQueries);
   }
-  const Range all_seen_by = own + 15 < p.n ? Range{p.visible.any_seen_by(own + 15, own + 15).begin,
-                                                   p.visible.any_seen_by(own, own).end}
-                                           : Range{0, 0};
-  const Range queries = p.visible.any_seen_by(first, min(first + Traits::kRows, p.n) - 1);
-  const int begin = min(queries.begin, p.m - 1) / kQueries,
-            end = max(begin + 1, (queries.end + kQueries - 1) / kQueries);
 
-  const auto start = [&](int head, int t, int buffer) {
+  const auto start = [&](int head, int n, int buffer) {
+    int t = n;
+    if constexpr (Traits::kOnGrid)
+      t = s.boxes.at(n / Traits::kTilesOfBox) * Traits::kTilesOfBox + n % Traits::kTilesOfBox;
     const Operand* const operands[4] = {&p.q, &a.x_tiles, &a.minus_y_tiles, &a.d_o};
     CUTE_UNROLL
     for (int o = 0; o < 4; ++o) {
@@ -133,7 +147,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
     copy_rows<Element, kD, 16, 32>(sK, operand_of<Element, kD>(p.k, kv_head), own, lane);
     copy_rows<Element, kD, 16, 32>(sV, operand_of<Element, kD>(p.v, kv_head), own, lane);
   }
-  start(0, begin, 0);
+  if (!Traits::kOnGrid || begin < end) start(0, begin, 0);
 
   PairUnits units(a, first_head, kv_head);
   typename Traits::Vector dk, dv;
@@ -141,7 +155,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
   dk.clear();
   dv.clear();
   int head = 0, buffer = 0;
-  for (int t = begin; head < group; buffer ^= 1) {
+  for (int t = begin; head < group && (!Traits::kOnGrid || begin < end); buffer ^= 1) {
     wait_for_copies();  // this tile has arrived, and everyone has read the one before
     int next_head = head, next = t + 1;
     if (next == end) next = begin, ++next_head;
@@ -158,6 +172,15 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
     multiply_transposed<kD>(minus_y, sK, moving[kY]);
     const int query = t * kQueries;
     const bool masked = query < all_seen_by.begin || query + kQueries > all_seen_by.end;
+    uint64_t seen[2];  // bit 8 j + c is the thread's own column
+    if constexpr (Traits::kOnGrid) {
+      int box[3];
+      s.boxes.at(t / Traits::kTilesOfBox, box);
+      CUTE_UNROLL
+      for (int i = 0; i < 2; ++i)
+        seen[i] = a.grid.rows_reached(s.reach[key[i] - first], box) >>
+                  (t % Traits::kTilesOfBox * kQueries + 2 * quad);
+    }
     CUTE_UNROLL
     for (int j = 0; j < kQueries / 8; ++j) {
       CUTE_UNROLL
@@ -170,8 +193,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
           float& slope = slopes.tile[0][j][2 * i + c];
           float& rest = r.tile[0][j][2 * i + c];
           float exponent = fmaf(at, units.scale_log2, -row.shift);
-          if (masked && (query + column < seen_by[i].begin || query + column >= seen_by[i].end))
-            exponent = -INFINITY;
+          const bool hidden = Traits::kOnGrid ? (seen[i] >> (8 * j + c) & 1) == 0
+                                              : masked && (query + column < seen_by[i].begin ||
+                                                           query + column >= seen_by[i].end);
+          if (hidden) exponent = -INFINITY;
           const float w = exp2_approx(exponent) * row.weight;
           const float to = fmaf(slope - row.xbar, units.slope, units.one);
           const float gap = fmaf(rest, units.v_scale, minus_y.tile[0][j][2 * i + c]) - row.rbar;
@@ -210,14 +235,16 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
 
 template <class Tag, int kHeadDim>
 int portable_sm80<Tag, kHeadDim>::bwd_dkv(const BwdSm80Args& a, void* stream) {
-  using Traits = KeyPortable<Tag, kHeadDim>;
   const QueryProblem& p = a.problem;
   const dim3 rows(static_cast<unsigned>(p.q.tiles_per_head * kTileRows / 8),
                   static_cast<unsigned>(p.batch * p.heads));
-  pair_rows_portable_kernel<typename Traits::Element, kHeadDim>
-      <<<rows, 256, 0, static_cast<cudaStream_t>(stream)>>>(a);
-  const int64_t grid = int64_t{(p.n + Traits::kRows - 1) / Traits::kRows} * p.batch * p.kv_heads;
-  return launch_portable<Traits>(bwd_dkv_portable_kernel<Traits>, a, grid, stream);
+  pair_rows_portable_kernel<operand_t<Tag>, kHeadDim><<<rows, 256, 0, static_cast<cudaStream_t>(stream)>>>(a);
+  const auto run = [&](auto on_grid) {
+    using Traits = KeyPortable<Tag, kHeadDim, decltype(on_grid)::value>;
+    const int64_t grid = int64_t{(p.n + Traits::kRows - 1) / Traits::kRows} * p.batch * p.kv_heads;
+    return launch_portable<Traits>(bwd_dkv_portable_kernel<Traits>, a, grid, stream);
+  };
+  return a.grid.given() ? run(std::true_type{}) : run(std::false_type{});
 }
 
 }  // namespace nearfield::lla

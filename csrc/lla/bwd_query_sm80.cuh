@@ -11,15 +11,15 @@ namespace nearfield::lla {
 constexpr float kWeightUnitSm80 = 64.f, kWeightLog2Sm80 = 6.f;
 
 // Residents: Q; dO, later the direction.
-template <class Tag, int kHeadDim>
-using SolvePortable = PortableTraits<Tag, kHeadDim, 4, 2,
+template <class Tag, int kHeadDim, bool kOnGrid>
+using SolvePortable = PortableTraits<Tag, kHeadDim, kOnGrid, 4, 2,
                                      sizeof(operand_t<Tag>) == 2 ? 64
                                      : kHeadDim <= 64            ? 32
                                                                  : 16>;
 // Residents: Q, dO, -y, x and (fp16 only) what rounding leaves of it.
-template <class Tag, int kHeadDim>
+template <class Tag, int kHeadDim, bool kOnGrid>
 using DqPortable =
-    PortableTraits<Tag, kHeadDim, kHeadDim <= 64 ? 4 : 2, sizeof(operand_t<Tag>) == 2 ? 5 : 4,
+    PortableTraits<Tag, kHeadDim, kOnGrid, kHeadDim <= 64 ? 4 : 2, sizeof(operand_t<Tag>) == 2 ? 5 : 4,
                    sizeof(operand_t<Tag>) == 2 ? (kHeadDim <= 64 ? 64 : 32) : (kHeadDim <= 64 ? 32 : 16)>;
 
 // Sets the shift of a row's exponent to the integer next to its lse, the same number in all passes whatever
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
   using Element = typename Traits::Element;
   constexpr int kD = Traits::kD, kQuads = Traits::kQuads;
   const QueryProblem& p = a.problem;
-  QueryRows<Traits> rows(s, p);
+  QueryRows<Traits> rows(s, a);
   const float k_unit = operand_unit(p.k, rows.kv_head),
               gam_unit = operand_unit(a.d_o, rows.head) * operand_unit(p.v, rows.kv_head);
   rows.scale_log2 = p.scale * operand_unit(p.q, rows.head) * k_unit * kLog2eSm80;
@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
   constexpr int kD = Traits::kD, kQuads = Traits::kQuads, kMoving = Traits::kMoving;
   constexpr bool kSplit = Traits::kIsHalf;
   const QueryProblem& p = a.problem;
-  QueryRows<Traits> rows(s, p);
+  QueryRows<Traits> rows(s, a);
   const float k_unit = operand_unit(p.k, rows.kv_head),
               gam_unit = operand_unit(a.d_o, rows.head) * operand_unit(p.v, rows.kv_head);
   rows.scale_log2 = p.scale * operand_unit(p.q, rows.head) * k_unit * kLog2eSm80;
@@ -280,14 +280,21 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
 
 template <class Tag, int kHeadDim>
 int portable_sm80<Tag, kHeadDim>::bwd_queries(const BwdSm80Args& a, void* stream) {
-  using Traits = SolvePortable<Tag, kHeadDim>;
-  return launch_portable<Traits>(bwd_solve_portable_kernel<Traits>, a, query_grid<Traits>(a.problem), stream);
+  const auto run = [&](auto on_grid) {
+    using Traits = SolvePortable<Tag, kHeadDim, decltype(on_grid)::value>;
+    return launch_portable<Traits>(bwd_solve_portable_kernel<Traits>, a, query_grid<Traits>(a.problem),
+                                   stream);
+  };
+  return a.grid.given() ? run(std::true_type{}) : run(std::false_type{});
 }
 
 template <class Tag, int kHeadDim>
 int portable_sm80<Tag, kHeadDim>::bwd_dq(const BwdSm80Args& a, void* stream) {
-  using Traits = DqPortable<Tag, kHeadDim>;
-  return launch_portable<Traits>(bwd_dq_portable_kernel<Traits>, a, query_grid<Traits>(a.problem), stream);
+  const auto run = [&](auto on_grid) {
+    using Traits = DqPortable<Tag, kHeadDim, decltype(on_grid)::value>;
+    return launch_portable<Traits>(bwd_dq_portable_kernel<Traits>, a, query_grid<Traits>(a.problem), stream);
+  };
+  return a.grid.given() ? run(std::true_type{}) : run(std::false_type{});
 }
 
 }  // namespace nearfield::lla

@@ -80,10 +80,9 @@ const std::vector<Instance<BwdSm90Args>> kBackwardOfKeys = {
 
 using Backend = std::optional<std::string>;
 
-Plan plan_of(const char* op, const Tensor& q, const Tensor& v, const Backend& backend,
-             const std::vector<int64_t>& grid) {
+Plan plan_of(const char* op, const Tensor& q, const Tensor& v, const Backend& backend, const Grid& grid) {
   return choose_plan(op, q.scalar_type(), q.sizes()[3], v.sizes()[3],
-                     device_info(q.get_device_index()).capability, backend, !grid.empty());
+                     device_info(q.get_device_index()).capability, backend, grid.given());
 }
 
 // The plan has checked that the instance is built.
@@ -114,8 +113,11 @@ void check_launch(const char* op, int error) {
 // as long as this object.
 class Operands {
  public:
-  Operands(const char* op, const Tensor& like, const Plan& plan, const Packing& packing)
-      : op_(op), like_(like), end_(packing ? bounds_of(packing) + packing->sizes()[0] - 1 : nullptr) {
+  Operands(const char* op, const Tensor& like, const Plan& plan, const Packing& packing, const Grid& grid)
+      : op_(op),
+        like_(like),
+        grid_(grid),
+        end_(packing ? bounds_of(packing) + packing->sizes()[0] - 1 : nullptr) {
     args_.batch = static_cast<int>(like.sizes()[0]);
     args_.head_dim = plan.head_dim;
     if (like.scalar_type() == ScalarType::Float) float_rows_ = portable_of(plan, ScalarType::Float).operands;
@@ -142,6 +144,7 @@ class Operands {
                                    out,
                                    fitted != nullptr,
                                    fitted ? *fitted : Visibility{},
+                                   grid_,
                                    end_};
     return out;
   }
@@ -159,6 +162,7 @@ class Operands {
  private:
   const char* op_;
   const Tensor& like_;
+  Grid grid_;
   const int64_t* end_;  // behind the last packed sequence
   int (*float_rows_)(const OperandsArgs&, void*) = nullptr;
   OperandsArgs args_{};
@@ -204,12 +208,13 @@ void run_forward(const char* op, FwdSm80Args& args, const Plan& plan, const Tens
 using Fwd = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 Fwd fwd_cuda(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& lam, Packing cu_seqlens,
              double scale, bool is_causal, std::optional<int64_t> window, bool absolute, double tol,
-             int64_t max_iters, Backend backend, std::vector<int64_t> grid) {
+             int64_t max_iters, Backend backend, std::vector<int64_t> grid_) {
   const char* op = "lla_fwd";
   check_inputs(op, q_, k_, v_, window);
   check_lam(op, lam, q_);
   torch::stable::accelerator::DeviceGuard guard(q_.get_device_index());
   const Packing packing = check_packing(op, cu_seqlens, q_, k_);
+  const Grid grid = check_grid(op, grid_, packing, q_, k_);
   const Plan plan = plan_of(op, q_, v_, backend, grid);
   const Tensor q = dense_rows(q_), k = dense_rows(k_), v = dense_rows(v_);
   const auto s = q.sizes();
@@ -226,8 +231,9 @@ Fwd fwd_cuda(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor&
     return out;
   }
   void* stream = current_stream(q);
-  Operands operands(op, q, plan, packing);
+  Operands operands(op, q, plan, packing, grid);
   FwdSm80Args args{};
+  args.grid = grid;
   args.problem = make_query_problem(op, q, k, v, packing, scale, is_causal, window, false, operands);
   operands.write(q.scalar_type(), stream);
   args.solve = true;
@@ -248,11 +254,12 @@ Fwd fwd_cuda(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor&
 using ProbeFwd = std::tuple<Tensor, Tensor, Tensor>;
 ProbeFwd probe_fwd_cuda(const Tensor& q_, const Tensor& x_, const Tensor& k_, const Tensor& v_,
                         Packing cu_seqlens, double scale, bool is_causal, std::optional<int64_t> window,
-                        Backend backend, std::vector<int64_t> grid) {
+                        Backend backend, std::vector<int64_t> grid_) {
   const char* op = "lla_probe_fwd";
   check_inputs(op, q_, k_, v_, window);
   torch::stable::accelerator::DeviceGuard guard(q_.get_device_index());
   const Packing packing = check_packing(op, cu_seqlens, q_, k_);
+  const Grid grid = check_grid(op, grid_, packing, q_, k_);
   const Plan plan = plan_of(op, q_, v_, backend, grid);
   const Tensor q = dense_rows(q_), x = dense_rows(x_), k = dense_rows(k_), v = dense_rows(v_);
   const auto s = q.sizes();
@@ -267,8 +274,9 @@ ProbeFwd probe_fwd_cuda(const Tensor& q_, const Tensor& x_, const Tensor& k_, co
     return out;
   }
   void* stream = current_stream(q);
-  Operands operands(op, q, plan, packing);
+  Operands operands(op, q, plan, packing, grid);
   FwdSm80Args args{};
+  args.grid = grid;
   args.problem = make_query_problem(op, q, k, v, packing, scale, is_causal, window, false, operands);
   operands.write(q.scalar_type(), stream);
   args.given = view_of<float>(x);
@@ -287,12 +295,13 @@ std::array<Tensor, 5> backward(const char* op, const Tensor& d_o_, const Tensor&
                                const Tensor& v_, const Tensor* lam, const Tensor& x_, const Tensor& kbar_,
                                const Tensor& lse_, const Packing& cu_seqlens, double scale, bool is_causal,
                                std::optional<int64_t> window, bool absolute, double tol, int64_t max_iters,
-                               const Backend& backend, const std::vector<int64_t>& grid) {
+                               const Backend& backend, const std::vector<int64_t>& grid_) {
   check_inputs(op, q_, k_, v_, window);
   check_saved(op, q_, v_, d_o_, x_, kbar_, lse_);
   if (lam) check_lam(op, *lam, q_);
   torch::stable::accelerator::DeviceGuard guard(q_.get_device_index());
   const Packing packing = check_packing(op, cu_seqlens, q_, k_);
+  const Grid grid = check_grid(op, grid_, packing, q_, k_);
   const Plan plan = plan_of(op, q_, v_, backend, grid);
   const Tensor q = dense_rows(q_), k = dense_rows(k_), v = dense_rows(v_), d_o = dense_rows(d_o_),
                x = dense_rows(x_);
@@ -309,8 +318,9 @@ std::array<Tensor, 5> backward(const char* op, const Tensor& d_o_, const Tensor&
     return out;
   }
   void* stream = current_stream(q);
-  Operands operands(op, q, plan, packing);
+  Operands operands(op, q, plan, packing, grid);
   BwdSm80Args args{};
+  args.grid = grid;
   args.problem = make_query_problem(op, q, k, v, packing, scale, is_causal, window, true, operands);
   args.d_o = operands.add(d_o, 2 * kTileRows);
   operands.write(dtype, stream);

@@ -7,8 +7,8 @@
 namespace nearfield::lla {
 
 // Residents: Q; the direction, later x; what rounding leaves of x (fp16 only).
-template <class Tag, int kHeadDim>
-using FwdPortable = PortableTraits<Tag, kHeadDim, 4, sizeof(operand_t<Tag>) == 2 ? 3 : 2,
+template <class Tag, int kHeadDim, bool kOnGrid>
+using FwdPortable = PortableTraits<Tag, kHeadDim, kOnGrid, 4, sizeof(operand_t<Tag>) == 2 ? 3 : 2,
                                    sizeof(operand_t<Tag>) == 2 ? 64
                                    : kHeadDim <= 64            ? 32
                                                                : 16>;
@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
   constexpr int kD = Traits::kD, kQuads = Traits::kQuads, kMoving = Traits::kMoving;
   constexpr bool kSplit = Traits::kIsHalf;
   const QueryProblem& p = a.problem;
-  QueryRows<Traits> rows(s, p);
+  QueryRows<Traits> rows(s, a);
   const float q_unit = operand_unit(p.q, rows.head), k_unit = operand_unit(p.k, rows.kv_head),
               v_unit = operand_unit(p.v, rows.kv_head);
   rows.scale_log2 = p.scale * q_unit * k_unit * kLog2eSm80;
@@ -154,8 +154,11 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
 
 template <class Tag, int kHeadDim>
 int portable_sm80<Tag, kHeadDim>::fwd(const FwdSm80Args& a, void* stream) {
-  using Traits = FwdPortable<Tag, kHeadDim>;
-  return launch_portable<Traits>(fwd_portable_kernel<Traits>, a, query_grid<Traits>(a.problem), stream);
+  const auto run = [&](auto on_grid) {
+    using Traits = FwdPortable<Tag, kHeadDim, decltype(on_grid)::value>;
+    return launch_portable<Traits>(fwd_portable_kernel<Traits>, a, query_grid<Traits>(a.problem), stream);
+  };
+  return a.grid.given() ? run(std::true_type{}) : run(std::false_type{});
 }
 
 }  // namespace nearfield::lla

@@ -22,16 +22,26 @@ struct Grid {
   // Indices inside the dilation group, per dimension.
   struct Reach {
     Range range[3];
+    NEARFIELD_HOST_DEVICE int count() const {
+      return (range[0].end - range[0].begin) * (range[1].end - range[1].begin) *
+             (range[2].end - range[2].begin);
+    }
   };
 
   // A box of tiles.
   struct Tiles {
     int group, begin[3], count[3], boxes[3];
     NEARFIELD_HOST_DEVICE int total() const { return count[0] * count[1] * count[2]; }
-    NEARFIELD_HOST_DEVICE int at(int n) const {
+    // The number of tile n, and that of its box in each dimension.
+    NEARFIELD_HOST_DEVICE int at(int n, int (&box)[3]) const {
       const int outer = n / count[2];
-      const int x = begin[0] + outer / count[1], y = begin[1] + outer % count[1], z = begin[2] + n % count[2];
-      return ((group * boxes[0] + x) * boxes[1] + y) * boxes[2] + z;
+      box[0] = begin[0] + outer / count[1], box[1] = begin[1] + outer % count[1];
+      box[2] = begin[2] + n % count[2];
+      return ((group * boxes[0] + box[0]) * boxes[1] + box[1]) * boxes[2] + box[2];
+    }
+    NEARFIELD_HOST_DEVICE int at(int n) const {
+      int box[3];
+      return at(n, box);
     }
   };
 
@@ -79,14 +89,12 @@ struct Grid {
     return out;
   }
 
-  // Which rows of a tile of the same dilation group are reached: bit r is row r.
-  NEARFIELD_HOST_DEVICE uint64_t rows_reached(const Reach& reach, int tile) const {
+  // Which rows of a box of the same dilation group are reached: bit r is row r.
+  NEARFIELD_HOST_DEVICE uint64_t rows_reached(const Reach& reach, const int (&box)[3]) const {
     uint64_t bits = ~uint64_t{0};
     int width = 1;  // rows of a step of the dimension
     for (int d = 2; d >= 0; --d) {
-      const int number = tile % boxes(d);
-      tile /= boxes(d);
-      const int first = number * side[d];
+      const int first = box[d] * side[d];
       const int begin = clamp(reach.range[d].begin - first, side[d]) * width;
       const int end = clamp(reach.range[d].end - first, side[d]) * width;
       uint64_t pattern = end > begin ? ones(end) & ~ones(begin) : 0;
@@ -98,7 +106,12 @@ struct Grid {
   }
 
   NEARFIELD_HOST_DEVICE uint64_t keys_of_tile(int64_t query, int64_t tile) const {
-    return rows_reached(reach(static_cast<int>(query), false), static_cast<int>(tile));
+    int box[3], rest = static_cast<int>(tile);
+    for (int d = 2; d >= 0; --d) {
+      box[d] = rest % boxes(d);
+      rest /= boxes(d);
+    }
+    return rows_reached(reach(static_cast<int>(query), false), box);
   }
 
  private:

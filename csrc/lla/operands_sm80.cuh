@@ -14,6 +14,10 @@ template <class Tag>
 using source_t = std::conditional_t<std::is_same_v<Tag, bf16>, __nv_bfloat16,
                                     std::conditional_t<std::is_same_v<Tag, fp16>, __half, float>>;
 
+__device__ __forceinline__ bool sees_one(const OperandSource& s, int row) {
+  return s.grid.given() ? s.grid.reach(row, false).count() == 1 : s.visible.lone(row);
+}
+
 // Eight features of a row from `column` on; what lies beyond is zero.
 template <class T>
 __device__ __forceinline__ void load_piece(const OperandSource& s, int b, int row, int h, int column,
@@ -21,7 +25,7 @@ __device__ __forceinline__ void load_piece(const OperandSource& s, int b, int ro
   const T* at =
       static_cast<const T*>(s.data) + b * s.batch_stride + row * s.row_stride + h * s.head_stride + column;
   const bool inside =
-      row < s.rows && (s.end == nullptr || row < *s.end) && !(s.blank_lone_rows && s.visible.lone(row));
+      row < s.rows && (s.end == nullptr || row < *s.end) && !(s.blank_lone_rows && sees_one(s, row));
   if (inside && column + 8 <= s.features && reinterpret_cast<uintptr_t>(at) % 16 == 0) {
     constexpr int kWords = sizeof(T) / 2;
     uint4 words[kWords];

@@ -70,12 +70,14 @@ bool is_16bit(ScalarType dtype) { return dtype == ScalarType::BFloat16 || dtype 
 
 }  // namespace
 
-std::string hopper_refuses(int capability, ScalarType dtype, int64_t d, int64_t dv) {
+std::string hopper_refuses(int capability, ScalarType dtype, int64_t d, int64_t dv, bool on_grid) {
   std::ostringstream why;
   const int most = largest(hopper_head_dims());
   if (capability != 90 || !kBuiltForHopper) {
     why << "the GPU has compute capability " << capability_text(capability)
         << ", Hopper's kernels need 9.0 and a build for 90a (this one is for " << kBuiltFor << ")";
+  } else if (on_grid) {
+    why << "kernel_size is that of a grid, Hopper's kernels see intervals of a sequence";
   } else if (!is_16bit(dtype)) {
     why << "q has dtype " << torch::headeronly::toString(dtype)
         << ", Hopper's kernels take bfloat16, float16";
@@ -91,14 +93,12 @@ Plan choose_plan(const char* op, ScalarType dtype, int64_t d, int64_t dv, int ca
   Plan plan;
   STD_TORCH_CHECK(!backend || *backend == "hopper" || *backend == "portable", op, ": backend is \"", *backend,
                   "\"; known: \"hopper\", \"portable\"");
-  STD_TORCH_CHECK(!on_grid, op,
-                  ": kernel_size is that of a grid, for which there are no CUDA kernels; supported: the CPU");
   STD_TORCH_CHECK(*kBuiltFor != '\0', op, ": this build has no kernel for compute capability ",
                   capability_text(capability), "; it was built without CUDA kernels");
   STD_TORCH_CHECK(is_built_for(kBuiltFor, capability), op, ": the GPU has compute capability ",
                   capability_text(capability), "; this build is for ", kBuiltFor);
   if (!backend || *backend == "hopper") {
-    plan.because = hopper_refuses(capability, dtype, d, dv);
+    plan.because = hopper_refuses(capability, dtype, d, dv, on_grid);
     if (plan.because.empty()) {
       plan.head_dim = smallest(hopper_head_dims(), std::max(d, dv));
       return plan;
@@ -147,8 +147,8 @@ std::vector<int64_t> lla_box(std::vector<int64_t> size, std::vector<int64_t> win
   return {best.begin(), best.end()};
 }
 
-std::string slower_because(int64_t capability, ScalarType dtype, int64_t d, int64_t dv) {
-  return capability == 90 ? hopper_refuses(90, dtype, d, dv) : "";
+std::string slower_because(int64_t capability, ScalarType dtype, int64_t d, int64_t dv, bool on_grid) {
+  return capability == 90 ? hopper_refuses(90, dtype, d, dv, on_grid) : "";
 }
 
 }  // namespace
@@ -156,7 +156,7 @@ std::string slower_because(int64_t capability, ScalarType dtype, int64_t d, int6
 STABLE_TORCH_LIBRARY_FRAGMENT(nearfield, m) {
   m.def("lla_plan(Tensor q, Tensor v, int capability, str? backend=None, bool on_grid=False) -> str");
   m.def("lla_box(int[] size, int[] window, int[] stride, int[] dilation, int[] causal) -> int[]");
-  m.def("lla_slower_because(int capability, ScalarType dtype, int d, int dv) -> str");
+  m.def("lla_slower_because(int capability, ScalarType dtype, int d, int dv, bool on_grid=False) -> str");
 }
 STABLE_TORCH_LIBRARY_IMPL(nearfield, Meta, m) { m.impl("lla_plan", TORCH_BOX(&lla_plan)); }
 STABLE_TORCH_LIBRARY_IMPL(nearfield, CompositeExplicitAutograd, m) {

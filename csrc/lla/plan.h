@@ -19,6 +19,6 @@ Plan choose_plan(const char* op, ScalarType dtype, int64_t d, int64_t dv, int ca
                  const std::optional<std::string>& backend, bool on_grid);
 
 // Why Hopper's kernels do not serve the call; empty if they do.
-std::string hopper_refuses(int capability, ScalarType dtype, int64_t d, int64_t dv);
+std::string hopper_refuses(int capability, ScalarType dtype, int64_t d, int64_t dv, bool on_grid);
 
 }  // namespace nearfield::lla

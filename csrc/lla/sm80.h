@@ -10,12 +10,14 @@ namespace nearfield::lla {
 struct FwdSm80Args : FwdSm90Args {
   Element type;    // of o
   float* scratch;  // solver_scratch elements
+  Grid grid;       // if given, in place of problem.visible
 };
 
 struct BwdSm80Args : BwdSm90Args {
   Element type;    // of dq, dk, dv
   float* scratch;  // solver_scratch elements
   float* d_lse;    // [B, m, Hq] scratch: the gradient of lse that an absolute ridge brings, in gam units
+  Grid grid;       // if given, in place of problem.visible
 };
 
 // Floats of scratch memory: r, x and kbar of every query, padded.

@@ -30,6 +30,7 @@ struct OperandSource {
   // backward of such a row is exact, whatever its logit and ridge.
   bool blank_lone_rows;
   Visibility visible;
+  Grid grid;           // of the rows, if given in place of `visible`
   const int64_t* end;  // of packed sequences: rows from there on are zeros too; null: there are none
 };
 

@@ -28,8 +28,12 @@ using operand_t = std::conditional_t<std::is_same_v<Tag, fp16>, cutlass::half_t,
 // ---- Tiles ----
 
 // kResident operands of the rows and, per buffer, kMovingOperands of the others.
-template <class Tag, int kHeadDim_, int kWarps_, int kResident_, int kMoving_, int kMovingOperands_ = 1>
+// kOnGrid: who sees whom is said by a grid, else by Visibility.
+template <class Tag, int kHeadDim_, bool kOnGrid_, int kWarps_, int kResident_, int kMoving_,
+          int kMovingOperands_ = 1>
 struct PortableTraits {
+  static constexpr bool kOnGrid = kOnGrid_;
+  static constexpr int kTilesOfBox = kBoxRows / kMoving_;  // moving tiles
   using Element = operand_t<Tag>;
   static constexpr bool kIsHalf = sizeof(Element) == 2;
   static constexpr int kD = kHeadDim_, kWarps = kWarps_, kThreads = 32 * kWarps, kRows = 16 * kWarps;
@@ -42,6 +46,9 @@ struct PortableTraits {
     alignas(16) Element resident[kResident_][kRows * kRow];
     alignas(16) Element moving[2][kMovingOperands][kMoving * kRow];
     alignas(16) PairRow pairs[2][kMovingOperands > 1 ? kMoving : 1];
+    // On a grid: the tiles that the rows see, or that see them, and what of them each row.
+    Grid::Tiles boxes;
+    Grid::Reach reach[kOnGrid ? kRows : 1];
   };
   static_assert(sizeof(Storage) <= 99 * 1024, "what a CTA has on every GPU since Ampere");
   static_assert(kTileRows % kMoving == 0 && kTileRows % kRows == 0);
@@ -170,18 +177,22 @@ struct QueryRows {
   static constexpr int kD = Traits::kD, kQuads = Traits::kQuads;
   typename Traits::Storage& s;
   const QueryProblem& p;
+  const Grid& grid;
   int batch, head, kv_head;     // heads of the operands: batch and head in one
   int warp, lane, quad, first;  // first query of the CTA
   int row[2];                   // query index; may lie beyond m
   bool inside[2];
   Range keys[2];
-  Range all_see, any_sees;     // keys, of the rows of this warp
-  Range tiles;                 // of kMoving keys that any query of the CTA sees; at least one
+  Range all_see, any_sees;  // keys, of the rows of this warp
+  Range tiles;              // of kMoving keys that any query of the CTA sees; at least one. On a grid: visits
+  uint64_t seen[2];         // on a grid, of the tile of the visit: bit 8 j + c % 2 is the thread's own column
   float scale_log2, shift[2];  // weights are exp2(scale_log2 s - shift)
   float fit[2];                // 0: one key is visible
 
   // Longest rows first: the last blocks of a causal problem see the most keys.
-  __device__ __forceinline__ QueryRows(typename Traits::Storage& s_, const QueryProblem& p_) : s(s_), p(p_) {
+  template <class Args>
+  __device__ __forceinline__ QueryRows(typename Traits::Storage& s_, const Args& a)
+      : s(s_), p(a.problem), grid(a.grid) {
     const int heads = p.batch * p.heads;
     const int blocks = (p.m + Traits::kRows - 1) / Traits::kRows, index = blockIdx.x;
     first = (blocks - 1 - index / heads) * Traits::kRows;
@@ -194,8 +205,20 @@ struct QueryRows {
     for (int i = 0; i < 2; ++i) {
       row[i] = own + lane / 4 + 8 * i;
       inside[i] = row[i] < p.m;
-      keys[i] = inside[i] ? p.visible.keys(row[i]) : Range{0, 0};
+      if constexpr (Traits::kOnGrid) {
+        const Grid::Reach reach = grid.reach(row[i], false);
+        keys[i] = {0, reach.count()};
+        if (quad == 0) s.reach[row[i] - first] = reach;
+      } else {
+        keys[i] = inside[i] ? p.visible.keys(row[i]) : Range{0, 0};
+      }
       fit[i] = keys[i].end - keys[i].begin == 1 ? 0.f : 1.f;
+    }
+    if constexpr (Traits::kOnGrid) {
+      const Grid::Tiles boxes = grid.reached(first / kBoxRows, false);
+      tiles = {0, boxes.total() * Traits::kTilesOfBox};
+      if (threadIdx.x == 0) s.boxes = boxes;
+      return;
     }
     const int last = min(own + 15, p.m - 1);
     any_sees = own < p.m ? p.visible.any_sees(own, last) : Range{0, 0};
@@ -241,27 +264,58 @@ struct QueryRows {
                                                                 t * Traits::kMoving, threadIdx.x);
     };
     __syncthreads();  // everyone has read what the walk before left
-    start(0, tiles.begin, 0);
+    if (Traits::kOnGrid && tiles.begin == tiles.end) return;
+    start(0, tile_at(tiles.begin), 0);
     int buffer = 0;
-    for (int t = tiles.begin; t < tiles.end; ++t) {
-      const int key = t * Traits::kMoving;
-      const bool sees = key < any_sees.end && key + Traits::kMoving > any_sees.begin;
+    for (int n = tiles.begin; n < tiles.end; ++n) {
+      const int t = tile_at(n);
+      const bool sees = look(n);
       CUTE_UNROLL
       for (int o = 0; o < kOperands; ++o) {
         wait_for_copies();  // this operand has arrived, and everyone has read the one before
         if (o + 1 < kOperands) {
           start(o + 1, t, buffer ^ 1);
-        } else if (t + 1 < tiles.end) {
-          start(0, t + 1, buffer ^ 1);
+        } else if (n + 1 < tiles.end) {
+          start(0, tile_at(n + 1), buffer ^ 1);
         }
         if (sees) visit(o, t, s.moving[buffer][0]);
         buffer ^= 1;
       }
     }
   }
+  __device__ __forceinline__ int tile_at(int n) const {
+    if constexpr (!Traits::kOnGrid) return n;
+    return s.boxes.at(n / Traits::kTilesOfBox) * Traits::kTilesOfBox + n % Traits::kTilesOfBox;
+  }
+  // Whether a row of the warp sees something of the tile of visit n; on a grid, what.
+  __device__ __forceinline__ bool look(int n) {
+    if constexpr (Traits::kOnGrid) {
+      int box[3];
+      s.boxes.at(n / Traits::kTilesOfBox, box);
+      const int from = n % Traits::kTilesOfBox * Traits::kMoving;
+      constexpr uint64_t kAll = ~uint64_t{0} >> (64 - Traits::kMoving);
+      uint64_t any = 0;
+      CUTE_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        const uint64_t bits = grid.rows_reached(s.reach[row[i] - first], box) >> from & kAll;
+        any |= bits;
+        seen[i] = bits >> 2 * quad;
+      }
+      return __any_sync(0xffffffffu, any != 0);
+    } else {
+      const int key = n * Traits::kMoving;
+      return key < any_sees.end && key + Traits::kMoving > any_sees.begin;
+    }
+  }
 
   // -inf where a query does not see the key.
   __device__ __forceinline__ void mask(typename Traits::Scores& scores, int t) const {
+    if constexpr (Traits::kOnGrid) {
+      for_each_value(scores, [&](int j, int c, int i, float& x) {
+        if ((seen[i] >> (8 * j + c % 2) & 1) == 0) x = -INFINITY;
+      });
+      return;
+    }
     const int key = t * Traits::kMoving;
     if (key >= all_see.begin && key + Traits::kMoving <= all_see.end) return;
     for_each_value(scores, [&](int j, int c, int i, float& x) {

@@ -63,7 +63,9 @@ def _explain_neighborhood(
     boxes = neighborhood.boxes_of(name, q, k, v, kernel_size, *windows)
     call = f"q {list(q.shape)} {str(q.dtype).removeprefix('torch.')}, k {list(k.shape)}, v {list(v.shape)}"
     call += f", kernel_size {boxes.window}, boxes of {'x'.join(map(str, boxes.side))} tokens"
-    return _explain_kernels(name, architecture, call, q.flatten(1, -3), v.flatten(1, -3), None, True)
+    return _explain_kernels(
+        name, architecture, call, q.flatten(1, -3), v.flatten(1, -3), options.get("backend"), True
+    )
 
 
 def _explain_kernels(

@@ -26,14 +26,14 @@ def neighborhood_local_linear_attention(
     q: Tensor, k: Tensor, v: Tensor, kernel_size: int | Sequence[int | None] | None, *, lam: float | Tensor,
     stride: int | Sequence[int] = ..., dilation: int | Sequence[int] = ..., is_causal: bool | Sequence[bool] = ...,
     scale: float | None = ..., tol: float = ..., max_iters: int = ..., ridge: Ridge = ...,
-    return_aux: Literal[False] = ...,
+    return_aux: Literal[False] = ..., backend: str | None = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def neighborhood_local_linear_attention(
     q: Tensor, k: Tensor, v: Tensor, kernel_size: int | Sequence[int | None] | None, *, lam: float | Tensor,
     stride: int | Sequence[int] = ..., dilation: int | Sequence[int] = ..., is_causal: bool | Sequence[bool] = ...,
     scale: float | None = ..., tol: float = ..., max_iters: int = ..., ridge: Ridge = ...,
-    return_aux: Literal[True],
+    return_aux: Literal[True], backend: str | None = ...,
 ) -> tuple[Tensor, SolveInfo]: ...  # fmt: skip
 def neighborhood_local_linear_attention(
     q: Tensor,
@@ -50,10 +50,9 @@ def neighborhood_local_linear_attention(
     max_iters: int = 16,
     ridge: Ridge = "relative",
     return_aux: bool = False,
+    backend: str | None = None,
 ) -> Tensor | tuple[Tensor, SolveInfo]:
     """``local_linear_attention`` on a 1-, 2- or 3-dimensional grid: the pairs that a query fits are those around it.
-
-    On the CPU only.
 
     Args:
         q: queries [B, *X, Hq, d], with X of 1, 2 or 3 spatial dimensions.
@@ -67,6 +66,7 @@ def neighborhood_local_linear_attention(
         is_causal: one bool, or one per dimension.
         lam: as in ``local_linear_attention``; per head and token it is [B, *X, Hq].
         scale, tol, max_iters, ridge, return_aux: as in ``local_linear_attention``.
+        backend: CUDA only. ``"portable"``, or None, which means the same here: Hopper GPUs have no kernels of their own.
 
     Returns:
         o [B, *X, Hq, dv], and with return_aux a ``SolveInfo`` of tensors [B, *X, Hq]. Gradients as in
@@ -74,7 +74,6 @@ def neighborhood_local_linear_attention(
     """
     name = "neighborhood_local_linear_attention"
     boxes = boxes_of(name, q, k, v, kernel_size, stride, dilation, is_causal)
-    _check_device(name, q)
     if isinstance(lam, Tensor) and lam.ndim > 2:
         _runtime.check_tensors(name, q=q, lam=lam)
         if lam.shape != q.shape[:-1]:
@@ -85,7 +84,7 @@ def neighborhood_local_linear_attention(
     q, k, v = boxes.sort(q), boxes.sort(k), boxes.sort(v)
     scale = _op._check(name, q, k, v, scale, None)
     o, info = _op._solve_and_read(
-        name, q, k, v, None, lam, scale, False, None, ridge, tol, max_iters, None, boxes.grid
+        name, q, k, v, None, lam, scale, False, None, ridge, tol, max_iters, backend, boxes.grid
     )
     o = boxes.restore(o)
     return (o, SolveInfo(*[boxes.restore(t) for t in info])) if return_aux else o
@@ -102,26 +101,19 @@ def neighborhood_probe_attention(
     dilation: int | Sequence[int] = 1,
     is_causal: bool | Sequence[bool] = False,
     scale: float | None = None,
+    backend: str | None = None,
 ) -> Tensor:
-    """``probe_attention`` on a grid: local linear attention over neighborhoods with the slope x given. On the CPU only.
+    """``probe_attention`` on a grid: local linear attention over neighborhoods with the slope x given.
 
     x [B, *X, Hq, d] has the shape of q. The other arguments are those of ``neighborhood_local_linear_attention``.
     Differentiable in q, x, k and v.
     """
     name = "neighborhood_probe_attention"
     boxes = boxes_of(name, q, k, v, kernel_size, stride, dilation, is_causal)
-    _check_device(name, q)
     _op._check_probe(name, q, x)
     q, x, k, v = boxes.sort(q), boxes.sort(x), boxes.sort(k), boxes.sort(v)
     scale = _op._check(name, q, k, v, scale, None)
-    return boxes.restore(_op._read(name, q, x, k, v, None, scale, False, None, None, boxes.grid))
-
-
-def _check_device(op: str, q: Tensor) -> None:
-    if q.is_cuda:
-        raise NotImplementedError(
-            f"{op}: kernel_size is that of a grid, for which there are no CUDA kernels; q is on {q.device}, supported: cpu"
-        )
+    return boxes.restore(_op._read(name, q, x, k, v, None, scale, False, None, backend, boxes.grid))
 
 
 @dataclass(frozen=True)
