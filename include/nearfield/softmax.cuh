@@ -38,8 +38,10 @@ struct OnlineSoftmax {
       m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 1));
       m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 2));
       // A row whose columns are all masked so far has max -inf; -inf - -inf would be NaN.
-      const float shift = m == -INFINITY ? 0.f : m * scale_log2;
-      rescale[i] = exp2_approx(row_max[i] * scale_log2 - shift);
+      // Both products are rounded before they are subtracted: fused, an unchanged maximum would leave the
+      // rounding of one, and every tile multiply the sum by 1 + 1e-7.
+      const float shift = m == -INFINITY ? 0.f : __fmul_rn(m, scale_log2);
+      rescale[i] = exp2_approx(__fmul_rn(row_max[i], scale_log2) - shift);
       row_max[i] = m;
       float sum = 0.f;
       CUTE_UNROLL
@@ -60,7 +62,7 @@ struct OnlineSoftmax {
       s += __shfl_xor_sync(0xffffffffu, s, 1);
       s += __shfl_xor_sync(0xffffffffu, s, 2);
       inverse[i] = 1.f / s;
-      lse[i] = row_max[i] * scale_log2 * kLn2 + logf(s);
+      lse[i] = __fmul_rn(row_max[i], scale_log2) * kLn2 + logf(s);
     }
   }
 };
