@@ -41,7 +41,7 @@ struct Plan {
 // without split sequences, which need all transitions first.
 Plan make_plan(const InputsSm90& in, int64_t key_dim, int64_t sms, bool keep, bool states_on_the_way) {
   const int64_t value_tiles = ceil_div(in.value_dim, kImageColumns), key_tiles = key_dim / kImageColumns;
-  const int64_t rows = in.sequences * in.value_heads;
+  const int64_t rows = in.sequences * in.value_heads, walks = rows * value_tiles;
   const int64_t chunks = ceil_div(in.cu_seqlens ? ceil_div(in.tokens, in.sequences) : in.tokens, kChunk);
   const auto walk_us = [&](int64_t ctas, int64_t length, bool output) {
     const int64_t key_images = key_tiles * (1 + in.channel_gate + output), images = key_images + 2 + output;
@@ -50,17 +50,16 @@ Plan make_plan(const InputsSm90& in, int64_t key_dim, int64_t sms, bool keep, bo
     return kLaunchUs + static_cast<double>(ceil_div(ctas, sms) * length) * chunk_us;
   };
   Plan plan;
-  double best = walk_us(rows * value_tiles, chunks, true);
+  double best = walk_us(walks, chunks, true);
   for (int64_t spans = 2; spans <= std::min<int64_t>(chunks, 2 * sms); ++spans) {
     const int64_t length = ceil_div(chunks, spans);
     if (ceil_div(chunks, length) != spans) continue;
     const int64_t transitions = rows * ((spans - 1) * value_tiles + (spans - 2) * key_tiles);
-    const double compositions = static_cast<double>((spans - 2) * ceil_div(rows * value_tiles * 8, sms));
+    const double compositions = static_cast<double>((spans - 2) * ceil_div(walks * 8, sms));
     const double us = walk_us(transitions, length, false) + kComposeUs + kSpanUs * compositions +
                       walk_us(rows * spans * value_tiles, length, true);
     if (us < best) best = us, plan.span_chunks = length;
   }
-  const int64_t walks = rows * value_tiles;
   const auto prepare_us = [&](double us, int64_t on) {
     return us * static_cast<double>(rows * chunks) / static_cast<double>(on);
   };
@@ -71,8 +70,8 @@ Plan make_plan(const InputsSm90& in, int64_t key_dim, int64_t sms, bool keep, bo
   }
   // P costs a second read of Q, a write and a read. On a full GPU memory is the limit; on others the chain,
   // which a second warpgroup on the SM slows down.
-  plan.prepare_P = plan.preparing_sms > 0 || in.channel_gate || plan.span_chunks > 0 || keep ||
-                   rows * value_tiles < sms * 3 / 4;
+  plan.prepare_P =
+      plan.preparing_sms > 0 || in.channel_gate || plan.span_chunks > 0 || keep || walks < sms * 3 / 4;
   return plan;
 }
 

@@ -534,6 +534,15 @@ def _check_state(
 # ---------------------------------------------------------------------------------------------- fake kernels
 
 
+def _fake_forward(
+    q: Tensor, v: Tensor, cu_seqlens: Tensor | None, state_v_first: bool, output_final_state: bool
+) -> tuple[Tensor, Tensor]:
+    K, (HV, V) = q.shape[3], v.shape[2:]
+    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    shape = [sequences, HV, V, K] if state_v_first else [sequences, HV, K, V]
+    return q.new_empty(v.shape), q.new_empty(shape if output_final_state else [0], dtype=_state_dtype(q))
+
+
 @torch.library.register_fake("nearfield::delta_fwd")  # type: ignore[untyped-decorator]
 def _(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, initial_state: Tensor | None,
@@ -541,10 +550,7 @@ def _(
     beta_activation: int, gate: int, gate_bound: float, state_v_first: bool, output_final_state: bool,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    K, (HV, V) = q.shape[3], v.shape[2:]
-    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    shape = [sequences, HV, V, K] if state_v_first else [sequences, HV, K, V]
-    return q.new_empty(v.shape), q.new_empty(shape if output_final_state else [0], dtype=_state_dtype(q))
+    return _fake_forward(q, v, cu_seqlens, state_v_first, output_final_state)
 
 
 @torch.library.register_fake("nearfield::delta_fwd_kept")  # type: ignore[untyped-decorator]
@@ -554,14 +560,8 @@ def _(
     beta_activation: int, gate: int, gate_bound: float, state_v_first: bool, output_final_state: bool,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    K, (HV, V) = q.shape[3], v.shape[2:]
-    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    shape = [sequences, HV, V, K] if state_v_first else [sequences, HV, K, V]
-    return (
-        q.new_empty(v.shape),
-        q.new_empty(shape if output_final_state else [0], dtype=_state_dtype(q)),
-        q.new_empty([kept_bytes(q, v, g, cu_seqlens, backend)], dtype=torch.uint8),
-    )
+    kept = q.new_empty([kept_bytes(q, v, g, cu_seqlens, backend)], dtype=torch.uint8)
+    return (*_fake_forward(q, v, cu_seqlens, state_v_first, output_final_state), kept)
 
 
 @torch.library.register_fake("nearfield::delta_fwd_states")  # type: ignore[untyped-decorator]
@@ -572,15 +572,10 @@ def _(
     states_every: int, backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     (B, T, _, K), (HV, V) = q.shape, v.shape[2:]
-    sequences = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     state = [HV, V, K] if state_v_first else [HV, K, V]
-    kept = [B, T // (CHUNK * states_every), *state] if states_every else [0]
-    wide = _state_dtype(q)
-    return (
-        q.new_empty(v.shape),
-        q.new_empty([sequences, *state] if output_final_state else [0], dtype=wide),
-        q.new_empty(kept, dtype=wide),
-    )
+    shape = [B, T // (CHUNK * states_every), *state] if states_every else [0]
+    states = q.new_empty(shape, dtype=_state_dtype(q))
+    return (*_fake_forward(q, v, cu_seqlens, state_v_first, output_final_state), states)
 
 
 @torch.library.register_fake("nearfield::delta_bwd")  # type: ignore[untyped-decorator]
