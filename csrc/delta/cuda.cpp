@@ -118,8 +118,8 @@ Results forward(Tensor q, Tensor k, Tensor v, Tensor beta, OptTensor g, OptTenso
   const KernelChoice choice = choose_kernels(op, x, keep ? kBackwardKeyDim : 0);
   make_loadable(x);
   const InputsSm90 in = kernel_inputs<void, float>(x, options);
-  const Plan plan =
-      make_plan(in, choice.key.key_dim, device_info(q.get_device_index()).num_sms, keep, states_every > 0);
+  const int64_t sms = device_info(q.get_device_index()).num_sms;
+  const Plan plan = make_plan(in, choice.key.key_dim, sms, keep, states_every > 0);
 
   Scratch scratch;
   void *entering = nullptr, *v_new = nullptr;
@@ -138,8 +138,8 @@ Results forward(Tensor q, Tensor k, Tensor v, Tensor beta, OptTensor g, OptTenso
     scratch.memory.push_back(new_zeros(q, {slots * x.HV}, ScalarType::Int));
     ready = static_cast<int*>(scratch.memory.back().mutable_data_ptr());
   }
-  check_launch(
-      op, choice.prepare({in, scratch.chunks, ready, slots, static_cast<int>(plan.preparing_sms)}, stream));
+  const auto preparing = static_cast<int>(plan.preparing_sms > 0 ? plan.preparing_sms : sms);
+  check_launch(op, choice.prepare({in, scratch.chunks, slots, preparing, ready}, stream));
   StatePassArgs pass{in, scratch.chunks, ready, slots};
   if (const int64_t span = plan.span_chunks) {
     pass.span_chunks = span;

@@ -149,8 +149,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> delta
     if (given) check_kept(op, *kept, q, kept_bytes);
     const KeptSm90 start(in, given ? kept->mutable_data_ptr() : scratch.bytes(q, kept_bytes));
     void* stream = current_stream(q);
+    const int64_t sms = device_info(q.get_device_index()).num_sms;
     if (!given) {
-      check_launch(op, choice.prepare.prepare({in, start.chunks}, stream));
+      const int64_t slots = ChunkSlots(in).total;
+      check_launch(op, choice.prepare.prepare({in, start.chunks, slots, static_cast<int>(sms)}, stream));
       StatePassArgs pass{in, start.chunks};
       pass.states = start.states, pass.v_new = start.v_new;
       check_launch(op, choice.prepare.state_pass(pass, stream));
@@ -173,7 +175,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> delta
     gradient.d_o = pass.d_o;
     gradient.y = pass.y, gradient.v_new = start.v_new;
     gradient.announced = pass.announced;
-    gradient.early = early_chunks(in, device_info(q.get_device_index()).num_sms);
+    gradient.early = early_chunks(in, sms);
     gradient.states = start.states, gradient.d_states = pass.d_states;
     gradient.dq = dq.mutable_data_ptr(), gradient.dk = dk.mutable_data_ptr();
     const int64_t blocks = value_blocks(in), rows_of_blocks = x.B * x.T * x.HV * blocks;

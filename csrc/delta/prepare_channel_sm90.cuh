@@ -52,7 +52,7 @@ struct PrepareChannelTraits {
         alignas(1024) Element right[kTile / 2];  // [K / 64][32][64]
       };
       struct {
-        alignas(1024) cutlass::bfloat16_t a[2][kImage];
+        SplitBlocks a;
         alignas(1024) Element n_low[kImage];
       };
     };
@@ -325,7 +325,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
     load_tokens<kKeyDim>(maps.k, &s.arrived, s.k, 0, place.token, place.head_k, place.batch);
     load_tokens<kKeyDim>(maps.q, &s.arrived, s.q, 0, place.token, place.head_k, place.batch);
   }
-  if (warp == 7) load_betas(in, s.rows, place);
+  if (warp == 7) put_betas(in, s.rows, place, load_betas(in, place));
   sum_channel_gates<Traits>(s, args, place);
   __syncthreads();
   Barrier::wait(&s.arrived, 0);

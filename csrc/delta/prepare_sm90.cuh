@@ -1,7 +1,8 @@
-// Everything of a chunk that does not depend on the state, for all chunks at once: gates and their cumulative
-// sum, write strengths, norms, N = T - I and P. A gate per channel: prepare_channel_sm90.cuh. One warpgroup
-// per (slot, value head); several share an SM and hide each other's latencies. They are either CTAs of their
-// own, or stay on a few SMs and take chunks in the order in which the state pass on the others needs them.
+// Everything of a chunk that does not depend on the state, for all chunks: gates and their cumulative sum,
+// write strengths, norms, N = T - I and P. A gate per channel: prepare_channel_sm90.cuh. One CTA stays on
+// each SM, or on a few of them beside the state pass, which then finds the chunks in the order in which it
+// needs them. A warpgroup takes a chunk; several hide each other's latencies, and while it works on one, its
+// next is loaded.
 #pragma once
 
 #include "delta/prepare_channel_sm90.cuh"
@@ -16,49 +17,47 @@ struct PrepareTraits {
   using Element = element_t<Tag>;
   static constexpr int kKeyDim = kKeyDim_;
   static constexpr bool kWithP = kWithP_;
-  static constexpr int kThreads = 128;
-  static constexpr int kTile = kKeyDim * kRows;  // elements
+  static constexpr int kTile = kKeyDim * kRows;   // elements
+  static constexpr int kGroups = kWithP ? 3 : 4;  // warpgroups
+  static constexpr int kThreads = kGroups * 128;
   using Mma = decltype(make_tiled_mma(
       GMMA::ss_op_selector<Element, Element, float, cute::Shape<Int<kRows>, Int<kRows>, Int<kKeyDim>>>()));
 
-  // K and Q die with the products K K^T and Q K^T; A, split in halves, takes the place of K, the results that
-  // of Q.
-  struct Storage {
-    union {
-      alignas(1024) Element k[kTile];
-      alignas(1024) cutlass::bfloat16_t a[2][kImage];
-    };
-    union {
-      alignas(1024) Element q[kTile];
-      struct {
-        alignas(1024) Element n[kImage];
-        alignas(1024) Element p[kImage];
-      };
-    };
-    alignas(128) ChunkRows rows;
+  struct Group {
+    alignas(1024) Element k[kTile];
+    alignas(1024) Element q[kWithP ? kTile : 0];
+    alignas(1024) Element n[kImage];
+    alignas(1024) Element p[kImage];  // without P for low halves only
+    SplitBlocks a;
+    alignas(128) ChunkRows rows[2];  // of this chunk, and of the one that leaves
     TriangularScratch triangular;
     float squares[4];
     uint64_t arrived;
   };
+  struct Storage {
+    Group group[kGroups];
+  };
+  static_assert(sizeof(Storage) <= 227 * 1024, "a Hopper CTA has 227 KB of shared memory");
 };
 
 // ---- Gates ----
 
-// One warp: gates of two tokens per lane, their cumulative sum over the chunk. Tokens past the end have gate
-// 0.
-__device__ __forceinline__ void sum_gates(const InputsSm90& in, ChunkRows& rows, const ChunkPlace& place) {
+// One warp: gates of two tokens per lane, and their cumulative sum over the chunk. Tokens past the end have
+// gate 0.
+__device__ __forceinline__ float2 load_gates(const InputsSm90& in, const ChunkPlace& place) {
+  const int row = 2 * (threadIdx.x % 32);
+  return {in.gated && row < place.valid ? in.g[place.token_head(in, row)] : 0.f,
+          in.gated && row + 1 < place.valid ? in.g[place.token_head(in, row + 1)] : 0.f};
+}
+__device__ __forceinline__ void sum_gates(const InputsSm90& in, ChunkRows& rows, const ChunkPlace& place,
+                                          float2 raw) {
   const int lane = threadIdx.x % 32;
-  float g[2] = {0.f, 0.f};
+  float g[2] = {raw.x, raw.y};
   if (in.gated) {
     const float rate = in.A_log != nullptr ? expf(in.A_log[place.head]) : 1.f;
     const float bias = in.dt_bias != nullptr ? in.dt_bias[place.head] : 0.f;
     CUTE_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      if (2 * lane + i < place.valid) {
-        const int64_t at = place.token_head(in, 2 * lane + i);
-        g[i] = log2_decay(in, in.g[at] + bias, rate);
-      }
-    }
+    for (int i = 0; i < 2; ++i) g[i] = 2 * lane + i < place.valid ? log2_decay(in, g[i] + bias, rate) : 0.f;
   }
   float sum = g[0] + g[1];
   CUTE_UNROLL
@@ -86,31 +85,50 @@ struct Announcement {
   }
 };
 
-// By a warpgroup with a barrier of its own. `turn` counts its chunks. The last chunk is announced under this
-// one's loads.
-template <class Traits>
-__device__ __forceinline__ void prepare_chunk(typename Traits::Storage& s, const TokenMaps& maps,
-                                              const PrepareArgs& args, const ChunkPlace& place, uint32_t turn,
-                                              uint32_t barrier, Announcement& last) {
+// What a warpgroup fetches of a chunk before its turn comes. The first thread asks for the tiles.
+struct Fetched {
+  ChunkPlace place;
+  float2 rows;  // gates in warp 1, write strengths in warp 2
+
+  template <class Traits>
+  __device__ __forceinline__ void fetch(typename Traits::Group& s, const TokenMaps& maps,
+                                        const InputsSm90& in) {
+    constexpr int kKeyDim = Traits::kKeyDim;
+    const int thread = threadIdx.x % 128;
+    if (thread == 0) {
+      cutlass::arch::ClusterTransactionBarrier::arrive_and_expect_tx(
+          &s.arrived, (Traits::kWithP ? 2 : 1) * Traits::kTile * 2);
+      load_tokens<kKeyDim>(maps.k, &s.arrived, s.k, 0, place.token, place.head_k, place.batch);
+      if constexpr (Traits::kWithP)
+        load_tokens<kKeyDim>(maps.q, &s.arrived, s.q, 0, place.token, place.head_k, place.batch);
+    }
+    if (thread / 32 == 1) rows = load_gates(in, place);
+    if (thread / 32 == 2) rows = load_betas(in, place);
+  }
+};
+
+// By a warpgroup with a barrier of its own; `turn` counts its chunks. Once K and Q are read it calls
+// fetch_next(). The first thread of the last warp, which has the least to do, sends the results away and
+// tells of those of the chunk before.
+template <class Traits, class FetchNext>
+__device__ __forceinline__ void prepare_chunk(typename Traits::Group& s, const PrepareArgs& args,
+                                              const Fetched& fetched, uint32_t turn, uint32_t barrier,
+                                              Announcement& last, const FetchNext& fetch_next) {
   using Element = typename Traits::Element;
-  using Barrier = cutlass::arch::ClusterTransactionBarrier;
   constexpr int kKeyDim = Traits::kKeyDim;
   const InputsSm90& in = args.in;
+  const ChunkPlace place = fetched.place;
   const int valid = place.valid;
   const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32, quad = lane % 4;
+  const bool sends = thread == 96;
+  auto& rows = s.rows[turn % 2];
   const auto sync = [&] { cutlass::arch::NamedBarrier::sync(128, barrier); };
 
-  if (thread == 0) {
-    Barrier::arrive_and_expect_tx(&s.arrived, (Traits::kWithP ? 2 : 1) * Traits::kTile * 2);
-    load_tokens<kKeyDim>(maps.k, &s.arrived, s.k, 0, place.token, place.head_k, place.batch);
-    if constexpr (Traits::kWithP)
-      load_tokens<kKeyDim>(maps.q, &s.arrived, s.q, 0, place.token, place.head_k, place.batch);
-    last.make();
-  }
-  if (warp == 1) sum_gates(in, s.rows, place);
-  if (warp == 2) load_betas(in, s.rows, place);
+  if (warp == 1) sum_gates(in, rows, place, fetched.rows);
+  if (warp == 2) put_betas(in, rows, place, fetched.rows);
+  if (sends) tma_store_wait<0>();  // N and P of the chunk before have been read
   sync();
-  Barrier::wait(&s.arrived, turn % 2);
+  cutlass::arch::ClusterTransactionBarrier::wait(&s.arrived, turn % 2);
   asm volatile("" ::: "memory");
 
   // K K^T and Q K^T, [64, 64]; thread (warp, lane) holds rows 16 warp + lane / 4 and + 8.
@@ -130,16 +148,17 @@ __device__ __forceinline__ void prepare_chunk(typename Traits::Storage& s, const
   if (thread % 2 == 0) {
     const int row = thread / 2;
     const bool inside = row < valid;
-    const float G = s.rows.G[row], k_norm = inside ? k_inverse : 0.f;
+    const float G = rows.G[row], k_norm = inside ? k_inverse : 0.f;
     const float q_norm = inside ? q_inverse * static_cast<float>(in.scale) : 0.f;
-    s.rows.k_norm[row] = k_norm;
-    s.rows.q_norm[row] = inside ? q_inverse : 0.f;
-    s.rows.k_read[row] = k_norm * exp2_fast(G);
-    s.rows.q_read[row] = q_norm * exp2_fast(G);
-    s.rows.k_write[row] = k_norm * exp2_fast(s.rows.G[kRows - 1] - G);
+    rows.k_norm[row] = k_norm;
+    rows.q_norm[row] = inside ? q_inverse : 0.f;
+    rows.k_read[row] = k_norm * exp2_fast(G);
+    rows.q_read[row] = q_norm * exp2_fast(G);
+    rows.k_write[row] = k_norm * exp2_fast(rows.G[kRows - 1] - G);
   }
   warpgroup_wait<0>();
   sync();  // K and Q are free, the rows complete
+  fetch_next();
 
   // A = beta_i k_i . k_j e^{G_i - G_j} below the diagonal, P = scale q_i . k_j e^{G_i - G_j} with it.
   // Selected, not multiplied by 0: rows past the end may hold anything.
@@ -148,13 +167,13 @@ __device__ __forceinline__ void prepare_chunk(typename Traits::Storage& s, const
   CUTE_UNROLL
   for (int h = 0; h < 2; ++h) {
     const int i = 16 * warp + 8 * h + lane / 4;
-    const float G_i = s.rows.G[i], a_row = s.rows.beta[i] * s.rows.k_norm[i];
-    const float p_row = s.rows.q_norm[i] * static_cast<float>(in.scale);
+    const float G_i = rows.G[i], a_row = rows.beta[i] * rows.k_norm[i];
+    const float p_row = rows.q_norm[i] * static_cast<float>(in.scale);
     CUTE_UNROLL
     for (int n = 0; n < 8; ++n) {
       const int j = 8 * n + 2 * quad;
-      const float2 G_j = *reinterpret_cast<const float2*>(&s.rows.G[j]);
-      const float2 k_j = *reinterpret_cast<const float2*>(&s.rows.k_norm[j]);
+      const float2 G_j = *reinterpret_cast<const float2*>(&rows.G[j]);
+      const float2 k_j = *reinterpret_cast<const float2*>(&rows.k_norm[j]);
       float a[2], p[2] = {};
       CUTE_UNROLL
       for (int e = 0; e < 2; ++e) {
@@ -174,97 +193,100 @@ __device__ __forceinline__ void prepare_chunk(typename Traits::Storage& s, const
   if constexpr (Traits::kWithP) store_rows(s.p, warp, p_words);
   put_squares(s.squares, invert<false>(s.a, s.triangular, s.n, s.n, barrier));
   cutlass::arch::fence_view_async_shared();
+  if (sends) last.make();
   sync();
   const bool hard = with_low && is_hard(s.squares, valid);
-  if (thread == 0) {
-    copy_out(args.scratch.rows + place.index, &s.rows, sizeof(ChunkRows));
+  if (sends) {
+    copy_out(args.scratch.rows + place.index, &rows, sizeof(ChunkRows));
     copy_out(to(args.scratch.N), s.n, kImageBytes);
     if constexpr (Traits::kWithP) copy_out(to(args.scratch.P), s.p, kImageBytes);
     if (with_low) args.scratch.hard[place.index] = hard ? 1.f : 0.f;
     tma_store_arrive();
-    tma_store_wait<0>();
   }
-  // Whether hard or not, nobody writes to shared memory before the results have been read.
-  sync();
   if (hard) {
-    invert<true>(s.a, s.triangular, s.n, s.p, barrier);
+    if (sends) tma_store_wait<0>();
     sync();
-    auto* low = reinterpret_cast<Element*>(s.a[0]);
-    if constexpr (Traits::kWithP) store_rows(low, warp, p_low);
+    invert<true>(s.a, s.triangular, s.n, s.p, barrier);
     cutlass::arch::fence_view_async_shared();
     sync();
-    if (thread == 0) {
+    if (sends) {
       copy_out(to(args.scratch.N_low), s.p, kImageBytes);
-      if constexpr (Traits::kWithP) copy_out(to(args.scratch.P_low), low, kImageBytes);
       tma_store_arrive();
-      tma_store_wait<0>();
     }
-    sync();
+    if constexpr (Traits::kWithP) {
+      store_rows(s.n, warp, p_low);
+      cutlass::arch::fence_view_async_shared();
+      sync();
+      if (sends) {
+        copy_out(to(args.scratch.P_low), s.n, kImageBytes);
+        tma_store_arrive();
+      }
+    }
   }
-  if (args.ready != nullptr && thread == 0)
+  if (args.ready != nullptr && sends)
     last = {args.ready + place.head * args.slots + place.slot, hard ? kReadyHard : kReady};
 }
 
-// ---- Kernels ----
+// ---- Kernel ----
 
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads, 4)
+__global__ void __launch_bounds__(Traits::kThreads, 1)
     prepare_kernel(const __grid_constant__ TokenMaps maps, const __grid_constant__ PrepareArgs args) {
-  auto& s = shared_storage<typename Traits::Storage>();
-  ChunkPlace place;
-  if (!place.find(args.in, blockIdx.x / args.in.value_heads, blockIdx.x % args.in.value_heads)) return;
-  if (threadIdx.x == 0) {
-    cutlass::arch::ClusterTransactionBarrier::init(&s.arrived, 1);
-    cutlass::arch::fence_barrier_init();
-  }
-  Announcement none;
-  prepare_chunk<Traits>(s, maps, args, place, 0, 1, none);
-}
-
-// One CTA on each of a few SMs. Chunk after chunk, of all sequences and heads, and says what is done. Not for
-// packed sequences, where slots have no such order.
-constexpr int kAheadGroups = 4;
-
-template <class Traits>
-__global__ void __launch_bounds__(kAheadGroups* Traits::kThreads, 1)
-    prepare_ahead_kernel(const __grid_constant__ TokenMaps maps, const __grid_constant__ PrepareArgs args) {
-  // The state pass may take its SMs once all of these CTAs have theirs.
+  // The state pass may take its SMs, if it runs beside, once all of these CTAs have theirs.
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
   const int group = threadIdx.x / 128;
-  auto& s = (&shared_storage<typename Traits::Storage>())[group];
+  auto& s = shared_storage<typename Traits::Storage>().group[group];
   const uint32_t barrier = 1 + group;
   if (threadIdx.x % 128 == 0) {
     cutlass::arch::ClusterTransactionBarrier::init(&s.arrived, 1);
     cutlass::arch::fence_barrier_init();
   }
+  // Beside the state pass chunk after chunk, of all sequences and heads (not packed: slots have no such
+  // order).
   const auto heads = static_cast<uint32_t>(args.in.value_heads),
-             rows = static_cast<uint32_t>(args.in.sequences) * heads;
-  const auto chunks = static_cast<uint32_t>(args.slots / args.in.sequences);
+             sequences = static_cast<uint32_t>(args.in.sequences),
+             all = static_cast<uint32_t>(args.slots) * heads, step = gridDim.x * Traits::kGroups;
+  const auto find = [&](ChunkPlace& place, uint32_t& at) {  // the first from `at` on; false: none
+    for (; at < all; at += step) {
+      uint32_t slot = at / heads;
+      if (args.ready != nullptr) slot = slot % sequences * (args.slots / sequences) + slot / sequences;
+      if (place.find(args.in, slot, at % heads)) return true;
+    }
+    return false;
+  };
+  uint32_t at = blockIdx.x * Traits::kGroups + group;
+  Fetched here, next;
+  bool more = find(here.place, at);
+  if (more) here.template fetch<Traits>(s, maps, args.in);
   Announcement last;
-  uint32_t turn = 0;
-  for (uint32_t at = blockIdx.x * kAheadGroups + group; at < chunks * rows; at += gridDim.x * kAheadGroups) {
-    const uint32_t chunk = at / rows, row = at % rows;
-    ChunkPlace place;
-    if (place.find(args.in, static_cast<int64_t>(row / heads) * chunks + chunk, row % heads))
-      prepare_chunk<Traits>(s, maps, args, place, turn++, barrier, last);
+  for (uint32_t turn = 0; more; ++turn) {
+    prepare_chunk<Traits>(s, args, here, turn, barrier, last, [&] {
+      at += step;
+      more = find(next.place, at);
+      if (more) next.template fetch<Traits>(s, maps, args.in);
+    });
+    here = next;
   }
-  if (threadIdx.x % 128 == 0) last.make();
+  if (threadIdx.x % 128 == 96) {
+    last.make();
+    tma_store_wait<0>();
+  }
 }
 
 // ---- Launch ----
 
-template <class Traits, int kGroups = 1, class Kernel>
-cudaError_t launch_prepare(Kernel kernel, const PrepareArgs& args, bool is_bf16, cudaStream_t stream) {
-  constexpr int kShared = kGroups * sizeof(typename Traits::Storage);
+template <class Traits, class Kernel>
+cudaError_t launch_prepare(Kernel kernel, int64_t grid, const PrepareArgs& args, bool is_bf16,
+                           cudaStream_t stream) {
+  constexpr int kShared = sizeof(typename Traits::Storage);
   static const cudaError_t attribute =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
   if (attribute != cudaSuccess) return attribute;
   TokenMaps maps{};
   if (const cudaError_t e = encode_inputs(&maps, args.in, is_bf16)) return e;
-  const int64_t chunks = ChunkSlots(args.in).total * args.in.value_heads;
-  if (chunks > std::numeric_limits<int>::max()) return cudaErrorInvalidConfiguration;
-  const auto grid = static_cast<unsigned>(args.ready == nullptr ? chunks : args.ctas);
-  kernel<<<grid, kGroups * Traits::kThreads, kShared, stream>>>(maps, args);
+  if (args.slots * args.in.value_heads > std::numeric_limits<int>::max())
+    return cudaErrorInvalidConfiguration;
+  kernel<<<static_cast<unsigned>(grid), Traits::kThreads, kShared, stream>>>(maps, args);
   return cudaGetLastError();
 }
 
@@ -272,17 +294,18 @@ template <class Tag, int kKeyDim, bool kChannelGate>
 int prepare_sm90<Tag, kKeyDim, kChannelGate>::run(const PrepareArgs& args, void* stream_) {
   const auto stream = static_cast<cudaStream_t>(stream_);
   constexpr bool kBf16 = std::is_same_v<Tag, bf16>;
+  const int64_t chunks = args.slots * args.in.value_heads;
   if constexpr (kChannelGate) {
     using Traits = PrepareChannelTraits<Tag, kKeyDim>;
-    return launch_prepare<Traits>(prepare_channel_kernel<Traits>, args, kBf16, stream);
-  } else if (args.scratch.P != nullptr) {
-    using Traits = PrepareTraits<Tag, kKeyDim, true>;
-    if (args.ready != nullptr)
-      return launch_prepare<Traits, kAheadGroups>(prepare_ahead_kernel<Traits>, args, kBf16, stream);
-    return launch_prepare<Traits>(prepare_kernel<Traits>, args, kBf16, stream);
+    return launch_prepare<Traits>(prepare_channel_kernel<Traits>, chunks, args, kBf16, stream);
   } else {
-    using Traits = PrepareTraits<Tag, kKeyDim, false>;
-    return launch_prepare<Traits>(prepare_kernel<Traits>, args, kBf16, stream);
+    const auto launch = [&](auto traits) {
+      using Traits = decltype(traits);
+      const int64_t ctas = std::min<int64_t>(args.ctas, (chunks + Traits::kGroups - 1) / Traits::kGroups);
+      return launch_prepare<Traits>(prepare_kernel<Traits>, ctas, args, kBf16, stream);
+    };
+    return args.scratch.P != nullptr ? launch(PrepareTraits<Tag, kKeyDim, true>{})
+                                     : launch(PrepareTraits<Tag, kKeyDim, false>{});
   }
 }
 

@@ -34,14 +34,15 @@ struct ChunkPlace {
 
 // Takes a pair A_ij, A_i(j+1) of the accumulator of warp i / 16; j = 8 n + 2 (lane % 4). Zero on and above
 // the diagonal.
-__device__ __forceinline__ void put_pair(cutlass::bfloat16_t (&a)[2][kImage], TriangularScratch& triangular,
-                                         int i, int n, float a0, float a1) {
+__device__ __forceinline__ void put_pair(SplitBlocks& a, TriangularScratch& triangular, int i, int n,
+                                         float a0, float a1) {
   const int warp = i / 16, column = 2 * (threadIdx.x % 4);
   if (n / 2 < warp) {
     uint32_t high, low;
     split_pair(a0, a1, high, low);
-    *reinterpret_cast<uint32_t*>(image_piece(a[0], i, n) + column) = high;
-    *reinterpret_cast<uint32_t*>(image_piece(a[1], i, n) + column) = low;
+    const int block = SplitBlocks::index(warp, n / 2), at = SplitBlocks::piece_at(i % 16, n % 2) + column;
+    *reinterpret_cast<uint32_t*>(&a.high[block][at]) = high;
+    *reinterpret_cast<uint32_t*>(&a.low[block][at]) = low;
   } else if (n / 2 == warp) {
     triangular.diagonal[warp][n % 2 * 8 + column][i % 16] = a0;
     triangular.diagonal[warp][n % 2 * 8 + column + 1][i % 16] = a1;
@@ -56,8 +57,8 @@ __device__ __forceinline__ Element low_half(float x) {
 // A warpgroup, which `barrier` is for, after put_pair of the whole lower triangle. Returns the sum of the
 // squares of N that this thread has. With kLow, once more: `low` receives what rounding lost.
 template <bool kLow, class Element>
-__device__ __forceinline__ float invert(cutlass::bfloat16_t (&a)[2][kImage], TriangularScratch& triangular,
-                                        Element* image, Element* low, uint32_t barrier = 1) {
+__device__ __forceinline__ float invert(SplitBlocks& a, TriangularScratch& triangular, Element* image,
+                                        Element* low, uint32_t barrier = 1) {
   const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   __syncwarp();
   float column[16], squares = 0.f;
@@ -78,9 +79,11 @@ __device__ __forceinline__ float invert(cutlass::bfloat16_t (&a)[2][kImage], Tri
   if (warp < 3) {
     const auto load_a = [&](int I, int M) {
       SplitFragment f;
-      SM75_U32x4_LDSM_N::copy(matrices_at<false>(a[0], 16 * I, 2 * M), f.high[0], f.high[1], f.high[2],
-                              f.high[3]);
-      SM75_U32x4_LDSM_N::copy(matrices_at<false>(a[1], 16 * I, 2 * M), f.low[0], f.low[1], f.low[2],
+      const int block = SplitBlocks::index(I, M);
+      const int at = SplitBlocks::piece_at(lane / 16 * 8 + lane % 8, lane / 8 % 2);
+      SM75_U32x4_LDSM_N::copy(reinterpret_cast<uint128_t&>(a.high[block][at]), f.high[0], f.high[1],
+                              f.high[2], f.high[3]);
+      SM75_U32x4_LDSM_N::copy(reinterpret_cast<uint128_t&>(a.low[block][at]), f.low[0], f.low[1], f.low[2],
                               f.low[3]);
       return f;
     };
@@ -124,12 +127,17 @@ __device__ __forceinline__ bool is_hard(const float (&sums)[4], int rows) {
 
 // ---- Write strengths ----
 
-// One warp.
-__device__ __forceinline__ void load_betas(const InputsSm90& in, ChunkRows& rows, const ChunkPlace& place) {
-  for (int i = threadIdx.x % 32; i < kRows; i += 32) {
-    const int64_t at = place.token_head(in, i);
-    rows.beta[i] = i < place.valid ? activated_beta(in, in.beta[at]) : 0.f;
-  }
+// One warp, two tokens per lane.
+__device__ __forceinline__ float2 load_betas(const InputsSm90& in, const ChunkPlace& place) {
+  const int lane = threadIdx.x % 32;
+  return {lane < place.valid ? in.beta[place.token_head(in, lane)] : 0.f,
+          lane + 32 < place.valid ? in.beta[place.token_head(in, lane + 32)] : 0.f};
+}
+__device__ __forceinline__ void put_betas(const InputsSm90& in, ChunkRows& rows, const ChunkPlace& place,
+                                          float2 beta) {
+  const int lane = threadIdx.x % 32;
+  rows.beta[lane] = lane < place.valid ? activated_beta(in, beta.x) : 0.f;
+  rows.beta[lane + 32] = lane + 32 < place.valid ? activated_beta(in, beta.y) : 0.f;
 }
 
 }  // namespace nearfield::delta

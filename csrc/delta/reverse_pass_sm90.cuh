@@ -22,6 +22,7 @@ struct ReversePassTraits {
   static constexpr int kKeyDim = kKeyDim_, kKeyImages = Forward::kKeyImages, kKeyTile = Forward::kKeyTile;
   static constexpr bool kChannelGate = kChannelGate_;
   static constexpr int kStages = kChannelGate ? 2 : 3;
+  static constexpr bool kAhead = kStages > 2;  // begins the next chunk before it is done with this one
   static constexpr int kThreads = 256;  // the chain, and the warps that load, store dV, store Y and tell
   static constexpr int kTold = 4, kNews = 2 * kTold;  // chunks that are told at a time; that may wait for it
   using MmaToToken = typename Forward::MmaToToken;    // (64 values, 64 tokens)
@@ -228,8 +229,10 @@ __device__ void walk_reverse(typename Traits::Storage& s, const ReversePassArgs&
   };
   Tensor S = partition_fragment_C(mma_state, cute::Shape<Int<64>, Int<kKeyDim>>{});  // dS^T, (values, keys)
   Tensor R = partition_fragment_C(mma_token, cute::Shape<Int<64>, Int<kRows>>{});    // (values, tokens)
+  Tensor PdO = partition_fragment_C(mma_token, cute::Shape<Int<64>, Int<kRows>>{});
   Tensor S16 = make_tensor<Element>(accumulator_as_a(S.layout()));
   Tensor dO16 = make_tensor<Element>(accumulator_as_a(R.layout()));
+  Tensor QdO16 = make_tensor<Element>(accumulator_as_a(R.layout()));  // dO, with what Q lacks of s Qh
   Tensor X16 = make_tensor<Element>(accumulator_as_a(R.layout()));
   Tensor Y16 = make_tensor<Element>(accumulator_as_a(R.layout()));
   Tensor dv16 = make_tensor<Element>(accumulator_as_a(R.layout()));
@@ -250,40 +253,113 @@ __device__ void walk_reverse(typename Traits::Storage& s, const ReversePassArgs&
     });
   }
 
-  RingIndex<Traits::kStages> at;
-  RingIndex<1> at_out;
-  for (int c = sequence.chunks() - 1; c >= 0; --c) {
-    auto& stage = s.stage[at.stage];
-    const auto& rows = s.rows[at.stage];
-    const int valid = valid_rows(sequence, c);
-    const auto columns_of = [&](const float* row, int j) {
-      return *reinterpret_cast<const float2*>(row + 8 * j + 2 * quad);
-    };
-    const auto scale_columns = [&](const float* row) {
+  const auto columns_of = [&](const float* row, int j) {
+    return *reinterpret_cast<const float2*>(row + 8 * j + 2 * quad);
+  };
+  // What does not wait for dS: dO of a chunk, and s P^T dO, which is on its way afterwards.
+  const auto start_chunk = [&](const RingIndex<Traits::kStages>& place) {
+    auto& stage = s.stage[place.stage];
+    load_transposed(stage.dout, warp, words_of(dO16));
+    CUTE_UNROLL
+    for (int x = 0; x < 16; ++x) words_of(QdO16)[x] = words_of(dO16)[x];
+    if constexpr (!Traits::kChannelGate) {
       CUTE_UNROLL
       for (int j = 0; j < 8; ++j) {
-        const float2 factor = columns_of(row, j);
+        const float2 q_read = columns_of(s.rows[place.stage].q_read, j);
         CUTE_UNROLL
-        for (int x = 4 * j; x < 4 * j + 4; ++x) R(x) *= x % 2 ? factor.y : factor.x;
+        for (int x = 2 * j; x < 2 * j + 2; ++x) {
+          const float2 dO = unpack<Element>(words_of(dO16)[x]);
+          words_of(QdO16)[x] = pack<Element>(q_read.x * dO.x, q_read.y * dO.y);
+        }
       }
-    };
-    // Kt dS
+    }
+    issue_gemm<true>(mma_column, dO16, by_column(stage.p), PdO);
+  };
+  // dS in 16 bit, and dS <- e^{G_C} dS of the chunk, whose factors are read before dS is there.
+  float2 decay[Traits::kChannelGate ? kKeyDim / 8 : 1];
+  const auto read_decay = [&](int stage, bool wanted) {
+    const auto& rows = s.rows[stage];
+    if constexpr (Traits::kChannelGate) {
+      CUTE_UNROLL
+      for (int j = 0; j < kKeyDim / 8; ++j) {
+        decay[j] = columns_of(rows.decay, j);
+        if (!wanted) decay[j] = {1.f, 1.f};
+      }
+    } else {
+      decay[0].x = wanted ? exp2_fast(rows.G[kRows - 1]) : 1.f;
+      warpgroup_fence_operand(decay[0].x);
+    }
+  };
+  const auto decay_state = [&] {
     round(S, S16);
+    CUTE_UNROLL
+    for (int x = 0; x < size(S); ++x) {
+      const float2 factor = decay[Traits::kChannelGate ? x / 4 : 0];
+      S(x) *= Traits::kChannelGate && x % 2 ? factor.y : factor.x;
+    }
+  };
+  const auto factors_of = [&](float2(&factor)[8], const float* row) {
+    CUTE_UNROLL
+    for (int j = 0; j < 8; ++j) {
+      factor[j] = columns_of(row, j);
+      warpgroup_fence_operand(factor[j].x), warpgroup_fence_operand(factor[j].y);
+    }
+  };
+
+  RingIndex<Traits::kStages> at;
+  RingIndex<1> at_out;
+  int c = sequence.chunks() - 1;
+  const Hold never{-1 - static_cast<int>(in.heads)};
+  const auto hold = [&] { never(c); };
+  if (c >= 0) {
     s.ring.wait_full(at);
     compiler_fence();
-    if (valid < kRows) {
+    auto& stage = s.stage[at.stage];
+    const int valid = valid_rows(sequence, c);
+    if (valid < kRows) {  // the last chunk only
       if constexpr (!Traits::kChannelGate) {
         clear_rows(stage.k, Traits::kKeyImages, valid);
         clear_rows(stage.q, Traits::kKeyImages, valid);
       }
       clear_rows(stage.dout, 1, valid);
     }
+    start_chunk(at);
+    warpgroup_wait<0>();
+    read_decay(at.stage, true);
+    decay_state();
+  }
+  for (; c >= 0; --c) {
+    auto& stage = s.stage[at.stage];
+    const auto& rows = s.rows[at.stage];
+    // Kt dS; behind it dS <- e^{G_C} dS + s Qh^T dO
     if constexpr (Traits::kChannelGate) {
       issue_gemm<true>(mma_token, S16, by_row(stage.k_write), R);
     } else {
       issue_gemm<true>(mma_token, S16, by_row(stage.k), R);
     }
+    issue_gemm<false>(mma_state, QdO16, by_key(stage.q), S);
+    float2 k_write[8];
+    if constexpr (!Traits::kChannelGate) factors_of(k_write, rows.k_write);
+    hold();
+    warpgroup_wait<1>();
 
+    // dV' = Kt dS + s P^T dO
+    CUTE_UNROLL
+    for (int x = 0; x < 32; ++x) {
+      if constexpr (Traits::kChannelGate) {
+        R(x) += PdO(x);
+      } else {
+        R(x) = (x % 2 ? k_write[x / 4].y : k_write[x / 4].x) * R(x) + PdO(x);
+      }
+    }
+    // Y = dV' + N^T dV'. Where keys repeat, Y is a small difference: N multiplies what rounding dV' lost,
+    // too.
+    round(R, X16);
+    CUTE_UNROLL
+    for (int x = 0; x < 16; ++x)
+      words_of(Y16)[x] = pack_low<Element>(R(2 * x), R(2 * x + 1), words_of(X16)[x]);
+    issue_gemm<false>(mma_column, X16, by_column(stage.n), R);
+    issue_gemm<false>(mma_column, Y16, by_column(stage.n), R);
     // Meanwhile dS, the gradient of the state after this chunk, leaves.
     tma_store_wait<0>();
     __syncwarp();
@@ -302,64 +378,26 @@ __device__ void walk_reverse(typename Traits::Storage& s, const ReversePassArgs&
       }
       tma_store_arrive();
     }
-
-    // dS <- e^{G_C} dS + s Qh^T dO, behind it
-    load_transposed(stage.dout, warp, words_of(dO16));
-    if constexpr (Traits::kChannelGate) {
-      CUTE_UNROLL
-      for (int j = 0; j < kKeyDim / 8; ++j) {
-        const float2 decay = columns_of(rows.decay, j);
-        CUTE_UNROLL
-        for (int x = 4 * j; x < 4 * j + 4; ++x) S(x) *= x % 2 ? decay.y : decay.x;
-      }
-      issue_gemm<false>(mma_state, dO16, by_key(stage.q), S);
-    } else {
-      const float decay = exp2_fast(rows.G[kRows - 1]);
-      CUTE_UNROLL
-      for (int x = 0; x < size(S); ++x) S(x) *= decay;
-      CUTE_UNROLL
-      for (int j = 0; j < 8; ++j) {
-        const float2 q_read = columns_of(rows.q_read, j);
-        CUTE_UNROLL
-        for (int x = 2 * j; x < 2 * j + 2; ++x) {
-          const float2 dO = unpack<Element>(words_of(dO16)[x]);
-          words_of(X16)[x] = pack<Element>(q_read.x * dO.x, q_read.y * dO.y);
-        }
-      }
-      issue_gemm<false>(mma_state, X16, by_key(stage.q), S);
-    }
-    warpgroup_wait<1>();
-
-    // dV' = Kt dS + s P^T dO
-    if constexpr (!Traits::kChannelGate) scale_columns(rows.k_write);
-    issue_gemm<false>(mma_column, dO16, by_column(stage.p), R);
+    float2 beta[8], k_read[8];
+    factors_of(beta, rows.beta);
+    if constexpr (!Traits::kChannelGate) factors_of(k_read, rows.k_read);
+    hold();
     warpgroup_wait<0>();
-
-    // Y = dV' + N^T dV'. Where keys repeat, Y is a small difference: N multiplies what rounding dV' lost,
-    // too.
-    round(R, X16);
-    CUTE_UNROLL
-    for (int x = 0; x < 16; ++x) {
-      const float2 high = unpack<Element>(words_of(X16)[x]);
-      words_of(Y16)[x] = pack<Element>(R(2 * x) - high.x, R(2 * x + 1) - high.y);
-    }
-    issue_gemm<false>(mma_column, X16, by_column(stage.n), R);
-    issue_gemm<false>(mma_column, Y16, by_column(stage.n), R);
-    warpgroup_wait<0>();
-    round(R, Y16);
 
     // dR = dV = beta Y;  dS -= Kh^T dR
-    scale_columns(rows.beta);
-    round(R, dv16);
+    round(R, Y16);
     CUTE_UNROLL
-    for (int j = 0; j < 8; ++j) {
-      float2 k_read{1.f, 1.f};
-      if constexpr (!Traits::kChannelGate) k_read = columns_of(rows.k_read, j);
-      CUTE_UNROLL
-      for (int x = 2 * j; x < 2 * j + 2; ++x)
-        words_of(X16)[x] = pack<Element>(-k_read.x * R(2 * x), -k_read.y * R(2 * x + 1));
+    for (int x = 0; x < 16; ++x) {
+      const float2 dv = {beta[x / 2].x * R(2 * x), beta[x / 2].y * R(2 * x + 1)};
+      words_of(dv16)[x] = pack<Element>(dv.x, dv.y);
+      if constexpr (Traits::kChannelGate) {
+        words_of(X16)[x] = pack<Element>(-dv.x, -dv.y);
+      } else {
+        words_of(X16)[x] = pack<Element>(-k_read[x / 2].x * dv.x, -k_read[x / 2].y * dv.y);
+      }
     }
     issue_gemm<false>(mma_state, X16, by_key(stage.k), S);
+    hold();
     s.ring_out.wait_empty(at_out);
     store_transposed(s.y, warp, words_of(Y16));
     store_transposed(s.dv, warp, words_of(dv16));
@@ -370,9 +408,38 @@ __device__ void walk_reverse(typename Traits::Storage& s, const ReversePassArgs&
       s.ring_out.arrive_full(at_out);
     }
     at_out.advance();
-    warpgroup_wait<0>();
-    s.ring.release(at);
-    at.advance();
+
+    // The next chunk's dO; after the last one this one's again, for nothing.
+    auto next = at;
+    if (c > 0) next.advance();
+    if constexpr (Traits::kAhead) {
+      if (c > 0) s.ring.wait_full(next);
+      compiler_fence();
+      start_chunk(next);
+      read_decay(next.stage, c > 0);
+      warpgroup_wait<1>();
+      decay_state();
+      warpgroup_fence_operand(S);
+      warpgroup_fence_operand(S16);
+      hold();
+      warpgroup_wait<0>();
+      s.ring.release(at);
+    } else {
+      warpgroup_wait<0>();
+      if (c > 0) {
+        s.ring.release(at);
+        s.ring.wait_full(next);
+      }
+      compiler_fence();
+      start_chunk(next);
+      read_decay(next.stage, c > 0);
+      decay_state();
+      warpgroup_fence_operand(S);
+      warpgroup_fence_operand(S16);
+      hold();
+      warpgroup_wait<0>();
+    }
+    at = next;
   }
 
   if (a.d_initial != nullptr) {

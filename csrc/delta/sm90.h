@@ -84,14 +84,14 @@ constexpr int kReady = 1, kReadyHard = 2;
 struct PrepareArgs {
   InputsSm90 in;
   ChunkScratch scratch;
+  int64_t slots;  // of ChunkSlots
+  int ctas;       // with a gate per head they stay on as many SMs; per channel one per slot and value head
   // Beside the state pass instead of before it, for sequences that are not packed and a gate per head; or
   // null:
-  int* ready;     // [value head][slot], zeros
-  int64_t slots;  // of ChunkSlots
-  int ctas;       // that stay on as many SMs
+  int* ready;  // [value head][slot], zeros
 };
 
-// Everything of a chunk that does not depend on the state: one CTA per slot and value head.
+// Everything of a chunk that does not depend on the state.
 template <class Tag, int kKeyDim, bool kChannelGate>
 struct prepare_sm90 {
   static int run(const PrepareArgs& args, void* stream);

@@ -34,7 +34,9 @@ struct StatePassTraits {
   static constexpr bool kFull = kFull_, kMayBeHard = std::is_same_v<Tag, bf16>;
   static constexpr bool kMayStop =
       !kFull && kMayBeHard && kOutput && !kChannelGate;  // and hand over to the full walk
-  static constexpr bool kLow = kFull && kMayBeHard;      // low halves of a hard chunk take a second stage
+  // Looks at the next chunk before it is done with this one. A full walk shows the state in between.
+  static constexpr bool kAhead = !kFull && kStages > 2;
+  static constexpr bool kLow = kFull && kMayBeHard;  // low halves of a hard chunk take a second stage
   using Full = StatePassTraits<Tag, kKeyDim_, kChannelGate_, kOutput_, kComputeP_, kKeep_, true>;
 
   // Warpgroups: the chain, the one that computes P, if any, and one whose first warps load, store O and store
@@ -238,6 +240,9 @@ __device__ void store(typename Traits::Storage& s, const StatePassArgs& a, const
          piece * 8;
   const bool inside = piece * 8 < a.in.value_dim - first_value;
   RingIndex<1> at;
+  s.ring_out.wait_full(at);  // before the first chunk, nothing
+  s.ring_out.release(at);
+  at.advance();
   for (int c = 0; c < chunks; ++c) {
     const int valid = valid_rows(sequence, c);
     s.ring_out.wait_full(at);
@@ -338,14 +343,14 @@ __device__ void mix(typename Traits::Storage& s, const StatePassArgs& a, const S
 
 // Rows of a token tile past the end of the sequence belong to the next one, or are padding that may hold NaN.
 template <class Element>
-__device__ __forceinline__ void clear_rows(Element* images, int count, int valid, uint32_t barrier = 2) {
+__device__ __forceinline__ void clear_rows(Element* images, int count, int valid) {
   const int pieces = (kRows - valid) * (kImageColumns / 8);
   for (int c = 0; c < count; ++c) {
     auto* first = reinterpret_cast<uint4*>(images + c * kImage + valid * kImageColumns);
     for (int i = threadIdx.x % 128; i < pieces; i += 128) first[i] = uint4{0, 0, 0, 0};
   }
   cutlass::arch::fence_view_async_shared();
-  cutlass::arch::NamedBarrier::sync(128, barrier);
+  cutlass::arch::NamedBarrier::sync(128, 2);
 }
 
 // Calls f(index in the accumulator, value, key) for what this thread holds of S^T.
@@ -392,26 +397,61 @@ __device__ __forceinline__ void store_state(const Accumulator& S, const StateRow
   });
 }
 
-// Where a walk is: its next chunk, and its places in the rings.
-template <class Traits>
+// Where a walk is: its next chunk, its places in the rings, and O of the last chunk, which leaves with the
+// next.
+template <int kStages>
 struct WalkPosition {
   int chunk = 0;
-  RingIndex<Traits::kStages> at;
-  RingIndex<1> at_out;
+  RingIndex<kStages> at;
+  RingIndex<1> at_out, at_v_new;
+  uint32_t out[16] = {};
+};
+
+// A result of the chain to the warp that stores it.
+template <class Element>
+__device__ __forceinline__ void hand_over(Ring<1>& ring, RingIndex<1>& at, Element* image,
+                                          const uint32_t* words, bool to_copy_engine) {
+  ring.wait_empty(at);
+  store_transposed(image, threadIdx.x % 128 / 32, words);
+  if (to_copy_engine) cutlass::arch::fence_view_async_shared();
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) ring.arrive_full(at);
+  at.advance();
+}
+
+// The compiler moves work that stands before a wait for a product behind it, out of the product's shade. It
+// does not move it past a branch; this one is always the same.
+struct Hold {
+  int never;  // not the number of a chunk, which the compiler does not know
+  __device__ __forceinline__ void operator()(int chunk) const {
+    asm volatile(
+        "{\n\t"
+        ".reg .pred skip;\n\t"
+        "setp.ne.s32 skip, %0, %1;\n\t"
+        "@skip bra.uni SKIP;\n\t"
+        "nanosleep.u32 1;\n\t"
+        "nanosleep.u32 1;\n\t"
+        "SKIP:\n\t"
+        "}" ::"r"(chunk),
+        "r"(never)
+        : "memory");
+  }
 };
 
 // Leaves the state after the walk in S, which holds the entering one. A full walk offers it to keep(chunk, S)
-// after every whole chunk, counted from 0. One that is not, beside prepare, stops at the first hard chunk.
+// after every whole chunk, counted from 0. One that is not stops at a chunk that is not whole, and, beside
+// prepare, at the first hard one.
 template <class Traits, class Accumulator, class Keep>
 __device__ __forceinline__ void walk(typename Traits::Storage& s, const StatePassArgs& a,
                                      const Sequence& sequence, int64_t head, int first_value, Accumulator& S,
-                                     WalkPosition<Traits>& position, const Keep& keep) {
+                                     WalkPosition<Traits::kStages>& position, const Keep& keep) {
   using Element = typename Traits::Element;
   constexpr int kKeyDim = Traits::kKeyDim;
   constexpr bool kOutput = Traits::kOutput;
   const InputsSm90& in = a.in;
   const int thread = threadIdx.x % 128, warp = thread / 32, quad = thread % 4;
-  const int chunks = sequence.chunks();
+  // A chunk that is not whole is for the full walk.
+  const int chunks = Traits::kFull ? sequence.chunks() : static_cast<int>(sequence.length / kRows);
   const bool keeps = Traits::kKeep && a.states != nullptr;
 
   typename Traits::MmaToToken mma_token;
@@ -450,21 +490,63 @@ __device__ __forceinline__ void walk(typename Traits::Storage& s, const StatePas
 
   int& c = position.chunk;
   auto& at = position.at;
-  auto& at_out = position.at_out;
-  // To a storing warp; 16-bit.
-  const auto hand_over = [&](Ring<1>& ring, Element* image, auto& result, bool to_copy_engine) {
-    ring.wait_empty(at_out);
-    store_transposed(image, warp, reinterpret_cast<const uint32_t*>(result.data()));
-    if (to_copy_engine) cutlass::arch::fence_view_async_shared();
-    __syncwarp();
-    if (thread % 32 == 0) ring.arrive_full(at_out);
+  const Hold never{-1 - static_cast<int>(in.heads)};
+  const auto hold = [&] { never(c); };
+  // The tiles of a chunk; false: not one for this walk.
+  const auto arrived = [&](const RingIndex<Traits::kStages>& place) {
+    s.ring.wait_full(place);
+    compiler_fence();
+    return !(Traits::kMayStop && s.hard[place.stage]);
+  };
+
+  // Of eight pairs of columns of the accumulators.
+  const auto factors_of = [&](float2(&factor)[8], const float* row) {
+    CUTE_UNROLL
+    for (int j = 0; j < 8; ++j) {
+      factor[j] = *reinterpret_cast<const float2*>(row + 8 * j + 2 * quad);
+      warpgroup_fence_operand(factor[j].x), warpgroup_fence_operand(factor[j].y);
+    }
+  };
+  // S <- e^{G_C} S of a chunk, whose factors are read before S is there.
+  float2 decay[Traits::kChannelGate ? kKeyDim / 8 : 1];
+  const auto read_decay = [&](int stage, bool wanted) {
+    const auto& rows = s.rows[stage];
+    if constexpr (Traits::kChannelGate) {
+      CUTE_UNROLL
+      for (int j = 0; j < kKeyDim / 8; ++j) {
+        decay[j] = *reinterpret_cast<const float2*>(rows.decay + 8 * j + 2 * quad);
+        if (!wanted) decay[j] = {1.f, 1.f};
+      }
+    } else {
+      decay[0].x = wanted ? exp2_fast(rows.G[kRows - 1]) : 1.f;
+      warpgroup_fence_operand(decay[0].x);
+    }
+  };
+  const auto decay_state = [&] {
+    CUTE_UNROLL
+    for (int x = 0; x < size(S); ++x) {
+      const float2 factor = decay[Traits::kChannelGate ? x / 4 : 0];
+      S(x) *= Traits::kChannelGate && x % 2 ? factor.y : factor.x;
+    }
+  };
+  // The factors of what is read, of a chunk; before its turn comes.
+  float2 beta[8], k_read[8];
+  const auto take = [&](int stage) {
+    factors_of(beta, s.rows[stage].beta);
+    if constexpr (!Traits::kChannelGate) factors_of(k_read, s.rows[stage].k_read);
   };
 
   round(S, S16);
-  for (; c < chunks; ++c) {
+  bool goes_on = c < chunks && arrived(at);
+  if constexpr (Traits::kAhead) {
+    if (goes_on) take(at.stage);
+    read_decay(at.stage, goes_on);
+    decay_state();
+  }
+  while (goes_on) {
     auto& stage = s.stage[at.stage];
     const auto& rows = s.rows[at.stage];
-    const int valid = valid_rows(sequence, c);
+    const int valid = Traits::kFull ? valid_rows(sequence, c) : kRows;
     // Of a hard chunk the low halves are in the next stage, whose keys' place keeps V' while registers are
     // short. Asked anew each time, for the same reason.
     const auto hard = [&] { return Traits::kLow && *const_cast<const volatile bool*>(&s.hard[at.stage]); };
@@ -472,17 +554,46 @@ __device__ __forceinline__ void walk(typename Traits::Storage& s, const StatePas
         typename Traits::Stage& { return s.stage[at.stage + 1 == Traits::kStages ? 0 : at.stage + 1]; };
     constexpr bool kKeepsR = kKeyDim == 128;
     const auto kept_R = [&] { return reinterpret_cast<float*>(low().k) + thread; };
-    const auto columns_of = [&](const float* row, int j) {
-      return *reinterpret_cast<const float2*>(row + 8 * j + 2 * quad);
-    };
-    // Kh S and Qh S; meanwhile beta V arrives
-    s.ring.wait_full(at);
-    compiler_fence();
-    if constexpr (Traits::kMayStop) {
-      if (a.ready != nullptr && s.hard[at.stage]) return;
-    }
+    // Kh S; meanwhile beta V arrives
     issue_gemm<true>(mma_token, S16, by_row(stage.k, Int<kKeyDim>{}), R);
+    hold();
+    if constexpr (!Traits::kAhead) take(at.stage);
+    uint32_t v_words[16];
+    load_transposed(stage.v, warp, v_words);
+    float2 k_write[8], q_read[8];
+    float value[32];
+    CUTE_UNROLL
+    for (int x = 0; x < 16; ++x) {
+      const float2 v = unpack<Element>(v_words[x]);
+      value[2 * x] = beta[x / 2].x * v.x;
+      value[2 * x + 1] = beta[x / 2].y * v.y;
+    }
+    if constexpr (!Traits::kChannelGate) {
+      CUTE_UNROLL
+      for (int j = 0; j < 8; ++j) beta[j] = {beta[j].x * k_read[j].x, beta[j].y * k_read[j].y};
+    }
+    CUTE_UNROLL
+    for (int x = 0; x < 32; ++x) warpgroup_fence_operand(value[x]);
+    hold();
+    warpgroup_wait<0>();
+
+    // X = beta (V - Kh S). Past the end V, and K unless it is scaled, may hold anything.
+    CUTE_UNROLL
+    for (int x = 0; x < 32; ++x) R(x) = value[x] - (x % 2 ? beta[x / 4].y : beta[x / 4].x) * R(x);
+    if constexpr (Traits::kFull) {
+      if (valid < kRows) {
+        CUTE_UNROLL
+        for (int x = 0; x < 32; ++x)
+          if (8 * (x / 4) + 2 * quad + x % 2 >= valid) R(x) = 0.f;
+        if constexpr (!Traits::kChannelGate) clear_rows(stage.k, Traits::kKeyImages, valid);
+      }
+    }
+    round(R, X16);
+    if (hard()) lost(L16, X16);
+    // V' = X + N X, and Qh S; meanwhile what is done leaves
+    issue_gemm<false>(mma_token, X16, by_row(stage.n, Int<kRows>{}), R);
     if constexpr (kOutput) issue_gemm<true>(mma_token, S16, by_row(stage.q, Int<kKeyDim>{}), O);
+    if constexpr (!Traits::kChannelGate) factors_of(k_write, rows.k_write);
     if constexpr (Traits::kKeep) {
       if (keeps) {
         tma_store_wait<0>();
@@ -504,66 +615,8 @@ __device__ __forceinline__ void walk(typename Traits::Storage& s, const StatePas
         }
       }
     }
-    uint32_t v_words[16];
-    load_transposed(stage.v, warp, v_words);
-    float value[32];  // beta V
-    float2 read[8];   // beta k_read
-    CUTE_UNROLL
-    for (int j = 0; j < 8; ++j) {
-      read[j] = columns_of(rows.beta, j);
-      CUTE_UNROLL
-      for (int i = 0; i < 2; ++i) {
-        const float2 v = unpack<Element>(v_words[2 * j + i]);
-        value[4 * j + 2 * i] = read[j].x * v.x;
-        value[4 * j + 2 * i + 1] = read[j].y * v.y;
-      }
-      if constexpr (!Traits::kChannelGate) {
-        const float2 k_read = columns_of(rows.k_read, j);
-        read[j] = {read[j].x * k_read.x, read[j].y * k_read.y};
-      }
-    }
-    // Past the end V, and K unless it is scaled, may hold anything.
-    const auto token_of = [&](int x) { return 8 * (x / 4) + 2 * quad + x % 2; };
-    if (Traits::kChannelGate && valid < kRows) {
-      CUTE_UNROLL
-      for (int x = 0; x < 32; ++x)
-        if (token_of(x) >= valid) value[x] = 0.f;
-    }
+    hold();
     warpgroup_wait<kOutput ? 1 : 0>();
-
-    // X = beta (V - Kh S)
-    CUTE_UNROLL
-    for (int x = 0; x < 32; ++x) R(x) = value[x] - (x % 2 ? read[x / 4].y : read[x / 4].x) * R(x);
-    if constexpr (!Traits::kChannelGate) {
-      if (valid < kRows) {
-        CUTE_UNROLL
-        for (int x = 0; x < 32; ++x)
-          if (token_of(x) >= valid) R(x) = 0.f;
-        clear_rows(stage.k, Traits::kKeyImages, valid);
-      }
-    }
-    round(R, X16);
-    if (hard()) lost(L16, X16);
-    // V' = X + N X; meanwhile S <- e^{G_C} S
-    issue_gemm<false>(mma_token, X16, by_row(stage.n, Int<kRows>{}), R);
-    if constexpr (Traits::kChannelGate) {
-      CUTE_UNROLL
-      for (int j = 0; j < kKeyDim / 8; ++j) {
-        const float2 decay = columns_of(rows.decay, j);
-        CUTE_UNROLL
-        for (int x = 4 * j; x < 4 * j + 4; ++x) S(x) *= x % 2 ? decay.y : decay.x;
-      }
-    } else {
-      const float decay = exp2_fast(rows.G[kRows - 1]);
-      CUTE_UNROLL
-      for (int x = 0; x < size(S); ++x) S(x) *= decay;
-    }
-    float2 write[8];
-    if constexpr (!Traits::kChannelGate) {
-      CUTE_UNROLL
-      for (int j = 0; j < 8; ++j) write[j] = columns_of(rows.k_write, j);
-    }
-    warpgroup_wait<0>();
     if (hard()) {
       auto after = at;
       after.advance();
@@ -579,40 +632,57 @@ __device__ __forceinline__ void walk(typename Traits::Storage& s, const StatePas
     }
 
     // S += Kt^T V'; then O = scale Qh S + P V'
-    if constexpr (!Traits::kChannelGate) {
-      auto* words = reinterpret_cast<uint32_t*>(X16.data());
-      CUTE_UNROLL
-      for (int x = 0; x < 16; ++x)
-        words[x] = pack<Element>(write[x / 2].x * R(2 * x), write[x / 2].y * R(2 * x + 1));
-    } else {
-      round(R, X16);
+    if constexpr (!Traits::kAhead) {
+      read_decay(at.stage, true);
+      decay_state();
     }
     if constexpr (Traits::kChannelGate) {
+      round(R, X16);
       issue_gemm<false>(mma_state, X16, by_key(stage.k_write), S);
     } else {
+      CUTE_UNROLL
+      for (int x = 0; x < 16; ++x) {
+        reinterpret_cast<uint32_t*>(X16.data())[x] =
+            pack<Element>(k_write[x / 2].x * R(2 * x), k_write[x / 2].y * R(2 * x + 1));
+      }
       issue_gemm<false>(mma_state, X16, by_key(stage.k), S);
     }
+    hold();
     round(R, V16);
     if constexpr (kOutput) {
+      if constexpr (!Traits::kComputeP && !Traits::kChannelGate) factors_of(q_read, rows.q_read);
+      hand_over(s.ring_out, position.at_out, s.out, position.out, false);
       if constexpr (Traits::kComputeP) {
         s.ring_p.wait_full(at);
         compiler_fence();
+        if constexpr (!Traits::kChannelGate) factors_of(q_read, rows.q_read);
       }
+      warpgroup_wait<1>();
       if constexpr (!Traits::kChannelGate) {
         CUTE_UNROLL
-        for (int j = 0; j < 8; ++j) {
-          const float2 q_read = columns_of(rows.q_read, j);
-          CUTE_UNROLL
-          for (int x = 4 * j; x < 4 * j + 4; ++x) O(x) *= x % 2 ? q_read.y : q_read.x;
-        }
+        for (int x = 0; x < 32; ++x) O(x) *= x % 2 ? q_read[x / 4].y : q_read[x / 4].x;
       }
       issue_gemm<false>(mma_token, V16, by_row(stage.p, Int<kRows>{}), O);
     }
-    if (keeps) hand_over(s.ring_v_new, s.v_new, V16, true);
+    if (keeps)
+      hand_over(s.ring_v_new, position.at_v_new, s.v_new, reinterpret_cast<const uint32_t*>(V16.data()),
+                true);
+    const bool two_stages = hard();
+    auto next = at;
+    next.advance();
+    if (two_stages) next.advance();
+    if constexpr (Traits::kAhead) {
+      goes_on = c + 1 < chunks && arrived(next);
+      take(goes_on ? next.stage : at.stage);
+      read_decay(goes_on ? next.stage : at.stage, goes_on);
+    }
     warpgroup_wait<kOutput ? 1 : 0>();
     round(S, S16);
+    if constexpr (Traits::kAhead) decay_state();
     if constexpr (kOutput) {
-      warpgroup_fence_operand(S);  // the rounding stays above the wait
+      warpgroup_fence_operand(S);
+      warpgroup_fence_operand(S16);
+      hold();
       warpgroup_wait<0>();
     }
     if (hard()) {
@@ -628,8 +698,7 @@ __device__ __forceinline__ void walk(typename Traits::Storage& s, const StatePas
         issue_gemm<false>(mma_state, X16, by_key(low().k_write), S);
       } else {
         for_words(L16, [&](int x) {
-          const float2 k_write = columns_of(rows.k_write, x / 2);
-          const float w0 = k_write.x * R(2 * x), w1 = k_write.y * R(2 * x + 1);
+          const float w0 = k_write[x / 2].x * R(2 * x), w1 = k_write[x / 2].y * R(2 * x + 1);
           return pack_low<Element>(w0, w1, pack<Element>(w0, w1));
         });
         issue_gemm<false>(mma_state, L16, by_key(stage.k), S);
@@ -645,18 +714,18 @@ __device__ __forceinline__ void walk(typename Traits::Storage& s, const StatePas
       }
     }
     if constexpr (kOutput) {
-      round(O, V16);
-      hand_over(s.ring_out, s.out, V16, false);
+      CUTE_UNROLL
+      for (int x = 0; x < 16; ++x) position.out[x] = pack<Element>(O(2 * x), O(2 * x + 1));
     }
-    at_out.advance();
     if (Traits::kFull && valid == kRows) keep(c, S);
-    const bool two_stages = hard();
     s.ring.release(at);
-    at.advance();
     if (two_stages) {
-      s.ring.release(at);
       at.advance();
+      s.ring.release(at);
     }
+    at = next;
+    ++c;
+    if constexpr (!Traits::kAhead) goes_on = c < chunks && arrived(at);
   }
   if constexpr (Traits::kKeep) tma_store_wait<0>();
 }
@@ -699,14 +768,15 @@ __device__ __forceinline__ void walk_part(typename Traits::Storage& s, const Sta
     asm volatile("" : "+l"(to.value), "+l"(to.key));  // or 64 offsets live in registers all along
     store_state<kKeyDim>(state, to);
   };
-  WalkPosition<Traits> position;
+  WalkPosition<Traits::kStages> position;
   if (!full) walk<Traits>(s, a, part.sequence, head, first_value, S, position, keep);
   if (position.chunk < part.sequence.chunks()) {
     using Full = typename Traits::Full;
     static_assert(sizeof(typename Full::Storage) == sizeof(typename Traits::Storage));
-    WalkPosition<Full> rest{position.chunk, position.at, position.at_out};
-    walk<Full>(shared_storage<typename Full::Storage>(), a, part.sequence, head, first_value, S, rest, keep);
+    walk<Full>(shared_storage<typename Full::Storage>(), a, part.sequence, head, first_value, S, position,
+               keep);
   }
+  if constexpr (Traits::kOutput) hand_over(s.ring_out, position.at_out, s.out, position.out, false);
   if (a.transitions != nullptr) {
     store_state<kKeyDim>(S, in_scratch(a.transitions, values + kKeyDim));
   } else if (part.last) {

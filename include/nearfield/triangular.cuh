@@ -23,6 +23,18 @@ struct TriangularScratch {
   alignas(16) cutlass::bfloat16_t inverse[kBlocks][2][kBlock * kRow];  // [block][high, low]: T_II^T
 };
 
+// The 16 x 16 blocks of A below the diagonal, in halves. A block is 16 rows of two pieces of eight elements,
+// of which rows 4 to 7 and 12 to 15 hold the second first: eight rows of a piece are in different banks.
+struct SplitBlocks {
+  static constexpr int kBlocks = 6, kElements = 16 * 16;
+  alignas(16) uint16_t high[kBlocks][kElements], low[kBlocks][kElements];  // bits of bfloat16
+
+  static __device__ __forceinline__ int index(int I, int M) { return I * (I - 1) / 2 + M; }
+  static __device__ __forceinline__ int piece_at(int row, int piece) {
+    return row * 16 + (piece ^ (row / 4 % 2)) * 8;
+  }
+};
+
 struct SplitFragment {
   uint32_t high[4], low[4];
 };
