@@ -36,8 +36,6 @@ def run_cases() -> None:
     for backend in ("hopper", "portable") if torch.cuda.get_device_capability() == (9, 0) else ("portable",):
         for dtype in (torch.bfloat16, torch.float32) if backend == "portable" else (torch.bfloat16,):
             for case in CASES:
-                if case.biased and backend == "hopper":
-                    continue
                 inputs = [t.detach().cuda().requires_grad_() for t in case.inputs(dtype)]
                 for deterministic in (False, True):
                     torch.use_deterministic_algorithms(deterministic)

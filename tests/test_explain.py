@@ -70,12 +70,19 @@ def test_bias_and_periodic_border_are_told() -> None:
     q = meta(1, 40, 48, 4, 64)
     plain = ask(q, (7, 9))
     biased = ask(q, (7, 9), bias=torch.zeros(4, 13, 17))
-    assert biased.forward.because == biased.backward.because == "bias is given, Hopper's kernels take none"
-    assert [step.kernel for step in biased.backward.steps][-2:] == ["bwd_dbias_sm80", "bwd_dq_sm80"]
-    # A table of float32 for each of the 288 / 4 CTAs of a head, for each head.
-    tables = 72 * 4 * 13 * 17 * 4
-    assert biased.backward.workspace_bytes == 40 * 48 * 4 * 8 + tables + 4
-    assert "refused" in str(ask(q, (7, 9), bias=torch.zeros(4, 13, 17), backend="hopper"))
+    # Hopper's kernels take the bias; its gradient has one kernel for all GPUs, fed from the lse of any forward.
+    assert biased.forward.because is None
+    assert biased.backward.because is None
+    assert [step.kernel for step in biased.forward.steps] == ["fwd_sm90"]
+    gradients = [step.kernel for step in biased.backward.steps if step.q_tile is not None]
+    assert gradients == ["bwd_dbias_sm80", "bwd_sm90"]
+    # A table of float32 for each of the 3 * 132 / 4 CTAs of a head, for each head.
+    tables = 99 * 4 * 13 * 17 * 4
+    assert biased.backward.workspace_bytes == plain.backward.workspace_bytes + tables
+    portable = ask(q, (7, 9), bias=torch.zeros(4, 13, 17), backend="portable")
+    kernels = [step.kernel for step in portable.backward.steps if step.q_tile is not None]
+    assert kernels == ["bwd_dbias_sm80", "bwd_dkv_sm80", "bwd_dq_sm80"]
+    assert portable.backward.workspace_bytes == 40 * 48 * 4 * 8 + tables + 4
     circle = ask(q, (7, 9), periodic=(False, True))
     assert circle.forward.because is None
     assert circle.flop_bound == plain.flop_bound

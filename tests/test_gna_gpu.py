@@ -97,7 +97,6 @@ CASES = [
 ]  # fmt: skip
 
 
-# A relative position bias is served by the portable kernels.
 BIAS_CASES = [
     Case((1,), (1,), dim=64, biased=True, label="one-token"),
     Case((1000,), (300,), dim=128, batch=2, biased=True),
@@ -112,6 +111,12 @@ BIAS_CASES = [
     Case((20, 22), (5, 5), scale=-0.7, dim=64, biased=True, label="negative-scale"),
     Case((20, 22), (5, 5), scale=0.0, dim=64, biased=True, label="scale-0"),
     Case((24, 20), (5, 4), (1, 3), (3, 4), additional=5, dim=64, biased=True, periodic=(True, True), label="torus"),
+    Case((511,), (11,), (2,), (23,), dim=64, biased=True, label="dilation-beyond-the-engine"),
+    Case((300,), (65,), additional=130, dim=128, heads=4, heads_kv=2, batch=2, biased=True, label="additional"),
+    Case((8, 10, 12), (4, 5, 6), dim=80, dim_v=72, batch=3, biased=True, label="batch-by-batch"),
+    Case((60, 3), (50, 1), dim=256, heads=3, biased=True, label="narrow"),
+    Case((2048,), (1500,), (7,), causal=(True,), dim=64, biased=True, label="large-table"),
+    Case((9, 10, 12), (5, 5, 6), (1, 2, 3), dim=136, dim_v=248, batch=2, biased=True, label="136-batch-by-batch"),
 ]  # fmt: skip
 
 
@@ -141,16 +146,24 @@ def test_odd_head_dims(case: Case, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("case", BIAS_CASES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES["portable"], ids=case_id)
-def test_bias(case: Case, dtype: torch.dtype) -> None:
-    """Right, and the same bits every time."""
+@pytest.mark.parametrize("backend, dtype", [(b, d) for b in BACKENDS for d in DTYPES[b]], ids=case_id)
+def test_bias(case: Case, backend: str, dtype: torch.dtype) -> None:
+    """Right, and in deterministic mode, which the portable path always is, right with the same bits every time."""
+    if backend == "hopper" and case.dim % 8 != 0:
+        pytest.skip("the copy engine takes whole 16 bytes")
     inputs = cuda_inputs(case, dtype)
-    check(case, dtype, "portable", inputs)
+    check(case, dtype, backend, inputs)
     grad = torch.randn(*inputs[0].shape[:-1], case.dim_v, device="cuda", dtype=dtype)
-    first = torch.autograd.grad(case.run(inputs, "portable")[0], inputs, grad)
-    for _ in range(3):
-        again = torch.autograd.grad(case.run(inputs, "portable")[0], inputs, grad)
-        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    torch.use_deterministic_algorithms(backend == "hopper")
+    try:
+        if backend == "hopper":
+            check(case, dtype, backend, inputs)
+        first = torch.autograd.grad(case.run(inputs, backend)[0], inputs, grad)
+        for _ in range(3):
+            again = torch.autograd.grad(case.run(inputs, backend)[0], inputs, grad)
+            assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -193,6 +206,7 @@ def test_windows_per_head(problem: tuple[Any, ...], dim: int, deterministic: boo
 
 @pytest.mark.parametrize("dtype", DTYPES["portable"], ids=case_id)
 def test_bias_with_windows_per_head(dtype: torch.dtype) -> None:
+    """In 16 bits by Hopper's kernels, where there are any."""
     case = Case((32, 33), (5, 4), heads=4, batch=2, dim=64, biased=True)
     inputs = cuda_inputs(case, dtype)
     wide = [t.detach().double().requires_grad_() for t in inputs]
@@ -232,7 +246,7 @@ def random_case(rng: random.Random, rank: int, backend: str) -> Case:
         batch=rng.choice([1, 1, 2]), heads=heads_kv * rng.choice([1, 2, 3]), heads_kv=heads_kv,
         dim=dim, dim_v=rng.choice([dim, dim, unit * rng.randint(1, 256 // unit)]),
         additional=rng.choice([0, 0, 0, 1, rng.randint(1, 200)]),
-        biased=backend == "portable" and rng.random() < 0.3,
+        biased=rng.random() < 0.3,
         periodic=tuple(
             not c and x % d == 0 and rng.random() < 0.3 for x, d, c in zip(size, dilation, causal, strict=True)
         ),
@@ -427,5 +441,4 @@ def test_choice_of_the_backend(caplog: pytest.LogCaptureFixture) -> None:
         neighborhood_attention(q.float(), q.float(), q.float(), 7, backend="portable")
         assert len(caplog.records) == 1, "what was asked for needs no warning"
         neighborhood_attention(q, q, q, 7, bias=torch.randn(2, 13, 13, device="cuda"))
-        assert len(caplog.records) == 2
-        assert "bias is given, Hopper's kernels take none; the portable kernels run instead" in caplog.text
+        assert len(caplog.records) == 1, "Hopper's kernels take a bias"

@@ -1,4 +1,4 @@
-// The bias that is added to the scores, and its gradient. The CPU and the portable kernels have it.
+// The bias that is added to the scores, and its gradient.
 #pragma once
 
 #include <algorithm>

@@ -12,7 +12,9 @@ using DbiasPortable = PortableTraits<Tag, kHeadDim, portable_dbias_tile, 2, Dire
 
 template <class Traits>
 struct DbiasStorage : Traits::Storage {
+  static constexpr int kOwnPlaces = portable_dbias_places(Traits::kHeadDim, sizeof(typename Traits::Element));
   float dscores[Traits::kStaying * Traits::kMoving];
+  float table[kOwnPlaces];  // the CTA's, if it fits
 };
 
 template <class Traits>
@@ -22,8 +24,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kTile.kCtas)
   auto& s = *reinterpret_cast<DbiasStorage<Traits>*>(shared);
   constexpr int kD = Traits::kHeadDim, kRowTiles = Traits::kRowTiles, kRows = 2 * kRowTiles;
   const int lane = threadIdx.x % 32, first_row = threadIdx.x / 32 * 16 * kRowTiles + lane / 4;
-  float* table = p.dbias.table.data + blockIdx.x / p.schedule.heads * p.dbias.part +
+  float* total = p.dbias.table.data + blockIdx.x / p.schedule.heads * p.dbias.part +
                  blockIdx.x % p.schedule.heads * p.dbias.table.head;
+  const int places = p.dbias.table.size <= s.kOwnPlaces ? p.dbias.table.size : 0;
+  float* table = places > 0 ? s.table : total;
+  for (int i = threadIdx.x; i < places; i += Traits::kThreads) s.table[i] = 0.f;
 
   for_each_tile<Traits, true>(s, p, [&] {
     Walk<Traits> walk(s, p);
@@ -63,6 +68,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kTile.kCtas)
       walk.sum_offsets(s.dscores, table);
     } while (walk.advance());
   });
+  for (int i = threadIdx.x; i < places; i += Traits::kThreads) total[i] += s.table[i];
 }
 
 template <class Tag, int kHeadDim>

@@ -16,7 +16,7 @@ struct DqTraits : HeadTraits<Tag, kHeadDim_> {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr FwdTile kTile = dq_tile(kHeadDim);
   static constexpr int kBlockM = kTile.kBlockM, kBlockN = kTile.kBlockN, kStages = kTile.kStages;
-  static constexpr bool kWithDout = true;
+  static constexpr bool kWithDout = true, kBiased = false;  // with a bias the portable kernel runs
   static constexpr int kConsumers = kBlockM / 64;
   static constexpr int kThreads = (kConsumers + 1) * 128;
   static constexpr int kConsumerWarps = kConsumers * 4;

@@ -7,11 +7,17 @@
 
 namespace nearfield::gna {
 
+template <class Tag, int kHeadDim, bool kBiased>
+using KeyStationary = std::conditional_t<(kHeadDim <= 128), SplitKeys<Tag, kHeadDim, kBiased>,
+                                         SplitFeatures<Tag, kHeadDim, kBiased>>;
+
 template <class Tag, int kHeadDim>
 int bwd_sm90<Tag, kHeadDim>::run(const BwdSm90Args& args, void* stream) {
-  using Traits =
-      std::conditional_t<(kHeadDim <= 128), SplitKeys<Tag, kHeadDim>, SplitFeatures<Tag, kHeadDim>>;
-  return launch_key_stationary<Traits>(args, std::is_same_v<Tag, bf16>, stream);
+  // Additional tokens have no bias.
+  const auto launch = args.bias.data != nullptr && !args.to_additional
+                          ? launch_key_stationary<KeyStationary<Tag, kHeadDim, true>>
+                          : launch_key_stationary<KeyStationary<Tag, kHeadDim, false>>;
+  return launch(args, std::is_same_v<Tag, bf16>, stream);
 }
 
 }  // namespace nearfield::gna

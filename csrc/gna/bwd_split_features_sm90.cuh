@@ -16,13 +16,14 @@ namespace nearfield::gna {
 
 // ---- Layouts and storage ----
 
-template <class Tag, int kHeadDim_>
+template <class Tag, int kHeadDim_, bool kBiased_>
 struct SplitFeatures : HeadTraits<Tag, kHeadDim_> {
   using Base = HeadTraits<Tag, kHeadDim_>;
   using typename Base::AtomK, typename Base::AtomMN, typename Base::Element;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr BwdTile kTile = bwd_tile(kHeadDim);
   static constexpr int kBlockM = kTile.kBlockM, kBlockN = kTile.kBlockN, kStages = kTile.kStages;
+  static constexpr bool kBiased = kBiased_;
   static constexpr int kConsumers = 2;
   static constexpr int kDoutStages = 1, kDqStages = 2, kDqRounds = 4;
   static constexpr int kThreads = (kConsumers + 1) * 128;
@@ -79,15 +80,16 @@ struct SplitFeatures : HeadTraits<Tag, kHeadDim_> {
     Ring<kPlannedTiles> ring_plan;
     Ring<1> ring_draw;
   };
-  static_assert(sizeof(Storage) <= 227 * 1024, "a Hopper CTA has 227 KB of shared memory");
+  using Bias = BiasSlices<kBlockN, kBlockM, kStages, bias_places(kHeadDim), Direction::kBackward>;
 };
 
 // ---- Consumers ----
 
-template <class Tag, int kHeadDim>
-__device__ void multiply(SplitFeatures<Tag, kHeadDim>, typename SplitFeatures<Tag, kHeadDim>::Storage& s,
+template <class Tag, int kHeadDim, bool kBiased>
+__device__ void multiply(SplitFeatures<Tag, kHeadDim, kBiased>,
+                         typename SplitFeatures<Tag, kHeadDim, kBiased>::Storage& s,
                          const BwdKernelParams& p) {
-  using Traits = SplitFeatures<Tag, kHeadDim>;
+  using Traits = SplitFeatures<Tag, kHeadDim, kBiased>;
   using Element = typename Traits::Element;
   constexpr int kM = Traits::kBlockM, kN = Traits::kBlockN, kF = Traits::kFeatures;
   constexpr int kQueries = Traits::kQueries;
@@ -158,6 +160,10 @@ __device__ void multiply(SplitFeatures<Tag, kHeadDim>, typename SplitFeatures<Ta
       uint32_t visible[2];
       if (masked) visible_queries(visible, s.mask, p.q_box, tile, plan, first_row, quad);
       warpgroup_wait<1>();  // S
+      if constexpr (kBiased) {
+        bias_slices<Traits>().add(scores, at_q.stage, first_row, quad, p.bias.per_scale,
+                                  warpgroup * kQueries);
+      }
 
       // P^T = exp2(scale * S^T - lse)
       if (masked) {

@@ -15,13 +15,14 @@ namespace nearfield::gna {
 
 // ---- Layouts and storage ----
 
-template <class Tag, int kHeadDim_>
+template <class Tag, int kHeadDim_, bool kBiased_>
 struct SplitKeys : HeadTraits<Tag, kHeadDim_> {
   using Base = HeadTraits<Tag, kHeadDim_>;
   using typename Base::AtomK, typename Base::AtomMN, typename Base::Element;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr BwdTile kTile = bwd_tile(kHeadDim);
   static constexpr int kBlockM = kTile.kBlockM, kBlockN = kTile.kBlockN, kStages = kTile.kStages;
+  static constexpr bool kBiased = kBiased_;
   static constexpr int kConsumers = kBlockN / 64;
   static constexpr int kDoutStages = kStages, kDqStages = 1, kDqRounds = 1;
   static constexpr int kThreads = (kConsumers + 1) * 128;
@@ -82,15 +83,15 @@ struct SplitKeys : HeadTraits<Tag, kHeadDim_> {
     Ring<kPlannedTiles> ring_plan;
     Ring<1> ring_draw;
   };
-  static_assert(sizeof(Storage) <= 226 * 1024, "a Hopper CTA has 227 KB of shared memory");
+  using Bias = BiasSlices<kBlockN, kBlockM, kStages, bias_places(kHeadDim), Direction::kBackward>;
 };
 
 // ---- Consumers ----
 
-template <class Tag, int kHeadDim>
-__device__ void multiply(SplitKeys<Tag, kHeadDim>, typename SplitKeys<Tag, kHeadDim>::Storage& s,
-                         const BwdKernelParams& p) {
-  using Traits = SplitKeys<Tag, kHeadDim>;
+template <class Tag, int kHeadDim, bool kBiased>
+__device__ void multiply(SplitKeys<Tag, kHeadDim, kBiased>,
+                         typename SplitKeys<Tag, kHeadDim, kBiased>::Storage& s, const BwdKernelParams& p) {
+  using Traits = SplitKeys<Tag, kHeadDim, kBiased>;
   using Element = typename Traits::Element;
   constexpr int kM = Traits::kBlockM, kN = Traits::kBlockN, kD = Traits::kHeadDim;
   const int thread = threadIdx.x - 128, warpgroup = thread / 128, warp = thread / 32, lane = thread % 32,
@@ -155,6 +156,9 @@ __device__ void multiply(SplitKeys<Tag, kHeadDim>, typename SplitKeys<Tag, kHead
       uint32_t visible[2];
       if (masked) visible_queries(visible, s.mask, p.q_box, tile, plan, first_row, quad);
       warpgroup_wait<1>();  // S
+      if constexpr (kBiased) {
+        bias_slices<Traits>().add(scores, at_q.stage, first_row, quad, p.bias.per_scale);
+      }
 
       // P^T = exp2(scale * S^T - lse)
       if (masked) {

@@ -41,7 +41,7 @@ constexpr ScalarType kDtype = std::is_same_v<Element, bf16>   ? ScalarType::BFlo
 
 #define USE_fwd_sm90(element, dim) HOPPER(fwd_sm90, element, dim)
 #define USE_portable_sm80(element, dim) PORTABLE(fwd, element, dim)
-const std::vector<Instance<FwdSm80Args>> kForward = {
+const std::vector<Instance<FwdSm90Args>> kForward = {
 #include "gna/instances.def"
 };
 #undef USE_fwd_sm90
@@ -159,7 +159,7 @@ std::tuple<Tensor, Tensor> fwd_cuda(Tensor q, Tensor k, Tensor v, OptionalTensor
 
   const auto input = plan.portable ? readable : loadable;
   q = input(q), k = input(k), v = input(v);
-  FwdSm80Args args{};
+  FwdSm90Args args{};
   args.scale = static_cast<float>(scale);
   args.q = untyped(tokens_of<const char>(q, p.rank));
   args.k = untyped(tokens_of<const char>(k, p.rank));
@@ -181,7 +181,7 @@ std::tuple<Tensor, Tensor> fwd_cuda(Tensor q, Tensor k, Tensor v, OptionalTensor
   void* stream = current_stream(q);
 
   for (const Step& step : plan.steps) {
-    FwdSm80Args launch = args;
+    FwdSm90Args launch = args;
     launch.problem = step.problem;
     launch.q_box = step.tiles.q;
     launch.kv_box = step.tiles.kv;

@@ -159,8 +159,8 @@ std::string gna_plan(Tensor q, Tensor k, Tensor v, OptionalTensor additional_k, 
   return gpu ? describe_gpu(plan, call, copies) : describe_cpu(call, q.scalar_type(), backward, copies);
 }
 
-std::string slower_because(int64_t capability, ScalarType dtype, int64_t dim, int64_t dim_v, bool biased) {
-  return capability == 90 ? hopper_refuses(90, dtype, dim, dim_v, biased) : "";
+std::string slower_because(int64_t capability, ScalarType dtype, int64_t dim, int64_t dim_v) {
+  return capability == 90 ? hopper_refuses(90, dtype, dim, dim_v) : "";
 }
 
 }  // namespace

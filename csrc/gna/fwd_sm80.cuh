@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kTile.kCtas)
 }
 
 template <class Tag, int kHeadDim>
-int portable_sm80<Tag, kHeadDim>::fwd(const FwdSm80Args& a, void* stream) {
+int portable_sm80<Tag, kHeadDim>::fwd(const FwdSm90Args& a, void* stream) {
   using Traits = FwdPortable<Tag, kHeadDim>;
   using Element = typename Traits::Element;
   const Problem& problem = a.problem;

@@ -12,14 +12,14 @@ namespace nearfield::gna {
 
 // ---- Layouts and storage ----
 
-template <class Tag, int kHeadDim_>
+template <class Tag, int kHeadDim_, bool kBiased_>
 struct FwdTraits : HeadTraits<Tag, kHeadDim_> {
   using Base = HeadTraits<Tag, kHeadDim_>;
   using typename Base::AtomK, typename Base::AtomMN, typename Base::Element;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr FwdTile kTile = fwd_tile(kHeadDim);
   static constexpr int kBlockM = kTile.kBlockM, kBlockN = kTile.kBlockN, kStages = kTile.kStages;
-  static constexpr bool kWithDout = false;
+  static constexpr bool kWithDout = false, kBiased = kBiased_;
   static constexpr int kConsumers = kBlockM / 64;
   static constexpr int kThreads = (kConsumers + 1) * 128;
   static constexpr int kConsumerWarps = kConsumers * 4;
@@ -53,7 +53,7 @@ struct FwdTraits : HeadTraits<Tag, kHeadDim_> {
     Ring<kPlannedTiles> ring_plan;
     Ring<1> ring_draw;
   };
-  static_assert(sizeof(Storage) <= 227 * 1024 - 1024, "a Hopper CTA has 227 KB of shared memory");
+  using Bias = BiasSlices<kBlockM, kBlockN, kStages, bias_places(kHeadDim), Direction::kForward>;
 };
 
 // ---- Consumers ----
@@ -109,6 +109,7 @@ __device__ void attend(typename Traits::Storage& s, const QueryParams& p) {
     MovingTile key_tile = s.key_tile[at_k.stage];
     warpgroup_wait<0>();
     s.ring_k.release(at_k);
+    if constexpr (Traits::kBiased) add_bias<Traits>(scores, p.bias, at_k, first_row, quad);
     at_k.advance();
     uint32_t visible[2];
     if (key_tile.tests != 0) {
@@ -128,6 +129,7 @@ __device__ void attend(typename Traits::Storage& s, const QueryParams& p) {
       if (key_tile.tests != 0) visible_keys(visible, s.mask, p.kv_box, key_tile, keys, quad);  // under S
       warpgroup_wait<1>();
       s.ring_k.release(at_k);
+      if constexpr (Traits::kBiased) add_bias<Traits>(scores, p.bias, at_k, first_row, quad);
       at_k.advance();
       if (key_tile.tests != 0) mask_rows(scores, visible);
       softmax.step(scores, rescale);
@@ -185,20 +187,24 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   }
 }
 
-template <class Tag, int kHeadDim>
-int fwd_sm90<Tag, kHeadDim>::run(const FwdSm90Args& a, void* stream_) {
-  using Traits = FwdTraits<Tag, kHeadDim>;
-  constexpr int kShared = sizeof(typename Traits::Storage);
+template <class Traits>
+cudaError_t launch_fwd(const FwdSm90Args& a, bool is_bf16, cudaStream_t stream) {
+  constexpr int kShared = shared_bytes<Traits>();
   static const cudaError_t attribute = allow_shared_memory(fwd_kernel<Traits>, kShared);
   if (attribute != cudaSuccess) return attribute;
-  const auto stream = static_cast<cudaStream_t>(stream_);
   QueryParams params{};
   params.out = a.out.data;
-  return launch_query_stationary<Traits>(a, std::is_same_v<Tag, bf16>, a.lse, params, stream,
-                                         [&](const QueryMaps& maps, const QueryParams& p, int grid) {
-                                           fwd_kernel<Traits>
-                                               <<<grid, Traits::kThreads, kShared, stream>>>(maps, p);
-                                         });
+  return launch_query_stationary<Traits>(
+      a, is_bf16, a.lse, params, stream, [&](const QueryMaps& maps, const QueryParams& p, int grid) {
+        fwd_kernel<Traits><<<grid, Traits::kThreads, kShared, stream>>>(maps, p);
+      });
+}
+
+template <class Tag, int kHeadDim>
+int fwd_sm90<Tag, kHeadDim>::run(const FwdSm90Args& a, void* stream) {
+  const auto launch = a.bias.data != nullptr ? launch_fwd<FwdTraits<Tag, kHeadDim, true>>
+                                             : launch_fwd<FwdTraits<Tag, kHeadDim, false>>;
+  return launch(a, std::is_same_v<Tag, bf16>, static_cast<cudaStream_t>(stream));
 }
 
 }  // namespace nearfield::gna

@@ -1,7 +1,8 @@
 // What the kernels that hold keys and walk over queries share: the producer warps (warp 0 loads, warp 1 adds
-// dQ, warp 2 gathers lse and delta, warp 3 plans), the kernel's frame and its launch.
+// dQ, warp 2 gathers lse, delta and bias, warp 3 plans), the kernel's frame and its launch.
 #pragma once
 
+#include "gna/bias_sm90.cuh"
 #include "gna/plan_sm90.cuh"
 #include "gna/traits_sm90.cuh"
 
@@ -21,6 +22,7 @@ struct BwdKernelParams {
   Tokens<const RowStats> stats;  // [B, X, H]
   Tokens<void> kv_rows;          // strides of [B, X, Hkv] in rows of dk and dv
   void *dk_data, *dv_data;
+  BiasParams bias;
   bool with_dq;
   int* next_work;
 };
@@ -117,11 +119,17 @@ __device__ void gather_stats(typename Traits::Storage& s, const BwdKernelParams&
       value[i] = inside ? p.stats.data[at_token] : RowStats{INFINITY, 0.f};
     }
     s.ring_stats.wait_empty(at);
+    if constexpr (Traits::kBiased) {
+      bias_slices<Traits>().fill(at.stage, p.bias.table, head, p.problem, p.q_box, p.kv_box, first,
+                                 tile.first, false);
+      cute::cp_async_fence();
+    }
 #pragma unroll
     for (int i = 0; i < kM / 32; ++i) {
       s.lse[at.stage][lane + 32 * i] = value[i].lse;
       s.delta[at.stage][lane + 32 * i] = value[i].delta;
     }
+    if constexpr (Traits::kBiased) cute::cp_async_wait<0>();
     __syncwarp();
     if (lane == 0) s.ring_stats.arrive_full(at);
     at.advance();
@@ -194,6 +202,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     cutlass::arch::fence_barrier_init();
   }
   s.mask.build(p.q_box, threadIdx.x, Traits::kThreads);
+  if constexpr (Traits::kBiased) {
+    bias_slices<Traits>().build(p.q_box, p.kv_box, p.bias.table, Traits::kThreads);
+  }
   if (p.q_box.volume() != Traits::kBlockM || p.kv_box.volume() != Traits::kBlockN) {
     fill_zero(&s, offsetof(typename Traits::Storage, dq), Traits::kThreads);
   }
@@ -218,7 +229,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
 template <class Traits>
 int launch_key_stationary(const BwdSm90Args& a, bool is_bf16, void* stream_) {
   constexpr int kHeadDim = Traits::kHeadDim;
-  constexpr int kShared = sizeof(typename Traits::Storage);
+  constexpr int kShared = shared_bytes<Traits>();
   static const cudaError_t attribute = allow_shared_memory(bwd_kernel<Traits>, kShared);
   if (attribute != cudaSuccess) return attribute;
   const auto stream = static_cast<cudaStream_t>(stream_);
@@ -236,6 +247,7 @@ int launch_key_stationary(const BwdSm90Args& a, bool is_bf16, void* stream_) {
   p.dv_data = a.dv.data;
   p.kv_rows = {nullptr, a.dk.batch / problem.dim, {}, a.dk.head / problem.dim};
   for (int d = 0; d < 3; ++d) p.kv_rows.x[d] = a.dk.x[d] / problem.dim;
+  p.bias = {a.bias, 1.f / a.scale};
   p.with_dq = a.dq != nullptr;
   p.next_work = a.next_work;
   const Launches launches(problem, kHeadDim);

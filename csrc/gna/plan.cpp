@@ -1,6 +1,7 @@
 #include "gna/plan.h"
 
 #include <algorithm>
+#include <limits>
 #include <map>
 #include <mutex>
 
@@ -71,7 +72,7 @@ Plan choose_backend(const Request& r, const Call& call) {
   STD_TORCH_CHECK(is_built_for(kBuiltFor, r.capability), r.op, ": the GPU has compute capability ",
                   capability_text(r.capability), "; this build is for ", kBuiltFor);
   if (!r.backend || *r.backend == "hopper") {
-    plan.because = hopper_refuses(r.capability, r.dtype, p.dim, p.dim_v, call.biased);
+    plan.because = hopper_refuses(r.capability, r.dtype, p.dim, p.dim_v);
     if (plan.because.empty()) return plan;
     STD_TORCH_CHECK(!r.backend, r.op, ": backend \"hopper\" was asked for, but ", plan.because);
   }
@@ -103,21 +104,24 @@ std::vector<Axis> axes_of(const Problem& p) {
   return axes;
 }
 
-Tiles choose_tiles(const Problem& p, int block_m, int block_n, Direction direction) {
+constexpr int kAnyPlaces = std::numeric_limits<int>::max();
+
+// `places`: for how many relative positions of two boxes there is room.
+Tiles choose_tiles(const Problem& p, int block_m, int block_n, Direction direction, int places = kAnyPlaces) {
   // The geometry alone decides; it is planned once.
-  using Key = std::array<int, 3 * 5 + 3>;
-  Key key{block_m, block_n, static_cast<int>(direction)};
+  using Key = std::array<int, 3 * 5 + 4>;
+  Key key{block_m, block_n, static_cast<int>(direction), places};
   for (int d = 0; d < 3; ++d) {
     const int at[5] = {p.size[d], p.window[d], p.stride[d], p.dilation[d], p.causal[d]};
-    std::copy(at, at + 5, key.begin() + 3 + 5 * d);
+    std::copy(at, at + 5, key.begin() + 4 + 5 * d);
   }
   static std::mutex mutex;
   static std::map<Key, Tiles> known;
   std::lock_guard<std::mutex> lock(mutex);
   const auto found = known.find(key);
   if (found != known.end()) return found->second;
-  const TileChoice choice =
-      best_tiles(axes_of(p), block_m, block_n, Placement::kSpan, kPartialCost, direction, Shapes::kFitting);
+  const TileChoice choice = best_tiles(axes_of(p), block_m, block_n, Placement::kSpan, kPartialCost,
+                                       direction, Shapes::kFitting, places);
   // A box that does not fill its block is masked everywhere.
   const bool fills = volume(direction == Direction::kForward ? choice.kv_tile : choice.q_tile) ==
                      (direction == Direction::kForward ? block_n : block_m);
@@ -149,9 +153,10 @@ Tiles choose_portable_tiles(const Problem& p, int block_m, int block_n, Directio
   return tiles;
 }
 
-Tiles choose_tiles(const Step& step, int block_m, int block_n, Direction direction) {
-  return step.portable ? choose_portable_tiles(step.problem, block_m, block_n, direction)
-                       : choose_tiles(step.problem, block_m, block_n, direction);
+Tiles choose_tiles(const Step& step, bool biased, int block_m, int block_n, Direction direction) {
+  if (step.portable) return choose_portable_tiles(step.problem, block_m, block_n, direction);
+  const int places = biased ? bias_places(step.head_dim) : kAnyPlaces;
+  return choose_tiles(step.problem, block_m, block_n, direction, places);
 }
 
 int64_t count_boxes(const Problem& p, const Box& box) {
@@ -166,9 +171,9 @@ int64_t count_boxes(const Problem& p, const Box& box) {
 }
 
 // Queries that stay: the additional tokens are further tiles of the same loop.
-Tiles query_stationary_tiles(const Step& step, int block_m, int block_n) {
+Tiles query_stationary_tiles(const Step& step, bool biased, int block_m, int block_n) {
   const Problem& p = step.problem;
-  Tiles tiles = choose_tiles(step, block_m, block_n, Direction::kForward);
+  Tiles tiles = choose_tiles(step, biased, block_m, block_n, Direction::kForward);
   const int64_t staying = count_boxes(p, tiles.q);
   tiles.visited += staying * ((p.additional + block_n - 1) / block_n);
   tiles.full += staying * (p.additional / block_n);
@@ -177,9 +182,9 @@ Tiles query_stationary_tiles(const Step& step, int block_m, int block_n) {
 
 // ---- Steps ----
 
-// CTAs that sum the gradient of the bias, of all heads together: two for each multiprocessor of the largest
-// GPUs, and the same number on every GPU, so that the order of the sums is as well.
-constexpr int64_t kBiasCtas = 288;
+// The gradient of the bias is summed by as many CTAs, of all heads together, as run at once on so many
+// multiprocessors: an H100's. The number is the same on every GPU, so that the order of the sums is as well.
+constexpr int64_t kBiasSms = 132;
 
 // The copy engine steps over at most 8 positions and spans at most 256, of which a box on a line holds over
 // 100. A dimension with a larger dilation is launched group by group.
@@ -211,8 +216,9 @@ Plan plan_forward(const Request& request, const Call& call) {
   const FwdTile hopper = fwd_tile(head_dim);
   for (const HeadGroup& heads : call.groups) {
     for_each_launch({Kernel::kForward, head_dim, plan.portable, heads, heads.problem}, 0, [&](Step step) {
-      step.tiles = plan.portable ? query_stationary_tiles(step, portable.kStaying, portable.kMoving)
-                                 : query_stationary_tiles(step, hopper.kBlockM, hopper.kBlockN);
+      step.tiles = plan.portable
+                       ? query_stationary_tiles(step, call.biased, portable.kStaying, portable.kMoving)
+                       : query_stationary_tiles(step, call.biased, hopper.kBlockM, hopper.kBlockN);
       plan.steps.push_back(step);
     });
   }
@@ -224,23 +230,30 @@ Plan plan_backward(const Request& request, const Call& call, bool deterministic)
   Plan plan = choose_backend(request, call);
   deterministic |= plan.portable;
   const int head_dim = compiled_head_dim(plan, "bwd_sm90", request, whole);
-  const int dq_head_dim = compiled_head_dim(plan, "bwd_dq_sm90", request, whole);
+  const int portable_head_dim = head_dim_of("portable_sm80", request.dtype, std::max(whole.dim, whole.dim_v));
+  // Hopper's kernel for dQ alone takes no bias.
+  const bool portable_dq = plan.portable || call.biased;
+  const int dq_head_dim =
+      portable_dq ? portable_head_dim : compiled_head_dim(plan, "bwd_dq_sm90", request, whole);
   const int64_t additional = whole.additional;
   // Keys that stay and queries that they visit; queries that stay and keys that they visit.
   BwdTile tile = bwd_tile(head_dim);
   FwdTile query_tile = dq_tile(dq_head_dim);
+  const int bytes = element_bytes(request.dtype);
   if (plan.portable) {
-    const int bytes = element_bytes(request.dtype);
     const PortableTile keys = portable_dkv_tile(head_dim, bytes);
-    const PortableTile queries = portable_dq_tile(head_dim, bytes);
     tile.kBlockM = keys.kMoving, tile.kBlockN = keys.kStaying;
+  }
+  if (portable_dq) {
+    const PortableTile queries = portable_dq_tile(dq_head_dim, bytes);
     query_tile.kBlockM = queries.kStaying, query_tile.kBlockN = queries.kMoving;
   }
   plan.stats_rows = whole.batch * whole.tokens() * whole.heads;
   const auto add = [&](Step step, Kernel kernel) {
     step.kernel = kernel;
     if (kernel == Kernel::kKeys) {
-      step.tiles = choose_tiles(step, tile.kBlockM, tile.kBlockN, Direction::kBackward);
+      const bool biased = call.biased && !step.additional;
+      step.tiles = choose_tiles(step, biased, tile.kBlockM, tile.kBlockN, Direction::kBackward);
       if (step.additional) {
         step.tiles.kv = Box{{1, 1, tile.kBlockN}};
         const int64_t staying = (additional + tile.kBlockN - 1) / tile.kBlockN;
@@ -254,18 +267,23 @@ Plan plan_backward(const Request& request, const Call& call, bool deterministic)
     if (kernel == Kernel::kClearDq)
       plan.dq_elements = std::max(plan.dq_elements, DqBuffer(step.problem).elements);
     if (kernel == Kernel::kQueries) {
+      step.portable = portable_dq;
       step.head_dim = dq_head_dim;
-      step.tiles = query_stationary_tiles(step, query_tile.kBlockM, query_tile.kBlockN);
+      step.tiles = query_stationary_tiles(step, call.biased, query_tile.kBlockM, query_tile.kBlockN);
     }
     if (kernel == Kernel::kBias) {
-      const PortableTile bias = portable_dbias_tile(head_dim, element_bytes(request.dtype));
-      step.tiles = choose_tiles(step, bias.kStaying, bias.kMoving, Direction::kForward);
+      // Portable everywhere: it needs of the forward only lse.
+      step.portable = true;
+      step.head_dim = portable_head_dim;
+      const PortableTile bias = portable_dbias_tile(portable_head_dim, bytes);
+      step.tiles = choose_tiles(step, true, bias.kStaying, bias.kMoving, Direction::kForward);
     }
     plan.steps.push_back(step);
   };
   if (call.biased) {
     plan.bias_elements = whole.heads * call.bias<float>().size;
-    plan.bias_parts = bias_parts(plan.bias_elements, (kBiasCtas + whole.heads - 1) / whole.heads);
+    const int64_t ctas = kBiasSms * portable_dbias_tile(portable_head_dim, bytes).kCtas;
+    plan.bias_parts = bias_parts(plan.bias_elements, ctas / std::max<int64_t>(1, whole.heads));
   }
 
   add({Kernel::kStats, head_dim, plan.portable, {whole}, whole}, Kernel::kStats);
@@ -282,10 +300,10 @@ Plan plan_backward(const Request& request, const Call& call, bool deterministic)
     }
     // One buffer takes both shares of dQ if its order, by dilation group, is the same for both.
     const bool undilated = p.groups() == 1;
+    if (call.biased) add(all, Kernel::kBias);
     for_each_launch(all, 0, [&](const Step& group) {
       if (!deterministic) add(group, Kernel::kClearDq);
       add(group, Kernel::kKeys);
-      if (call.biased) add(group, Kernel::kBias);  // portable, one group
       if (deterministic) return add(group, Kernel::kQueries);
       if (additional > 0 && undilated) add(extra, Kernel::kKeys);
       add(group, Kernel::kRoundDq);
@@ -300,7 +318,7 @@ Plan plan_backward(const Request& request, const Call& call, bool deterministic)
   return plan;
 }
 
-std::string hopper_refuses(int capability, ScalarType dtype, int64_t dim, int64_t dim_v, bool biased) {
+std::string hopper_refuses(int capability, ScalarType dtype, int64_t dim, int64_t dim_v) {
   std::ostringstream why;
   // Forward and backward are built for the same head dims.
   const int largest = largest_head_dim("bwd_sm90", dtype);
@@ -315,8 +333,6 @@ std::string hopper_refuses(int capability, ScalarType dtype, int64_t dim, int64_
   } else if (largest == 0) {
     why << "q has dtype " << torch::headeronly::toString(dtype)
         << ", Hopper's kernels take bfloat16, float16";
-  } else if (biased) {
-    why << "bias is given, Hopper's kernels take none";
   } else if (dim % 8 != 0 || dim_v % 8 != 0 || std::max(dim, dim_v) > largest) {
     why << "the head dims are " << dim << " of q and k and " << dim_v
         << " of v, Hopper's kernels take multiples of 8 up to " << largest;

@@ -75,7 +75,7 @@ Plan plan_forward(const Request& request, const Call& call);
 Plan plan_backward(const Request& request, const Call& call, bool deterministic);
 
 // Why Hopper's own kernels do not serve a problem; empty if they do.
-std::string hopper_refuses(int capability, ScalarType dtype, int64_t dim, int64_t dim_v, bool biased);
+std::string hopper_refuses(int capability, ScalarType dtype, int64_t dim, int64_t dim_v);
 
 // Whether the copy engine can read a tensor as it is: contiguous features, 16-byte aligned start and strides.
 bool is_loadable(const Tensor& t);

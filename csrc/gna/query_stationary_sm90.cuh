@@ -2,6 +2,7 @@
 // the queries.
 #pragma once
 
+#include "gna/bias_sm90.cuh"
 #include "gna/plan_sm90.cuh"
 #include "gna/traits_sm90.cuh"
 
@@ -22,10 +23,11 @@ struct QueryParams {
   void* out;          // O or dQ, [B, X, H, features], contiguous but for the dilation of a launch per group
   Tokens<float> lse;  // [B, X, H]: its strides count rows of `out` and of the statistics too
   const RowStats* stats;  // for the gradient of the queries only
+  BiasParams bias;
   int* next_work;
 };
 
-// ---- Producers: one thread of warp 0 issues the copies, warp 1 plans ----
+// ---- Producers: one thread of warp 0 issues the copies, warp 1 plans, warp 2 brings the bias ----
 
 template <class Traits>
 __device__ void load(typename Traits::Storage& s, const QueryMaps& maps, const QueryParams& p) {
@@ -111,10 +113,35 @@ __device__ void load(typename Traits::Storage& s, const QueryMaps& maps, const Q
 }
 
 template <class Traits>
+__device__ void load_bias(typename Traits::Storage& s, const QueryParams& p) {
+  auto& bias = bias_slices<Traits>();
+  const int add_tiles = static_cast<int>((p.problem.additional + Traits::kBlockN - 1) / Traits::kBlockN);
+  RingIndex<Traits::kStages> at;
+  follow_plan(s, [&](const StayingTile& tile) {
+    const int window_tiles = tile.num_visits();
+    TileCounter counter;
+    for (int n = 0; n < window_tiles + add_tiles; ++n) {
+      int first[3];
+#pragma unroll
+      for (int d = 0; d < 3; ++d) first[d] = tile.visits[d].origin + counter.n[d] * p.kv_box.side[d];
+      counter.advance(tile);
+      bias.ring.wait_empty(at);
+      bias.fill(at.stage, p.bias.table, tile.head, p.problem, p.q_box, p.kv_box, tile.first, first,
+                n >= window_tiles);
+      cutlass::arch::cpasync_barrier_arrive_noinc(&bias.ring.full[at.stage]);
+      at.advance();
+    }
+  });
+}
+
+template <class Traits>
 __device__ __forceinline__ void produce(typename Traits::Storage& s, const QueryMaps& maps,
                                         const QueryParams& p) {
   const int warp = threadIdx.x / 32;
   if (warp == 0) load<Traits>(s, maps, p);
+  if constexpr (Traits::kBiased) {
+    if (warp == 2) load_bias<Traits>(s, p);
+  }
   if (warp == 1) {
     const int add_tiles = static_cast<int>((p.problem.additional + Traits::kBlockN - 1) / Traits::kBlockN);
     plan_tiles_of_cta<Direction::kForward>(s, p, p.q_box, p.kv_box, p.lse, 1, add_tiles);
@@ -134,10 +161,15 @@ __device__ __forceinline__ void prepare_storage(typename Traits::Storage& s, con
     s.ring_k.init(1, Traits::kConsumerWarps);
     s.ring_v.init(1, Traits::kConsumerWarps);
     s.ring_draw.init(1, 1);
-    s.ring_plan.init(1, Traits::kConsumerWarps + 1);  // and the loading warp
+    s.ring_plan.init(1, Traits::kConsumerWarps + 1 + Traits::kBiased);  // and the loading warps
     cutlass::arch::fence_barrier_init();
   }
   s.mask.build(p.kv_box, threadIdx.x, Traits::kThreads);
+  if constexpr (Traits::kBiased) {
+    auto& bias = bias_slices<Traits>();
+    if (threadIdx.x == 0) bias.ring.init(32, Traits::kConsumerWarps);  // the copies of a warp
+    bias.build(p.q_box, p.kv_box, p.bias.table, Traits::kThreads);
+  }
   if (p.q_box.volume() != Traits::kBlockM || p.kv_box.volume() != Traits::kBlockN) {
     fill_zero(&s, zeroed_bytes, Traits::kThreads);
   }
@@ -172,6 +204,16 @@ __device__ __forceinline__ void visible_keys(uint32_t (&visible)[2], const BoxMa
   }
 }
 
+template <class Traits, class Tensor>
+__device__ __forceinline__ void add_bias(Tensor& scores, const BiasParams& p, RingIndex<Traits::kStages> at,
+                                         int first_row, int quad) {
+  auto& bias = bias_slices<Traits>();
+  bias.ring.wait_full(at);
+  bias.add(scores, at.stage, first_row, quad, p.per_scale);
+  __syncwarp();
+  bias.ring.release(at);
+}
+
 template <class Tensor>
 __device__ __forceinline__ void mask_rows(Tensor& scores, const uint32_t (&visible)[2]) {
   CUTE_UNROLL
@@ -194,6 +236,7 @@ cudaError_t launch_query_stationary(const Args& a, bool is_bf16, const Tokens<fl
   p.scale = a.scale;
   p.scale_log2 = a.scale * 1.44269504088896341f;
   p.lse = lse;
+  p.bias = {a.bias, 1.f / a.scale};
   p.next_work = a.next_work;
   const Launches launches(problem, kHeadDim);
   p.problem.batch = launches.batch;

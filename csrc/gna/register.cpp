@@ -134,7 +134,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(nearfield, m) {
       "int[] stride, int[] dilation, int[] is_causal, int capability, bool backward, bool deterministic, "
       "str? backend=None, Tensor? bias=None) -> str");
   // Why a Hopper GPU leaves its own kernels aside; empty if it does not.
-  m.def("gna_slower_because(int capability, ScalarType dtype, int dim, int dim_v, bool bias=False) -> str");
+  m.def("gna_slower_because(int capability, ScalarType dtype, int dim, int dim_v) -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(nearfield, CPU, m) {

@@ -1,7 +1,7 @@
 // The contract between cuda.cpp, which knows tensors, and the Hopper kernels, which do not.
 #pragma once
 
-#include "gna/gna.h"
+#include "gna/bias.h"
 #include "nearfield/dtype.h"
 
 namespace nearfield::gna {
@@ -11,6 +11,11 @@ struct Box {
   int side[3];
   NEARFIELD_HOST_DEVICE int volume() const { return side[0] * side[1] * side[2]; }
 };
+
+// Relative positions of the tokens of two boxes, in one dimension.
+NEARFIELD_HOST_DEVICE constexpr int bias_side(const Box& q, const Box& kv, int d) {
+  return q.side[d] + kv.side[d] - 1;
+}
 
 // A 3-D problem whose head dim is not the compiled one runs batch entry by batch entry: the tensor map has no
 // mode left for the batch (copy_sm90.cuh).
@@ -30,6 +35,7 @@ struct FwdSm90Args {
   Tokens<const void> add_k, add_v;  // [B, M, Hkv, D], [B, M, Hkv, Dv]; unused without additional tokens
   Tokens<void> out;                 // [B, X, H, Dv]
   Tokens<float> lse;                // [B, X, H]
+  BiasTable<const float> bias;
   Box q_box, kv_box;
   int* next_work;  // device memory, one int: the scheduler's counter
   int num_sms;
@@ -56,6 +62,7 @@ struct BwdSm90Args {
   bool to_additional;            // the keys that stay are the additional tokens; dk and dv are theirs
   float* dq;                     // bwd_sm90 adds to this DqBuffer; null: dQ is left to bwd_dq_sm90
   Tokens<void> dq_out;           // [B, X, H, D]: of bwd_dq_sm90
+  BiasTable<const float> bias;
   Box q_box, kv_box;
   int* next_work;
   int num_sms;

@@ -33,6 +33,10 @@ struct BwdTile {
 // features of the CTA's 64 keys: 128, and 64 of dQ (208 KB).
 constexpr BwdTile bwd_tile(int head_dim) { return {64, head_dim <= 128 ? 128 : 64, 2}; }
 
+// Relative positions between two boxes for which Hopper's kernels have room, with a bias: 16 bytes each.
+// Boxes of 8 x 16 and 8 x 16 have 465, 4 x 4 x 8 and 4 x 4 x 8 have 735; at D = 256 the blocks are smaller.
+constexpr int bias_places(int head_dim) { return head_dim <= 128 ? 1024 : 640; }
+
 // The portable kernels. A row is padded by 16 bytes; everything fits the 99 KB of the GPUs that have least,
 // and two CTAs an SM up to 256 bytes a row where there are 160 KB.
 struct PortableTile {

@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <limits>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -277,10 +278,12 @@ struct TileChoice {
 };
 
 // The pair of shapes with the smallest predicted time: full tiles + partial_cost * partial tiles. Among
-// equals the first in the order of tile_shapes, which is the one with the longest innermost runs.
+// equals the first in the order of tile_shapes, which is the one with the longest innermost runs. Pairs with
+// more than `most_offsets` relative positions are left out.
 inline TileChoice best_tiles(const std::vector<Axis>& axes, int block_m, int block_n, Placement placement,
                              double partial_cost = 1.1, Direction direction = Direction::kForward,
-                             Shapes shapes = Shapes::kPowersOfTwo) {
+                             Shapes shapes = Shapes::kPowersOfTwo,
+                             int64_t most_offsets = std::numeric_limits<int64_t>::max()) {
   check_axes(axes);
   const int rank = static_cast<int>(axes.size());
   const std::vector<TileShape> q_shapes = tile_shapes(rank, block_m, shapes);
@@ -305,13 +308,15 @@ inline TileChoice best_tiles(const std::vector<Axis>& axes, int block_m, int blo
     for (const TileShape& kv : kv_shapes) {
       TilePlan plan;
       bool in_reach = true;  // a dilated box spans more positions than it holds
+      int64_t offsets = 1;
       for (int axis = 0; axis < rank; ++axis) {
         in_reach &= (std::max(q[axis], kv[axis]) - 1) * axes[axis].dilation < kMaxTileSide;
+        offsets *= q[axis] + kv[axis] - 1;
         const AxisCounts& counts = count(axis, q[axis], kv[axis]);
         plan.visited *= counts.visited;
         plan.full *= counts.full;
       }
-      if (!in_reach) continue;
+      if (!in_reach || offsets > most_offsets) continue;
       const bool filled = direction == Direction::kForward ? volume(kv) == block_n : volume(q) == block_m;
       if (!filled) plan.full = 0;
       const double cost = plan.cost(partial_cost);

@@ -101,7 +101,7 @@ def neighborhood_attention(
     if factor <= 0 and q.is_cuda:
         # The CUDA kernels take a row's maximum before they scale, which needs a positive scale.
         q, factor = (-q, -factor) if factor < 0 else (q * 0, 1.0)
-    _check_backend(backend, q, v, bias is not None)
+    _check_backend(backend, q, v)
     halos = periodic_halos(periodic, q, window, strides, dilations, causal, bias is not None)
     size = q.shape[1:-2]
     q, k, v = with_halos(q, k, v, halos)
@@ -147,22 +147,20 @@ def merge_attentions(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple
     return out.to(outputs[0].dtype), lse
 
 
-def _check_backend(backend: str | None, q: Tensor, v: Tensor, biased: bool) -> None:
+def _check_backend(backend: str | None, q: Tensor, v: Tensor) -> None:
     if backend is not None:
         if backend not in _BACKENDS:
             raise ValueError(f"{_OP}: backend is {backend!r}, expected one of {_BACKENDS} or None")
         if not q.is_cuda:
             raise ValueError(f"{_OP}: backend is {backend!r}, but q is on {q.device}; supported there: None")
     elif q.is_cuda and type(q) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling():
-        _warn_once_if_slower(q.device, q.dtype, q.shape[-1], v.shape[-1], biased)
+        _warn_once_if_slower(q.device, q.dtype, q.shape[-1], v.shape[-1])
 
 
 @functools.cache
-def _warn_once_if_slower(
-    device: torch.device, dtype: torch.dtype, dim: int, dim_v: int, biased: bool
-) -> None:
+def _warn_once_if_slower(device: torch.device, dtype: torch.dtype, dim: int, dim_v: int) -> None:
     major, minor = torch.cuda.get_device_capability(device)
-    if reason := torch.ops.nearfield.gna_slower_because(10 * major + minor, dtype, dim, dim_v, biased):
+    if reason := torch.ops.nearfield.gna_slower_because(10 * major + minor, dtype, dim, dim_v):
         _log.warning("%s: %s; the portable kernels run instead", _OP, reason)
 
 
