@@ -6,6 +6,7 @@ import functools
 import math
 import re
 import sys
+from itertools import pairwise
 from typing import Any
 
 import pytest
