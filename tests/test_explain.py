@@ -14,6 +14,7 @@ from nearfield import (
     gna,
     local_linear_attention,
     neighborhood_attention,
+    neighborhood_local_linear_attention,
     probe_attention,
 )
 from nearfield._runtime import devices_with_kernel
@@ -367,3 +368,17 @@ def test_local_linear_attention_falls_back_where_hopper_refuses() -> None:
         assert reason in fallen.because
         assert reason in told(dim, dtype, backend="hopper").refused
     assert "up to 128" in told(129, torch.bfloat16).refused
+
+
+@pytest.mark.skipif(
+    "cuda" not in devices_with_kernel("lla_fwd"), reason="this build has no CUDA kernels: nothing to plan"
+)
+@pytest.mark.parametrize("backend", [None, "hopper", "portable"])
+def test_gradients_of_local_linear_neighborhoods_are_portable(backend: str | None) -> None:
+    q = meta(1, 9, 8, 2, 64, dtype=torch.bfloat16)
+    told = explain(
+        neighborhood_local_linear_attention, q, q, q, 3, lam=1.0, architecture="sm_90", backend=backend
+    )
+    assert told.backend == (backend or "hopper")
+    assert told.backward == "portable"
+    assert ("no backward for the neighborhoods" in str(told)) == (backend != "portable")

@@ -4,6 +4,7 @@
 #endif
 #ifdef NEARFIELD_LLA
 #include "lla/checks.h"
+#include "lla/fwd_grid_sm90.h"
 #include "lla/plan.h"
 #include "lla/sm80.h"
 #include "nearfield/device.h"
@@ -45,6 +46,7 @@ Portable portable() {
 const std::vector<Portable> kPortable = {
 #define USE_portable_sm80(tag, dim) portable<tag, dim>(),
 #define USE_fwd_sm90(dim)
+#define USE_fwd_grid_sm90(dim)
 #define USE_bwd_query_sm90(dim)
 #define USE_bwd_key_sm90(dim)
 #include "lla/instances.def"
@@ -57,12 +59,25 @@ const std::vector<Instance<FwdSm90Args>> kForward = {
 #define USE_fwd_sm90(dim) {dim, &fwd_sm90<dim>::run},
 #include "lla/instances.def"
 #undef USE_fwd_sm90
+#undef USE_fwd_grid_sm90
+#endif
+};
+struct GridInstance {
+  int head_dim;
+  int (*run)(const FwdSm90Args&, const Grid&, void*);
+};
+const std::vector<GridInstance> kForwardOnGrid = {
+#ifdef NEARFIELD_LLA_SM90
+#define USE_fwd_sm90(dim)
+#define USE_fwd_grid_sm90(dim) {dim, &fwd_grid_sm90<dim>::run},
+#include "lla/instances.def"
+#undef USE_fwd_grid_sm90
 #undef USE_bwd_query_sm90
 #endif
 };
 const std::vector<Instance<BwdSm90Args>> kBackwardOfQueries = {
 #ifdef NEARFIELD_LLA_SM90
-#define USE_fwd_sm90(dim)
+#define USE_fwd_grid_sm90(dim)
 #define USE_bwd_query_sm90(dim) {dim, &bwd_query_sm90<dim>::run},
 #include "lla/instances.def"
 #undef USE_bwd_query_sm90
@@ -80,14 +95,15 @@ const std::vector<Instance<BwdSm90Args>> kBackwardOfKeys = {
 
 using Backend = std::optional<std::string>;
 
-Plan plan_of(const char* op, const Tensor& q, const Tensor& v, const Backend& backend, const Grid& grid) {
+Plan plan_of(const char* op, const Tensor& q, const Tensor& v, const Backend& backend, const Grid& grid,
+             bool backward) {
   return choose_plan(op, q.scalar_type(), q.sizes()[3], v.sizes()[3],
-                     device_info(q.get_device_index()).capability, backend, grid.given());
+                     device_info(q.get_device_index()).capability, backend, grid.given(), backward);
 }
 
 // The plan has checked that the instance is built.
-template <class Args>
-const Instance<Args>& instance_of(const std::vector<Instance<Args>>& instances, const Plan& plan) {
+template <class Instances>
+const auto& instance_of(const Instances& instances, const Plan& plan) {
   return *std::find_if(instances.begin(), instances.end(),
                        [&](const auto& i) { return i.head_dim == plan.head_dim; });
 }
@@ -198,6 +214,8 @@ bool nothing_to_do(const Tensor& q, const Tensor& k) { return q.numel() == 0 || 
 // ---- Forward ----
 
 void run_forward(const char* op, FwdSm80Args& args, const Plan& plan, const Tensor& q, void* stream) {
+  if (!plan.portable && args.grid.given())
+    return check_launch(op, instance_of(kForwardOnGrid, plan).run(args, args.grid, stream));
   if (!plan.portable) return check_launch(op, instance_of(kForward, plan).run(args, stream));
   const Tensor scratch = new_empty(q, {solver_scratch(args.problem, plan.head_dim)}, ScalarType::Float);
   args.scratch = data_of<float>(scratch);
@@ -215,7 +233,7 @@ Fwd fwd_cuda(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor&
   torch::stable::accelerator::DeviceGuard guard(q_.get_device_index());
   const Packing packing = check_packing(op, cu_seqlens, q_, k_);
   const Grid grid = check_grid(op, grid_, packing, q_, k_);
-  const Plan plan = plan_of(op, q_, v_, backend, grid);
+  const Plan plan = plan_of(op, q_, v_, backend, grid, false);
   const Tensor q = dense_rows(q_), k = dense_rows(k_), v = dense_rows(v_);
   const auto s = q.sizes();
   Fwd out{new_empty(q, {s[0], s[1], s[2], v.sizes()[3]}),
@@ -260,7 +278,7 @@ ProbeFwd probe_fwd_cuda(const Tensor& q_, const Tensor& x_, const Tensor& k_, co
   torch::stable::accelerator::DeviceGuard guard(q_.get_device_index());
   const Packing packing = check_packing(op, cu_seqlens, q_, k_);
   const Grid grid = check_grid(op, grid_, packing, q_, k_);
-  const Plan plan = plan_of(op, q_, v_, backend, grid);
+  const Plan plan = plan_of(op, q_, v_, backend, grid, false);
   const Tensor q = dense_rows(q_), x = dense_rows(x_), k = dense_rows(k_), v = dense_rows(v_);
   const auto s = q.sizes();
   check_statistic(op, "x", x, q, {s[0], s[1], s[2], s[3]});
@@ -302,7 +320,7 @@ std::array<Tensor, 5> backward(const char* op, const Tensor& d_o_, const Tensor&
   torch::stable::accelerator::DeviceGuard guard(q_.get_device_index());
   const Packing packing = check_packing(op, cu_seqlens, q_, k_);
   const Grid grid = check_grid(op, grid_, packing, q_, k_);
-  const Plan plan = plan_of(op, q_, v_, backend, grid);
+  const Plan plan = plan_of(op, q_, v_, backend, grid, true);
   const Tensor q = dense_rows(q_), k = dense_rows(k_), v = dense_rows(v_), d_o = dense_rows(d_o_),
                x = dense_rows(x_);
   const Tensor kbar = torch::stable::contiguous(kbar_), lse = torch::stable::contiguous(lse_);

@@ -28,6 +28,7 @@ const std::vector<Instance> kSteps = {
 #define USE_operands_sm80(element)
 #define USE_portable_sm80(tag, dim)
 #define USE_fwd_sm90(dim)
+#define USE_fwd_grid_sm90(dim)
 #define USE_bwd_query_sm90(dim)
 #define USE_bwd_key_sm90(dim)
 #define USE_STEP(kernel, hopper, element, d, dv) \

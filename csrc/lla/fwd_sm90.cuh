@@ -163,10 +163,8 @@ __device__ __forceinline__ void fwd_produce(typename Traits::Storage& s, const F
 }
 
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads, 1) fwd_kernel(const __grid_constant__ FwdSm90Args a) {
-  auto& s = *reinterpret_cast<typename Traits::Storage*>(dynamic_shared);
-  prepare_barriers<Traits>(s);
-  const QueryBlock block(a.problem, blockIdx.x);
+__device__ __forceinline__ void fwd_roles(typename Traits::Storage& s, const FwdSm90Args& a,
+                                          const QueryBlock& block) {
   if (threadIdx.x < 128) {
     cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
     if (threadIdx.x == 0) fwd_produce<Traits>(s, a, block);
@@ -174,6 +172,13 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) fwd_kernel(const __grid_c
     cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
     fwd_consume<Traits>(s, a, block);
   }
+}
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1) fwd_kernel(const __grid_constant__ FwdSm90Args a) {
+  auto& s = *reinterpret_cast<typename Traits::Storage*>(dynamic_shared);
+  prepare_barriers<Traits>(s);
+  fwd_roles<Traits>(s, a, QueryBlock(a.problem, blockIdx.x));
 }
 
 template <int kHeadDim>

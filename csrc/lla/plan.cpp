@@ -70,14 +70,12 @@ bool is_16bit(ScalarType dtype) { return dtype == ScalarType::BFloat16 || dtype 
 
 }  // namespace
 
-std::string hopper_refuses(int capability, ScalarType dtype, int64_t d, int64_t dv, bool on_grid) {
+std::string hopper_refuses(int capability, ScalarType dtype, int64_t d, int64_t dv) {
   std::ostringstream why;
   const int most = largest(hopper_head_dims());
   if (capability != 90 || !kBuiltForHopper) {
     why << "the GPU has compute capability " << capability_text(capability)
         << ", Hopper's kernels need 9.0 and a build for 90a (this one is for " << kBuiltFor << ")";
-  } else if (on_grid) {
-    why << "kernel_size is that of a grid, Hopper's kernels see intervals of a sequence";
   } else if (!is_16bit(dtype)) {
     why << "q has dtype " << torch::headeronly::toString(dtype)
         << ", Hopper's kernels take bfloat16, float16";
@@ -89,7 +87,7 @@ std::string hopper_refuses(int capability, ScalarType dtype, int64_t d, int64_t 
 }
 
 Plan choose_plan(const char* op, ScalarType dtype, int64_t d, int64_t dv, int capability,
-                 const std::optional<std::string>& backend, bool on_grid) {
+                 const std::optional<std::string>& backend, bool on_grid, bool backward) {
   Plan plan;
   STD_TORCH_CHECK(!backend || *backend == "hopper" || *backend == "portable", op, ": backend is \"", *backend,
                   "\"; known: \"hopper\", \"portable\"");
@@ -98,12 +96,15 @@ Plan choose_plan(const char* op, ScalarType dtype, int64_t d, int64_t dv, int ca
   STD_TORCH_CHECK(is_built_for(kBuiltFor, capability), op, ": the GPU has compute capability ",
                   capability_text(capability), "; this build is for ", kBuiltFor);
   if (!backend || *backend == "hopper") {
-    plan.because = hopper_refuses(capability, dtype, d, dv, on_grid);
-    if (plan.because.empty()) {
+    plan.because = hopper_refuses(capability, dtype, d, dv);
+    const bool serves = plan.because.empty();
+    if (serves && on_grid && backward) {
+      plan.because = "Hopper's kernels have no backward for the neighborhoods of a grid";
+    } else if (serves) {
       plan.head_dim = smallest(hopper_head_dims(), std::max(d, dv));
       return plan;
     }
-    STD_TORCH_CHECK(!backend, op, ": backend \"hopper\" was asked for, but ", plan.because);
+    STD_TORCH_CHECK(!backend || serves, op, ": backend \"hopper\" was asked for, but ", plan.because);
   }
   plan.portable = true;
   STD_TORCH_CHECK(is_16bit(dtype) || dtype == ScalarType::Float, op, ": q has dtype ",
@@ -118,10 +119,10 @@ Plan choose_plan(const char* op, ScalarType dtype, int64_t d, int64_t dv, int ca
 namespace {
 
 // For explain: "hopper 64", or "portable 64 <why>".
-std::string lla_plan(Tensor q, Tensor v, int64_t capability, std::optional<std::string> backend,
-                     bool on_grid) {
+std::string lla_plan(Tensor q, Tensor v, int64_t capability, std::optional<std::string> backend, bool on_grid,
+                     bool backward) {
   const Plan plan = choose_plan("lla", q.scalar_type(), q.sizes()[3], v.sizes()[3],
-                                static_cast<int>(capability), backend, on_grid);
+                                static_cast<int>(capability), backend, on_grid, backward);
   return std::string(plan.portable ? "portable " : "hopper ") + std::to_string(plan.head_dim) +
          (plan.because.empty() ? "" : " " + plan.because);
 }
@@ -147,16 +148,18 @@ std::vector<int64_t> lla_box(std::vector<int64_t> size, std::vector<int64_t> win
   return {best.begin(), best.end()};
 }
 
-std::string slower_because(int64_t capability, ScalarType dtype, int64_t d, int64_t dv, bool on_grid) {
-  return capability == 90 ? hopper_refuses(90, dtype, d, dv, on_grid) : "";
+std::string slower_because(int64_t capability, ScalarType dtype, int64_t d, int64_t dv) {
+  return capability == 90 ? hopper_refuses(90, dtype, d, dv) : "";
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(nearfield, m) {
-  m.def("lla_plan(Tensor q, Tensor v, int capability, str? backend=None, bool on_grid=False) -> str");
+  m.def(
+      "lla_plan(Tensor q, Tensor v, int capability, str? backend=None, bool on_grid=False, "
+      "bool backward=False) -> str");
   m.def("lla_box(int[] size, int[] window, int[] stride, int[] dilation, int[] causal) -> int[]");
-  m.def("lla_slower_because(int capability, ScalarType dtype, int d, int dv, bool on_grid=False) -> str");
+  m.def("lla_slower_because(int capability, ScalarType dtype, int d, int dv) -> str");
 }
 STABLE_TORCH_LIBRARY_IMPL(nearfield, Meta, m) { m.impl("lla_plan", TORCH_BOX(&lla_plan)); }
 STABLE_TORCH_LIBRARY_IMPL(nearfield, CompositeExplicitAutograd, m) {

@@ -17,6 +17,7 @@
 #include <cute/arch/copy_sm90_tma.hpp>
 #include <cute/tensor.hpp>
 
+#include "lla/grid_sm90.cuh"
 #include "lla/operand_layout.cuh"
 #include "lla/sm90.h"
 #include "lla/tiles.h"
@@ -32,8 +33,10 @@ constexpr int kKeys = kTileRows;  // of a tile
 
 // ---- Layouts and storage ----
 
-template <int kHeadDim_>
+// kOnGrid: who sees whom is said by a grid, else by Visibility.
+template <int kHeadDim_, bool kOnGrid_ = false>
 struct QueryTraits {
+  static constexpr bool kOnGrid = kOnGrid_;
   static constexpr int kHeadDim = kHeadDim_, kElements = tile_elements(kHeadDim);
   static constexpr QueryTileSizes kSizes = query_tile(kHeadDim);
   static constexpr int kStages = kSizes.kStages;
@@ -74,6 +77,7 @@ struct QueryTraits {
     Ring<kStages> ring;
     uint64_t bar_verdict;
     int alive[2][kConsumerWarps];  // per parity of the iteration
+    std::conditional_t<kOnGrid, GridRows, char> grid;
   };
   static_assert(sizeof(Storage) <= 227 * 1024, "a Hopper CTA has 227 KB of shared memory");
 };
@@ -132,13 +136,18 @@ struct Producer {
     ++position;
   }
   __device__ __forceinline__ void load_keys(int begin, int end) {
-    for (int t = begin; t < end; ++t) load(keys + static_cast<int64_t>(t) * Traits::kElements);
+    for (int t = begin; t < end; ++t) load(keys + offset(t));
   }
   __device__ __forceinline__ void load_pairs(Range tiles) {
     for (int t = tiles.begin; t < tiles.end; ++t) {
-      load(keys + static_cast<int64_t>(t) * Traits::kElements);
-      load(values + static_cast<int64_t>(t) * Traits::kElements);
+      load(keys + offset(t));
+      load(values + offset(t));
     }
+  }
+  // Of tile t; on a grid, of visit t.
+  __device__ __forceinline__ int64_t offset(int t) const {
+    if constexpr (Traits::kOnGrid) t = s.grid.at(t);
+    return static_cast<int64_t>(t) * Traits::kElements;
   }
 };
 
@@ -159,9 +168,13 @@ struct QueryTile {
   const int thread, warpgroup, quad;  // of 256, of 2, of 4
   int row[2];                         // query index; may lie beyond m
   bool inside[2];
-  Range keys[2];     // that the rows see
-  Range tiles;       // that any row of the warpgroup sees
-  Range all_see;     // keys that every row of the warpgroup sees
+  Range keys[2];  // that the rows see; on a grid their number counts
+  Range tiles;    // that any row of the warpgroup sees; on a grid, visits
+  Range all_see;  // keys that every row of the warpgroup sees; not on a grid
+  // On a grid: what the two rows see of the visit `ahead` + quad, and of the visit whose products come next,
+  // from the thread's first column on; and whether that is all for every row of the warp.
+  uint64_t ahead[Traits::kOnGrid ? 2 : 1], seen[Traits::kOnGrid ? 2 : 1];
+  bool sees_all;
   float scale_log2;  // logits in units of log2(e) from products of operands
   float shift[2];    // weights are exp2(scale_log2 s - shift)
   uint32_t position = 0;
@@ -183,7 +196,15 @@ struct QueryTile {
     for (int i = 0; i < 2; ++i) {
       row[i] = first + tile_row() + 8 * i;
       inside[i] = row[i] < p.m;
-      keys[i] = inside[i] ? p.visible.keys(row[i]) : Range{0, 0};
+      if constexpr (Traits::kOnGrid) {
+        keys[i] = {0, s.grid.count(warpgroup, tile_row() + 8 * i)};
+      } else {
+        keys[i] = inside[i] ? p.visible.keys(row[i]) : Range{0, 0};
+      }
+    }
+    if constexpr (Traits::kOnGrid) {
+      tiles = s.grid.visits[warpgroup];
+      return;
     }
     tiles =
         first < p.m ? QueryBlock::tiles_of(p, row_tile()) : Range{block.tiles.begin, block.tiles.begin + 1};
@@ -279,9 +300,36 @@ struct QueryTile {
     }
   }
 
+  // On a grid, before the products of a visit are issued: what the rows see of it. The threads of a quad have
+  // the same rows, so each looks at one of four visits for all of them.
+  __device__ __forceinline__ void look(int visit) {
+    if constexpr (Traits::kOnGrid) {
+      const int turn = (visit - tiles.begin) % 4;
+      if (turn == 0) {
+        int box[3];
+        s.grid.at(min(visit + quad, tiles.end - 1), box);
+        CUTE_UNROLL
+        for (int i = 0; i < 2; ++i) ahead[i] = s.grid.seen(warpgroup, tile_row() + 8 * i, box);
+      }
+      CUTE_UNROLL
+      for (int i = 0; i < 2; ++i) seen[i] = __shfl_sync(0xffffffffu, ahead[i], turn, 4);
+      sees_all = __all_sync(0xffffffffu, (seen[0] & seen[1]) == ~uint64_t{0});
+      CUTE_UNROLL
+      for (int i = 0; i < 2; ++i) seen[i] >>= 2 * quad;
+    }
+  }
+
   // -inf where a query does not see the key.
   template <class Scores>
   __device__ __forceinline__ void mask(Scores& scores, int tile) {
+    if constexpr (Traits::kOnGrid) {
+      if (sees_all) return;
+      CUTE_UNROLL
+      for (int e = 0; e < kScores; ++e) {
+        if ((seen[row_of(e)] >> (e / 4 * 8 + e % 2) & 1) == 0) scores(e) = -INFINITY;
+      }
+      return;
+    }
     const int first = tile * kKeys;
     if (first >= all_see.begin && first + kKeys <= all_see.end) return;
     CUTE_UNROLL
@@ -324,6 +372,7 @@ struct QueryTile {
     uint32_t key = position;
     wait(key);
     if constexpr (kNeedsPair) wait(key + 1);
+    look(tiles.begin);
     issue(at(key).stage, at(key + 1).stage);
     warpgroup_wait<0>();
     if constexpr (kSumsValues) release(key);
@@ -336,6 +385,7 @@ struct QueryTile {
       const uint32_t following = key + kPer, summed = kSumsValues ? key + 1 : key;
       wait(following);
       if constexpr (kNeedsPair) wait(following + 1);
+      look(t + 1);
       issue(at(following).stage, at(following + 1).stage);
       if constexpr (kSumsValues) wait(summed);
       issue_gemm<false>(mma_sum, weights, staged_sum(at(summed).stage), out);

@@ -15,8 +15,7 @@ from nearfield.lla import neighborhood, op
 
 @dataclass(frozen=True)
 class LocalLinearExplanation(_explain.Explanation):
-    """What a call of ``local_linear_attention``, ``probe_attention`` or their neighborhood forms runs, forward and
-    backward alike."""
+    """What a call of ``local_linear_attention``, ``probe_attention`` or their neighborhood forms runs."""
 
     call: str
     backend: str | None
@@ -27,6 +26,10 @@ class LocalLinearExplanation(_explain.Explanation):
     """What the operands of the matrix products are; sums, statistics and the solver's vectors are float32."""
     because: str | None = None
     """Why the portable kernels run although nobody asked for them."""
+    backward: str | None = None
+    """The backend of the gradients: that of the forward, or ``"portable"`` where Hopper has no kernels for them."""
+    backward_because: str | None = None
+    """Why it is another."""
     refused: str | None = None
     """Why there is no kernel."""
 
@@ -36,7 +39,10 @@ class LocalLinearExplanation(_explain.Explanation):
             return text + f"refused: {self.refused}"
         text += f"{self.backend} kernels" + (f", head dim {self.head_dim}" if self.head_dim else "")
         text += f", {self.arithmetic}" if self.arithmetic else ""
-        return text + (f"\n  portable: {self.because}" if self.because else "")
+        text += f"\n  portable: {self.because}" if self.because else ""
+        return text + (
+            f"\n  backward {self.backward}: {self.backward_because}" if self.backward_because else ""
+        )
 
 
 def _explain_call(
@@ -72,16 +78,29 @@ def _explain_kernels(
     name: str, architecture: str, call: str, q: Tensor, v: Tensor, backend: str | None, on_grid: bool
 ) -> LocalLinearExplanation:
     if architecture == "cpu":
-        return LocalLinearExplanation(name, architecture, call, "cpu")
+        return LocalLinearExplanation(name, architecture, call, "cpu", backward="cpu")
+    capability = int(architecture.removeprefix("sm_"))
     try:
-        told = torch.ops.nearfield.lla_plan(q, v, int(architecture.removeprefix("sm_")), backend, on_grid)
+        told, backward = (
+            torch.ops.nearfield.lla_plan(q, v, capability, backend, on_grid, gradients)
+            for gradients in (False, True)
+        )
     except RuntimeError as error:
         refused = _runtime.sentence(error).removeprefix("lla: ")
         return LocalLinearExplanation(name, architecture, call, None, refused=refused)
     chosen, head_dim, *because = told.split(" ", 2)
+    of_gradients, _, *why = backward.split(" ", 2)
     products = "3xTF32 products" if q.dtype == torch.float32 else "fp16 products over powers of two"
     return LocalLinearExplanation(
-        name, architecture, call, chosen, int(head_dim), products, because[0] if because else None
+        name,
+        architecture,
+        call,
+        chosen,
+        int(head_dim),
+        products,
+        because[0] if because else None,
+        backward=of_gradients,
+        backward_because=why[0] if why and of_gradients != chosen else None,
     )
 
 

@@ -66,7 +66,8 @@ def neighborhood_local_linear_attention(
         is_causal: one bool, or one per dimension.
         lam: as in ``local_linear_attention``; per head and token it is [B, *X, Hq].
         scale, tol, max_iters, ridge, return_aux: as in ``local_linear_attention``.
-        backend: CUDA only. ``"portable"``, or None, which means the same here: Hopper GPUs have no kernels of their own.
+        backend: CUDA only, as in ``local_linear_attention``. Hopper's kernels serve the forward; the gradients are those
+            of the portable kernels on every GPU.
 
     Returns:
         o [B, *X, Hq, dv], and with return_aux a ``SolveInfo`` of tensors [B, *X, Hq]. Gradients as in

@@ -111,7 +111,7 @@ def _solve_and_read(
 ) -> tuple[Tensor, SolveInfo]:  # fmt: skip
     """Checks what is left to check and runs the operator."""
     _runtime.check_device(op, q, _DEVICES)
-    _check_backend(op, backend, q, v, bool(grid))
+    _check_backend(op, backend, q, v)
     if not isinstance(tol, (int, float)) or not 0 <= tol < math.inf:
         raise ValueError(f"{op}: tol is {tol}, expected a finite number >= 0")
     if not isinstance(max_iters, int) or max_iters < 1:
@@ -173,7 +173,7 @@ def _read(
     window: int | None, backend: str | None, grid: list[int],
 ) -> Tensor:  # fmt: skip
     _runtime.check_device(op, q, _DEVICES)
-    _check_backend(op, backend, q, v, bool(grid))
+    _check_backend(op, backend, q, v)
     q, k, v = _runtime.autocast(q, k, v)
     o: Tensor = torch.ops.nearfield.lla_probe_fwd(
         q, x.to(_statistics_dtype(q)), k, v, cu_seqlens, scale, is_causal, window, backend, grid
@@ -294,22 +294,20 @@ def _check_packing(op: str, cu_seqlens: Tensor | None, q: Tensor, k: Tensor) -> 
         raise ValueError(f"{op}: cu_seqlens needs as many keys as queries, got {k.shape[1]} and {q.shape[1]}")
 
 
-def _check_backend(op: str, backend: str | None, q: Tensor, v: Tensor, on_grid: bool) -> None:
+def _check_backend(op: str, backend: str | None, q: Tensor, v: Tensor) -> None:
     if backend is not None:
         if backend not in _BACKENDS:
             raise ValueError(f"{op}: backend is {backend!r}, expected one of {_BACKENDS} or None")
         if not q.is_cuda:
             raise ValueError(f"{op}: backend is {backend!r}, but q is on {q.device}; supported there: None")
     elif q.is_cuda and type(q) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling():
-        _warn_once_if_slower(op, q.device, _runtime.autocast(q)[0].dtype, q.shape[-1], v.shape[-1], on_grid)
+        _warn_once_if_slower(op, q.device, _runtime.autocast(q)[0].dtype, q.shape[-1], v.shape[-1])
 
 
 @functools.cache
-def _warn_once_if_slower(
-    op: str, device: torch.device, dtype: torch.dtype, d: int, dv: int, on_grid: bool
-) -> None:
+def _warn_once_if_slower(op: str, device: torch.device, dtype: torch.dtype, d: int, dv: int) -> None:
     major, minor = torch.cuda.get_device_capability(device)
-    if reason := torch.ops.nearfield.lla_slower_because(10 * major + minor, dtype, d, dv, on_grid):
+    if reason := torch.ops.nearfield.lla_slower_because(10 * major + minor, dtype, d, dv):
         _log.warning("%s: %s; the portable kernels run instead", op, reason)
 
 

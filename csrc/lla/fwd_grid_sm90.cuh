@@ -1,0 +1,32 @@
+// The forward on Hopper for neighborhoods of a grid: the kernel of fwd_sm90.cuh, whose CTA first writes down
+// who sees whom.
+#pragma once
+
+#include "lla/fwd_grid_sm90.h"
+#include "lla/fwd_sm90.cuh"
+
+namespace nearfield::lla {
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1)
+    fwd_grid_kernel(const __grid_constant__ FwdSm90Args a, const __grid_constant__ Grid grid) {
+  auto& s = *reinterpret_cast<typename Traits::Storage*>(dynamic_shared);
+  QueryBlock block(a.problem, blockIdx.x);
+  s.grid.prepare(grid, block.row_tile, a.problem.m / kBoxRows);
+  prepare_barriers<Traits>(s);
+  block.tiles = {0, s.grid.total};
+  fwd_roles<Traits>(s, a, block);
+}
+
+template <int kHeadDim>
+int fwd_grid_sm90<kHeadDim>::run(const FwdSm90Args& a, const Grid& grid, void* stream) {
+  using Traits = QueryTraits<kHeadDim, true>;
+  constexpr int kShared = sizeof(typename Traits::Storage);
+  static const cudaError_t attribute = allow_shared_memory(fwd_grid_kernel<Traits>, kShared);
+  if (attribute != cudaSuccess) return attribute;
+  const int blocks = a.problem.query_blocks() * a.problem.batch * a.problem.heads;
+  fwd_grid_kernel<Traits><<<blocks, Traits::kThreads, kShared, static_cast<cudaStream_t>(stream)>>>(a, grid);
+  return cudaGetLastError();
+}
+
+}  // namespace nearfield::lla
