@@ -3,9 +3,9 @@
 // values, K] in float32 registers, and every intermediate leaves the tensor cores as left operand of the next
 // product:
 //   dV'^T = dS^T Kt^T + s dO^T P,  Y^T = dV'^T + dV'^T N,  dS^T <- e^{G_C} dS^T + s dO^T Qh - beta Y^T Kh
-// One warp streams the tiles of the next chunks, one carries dV away, one Y, and one tells the gradient,
-// which may run beside the walk, what is in memory. With a gate per head, decays and norms are factors of
-// columns of the accumulators; with one per channel, prepare has left Kh, Kt and s Qh.
+// One warp streams the tiles of the next chunks, one carries dV away, one dS and Y, and one tells the
+// gradient, which may run beside the walk, what is in memory. With a gate per head, decays and norms are
+// factors of columns of the accumulators; with one per channel, prepare has left Kh, Kt and s Qh.
 #pragma once
 
 #include "delta/sm90_bwd.h"
@@ -23,7 +23,8 @@ struct ReversePassTraits {
   static constexpr bool kChannelGate = kChannelGate_;
   static constexpr int kStages = kChannelGate ? 2 : 3;
   static constexpr bool kAhead = kStages > 2;  // begins the next chunk before it is done with this one
-  static constexpr int kThreads = 256;  // the chain, and the warps that load, store dV, store Y and tell
+  static constexpr int kThreads =
+      256;  // the chain, and the warps that load, store dV, store dS and Y, and tell
   static constexpr int kTold = 4, kNews = 2 * kTold;  // chunks that are told at a time; that may wait for it
   using MmaToToken = typename Forward::MmaToToken;    // (64 values, 64 tokens)
   using MmaToColumn = typename Forward::template Mma<kRows, GMMA::Major::MN>;  // the same; B by column
@@ -54,7 +55,8 @@ struct ReversePassTraits {
     alignas(1024) Element state[kKeyTile];  // dS on the way out
     StageRows rows[kStages];
     Ring<kStages> ring;
-    Ring<1> ring_out;       // chain -> storing warps
+    Ring<1> ring_state;     // dS: chain -> the thread that stores it
+    Ring<1> ring_out;       // Y and dV: chain -> storing warps
     Ring<kNews> ring_news;  // a chunk in memory: the thread that stores Y -> the one that tells
   };
   static_assert(sizeof(Storage) <= 227 * 1024, "a Hopper CTA has 227 KB of shared memory");
@@ -120,31 +122,40 @@ __device__ __forceinline__ void wait_for_memory() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kLeft) : "memory");
 }
 
-// One thread: Y, whole images. Once Y of a chunk and dS, of which the chain says so, are in memory, it goes
-// to the thread that tells the gradient: a fence takes as long as a chunk, and the chain may not wait for it.
+// One thread: dS and Y, whole images. Once those of a chunk are in memory, it goes to the thread that tells
+// the gradient: a fence takes as long as a chunk, and the chain may not wait for it.
 template <class Traits>
-__device__ void store_y(typename Traits::Storage& s, const ReversePassArgs& a, const ReversePlace& z) {
+__device__ void store_ds_and_y(typename Traits::Storage& s, const ReversePassArgs& a, const ReversePlace& z) {
   using Element = typename Traits::Element;
   const int chunks = z.sequence.chunks();
   RingIndex<1> at;
   RingIndex<Traits::kNews> at_news;
-  for (int c = chunks - 1; c >= -1; --c) {
-    s.ring_out.wait_full(at);
+  const auto send = [&](Ring<1>& ring, void* to, int images, int c, const Element* from) {
+    ring.wait_full(at);
     compiler_fence();
-    if (c >= 0) {
-      copy_out(static_cast<Element*>(a.y) + first_image(a.in, z.sequence, c, z.head, z.first_value) * kImage,
-               s.y, kImageBytes);
-      tma_store_arrive();
-      tma_store_wait<0>();
-      s.ring_out.release(at);
-      at.advance();
-    }
-    if (c == chunks - 1) continue;
-    c >= 0 ? wait_for_memory<1>() : wait_for_memory<0>();  // Y of the chunk before
+    copy_out(
+        static_cast<Element*>(to) + first_image(a.in, z.sequence, c, z.head, z.first_value, images) * kImage,
+        from, images * kImageBytes);
+    tma_store_arrive();
+    tma_store_wait<0>();
+    ring.release(at);
+  };
+  const auto tell = [&] {
     s.ring_news.wait_empty(at_news);
     s.ring_news.arrive_full(at_news);
     at_news.advance();
+  };
+  for (int c = chunks - 1; c >= 0; --c) {
+    send(s.ring_state, a.d_states, Traits::kKeyImages, c, s.state);
+    send(s.ring_out, a.y, 1, c, s.y);
+    at.advance();
+    if (c == chunks - 1) continue;
+    wait_for_memory<2>();  // the chunk before
+    tell();
   }
+  if (chunks == 0) return;
+  wait_for_memory<0>();
+  tell();
 }
 
 // One thread: tells the gradient which chunks are in memory, several at a time.
@@ -361,23 +372,13 @@ __device__ void walk_reverse(typename Traits::Storage& s, const ReversePassArgs&
     issue_gemm<false>(mma_column, X16, by_column(stage.n), R);
     issue_gemm<false>(mma_column, Y16, by_column(stage.n), R);
     // Meanwhile dS, the gradient of the state after this chunk, leaves.
-    tma_store_wait<0>();
-    __syncwarp();
+    s.ring_state.wait_empty(at_out);
     CUTE_UNROLL
     for (int k = 0; k < Traits::kKeyImages; ++k)
       store_rows(s.state + k * kImage, warp, words_of(S16) + 16 * k);
     cutlass::arch::fence_view_async_shared();
     __syncwarp();
-    if (thread % 32 == 0) {
-      const int64_t image = first_image(in, sequence, c, z.head, z.first_value, Traits::kKeyImages);
-      constexpr int kWarpRows = 16 * kImageColumns;
-      CUTE_UNROLL
-      for (int k = 0; k < Traits::kKeyImages; ++k) {
-        copy_out(static_cast<Element*>(a.d_states) + (image + k) * kImage + warp * kWarpRows,
-                 s.state + k * kImage + warp * kWarpRows, kWarpRows * 2);
-      }
-      tma_store_arrive();
-    }
+    if (thread % 32 == 0) s.ring_state.arrive_full(at_out);
     float2 beta[8], k_read[8];
     factors_of(beta, rows.beta);
     if constexpr (!Traits::kChannelGate) factors_of(k_read, rows.k_read);
@@ -403,10 +404,7 @@ __device__ void walk_reverse(typename Traits::Storage& s, const ReversePassArgs&
     store_transposed(s.dv, warp, words_of(dv16));
     cutlass::arch::fence_view_async_shared();
     __syncwarp();
-    if (thread % 32 == 0) {
-      wait_for_memory<1>();  // dS of the chunk before
-      s.ring_out.arrive_full(at_out);
-    }
+    if (thread % 32 == 0) s.ring_out.arrive_full(at_out);
     at_out.advance();
 
     // The next chunk's dO; after the last one this one's again, for nothing.
@@ -447,11 +445,6 @@ __device__ void walk_reverse(typename Traits::Storage& s, const ReversePassArgs&
       if (value < in.value_dim && key < in.key_dim) a.d_initial[state_at(value, key)] = S(x);
     });
   }
-  if (thread % 32 == 0) {  // dS of the first chunk
-    wait_for_memory<0>();
-    s.ring_out.wait_empty(at_out);
-    s.ring_out.arrive_full(at_out);
-  }
 }
 
 // ---- Kernel and launch ----
@@ -468,6 +461,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   z.sequence = sequence_of(a.in, z.n);
   if (threadIdx.x == 0) {
     s.ring.init(1, 4);
+    s.ring_state.init(4, 1);
     s.ring_out.init(4, 2);
     s.ring_news.init(1, 1);
     cutlass::arch::fence_barrier_init();
@@ -479,7 +473,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   if (warp < 4) walk_reverse<Traits>(s, a, z);
   if (warp == 4 && one_thread) load_reverse<Traits>(s, maps, a, z);
   if (warp == 5) store_dv<Traits>(s, a, z);
-  if (warp == 6 && one_thread) store_y<Traits>(s, a, z);
+  if (warp == 6 && one_thread) store_ds_and_y<Traits>(s, a, z);
   if (warp == 7 && one_thread) announce<Traits>(s, a, z);
 }
 
