@@ -113,7 +113,9 @@ def test_chunks_prepared_beside_the_walk(
         delta_rule(**cuda(args))
         torch.cuda.synchronize()
     prepared = [event.time_range.end for event in profiled.events() if "prepare" in event.name]
-    walked = [event.time_range.start for event in profiled.events() if re.search("state_pass|walk", event.name)]
+    walked = [
+        event.time_range.start for event in profiled.events() if re.search("state_pass|walk", event.name)
+    ]
     assert (min(walked) < max(prepared)) == (backend == "hopper")
 
 
