@@ -217,7 +217,7 @@ __device__ void walk_reverse(typename Traits::Storage& s, const ReversePassArgs&
   constexpr int kKeyDim = Traits::kKeyDim;
   const InputsSm90& in = a.in;
   const Sequence& sequence = z.sequence;
-  const int thread = threadIdx.x % 128, warp = thread / 32, quad = thread % 4;
+  const int thread = threadIdx.x % 128, warp = thread / 32;
 
   typename Traits::MmaToToken mma_token;
   typename Traits::MmaToColumn mma_column;
@@ -264,16 +264,14 @@ __device__ void walk_reverse(typename Traits::Storage& s, const ReversePassArgs&
     });
   }
 
-  const auto columns_of = [&](const float* row, int j) {
-    return *reinterpret_cast<const float2*>(row + 8 * j + 2 * quad);
-  };
   // What does not wait for dS: dO of a chunk, and s P^T dO, which is on its way afterwards.
   const auto start_chunk = [&](const RingIndex<Traits::kStages>& place) {
     auto& stage = s.stage[place.stage];
     load_transposed(stage.dout, warp, words_of(dO16));
-    CUTE_UNROLL
-    for (int x = 0; x < 16; ++x) words_of(QdO16)[x] = words_of(dO16)[x];
-    if constexpr (!Traits::kChannelGate) {
+    if constexpr (Traits::kChannelGate) {
+      CUTE_UNROLL
+      for (int x = 0; x < 16; ++x) words_of(QdO16)[x] = words_of(dO16)[x];
+    } else {
       CUTE_UNROLL
       for (int j = 0; j < 8; ++j) {
         const float2 q_read = columns_of(s.rows[place.stage].q_read, j);
@@ -286,42 +284,12 @@ __device__ void walk_reverse(typename Traits::Storage& s, const ReversePassArgs&
     }
     issue_gemm<true>(mma_column, dO16, by_column(stage.p), PdO);
   };
-  // dS in 16 bit, and dS <- e^{G_C} dS of the chunk, whose factors are read before dS is there.
-  float2 decay[Traits::kChannelGate ? kKeyDim / 8 : 1];
-  const auto read_decay = [&](int stage, bool wanted) {
-    const auto& rows = s.rows[stage];
-    if constexpr (Traits::kChannelGate) {
-      CUTE_UNROLL
-      for (int j = 0; j < kKeyDim / 8; ++j) {
-        decay[j] = columns_of(rows.decay, j);
-        if (!wanted) decay[j] = {1.f, 1.f};
-      }
-    } else {
-      decay[0].x = wanted ? exp2_fast(rows.G[kRows - 1]) : 1.f;
-      warpgroup_fence_operand(decay[0].x);
-    }
-  };
-  const auto decay_state = [&] {
-    round(S, S16);
-    CUTE_UNROLL
-    for (int x = 0; x < size(S); ++x) {
-      const float2 factor = decay[Traits::kChannelGate ? x / 4 : 0];
-      S(x) *= Traits::kChannelGate && x % 2 ? factor.y : factor.x;
-    }
-  };
-  const auto factors_of = [&](float2(&factor)[8], const float* row) {
-    CUTE_UNROLL
-    for (int j = 0; j < 8; ++j) {
-      factor[j] = columns_of(row, j);
-      warpgroup_fence_operand(factor[j].x), warpgroup_fence_operand(factor[j].y);
-    }
-  };
+  StateDecay<Traits> decay;
 
   RingIndex<Traits::kStages> at;
   RingIndex<1> at_out;
   int c = sequence.chunks() - 1;
-  const Hold never{-1 - static_cast<int>(in.heads)};
-  const auto hold = [&] { never(c); };
+  const Hold hold{c, -1 - static_cast<int>(in.heads)};
   if (c >= 0) {
     s.ring.wait_full(at);
     compiler_fence();
@@ -336,8 +304,9 @@ __device__ void walk_reverse(typename Traits::Storage& s, const ReversePassArgs&
     }
     start_chunk(at);
     warpgroup_wait<0>();
-    read_decay(at.stage, true);
-    decay_state();
+    decay.read(s.rows[at.stage], true);
+    round(S, S16);
+    decay.apply(S);
   }
   for (; c >= 0; --c) {
     auto& stage = s.stage[at.stage];
@@ -350,7 +319,7 @@ __device__ void walk_reverse(typename Traits::Storage& s, const ReversePassArgs&
     }
     issue_gemm<false>(mma_state, QdO16, by_key(stage.q), S);
     float2 k_write[8];
-    if constexpr (!Traits::kChannelGate) factors_of(k_write, rows.k_write);
+    if constexpr (!Traits::kChannelGate) read_factors(k_write, rows.k_write);
     hold();
     warpgroup_wait<1>();
 
@@ -380,8 +349,8 @@ __device__ void walk_reverse(typename Traits::Storage& s, const ReversePassArgs&
     __syncwarp();
     if (thread % 32 == 0) s.ring_state.arrive_full(at_out);
     float2 beta[8], k_read[8];
-    factors_of(beta, rows.beta);
-    if constexpr (!Traits::kChannelGate) factors_of(k_read, rows.k_read);
+    read_factors(beta, rows.beta);
+    if constexpr (!Traits::kChannelGate) read_factors(k_read, rows.k_read);
     hold();
     warpgroup_wait<0>();
 
@@ -407,36 +376,26 @@ __device__ void walk_reverse(typename Traits::Storage& s, const ReversePassArgs&
     if (thread % 32 == 0) s.ring_out.arrive_full(at_out);
     at_out.advance();
 
-    // The next chunk's dO; after the last one this one's again, for nothing.
+    // The next chunk's dO; after the last one this one's again, for nothing. Without a stage to spare this
+    // one's is given back before.
     auto next = at;
     if (c > 0) next.advance();
-    if constexpr (Traits::kAhead) {
-      if (c > 0) s.ring.wait_full(next);
-      compiler_fence();
-      start_chunk(next);
-      read_decay(next.stage, c > 0);
-      warpgroup_wait<1>();
-      decay_state();
-      warpgroup_fence_operand(S);
-      warpgroup_fence_operand(S16);
-      hold();
+    if constexpr (!Traits::kAhead) {
       warpgroup_wait<0>();
-      s.ring.release(at);
-    } else {
-      warpgroup_wait<0>();
-      if (c > 0) {
-        s.ring.release(at);
-        s.ring.wait_full(next);
-      }
-      compiler_fence();
-      start_chunk(next);
-      read_decay(next.stage, c > 0);
-      decay_state();
-      warpgroup_fence_operand(S);
-      warpgroup_fence_operand(S16);
-      hold();
-      warpgroup_wait<0>();
+      if (c > 0) s.ring.release(at);
     }
+    if (c > 0) s.ring.wait_full(next);
+    compiler_fence();
+    start_chunk(next);
+    decay.read(s.rows[next.stage], c > 0);
+    if constexpr (Traits::kAhead) warpgroup_wait<1>();
+    round(S, S16);
+    decay.apply(S);
+    warpgroup_fence_operand(S);
+    warpgroup_fence_operand(S16);
+    hold();
+    warpgroup_wait<0>();
+    if constexpr (Traits::kAhead) s.ring.release(at);
     at = next;
   }
 

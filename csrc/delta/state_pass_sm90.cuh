@@ -422,8 +422,9 @@ __device__ __forceinline__ void hand_over(Ring<1>& ring, RingIndex<1>& at, Eleme
 // The compiler moves work that stands before a wait for a product behind it, out of the product's shade. It
 // does not move it past a branch; this one is always the same.
 struct Hold {
+  const int& chunk;
   int never;  // not the number of a chunk, which the compiler does not know
-  __device__ __forceinline__ void operator()(int chunk) const {
+  __device__ __forceinline__ void operator()() const {
     asm volatile(
         "{\n\t"
         ".reg .pred skip;\n\t"
@@ -435,6 +436,46 @@ struct Hold {
         "}" ::"r"(chunk),
         "r"(never)
         : "memory");
+  }
+};
+
+// Of a row of factors those of the thread's columns 8 j and 8 j + 1 of an accumulator, counted from its
+// first.
+__device__ __forceinline__ float2 columns_of(const float* row, int j) {
+  return *reinterpret_cast<const float2*>(row + 8 * j + 2 * (threadIdx.x % 4));
+}
+// All of them, read where this stands.
+__device__ __forceinline__ void read_factors(float2 (&factor)[8], const float* row) {
+  CUTE_UNROLL
+  for (int j = 0; j < 8; ++j) {
+    factor[j] = columns_of(row, j);
+    warpgroup_fence_operand(factor[j].x), warpgroup_fence_operand(factor[j].y);
+  }
+}
+
+// S <- e^{G_C} S of a chunk, or of dS, whose factors are read before S is there.
+template <class Traits>
+struct StateDecay {
+  float2 factor[Traits::kChannelGate ? Traits::kKeyDim / 8 : 1];
+
+  template <class Rows>
+  __device__ __forceinline__ void read(const Rows& rows, bool wanted) {
+    if constexpr (Traits::kChannelGate) {
+      CUTE_UNROLL
+      for (int j = 0; j < Traits::kKeyDim / 8; ++j)
+        factor[j] = wanted ? columns_of(rows.decay, j) : float2{1.f, 1.f};
+    } else {
+      factor[0].x = wanted ? exp2_fast(rows.G[kRows - 1]) : 1.f;
+      warpgroup_fence_operand(factor[0].x);
+    }
+  }
+  template <class Accumulator>
+  __device__ __forceinline__ void apply(Accumulator& S) const {
+    CUTE_UNROLL
+    for (int x = 0; x < size(S); ++x) {
+      const float2 of_x = factor[Traits::kChannelGate ? x / 4 : 0];
+      S(x) *= Traits::kChannelGate && x % 2 ? of_x.y : of_x.x;
+    }
   }
 };
 
@@ -490,8 +531,7 @@ __device__ __forceinline__ void walk(typename Traits::Storage& s, const StatePas
 
   int& c = position.chunk;
   auto& at = position.at;
-  const Hold never{-1 - static_cast<int>(in.heads)};
-  const auto hold = [&] { never(c); };
+  const Hold hold{c, -1 - static_cast<int>(in.heads)};
   // The tiles of a chunk; false: not one for this walk.
   const auto arrived = [&](const RingIndex<Traits::kStages>& place) {
     s.ring.wait_full(place);
@@ -499,49 +539,20 @@ __device__ __forceinline__ void walk(typename Traits::Storage& s, const StatePas
     return !(Traits::kMayStop && s.hard[place.stage]);
   };
 
-  // Of eight pairs of columns of the accumulators.
-  const auto factors_of = [&](float2(&factor)[8], const float* row) {
-    CUTE_UNROLL
-    for (int j = 0; j < 8; ++j) {
-      factor[j] = *reinterpret_cast<const float2*>(row + 8 * j + 2 * quad);
-      warpgroup_fence_operand(factor[j].x), warpgroup_fence_operand(factor[j].y);
-    }
-  };
-  // S <- e^{G_C} S of a chunk, whose factors are read before S is there.
-  float2 decay[Traits::kChannelGate ? kKeyDim / 8 : 1];
-  const auto read_decay = [&](int stage, bool wanted) {
-    const auto& rows = s.rows[stage];
-    if constexpr (Traits::kChannelGate) {
-      CUTE_UNROLL
-      for (int j = 0; j < kKeyDim / 8; ++j) {
-        decay[j] = *reinterpret_cast<const float2*>(rows.decay + 8 * j + 2 * quad);
-        if (!wanted) decay[j] = {1.f, 1.f};
-      }
-    } else {
-      decay[0].x = wanted ? exp2_fast(rows.G[kRows - 1]) : 1.f;
-      warpgroup_fence_operand(decay[0].x);
-    }
-  };
-  const auto decay_state = [&] {
-    CUTE_UNROLL
-    for (int x = 0; x < size(S); ++x) {
-      const float2 factor = decay[Traits::kChannelGate ? x / 4 : 0];
-      S(x) *= Traits::kChannelGate && x % 2 ? factor.y : factor.x;
-    }
-  };
+  StateDecay<Traits> decay;
   // The factors of what is read, of a chunk; before its turn comes.
   float2 beta[8], k_read[8];
   const auto take = [&](int stage) {
-    factors_of(beta, s.rows[stage].beta);
-    if constexpr (!Traits::kChannelGate) factors_of(k_read, s.rows[stage].k_read);
+    read_factors(beta, s.rows[stage].beta);
+    if constexpr (!Traits::kChannelGate) read_factors(k_read, s.rows[stage].k_read);
   };
 
   round(S, S16);
   bool goes_on = c < chunks && arrived(at);
   if constexpr (Traits::kAhead) {
     if (goes_on) take(at.stage);
-    read_decay(at.stage, goes_on);
-    decay_state();
+    decay.read(s.rows[at.stage], goes_on);
+    decay.apply(S);
   }
   while (goes_on) {
     auto& stage = s.stage[at.stage];
@@ -593,7 +604,7 @@ __device__ __forceinline__ void walk(typename Traits::Storage& s, const StatePas
     // V' = X + N X, and Qh S; meanwhile what is done leaves
     issue_gemm<false>(mma_token, X16, by_row(stage.n, Int<kRows>{}), R);
     if constexpr (kOutput) issue_gemm<true>(mma_token, S16, by_row(stage.q, Int<kKeyDim>{}), O);
-    if constexpr (!Traits::kChannelGate) factors_of(k_write, rows.k_write);
+    if constexpr (!Traits::kChannelGate) read_factors(k_write, rows.k_write);
     if constexpr (Traits::kKeep) {
       if (keeps) {
         tma_store_wait<0>();
@@ -633,8 +644,8 @@ __device__ __forceinline__ void walk(typename Traits::Storage& s, const StatePas
 
     // S += Kt^T V'; then O = scale Qh S + P V'
     if constexpr (!Traits::kAhead) {
-      read_decay(at.stage, true);
-      decay_state();
+      decay.read(rows, true);
+      decay.apply(S);
     }
     if constexpr (Traits::kChannelGate) {
       round(R, X16);
@@ -650,12 +661,12 @@ __device__ __forceinline__ void walk(typename Traits::Storage& s, const StatePas
     hold();
     round(R, V16);
     if constexpr (kOutput) {
-      if constexpr (!Traits::kComputeP && !Traits::kChannelGate) factors_of(q_read, rows.q_read);
+      if constexpr (!Traits::kComputeP && !Traits::kChannelGate) read_factors(q_read, rows.q_read);
       hand_over(s.ring_out, position.at_out, s.out, position.out, false);
       if constexpr (Traits::kComputeP) {
         s.ring_p.wait_full(at);
         compiler_fence();
-        if constexpr (!Traits::kChannelGate) factors_of(q_read, rows.q_read);
+        if constexpr (!Traits::kChannelGate) read_factors(q_read, rows.q_read);
       }
       warpgroup_wait<1>();
       if constexpr (!Traits::kChannelGate) {
@@ -673,12 +684,13 @@ __device__ __forceinline__ void walk(typename Traits::Storage& s, const StatePas
     if (two_stages) next.advance();
     if constexpr (Traits::kAhead) {
       goes_on = c + 1 < chunks && arrived(next);
-      take(goes_on ? next.stage : at.stage);
-      read_decay(goes_on ? next.stage : at.stage, goes_on);
+      const int stage_ahead = goes_on ? next.stage : at.stage;
+      take(stage_ahead);
+      decay.read(s.rows[stage_ahead], goes_on);
     }
     warpgroup_wait<kOutput ? 1 : 0>();
     round(S, S16);
-    if constexpr (Traits::kAhead) decay_state();
+    if constexpr (Traits::kAhead) decay.apply(S);
     if constexpr (kOutput) {
       warpgroup_fence_operand(S);
       warpgroup_fence_operand(S16);
