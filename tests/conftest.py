@@ -12,6 +12,9 @@ import torch
 hypothesis.settings.register_profile("nearfield", deadline=None, derandomize=True, max_examples=40)
 hypothesis.settings.load_profile("nearfield")
 
+# Their asserts say what they compared, as those of test modules do.
+pytest.register_assert_rewrite("delta_cases", "gna_cases", "lla_cases")
+
 
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     # Threads of several processes on the same cores wait for each other in busy loops.

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 import torch
-from test_gna import Case
+from gna_cases import Case
 
 TOOLS = ["memcheck"]
 # Every layout of a block (32 to 256 features), masks, partial boxes, gathered rows, groups of heads; the first has more

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from compare import assert_accurate
+from delta_cases import GATE_KINDS, check_speculation, make, name_of, one_step
+from lla_cases import HOSTILE, LAMS, Case, draw
 from nearfield.delta import delta_rule_reference, delta_rule_step, delta_rule_verify
 from nearfield.lla import local_linear_attention_step
 from nearfield.lla import reference as lla
-from test_delta import GATE_KINDS, check_speculation, make, name_of, one_step
-from test_lla import HOSTILE, LAMS, Case, draw
 from torch import Tensor
 
 pytestmark = pytest.mark.gpu

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from delta_cases import L2_16BIT, LEAVES, SEQUENCES, correlated_keys, hostile_gates, make, name_of, run
 from delta_chunks import delta_rule_by_chunks
 from nearfield.delta import delta_rule, delta_rule_reference
 from nearfield.delta.op import kept_bytes
-from test_delta import L2_16BIT, LEAVES, SEQUENCES, correlated_keys, hostile_gates, make, name_of, run
 from torch import Tensor, nn
 
 pytestmark = pytest.mark.gpu

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from delta_cases import L2_16BIT, SEQUENCES, correlated_keys, hostile_gates, make, name_of
 from delta_chunks import delta_rule_by_chunks
 from nearfield.delta import delta_rule, delta_rule_states, delta_rule_transition
-from test_delta import L2_16BIT, SEQUENCES, correlated_keys, hostile_gates, make, name_of
 from torch import Tensor
 
 pytestmark = pytest.mark.gpu

@@ -7,10 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from delta_chunks import delta_rule_by_chunks
-from nearfield import explain
-from nearfield.delta import delta_rule, delta_rule_reference, delta_rule_states
-from test_delta import (
+from delta_cases import (
     FLOAT32_FACTOR,
     FLOAT32_REPEATED_FACTOR,
     L2_16BIT,
@@ -20,6 +17,9 @@ from test_delta import (
     name_of,
     run,
 )
+from delta_chunks import delta_rule_by_chunks
+from nearfield import explain
+from nearfield.delta import delta_rule, delta_rule_reference, delta_rule_states
 from torch import Tensor
 
 pytestmark = pytest.mark.gpu

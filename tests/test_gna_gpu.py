@@ -11,10 +11,7 @@ from typing import Any
 import pytest
 import torch
 from compare import assert_accurate
-from nearfield import neighborhood_attention
-from nearfield.gna import op
-from nearfield.gna.reference import neighborhood_attention_reference
-from test_gna import (
+from gna_cases import (
     PER_HEAD,
     Case,
     biased_per_head,
@@ -25,6 +22,9 @@ from test_gna import (
     run_per_head,
     run_with_grads,
 )
+from nearfield import neighborhood_attention
+from nearfield.gna import op
+from nearfield.gna.reference import neighborhood_attention_reference
 from torch import Tensor
 
 pytestmark = pytest.mark.gpu

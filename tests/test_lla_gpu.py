@@ -10,10 +10,7 @@ from typing import Any
 import pytest
 import torch
 from compare import assert_accurate
-from nearfield import explain, lla
-from nearfield.lla import local_linear_attention, probe_attention
-from nearfield.lla import reference as ref
-from test_lla import (
+from lla_cases import (
     F64,
     HOSTILE,
     LAMS,
@@ -31,6 +28,9 @@ from test_lla import (
     term_size,
     with_gradients,
 )
+from nearfield import explain, lla
+from nearfield.lla import local_linear_attention, probe_attention
+from nearfield.lla import reference as ref
 from torch import Tensor, nn
 
 pytestmark = pytest.mark.gpu

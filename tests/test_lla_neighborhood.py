@@ -9,6 +9,7 @@ import nearfield
 import pytest
 import torch
 from compare import assert_accurate
+from lla_cases import CONVERGED, DTYPES, F64, dtype_id, with_gradients
 from nearfield.lla import (
     local_linear_attention,
     neighborhood_local_linear_attention,
@@ -16,7 +17,6 @@ from nearfield.lla import (
 )
 from nearfield.lla import reference as ref
 from nearfield.lla.neighborhood import Boxes, boxes_of
-from test_lla import CONVERGED, DTYPES, F64, dtype_id, with_gradients
 from torch import Tensor
 
 ops = torch.ops.nearfield

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from lla_cases import F64, dtype_id, with_gradients
 from nearfield import explain
 from nearfield.lla import (
     local_linear_attention,
@@ -13,7 +14,6 @@ from nearfield.lla import (
     neighborhood_probe_attention,
 )
 from nearfield.lla import reference as ref
-from test_lla import F64, dtype_id, with_gradients
 from test_lla_gpu import CONVERGED, assert_close, bound
 from test_lla_neighborhood import CASES, LAMS, NAMES, Case, Grid, draw, truth_and_unit
 from torch import Tensor
