@@ -145,6 +145,14 @@ def test_odd_head_dims(case: Case, dtype: torch.dtype) -> None:
     check(case, dtype, "portable")
 
 
+def check_same_bits(case: Case, backend: str, inputs: list[Tensor], *, repeats: int) -> None:
+    grad = torch.randn(*inputs[0].shape[:-1], case.dim_v, device="cuda", dtype=inputs[0].dtype)
+    first = torch.autograd.grad(case.run(inputs, backend)[0], inputs, grad)
+    for _ in range(repeats):
+        again = torch.autograd.grad(case.run(inputs, backend)[0], inputs, grad)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
 @pytest.mark.parametrize("case", BIAS_CASES, ids=str)
 @pytest.mark.parametrize("backend, dtype", [(b, d) for b in BACKENDS for d in DTYPES[b]], ids=case_id)
 def test_bias(case: Case, backend: str, dtype: torch.dtype) -> None:
@@ -153,15 +161,11 @@ def test_bias(case: Case, backend: str, dtype: torch.dtype) -> None:
         pytest.skip("the copy engine takes whole 16 bytes")
     inputs = cuda_inputs(case, dtype)
     check(case, dtype, backend, inputs)
-    grad = torch.randn(*inputs[0].shape[:-1], case.dim_v, device="cuda", dtype=dtype)
     torch.use_deterministic_algorithms(backend == "hopper")
     try:
         if backend == "hopper":
             check(case, dtype, backend, inputs)
-        first = torch.autograd.grad(case.run(inputs, backend)[0], inputs, grad)
-        for _ in range(3):
-            again = torch.autograd.grad(case.run(inputs, backend)[0], inputs, grad)
-            assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+        check_same_bits(case, backend, inputs, repeats=3)
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -174,11 +178,7 @@ def test_deterministic_mode(case: Case, backend: str) -> None:
     try:
         inputs = cuda_inputs(case, torch.bfloat16)
         check(case, torch.bfloat16, backend, inputs)
-        grad = torch.randn(*inputs[0].shape[:-1], case.dim_v, device="cuda", dtype=torch.bfloat16)
-        first = torch.autograd.grad(case.run(inputs, backend)[0], inputs, grad)
-        for _ in range(4):
-            again = torch.autograd.grad(case.run(inputs, backend)[0], inputs, grad)
-            assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+        check_same_bits(case, backend, inputs, repeats=4)
     finally:
         torch.use_deterministic_algorithms(False)
 
