@@ -19,8 +19,10 @@ constexpr float kPairUnit = 256.f, kPairLog2 = 8.f;
 // ---- Per query: shift of the exponent, x.kbar, r's constant, D's ----
 
 // From the operands as they were rounded, so that x.k - x.kbar and y.k - y.kbar stay exactly centred.
-template <int kHeadDim>
-__global__ void __launch_bounds__(256) pair_rows_kernel(const __grid_constant__ BwdSm90Args a) {
+// `is_lone` says which rows see one key.
+template <int kHeadDim, class IsLone>
+__global__ void __launch_bounds__(256)
+    pair_rows_kernel(const __grid_constant__ BwdSm90Args a, const __grid_constant__ IsLone is_lone) {
   constexpr int kLanes = kHeadDim / 8;  // of a row
   const QueryProblem& p = a.problem;
   const int row = blockIdx.x * (256 / kLanes) + threadIdx.x / kLanes, lane = threadIdx.x % kLanes,
@@ -54,7 +56,7 @@ __global__ void __launch_bounds__(256) pair_rows_kernel(const __grid_constant__ 
     const RowSums sums = a.row_sums[source];
     const float y_inverse = 1.f / operand_unit(a.minus_y_tiles, head);
     const float one = fminf(1.f / (k_unit * operand_unit(a.x_tiles, head)), 1.f);
-    out = {whole_shift(lse, p.visible.lone(row)) - kPairLog2, sums.weight, xbar, y_inverse * sums.gbar + ybar,
+    out = {whole_shift(lse, is_lone(row)) - kPairLog2, sums.weight, xbar, y_inverse * sums.gbar + ybar,
            one * y_inverse * sums.d};
   } else {
 #pragma unroll
@@ -68,8 +70,10 @@ __global__ void __launch_bounds__(256) pair_rows_kernel(const __grid_constant__ 
 
 // ---- Layouts and storage ----
 
-template <int kHeadDim_>
+// kOnGrid: who sees whom is said by a grid, else by Visibility.
+template <int kHeadDim_, bool kOnGrid_ = false>
 struct KeyTraits {
+  static constexpr bool kOnGrid = kOnGrid_;
   static constexpr int kHeadDim = kHeadDim_, kElements = tile_elements(kHeadDim);
   static constexpr KeyTileSizes kSizes = key_tile(kHeadDim);
   static constexpr int kStages = kSizes.kStages, kQueries = kSizes.kQueries, kParts = kTileRows / kQueries;
@@ -95,6 +99,7 @@ struct KeyTraits {
     alignas(1024) half stage[kStages][4][kElements];
     alignas(16) PairRow rows[kStages][kTileRows];
     Ring<kStages> ring;
+    std::conditional_t<kOnGrid, GridRows, char> grid;
   };
   static_assert(sizeof(Storage) <= 227 * 1024, "a Hopper CTA has 227 KB of shared memory");
 };
@@ -103,7 +108,7 @@ enum StagedOperand : int { kStagedQ, kStagedX, kStagedY, kStagedDo };
 
 struct KeyBlock {
   int batch, kv_head, first_key;
-  Range tiles;  // of queries that see any of the 128 keys; at least one
+  Range tiles;  // of queries that see any of the 128 keys; at least one; on a grid, visits
   int group;
   __device__ __forceinline__ KeyBlock(const QueryProblem& p, int index) {
     const int heads = p.batch * p.kv_heads;
@@ -115,7 +120,6 @@ struct KeyBlock {
     const int begin = min(queries.begin, p.m - 1) / kTileRows;
     tiles = {begin, max(begin + 1, (queries.end + kTileRows - 1) / kTileRows)};
   }
-  __device__ __forceinline__ int visits() const { return group * (tiles.end - tiles.begin); }
 };
 
 // The powers of two (and the scale) of one query head.
@@ -155,7 +159,12 @@ __device__ __forceinline__ void bwd_key_produce(typename Traits::Storage& s, con
   for (int g = 0; g < block.group; ++g) {
     const int64_t head = static_cast<int64_t>(block.batch) * p.heads + block.kv_head * block.group + g;
     for (int t = block.tiles.begin; t < block.tiles.end; ++t) {
-      const int64_t tile = head * p.q.tiles_per_head + t;
+      int64_t tile = head * p.q.tiles_per_head;
+      if constexpr (Traits::kOnGrid) {
+        tile += s.grid.at(t);
+      } else {
+        tile += t;
+      }
       s.ring.wait_empty(at);
       s.ring.expect_bytes(at, 4 * kBytes + kRowBytes);
       const void* operands[4] = {p.q.tiles, a.x_tiles.tiles, a.minus_y_tiles.tiles, a.d_o.tiles};
@@ -184,9 +193,10 @@ __device__ __forceinline__ void bwd_key_consume(typename Traits::Storage& s, con
   const int kv_head = block.batch * p.kv_heads + block.kv_head;
   int key[2];
   Range seen_by[2];
+  const int tile_row = thread % 128 / 32 * 16 + thread % 32 / 4;
   CUTE_UNROLL
   for (int i = 0; i < 2; ++i) {
-    key[i] = first_key + thread % 128 / 32 * 16 + thread % 32 / 4 + 8 * i;
+    key[i] = first_key + tile_row + 8 * i;
     seen_by[i] = key[i] < p.n ? p.visible.any_seen_by(key[i], key[i]) : Range{0, 0};
   }
   const int last_key = first_key + kTileRows - 1;
@@ -257,9 +267,23 @@ __device__ __forceinline__ void bwd_key_consume(typename Traits::Storage& s, con
     issue_gemm<false>(mma_sum, rDs, tGrQ(_, _, _, part, stage + kStagedQ), tGrdK);
     issue_gemm<false>(mma_sum, rR, tGrQ(_, _, _, part, stage + kStagedX), tGrdK);
   };
+  // On a grid, before the products of a visit are issued: which of its queries see the thread's keys, from
+  // the thread's first column on.
+  std::conditional_t<Traits::kOnGrid, SeenAhead, char> ahead;
+  uint64_t seen[2];
+  const auto look = [&](int visit) {
+    if constexpr (Traits::kOnGrid) {
+      ahead.look(s.grid, warpgroup, tile_row, quad, visit, seen);
+      CUTE_UNROLL
+      for (int i = 0; i < 2; ++i) seen[i] >>= 2 * quad;
+    }
+  };
   // S, T, R -> p a, p (a r - D), p r in place
-  const auto weigh = [&](int first_query, const PairRow* rows) {
+  const auto weigh = [&](int tile, int part) {
+    const PairRow* rows = s.rows[at_product.stage] + part * kQueries;
+    const int first_query = tile * kTileRows + part * kQueries;
     const bool masked = first_query < all_seen_by.begin || first_query + kQueries > all_seen_by.end;
+    const uint64_t seen_of_part[2] = {seen[0] >> part * kQueries, seen[1] >> part * kQueries};
     CUTE_UNROLL
     for (int j = 0; j < kQueries / 8; ++j) {
       CUTE_UNROLL
@@ -270,7 +294,9 @@ __device__ __forceinline__ void bwd_key_consume(typename Traits::Storage& s, con
         for (int i = 0; i < 2; ++i) {
           const int e = 4 * j + 2 * i + c;
           float exponent = fmaf(tSrS(e), units.scale_log2, -row.shift);
-          if (masked) {
+          if constexpr (Traits::kOnGrid) {
+            if ((seen_of_part[i] >> (8 * j + c) & 1) == 0) exponent = -INFINITY;
+          } else if (masked) {
             const int query = first_query + column;
             if (query < seen_by[i].begin || query >= seen_by[i].end) exponent = -INFINITY;
           }
@@ -292,60 +318,94 @@ __device__ __forceinline__ void bwd_key_consume(typename Traits::Storage& s, con
     convert_to(r_view, rR);
   };
 
-  const int tiles = block.tiles.end - block.tiles.begin, visits = block.visits() * kParts;
-  s.ring.wait_full(at_product);
-  issue_products(0);
-  warpgroup_wait<0>();
-  weigh(block.tiles.begin * kTileRows, s.rows[at_product.stage]);
-  round_weights();
-  clear(tGrdK);
-  clear(tGrdV);
-  int head = 0, tile = 0;  // of the products, in the group and in the range
-  for (int n = 1; n < visits; ++n) {
-    const int part = n % kParts, part_of_sum = (n + kParts - 1) % kParts;
-    bool next_head = false;
-    if (part == 0) {
-      at_product.advance();
-      if (++tile == tiles) {
-        tile = 0;
-        ++head;
-        next_head = true;
-      }
+  float to_v = 1.f, to_k = 1.f;
+  const auto enter_head = [&](int head) {
+    const HeadUnits next(a, first_head + head, kv_head);
+    to_v = units.dv_factor / next.dv_factor;
+    to_k = units.dk_factor / next.dk_factor;
+    units = next;
+    cutlass::arch::NamedBarrier::sync(128, 1 + warpgroup);  // every warp's products with the last V are done
+    load_tile(sV_data, p.v, units.v_scale);
+  };
+  const auto change_units = [&] {  // the sums so far go over to the units of this head
+    CUTE_UNROLL
+    for (int e = 0; e < kD / 2; ++e) {
+      tGrdV(e) *= to_v;
+      tGrdK(e) *= to_k;
+    }
+  };
+  const auto skip = [&](int count) {
+    for (int i = 0; i < count; ++i) {
       s.ring.wait_full(at_product);
+      s.ring.release(at_product);
+      at_product.advance();
     }
-    float to_v = 1.f, to_k = 1.f;
-    if (next_head) {
-      const HeadUnits next(a, first_head + head, kv_head);
-      to_v = units.dv_factor / next.dv_factor;
-      to_k = units.dk_factor / next.dk_factor;
-      units = next;
-      load_tile(sV_data, p.v, units.v_scale);  // this warpgroup's products with the last V are done
-    }
-    issue_products(part);
-    issue_sums(part_of_sum);
-    warpgroup_wait<4>();
-    weigh((block.tiles.begin + tile) * kTileRows + part * kQueries,
-          s.rows[at_product.stage] + part * kQueries);
-    warpgroup_fence_operand(tSrS);  // keeps the weights above the wait, under the sums
-    warpgroup_fence_operand(tSrT);
-    warpgroup_fence_operand(tSrR);
-    warpgroup_wait<0>();
-    if (part == 0) {
-      s.ring.release(at_sum);
-      at_sum.advance();
-    }
-    round_weights();
-    if (next_head) {  // the sums so far go over to the units of this head
-      CUTE_UNROLL
-      for (int e = 0; e < kD / 2; ++e) {
-        tGrdV(e) *= to_v;
-        tGrdK(e) *= to_k;
+  };
+
+  // A walk goes over the tiles of all heads. On a grid the list has tiles of the other warpgroup before and
+  // behind those of this one, and nothing may be held while they are skipped: a walk per head.
+  Range own = block.tiles;
+  if constexpr (Traits::kOnGrid) own = s.grid.visits[warpgroup];
+  const int tiles = own.end - own.begin, walks = Traits::kOnGrid ? block.group : 1;
+  const int visits = (Traits::kOnGrid ? tiles : tiles * block.group) * kParts;
+  for (int walk = 0; walk < walks; ++walk) {
+    if constexpr (Traits::kOnGrid) {
+      if (walk > 0) {
+        enter_head(walk);
+        change_units();
       }
+      skip(own.begin);
+      at_sum = at_product;
+      look(own.begin);
+    }
+    s.ring.wait_full(at_product);
+    issue_products(0);
+    warpgroup_wait<0>();
+    weigh(own.begin, 0);
+    round_weights();
+    if (walk == 0) {
+      clear(tGrdK);
+      clear(tGrdV);
+    }
+    int head = 0, tile = 0;  // of the products, in the group and in the range
+    for (int n = 1; n < visits; ++n) {
+      const int part = n % kParts, part_of_sum = (n + kParts - 1) % kParts;
+      bool next_head = false;
+      if (part == 0) {
+        at_product.advance();
+        ++tile;
+        if (!Traits::kOnGrid && tile == tiles) {
+          tile = 0;
+          ++head;
+          next_head = true;
+        }
+        s.ring.wait_full(at_product);
+        look(own.begin + tile);
+      }
+      if (next_head) enter_head(head);
+      issue_products(part);
+      issue_sums(part_of_sum);
+      warpgroup_wait<4>();
+      weigh(own.begin + tile, part);
+      warpgroup_fence_operand(tSrS);  // keeps the weights above the wait, under the sums
+      warpgroup_fence_operand(tSrT);
+      warpgroup_fence_operand(tSrR);
+      warpgroup_wait<0>();
+      if (part == 0) {
+        s.ring.release(at_sum);
+        at_sum.advance();
+      }
+      round_weights();
+      if (next_head) change_units();
+    }
+    issue_sums(kParts - 1);
+    warpgroup_wait<0>();
+    s.ring.release(at_sum);
+    if constexpr (Traits::kOnGrid) {
+      at_product.advance();
+      skip(block.tiles.end - own.end);
     }
   }
-  issue_sums(kParts - 1);
-  warpgroup_wait<0>();
-  s.ring.release(at_sum);
 
   const auto store = [&](auto* out, int features, const auto& v, float factor) {
     CUTE_UNROLL
@@ -372,15 +432,8 @@ __device__ __forceinline__ void bwd_key_consume(typename Traits::Storage& s, con
 // ---- Kernel and launch ----
 
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads, 1) bwd_key_kernel(const __grid_constant__ BwdSm90Args a) {
-  auto& s = *reinterpret_cast<typename Traits::Storage*>(dynamic_shared);
-  if (threadIdx.x == 0) {
-    if (cast_smem_ptr_to_uint(&s) % kStorageAlignment != 0) __trap();
-    s.ring.init(1, Traits::kConsumerWarps);
-    cutlass::arch::fence_barrier_init();
-  }
-  __syncthreads();
-  const KeyBlock block(a.problem, blockIdx.x);
+__device__ __forceinline__ void bwd_key_roles(typename Traits::Storage& s, const BwdSm90Args& a,
+                                              const KeyBlock& block) {
   if (threadIdx.x < 128) {
     cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
     if (threadIdx.x == 0) bwd_key_produce<Traits>(s, a, block);
@@ -390,6 +443,35 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) bwd_key_kernel(const __gr
   }
 }
 
+template <class Traits>
+__device__ __forceinline__ void prepare_key_ring(typename Traits::Storage& s) {
+  if (threadIdx.x == 0) {
+    if (cast_smem_ptr_to_uint(&s) % kStorageAlignment != 0) __trap();
+    s.ring.init(1, Traits::kConsumerWarps);
+    cutlass::arch::fence_barrier_init();
+  }
+  __syncthreads();
+}
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1) bwd_key_kernel(const __grid_constant__ BwdSm90Args a) {
+  auto& s = *reinterpret_cast<typename Traits::Storage*>(dynamic_shared);
+  prepare_key_ring<Traits>(s);
+  bwd_key_roles<Traits>(s, a, KeyBlock(a.problem, blockIdx.x));
+}
+
+template <int kHeadDim, class IsLone>
+void launch_pair_rows(const BwdSm90Args& a, const IsLone& is_lone, cudaStream_t stream) {
+  const int rows = a.problem.q.tiles_per_head * kTileRows, rows_per_block = 256 / (kHeadDim / 8);
+  const dim3 blocks(rows / rows_per_block, a.problem.batch * a.problem.heads);
+  pair_rows_kernel<kHeadDim><<<blocks, 256, 0, stream>>>(a, is_lone);
+}
+
+struct LoneInSequence {
+  Visibility visible;
+  __device__ __forceinline__ bool operator()(int row) const { return visible.lone(row); }
+};
+
 template <int kHeadDim>
 int bwd_key_sm90<kHeadDim>::run(const BwdSm90Args& a, void* stream_) {
   using Traits = KeyTraits<kHeadDim>;
@@ -398,8 +480,7 @@ int bwd_key_sm90<kHeadDim>::run(const BwdSm90Args& a, void* stream_) {
   if (attribute != cudaSuccess) return attribute;
   const auto stream = static_cast<cudaStream_t>(stream_);
   const QueryProblem& p = a.problem;
-  const int rows = p.q.tiles_per_head * kTileRows, rows_per_block = 256 / (kHeadDim / 8);
-  pair_rows_kernel<kHeadDim><<<dim3(rows / rows_per_block, p.batch * p.heads), 256, 0, stream>>>(a);
+  launch_pair_rows<kHeadDim>(a, LoneInSequence{p.visible}, stream);
   const int grid = (p.n + 2 * kTileRows - 1) / (2 * kTileRows) * p.batch * p.kv_heads;
   bwd_key_kernel<Traits><<<grid, Traits::kThreads, kShared, stream>>>(a);
   return cudaGetLastError();

@@ -275,11 +275,8 @@ __device__ __forceinline__ void bwd_query_produce(typename Traits::Storage& s, c
 }
 
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads, 1)
-    bwd_query_kernel(const __grid_constant__ BwdSm90Args a) {
-  auto& s = *reinterpret_cast<typename Traits::Storage*>(dynamic_shared);
-  prepare_barriers<Traits>(s);
-  const QueryBlock block(a.problem, blockIdx.x);
+__device__ __forceinline__ void bwd_query_roles(typename Traits::Storage& s, const BwdSm90Args& a,
+                                                const QueryBlock& block) {
   if (threadIdx.x < 128) {
     cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
     if (threadIdx.x == 0) bwd_query_produce<Traits>(s, a, block);
@@ -287,6 +284,14 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
     bwd_query_consume<Traits>(s, a, block);
   }
+}
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1)
+    bwd_query_kernel(const __grid_constant__ BwdSm90Args a) {
+  auto& s = *reinterpret_cast<typename Traits::Storage*>(dynamic_shared);
+  prepare_barriers<Traits>(s);
+  bwd_query_roles<Traits>(s, a, QueryBlock(a.problem, blockIdx.x));
 }
 
 template <int kHeadDim>

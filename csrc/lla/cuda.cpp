@@ -4,7 +4,7 @@
 #endif
 #ifdef NEARFIELD_LLA
 #include "lla/checks.h"
-#include "lla/fwd_grid_sm90.h"
+#include "lla/grid_sm90.h"
 #include "lla/plan.h"
 #include "lla/sm80.h"
 #include "nearfield/device.h"
@@ -14,10 +14,10 @@ namespace {
 
 // ---- Instances: what instances.def lists ----
 
-template <class Args>
+template <class... Args>
 struct Instance {
   int head_dim;
-  int (*run)(const Args&, void*);
+  int (*run)(const Args&..., void*);
 };
 
 struct Portable {
@@ -48,7 +48,9 @@ const std::vector<Portable> kPortable = {
 #define USE_fwd_sm90(dim)
 #define USE_fwd_grid_sm90(dim)
 #define USE_bwd_query_sm90(dim)
+#define USE_bwd_query_grid_sm90(dim)
 #define USE_bwd_key_sm90(dim)
+#define USE_bwd_key_grid_sm90(dim)
 #include "lla/instances.def"
 #undef USE_portable_sm80
 #undef USE_fwd_sm90
@@ -62,11 +64,7 @@ const std::vector<Instance<FwdSm90Args>> kForward = {
 #undef USE_fwd_grid_sm90
 #endif
 };
-struct GridInstance {
-  int head_dim;
-  int (*run)(const FwdSm90Args&, const Grid&, void*);
-};
-const std::vector<GridInstance> kForwardOnGrid = {
+const std::vector<Instance<FwdSm90Args, Grid>> kForwardOnGrid = {
 #ifdef NEARFIELD_LLA_SM90
 #define USE_fwd_sm90(dim)
 #define USE_fwd_grid_sm90(dim) {dim, &fwd_grid_sm90<dim>::run},
@@ -81,13 +79,31 @@ const std::vector<Instance<BwdSm90Args>> kBackwardOfQueries = {
 #define USE_bwd_query_sm90(dim) {dim, &bwd_query_sm90<dim>::run},
 #include "lla/instances.def"
 #undef USE_bwd_query_sm90
+#undef USE_bwd_query_grid_sm90
+#endif
+};
+const std::vector<Instance<BwdSm90Args, Grid>> kBackwardOfQueriesOnGrid = {
+#ifdef NEARFIELD_LLA_SM90
+#define USE_bwd_query_sm90(dim)
+#define USE_bwd_query_grid_sm90(dim) {dim, &bwd_query_grid_sm90<dim>::run},
+#include "lla/instances.def"
+#undef USE_bwd_query_grid_sm90
 #undef USE_bwd_key_sm90
 #endif
 };
 const std::vector<Instance<BwdSm90Args>> kBackwardOfKeys = {
 #ifdef NEARFIELD_LLA_SM90
-#define USE_bwd_query_sm90(dim)
+#define USE_bwd_query_grid_sm90(dim)
 #define USE_bwd_key_sm90(dim) {dim, &bwd_key_sm90<dim>::run},
+#include "lla/instances.def"
+#undef USE_bwd_key_sm90
+#undef USE_bwd_key_grid_sm90
+#endif
+};
+const std::vector<Instance<BwdSm90Args, Grid>> kBackwardOfKeysOnGrid = {
+#ifdef NEARFIELD_LLA_SM90
+#define USE_bwd_key_sm90(dim)
+#define USE_bwd_key_grid_sm90(dim) {dim, &bwd_key_grid_sm90<dim>::run},
 #include "lla/instances.def"
 #endif
 };
@@ -95,10 +111,9 @@ const std::vector<Instance<BwdSm90Args>> kBackwardOfKeys = {
 
 using Backend = std::optional<std::string>;
 
-Plan plan_of(const char* op, const Tensor& q, const Tensor& v, const Backend& backend, const Grid& grid,
-             bool backward) {
+Plan plan_of(const char* op, const Tensor& q, const Tensor& v, const Backend& backend) {
   return choose_plan(op, q.scalar_type(), q.sizes()[3], v.sizes()[3],
-                     device_info(q.get_device_index()).capability, backend, grid.given(), backward);
+                     device_info(q.get_device_index()).capability, backend);
 }
 
 // The plan has checked that the instance is built.
@@ -233,7 +248,7 @@ Fwd fwd_cuda(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor&
   torch::stable::accelerator::DeviceGuard guard(q_.get_device_index());
   const Packing packing = check_packing(op, cu_seqlens, q_, k_);
   const Grid grid = check_grid(op, grid_, packing, q_, k_);
-  const Plan plan = plan_of(op, q_, v_, backend, grid, false);
+  const Plan plan = plan_of(op, q_, v_, backend);
   const Tensor q = dense_rows(q_), k = dense_rows(k_), v = dense_rows(v_);
   const auto s = q.sizes();
   Fwd out{new_empty(q, {s[0], s[1], s[2], v.sizes()[3]}),
@@ -278,7 +293,7 @@ ProbeFwd probe_fwd_cuda(const Tensor& q_, const Tensor& x_, const Tensor& k_, co
   torch::stable::accelerator::DeviceGuard guard(q_.get_device_index());
   const Packing packing = check_packing(op, cu_seqlens, q_, k_);
   const Grid grid = check_grid(op, grid_, packing, q_, k_);
-  const Plan plan = plan_of(op, q_, v_, backend, grid, false);
+  const Plan plan = plan_of(op, q_, v_, backend);
   const Tensor q = dense_rows(q_), x = dense_rows(x_), k = dense_rows(k_), v = dense_rows(v_);
   const auto s = q.sizes();
   check_statistic(op, "x", x, q, {s[0], s[1], s[2], s[3]});
@@ -320,7 +335,7 @@ std::array<Tensor, 5> backward(const char* op, const Tensor& d_o_, const Tensor&
   torch::stable::accelerator::DeviceGuard guard(q_.get_device_index());
   const Packing packing = check_packing(op, cu_seqlens, q_, k_);
   const Grid grid = check_grid(op, grid_, packing, q_, k_);
-  const Plan plan = plan_of(op, q_, v_, backend, grid, true);
+  const Plan plan = plan_of(op, q_, v_, backend);
   const Tensor q = dense_rows(q_), k = dense_rows(k_), v = dense_rows(v_), d_o = dense_rows(d_o_),
                x = dense_rows(x_);
   const Tensor kbar = torch::stable::contiguous(kbar_), lse = torch::stable::contiguous(lse_);
@@ -367,7 +382,8 @@ std::array<Tensor, 5> backward(const char* op, const Tensor& d_o_, const Tensor&
     check_launch(op, portable_of(plan, dtype).bwd_queries(args, stream));
     check_launch(op, portable_of(plan, dtype).bwd_dq(args, stream));
   } else {
-    check_launch(op, instance_of(kBackwardOfQueries, plan).run(args, stream));
+    check_launch(op, grid.given() ? instance_of(kBackwardOfQueriesOnGrid, plan).run(args, grid, stream)
+                                  : instance_of(kBackwardOfQueries, plan).run(args, stream));
   }
 
   args.x_tiles = operands.add(x, 2 * kTileRows, 0.f, &args.problem.visible);
@@ -379,8 +395,9 @@ std::array<Tensor, 5> backward(const char* op, const Tensor& d_o_, const Tensor&
   args.pair_rows = reinterpret_cast<PairRow*>(data_of<float>(pair_rows));
   args.dk = dk.mutable_data_ptr();
   args.dv = dv.mutable_data_ptr();
-  check_launch(op, plan.portable ? portable_of(plan, dtype).bwd_dkv(args, stream)
-                                 : instance_of(kBackwardOfKeys, plan).run(args, stream));
+  check_launch(op, plan.portable  ? portable_of(plan, dtype).bwd_dkv(args, stream)
+                   : grid.given() ? instance_of(kBackwardOfKeysOnGrid, plan).run(args, grid, stream)
+                                  : instance_of(kBackwardOfKeys, plan).run(args, stream));
   return out;
 }
 

@@ -30,7 +30,9 @@ const std::vector<Instance> kSteps = {
 #define USE_fwd_sm90(dim)
 #define USE_fwd_grid_sm90(dim)
 #define USE_bwd_query_sm90(dim)
+#define USE_bwd_query_grid_sm90(dim)
 #define USE_bwd_key_sm90(dim)
+#define USE_bwd_key_grid_sm90(dim)
 #define USE_STEP(kernel, hopper, element, d, dv) \
   {hopper, kScalarType<element>, d, dv, kernel<element, d, dv>::kFloats, &kernel<element, d, dv>::run},
 #define USE_step_sm80(element, d, dv) USE_STEP(step_sm80, false, element, d, dv)

@@ -2,8 +2,8 @@
 // who sees whom.
 #pragma once
 
-#include "lla/fwd_grid_sm90.h"
 #include "lla/fwd_sm90.cuh"
+#include "lla/grid_sm90.h"
 
 namespace nearfield::lla {
 
@@ -12,7 +12,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     fwd_grid_kernel(const __grid_constant__ FwdSm90Args a, const __grid_constant__ Grid grid) {
   auto& s = *reinterpret_cast<typename Traits::Storage*>(dynamic_shared);
   QueryBlock block(a.problem, blockIdx.x);
-  s.grid.prepare(grid, block.row_tile, a.problem.m / kBoxRows);
+  s.grid.prepare(grid, block.row_tile, a.problem.m / kBoxRows, false);
   prepare_barriers<Traits>(s);
   block.tiles = {0, s.grid.total};
   fwd_roles<Traits>(s, a, block);

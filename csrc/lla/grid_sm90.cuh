@@ -1,5 +1,6 @@
 // The grid for a CTA of Hopper's kernels: which tiles of keys its two tiles of queries see, in which order,
-// and what of a tile a row sees.
+// and what of a tile a row sees. For the gradients of the keys rows are keys, and what they "see" are the
+// queries that see them.
 //
 // Both row tiles walk one list. Where they are neighbors in the last dimension and see the same boxes of the
 // others, the list is the union of what they see, the last dimension outermost: what each sees then is an
@@ -22,7 +23,8 @@ struct GridRows {
   Range reach[2][kMostPlaces];  // of a row tile, per place in the box: of dimension 2, then 1, then 0
 
   // By all threads of the CTA, before a barrier. Row tiles from `row_tiles` on are none.
-  __device__ __forceinline__ void prepare(const Grid& grid, const int (&row_tile)[2], int row_tiles) {
+  __device__ __forceinline__ void prepare(const Grid& grid, const int (&row_tile)[2], int row_tiles,
+                                          bool of_keys) {
     const int thread = threadIdx.x, which = thread / kMostPlaces;
     if (which < 2) {
       int place = thread % kMostPlaces, width = 1;
@@ -30,14 +32,14 @@ struct GridRows {
         if (place >= 0 && place < grid.side[d]) {
           reach[which][thread % kMostPlaces] =
               row_tile[which] < row_tiles
-                  ? grid.reach(row_tile[which] * kBoxRows + place * width, false).range[d]
+                  ? grid.reach(row_tile[which] * kBoxRows + place * width, of_keys).range[d]
                   : Range{0, 0};
         }
         place -= grid.side[d];
         width *= grid.side[d];
       }
     }
-    if (thread == static_cast<int>(blockDim.x) - 1) order(grid, row_tile, row_tiles);
+    if (thread == static_cast<int>(blockDim.x) - 1) order(grid, row_tile, row_tiles, of_keys);
   }
 
   // The number of the tile of a visit, and that of its box in each dimension.
@@ -57,7 +59,7 @@ struct GridRows {
     return at(visit, box);
   }
 
-  // Which keys of the tile of a visit `row` of a row tile sees: bit r is row r of the tile.
+  // What of the tile of a visit `row` of a row tile sees: bit r is row r of the tile.
   __device__ __forceinline__ uint64_t seen(int which, int row, const int (&box)[3]) const {
     uint64_t bits = ~uint64_t{0};
     int log_width = 0, table = 0;
@@ -92,15 +94,16 @@ struct GridRows {
   }
 
   // A tile of rows that see nothing visits one tile all the same.
-  static __device__ __forceinline__ Grid::Tiles reached(const Grid& grid, int tile) {
-    Grid::Tiles out = grid.reached(tile, false);
+  static __device__ __forceinline__ Grid::Tiles reached(const Grid& grid, int tile, bool of_keys) {
+    Grid::Tiles out = grid.reached(tile, of_keys);
     if (out.total() == 0) {
       for (int d = 0; d < 3; ++d) out.begin[d] = 0, out.count[d] = 1;
     }
     return out;
   }
 
-  __device__ __forceinline__ void order(const Grid& grid, const int (&row_tile)[2], int row_tiles) {
+  __device__ __forceinline__ void order(const Grid& grid, const int (&row_tile)[2], int row_tiles,
+                                        bool of_keys) {
     int rows = 1;
     for (int d = 2; d >= 0; --d) {
       log_side[d] = __ffs(grid.side[d]) - 1;
@@ -108,13 +111,13 @@ struct GridRows {
       repeats[d] = 1;
       for (int copied = rows; copied < kBoxRows; copied *= 2) repeats[d] |= repeats[d] << copied;
     }
-    const Grid::Tiles a = reached(grid, row_tile[0]);
+    const Grid::Tiles a = reached(grid, row_tile[0], of_keys);
     boxes[0] = boxes[1] = a;
     total = split = a.total();
     visits[0] = {0, total};
     visits[1] = {0, 1};
     if (row_tile[1] >= row_tiles) return;
-    const Grid::Tiles b = reached(grid, row_tile[1]);
+    const Grid::Tiles b = reached(grid, row_tile[1], of_keys);
     const int end_a = a.begin[2] + a.count[2], end_b = b.begin[2] + b.count[2];
     bool joined = a.group == b.group && a.begin[2] <= end_b && b.begin[2] <= end_a;
     for (int d = 0; d < 2; ++d) joined &= a.begin[d] == b.begin[d] && a.count[d] == b.count[d];
@@ -130,6 +133,26 @@ struct GridRows {
       total = split + b.total();
       visits[1] = {split, total};
     }
+  }
+};
+
+// What the two rows of a consumer thread, `row` and row + 8, see of visit after visit. The threads of a quad
+// have the same rows, so each looks at one of four visits for all of them.
+struct SeenAhead {
+  uint64_t ahead[2];  // of the visit that is this thread's turn
+
+  __device__ __forceinline__ void look(const GridRows& grid, int which, int row, int quad, int visit,
+                                       uint64_t (&seen)[2]) {
+    const Range visits = grid.visits[which];
+    const int turn = (visit - visits.begin) % 4;
+    if (turn == 0) {
+      int box[3];
+      grid.at(min(visit + quad, visits.end - 1), box);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) ahead[i] = grid.seen(which, row + 8 * i, box);
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) seen[i] = __shfl_sync(0xffffffffu, ahead[i], turn, 4);
   }
 };
 

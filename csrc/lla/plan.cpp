@@ -87,7 +87,7 @@ std::string hopper_refuses(int capability, ScalarType dtype, int64_t d, int64_t 
 }
 
 Plan choose_plan(const char* op, ScalarType dtype, int64_t d, int64_t dv, int capability,
-                 const std::optional<std::string>& backend, bool on_grid, bool backward) {
+                 const std::optional<std::string>& backend) {
   Plan plan;
   STD_TORCH_CHECK(!backend || *backend == "hopper" || *backend == "portable", op, ": backend is \"", *backend,
                   "\"; known: \"hopper\", \"portable\"");
@@ -97,14 +97,11 @@ Plan choose_plan(const char* op, ScalarType dtype, int64_t d, int64_t dv, int ca
                   capability_text(capability), "; this build is for ", kBuiltFor);
   if (!backend || *backend == "hopper") {
     plan.because = hopper_refuses(capability, dtype, d, dv);
-    const bool serves = plan.because.empty();
-    if (serves && on_grid && backward) {
-      plan.because = "Hopper's kernels have no backward for the neighborhoods of a grid";
-    } else if (serves) {
+    if (plan.because.empty()) {
       plan.head_dim = smallest(hopper_head_dims(), std::max(d, dv));
       return plan;
     }
-    STD_TORCH_CHECK(!backend || serves, op, ": backend \"hopper\" was asked for, but ", plan.because);
+    STD_TORCH_CHECK(!backend, op, ": backend \"hopper\" was asked for, but ", plan.because);
   }
   plan.portable = true;
   STD_TORCH_CHECK(is_16bit(dtype) || dtype == ScalarType::Float, op, ": q has dtype ",
@@ -119,10 +116,9 @@ Plan choose_plan(const char* op, ScalarType dtype, int64_t d, int64_t dv, int ca
 namespace {
 
 // For explain: "hopper 64", or "portable 64 <why>".
-std::string lla_plan(Tensor q, Tensor v, int64_t capability, std::optional<std::string> backend, bool on_grid,
-                     bool backward) {
-  const Plan plan = choose_plan("lla", q.scalar_type(), q.sizes()[3], v.sizes()[3],
-                                static_cast<int>(capability), backend, on_grid, backward);
+std::string lla_plan(Tensor q, Tensor v, int64_t capability, std::optional<std::string> backend) {
+  const Plan plan =
+      choose_plan("lla", q.scalar_type(), q.sizes()[3], v.sizes()[3], static_cast<int>(capability), backend);
   return std::string(plan.portable ? "portable " : "hopper ") + std::to_string(plan.head_dim) +
          (plan.because.empty() ? "" : " " + plan.because);
 }
@@ -155,9 +151,7 @@ std::string slower_because(int64_t capability, ScalarType dtype, int64_t d, int6
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(nearfield, m) {
-  m.def(
-      "lla_plan(Tensor q, Tensor v, int capability, str? backend=None, bool on_grid=False, "
-      "bool backward=False) -> str");
+  m.def("lla_plan(Tensor q, Tensor v, int capability, str? backend=None) -> str");
   m.def("lla_box(int[] size, int[] window, int[] stride, int[] dilation, int[] causal) -> int[]");
   m.def("lla_slower_because(int capability, ScalarType dtype, int d, int dv) -> str");
 }

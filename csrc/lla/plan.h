@@ -14,10 +14,9 @@ struct Plan {
   std::string because;  // why the portable kernels run although nobody asked for them
 };
 
-// backend: "hopper", "portable"; none: hopper where it serves the call. Throws where there is no kernel. The
-// backward on a grid has portable kernels only: they run whatever the backend.
+// backend: "hopper", "portable"; none: hopper where it serves the call. Throws where there is no kernel.
 Plan choose_plan(const char* op, ScalarType dtype, int64_t d, int64_t dv, int capability,
-                 const std::optional<std::string>& backend, bool on_grid, bool backward);
+                 const std::optional<std::string>& backend);
 
 // Why Hopper's kernels do not serve the call; empty if they do.
 std::string hopper_refuses(int capability, ScalarType dtype, int64_t d, int64_t dv);

@@ -171,9 +171,10 @@ struct QueryTile {
   Range keys[2];  // that the rows see; on a grid their number counts
   Range tiles;    // that any row of the warpgroup sees; on a grid, visits
   Range all_see;  // keys that every row of the warpgroup sees; not on a grid
-  // On a grid: what the two rows see of the visit `ahead` + quad, and of the visit whose products come next,
-  // from the thread's first column on; and whether that is all for every row of the warp.
-  uint64_t ahead[Traits::kOnGrid ? 2 : 1], seen[Traits::kOnGrid ? 2 : 1];
+  // On a grid: what the two rows see of the visit whose products come next, from the thread's first column
+  // on; and whether that is all for every row of the warp.
+  std::conditional_t<Traits::kOnGrid, SeenAhead, char> ahead;
+  uint64_t seen[2];
   bool sees_all;
   float scale_log2;  // logits in units of log2(e) from products of operands
   float shift[2];    // weights are exp2(scale_log2 s - shift)
@@ -300,19 +301,10 @@ struct QueryTile {
     }
   }
 
-  // On a grid, before the products of a visit are issued: what the rows see of it. The threads of a quad have
-  // the same rows, so each looks at one of four visits for all of them.
+  // On a grid, before the products of a visit are issued: what the rows see of it.
   __device__ __forceinline__ void look(int visit) {
     if constexpr (Traits::kOnGrid) {
-      const int turn = (visit - tiles.begin) % 4;
-      if (turn == 0) {
-        int box[3];
-        s.grid.at(min(visit + quad, tiles.end - 1), box);
-        CUTE_UNROLL
-        for (int i = 0; i < 2; ++i) ahead[i] = s.grid.seen(warpgroup, tile_row() + 8 * i, box);
-      }
-      CUTE_UNROLL
-      for (int i = 0; i < 2; ++i) seen[i] = __shfl_sync(0xffffffffu, ahead[i], turn, 4);
+      ahead.look(s.grid, warpgroup, tile_row(), quad, visit, seen);
       sees_all = __all_sync(0xffffffffu, (seen[0] & seen[1]) == ~uint64_t{0});
       CUTE_UNROLL
       for (int i = 0; i < 2; ++i) seen[i] >>= 2 * quad;

@@ -15,7 +15,8 @@ from nearfield.lla import neighborhood, op
 
 @dataclass(frozen=True)
 class LocalLinearExplanation(_explain.Explanation):
-    """What a call of ``local_linear_attention``, ``probe_attention`` or their neighborhood forms runs."""
+    """What a call of ``local_linear_attention``, ``probe_attention`` or their neighborhood forms runs, forward and
+    backward alike."""
 
     call: str
     backend: str | None
@@ -26,10 +27,6 @@ class LocalLinearExplanation(_explain.Explanation):
     """What the operands of the matrix products are; sums, statistics and the solver's vectors are float32."""
     because: str | None = None
     """Why the portable kernels run although nobody asked for them."""
-    backward: str | None = None
-    """The backend of the gradients: that of the forward, or ``"portable"`` where Hopper has no kernels for them."""
-    backward_because: str | None = None
-    """Why it is another."""
     refused: str | None = None
     """Why there is no kernel."""
 
@@ -39,10 +36,7 @@ class LocalLinearExplanation(_explain.Explanation):
             return text + f"refused: {self.refused}"
         text += f"{self.backend} kernels" + (f", head dim {self.head_dim}" if self.head_dim else "")
         text += f", {self.arithmetic}" if self.arithmetic else ""
-        text += f"\n  portable: {self.because}" if self.because else ""
-        return text + (
-            f"\n  backward {self.backward}: {self.backward_because}" if self.backward_because else ""
-        )
+        return text + (f"\n  portable: {self.because}" if self.because else "")
 
 
 def _explain_call(
@@ -52,7 +46,7 @@ def _explain_call(
     op._check(name, q, k, v, None, window)
     call = f"q {list(q.shape)} {str(q.dtype).removeprefix('torch.')}, k {list(k.shape)}, v {list(v.shape)}"
     call += f", window {window}" if window is not None else ""
-    return _explain_kernels(name, architecture, call, q, v, backend, False)
+    return _explain_kernels(name, architecture, call, q, v, backend)
 
 
 def _explain_neighborhood(
@@ -70,26 +64,22 @@ def _explain_neighborhood(
     call = f"q {list(q.shape)} {str(q.dtype).removeprefix('torch.')}, k {list(k.shape)}, v {list(v.shape)}"
     call += f", kernel_size {boxes.window}, boxes of {'x'.join(map(str, boxes.side))} tokens"
     return _explain_kernels(
-        name, architecture, call, q.flatten(1, -3), v.flatten(1, -3), options.get("backend"), True
+        name, architecture, call, q.flatten(1, -3), v.flatten(1, -3), options.get("backend")
     )
 
 
 def _explain_kernels(
-    name: str, architecture: str, call: str, q: Tensor, v: Tensor, backend: str | None, on_grid: bool
+    name: str, architecture: str, call: str, q: Tensor, v: Tensor, backend: str | None
 ) -> LocalLinearExplanation:
     if architecture == "cpu":
-        return LocalLinearExplanation(name, architecture, call, "cpu", backward="cpu")
+        return LocalLinearExplanation(name, architecture, call, "cpu")
     capability = int(architecture.removeprefix("sm_"))
     try:
-        told, backward = (
-            torch.ops.nearfield.lla_plan(q, v, capability, backend, on_grid, gradients)
-            for gradients in (False, True)
-        )
+        told = torch.ops.nearfield.lla_plan(q, v, capability, backend)
     except RuntimeError as error:
         refused = _runtime.sentence(error).removeprefix("lla: ")
         return LocalLinearExplanation(name, architecture, call, None, refused=refused)
     chosen, head_dim, *because = told.split(" ", 2)
-    of_gradients, _, *why = backward.split(" ", 2)
     products = "3xTF32 products" if q.dtype == torch.float32 else "fp16 products over powers of two"
     return LocalLinearExplanation(
         name,
@@ -99,8 +89,6 @@ def _explain_kernels(
         int(head_dim),
         products,
         because[0] if because else None,
-        backward=of_gradients,
-        backward_because=why[0] if why and of_gradients != chosen else None,
     )
 
 

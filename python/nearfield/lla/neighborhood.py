@@ -65,9 +65,7 @@ def neighborhood_local_linear_attention(
         dilation: one value, or one per dimension.
         is_causal: one bool, or one per dimension.
         lam: as in ``local_linear_attention``; per head and token it is [B, *X, Hq].
-        scale, tol, max_iters, ridge, return_aux: as in ``local_linear_attention``.
-        backend: CUDA only, as in ``local_linear_attention``. Hopper's kernels serve the forward; the gradients are those
-            of the portable kernels on every GPU.
+        scale, tol, max_iters, ridge, return_aux, backend: as in ``local_linear_attention``.
 
     Returns:
         o [B, *X, Hq, dv], and with return_aux a ``SolveInfo`` of tensors [B, *X, Hq]. Gradients as in
