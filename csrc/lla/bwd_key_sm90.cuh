@@ -267,13 +267,16 @@ __device__ __forceinline__ void bwd_key_consume(typename Traits::Storage& s, con
     issue_gemm<false>(mma_sum, rDs, tGrQ(_, _, _, part, stage + kStagedQ), tGrdK);
     issue_gemm<false>(mma_sum, rR, tGrQ(_, _, _, part, stage + kStagedX), tGrdK);
   };
+  Range own = block.tiles;  // of the list that this warpgroup walks
+  if constexpr (Traits::kOnGrid) own = s.grid.visits[warpgroup];
+
   // On a grid, before the products of a visit are issued: which of its queries see the thread's keys, from
   // the thread's first column on.
   std::conditional_t<Traits::kOnGrid, SeenAhead, char> ahead;
   uint64_t seen[2];
   const auto look = [&](int visit) {
     if constexpr (Traits::kOnGrid) {
-      ahead.look(s.grid, warpgroup, tile_row, quad, visit, seen);
+      ahead.look(s.grid, warpgroup, tile_row, quad, own, visit, seen);
       CUTE_UNROLL
       for (int i = 0; i < 2; ++i) seen[i] >>= 2 * quad;
     }
@@ -344,8 +347,6 @@ __device__ __forceinline__ void bwd_key_consume(typename Traits::Storage& s, con
 
   // A walk goes over the tiles of all heads. On a grid the list has tiles of the other warpgroup before and
   // behind those of this one, and nothing may be held while they are skipped: a walk per head.
-  Range own = block.tiles;
-  if constexpr (Traits::kOnGrid) own = s.grid.visits[warpgroup];
   const int tiles = own.end - own.begin, walks = Traits::kOnGrid ? block.group : 1;
   const int visits = (Traits::kOnGrid ? tiles : tiles * block.group) * kParts;
   for (int walk = 0; walk < walks; ++walk) {

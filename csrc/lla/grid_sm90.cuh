@@ -141,9 +141,9 @@ struct GridRows {
 struct SeenAhead {
   uint64_t ahead[2];  // of the visit that is this thread's turn
 
-  __device__ __forceinline__ void look(const GridRows& grid, int which, int row, int quad, int visit,
-                                       uint64_t (&seen)[2]) {
-    const Range visits = grid.visits[which];
+  // `visits`: of the row tile, kept in registers.
+  __device__ __forceinline__ void look(const GridRows& grid, int which, int row, int quad, Range visits,
+                                       int visit, uint64_t (&seen)[2]) {
     const int turn = (visit - visits.begin) % 4;
     if (turn == 0) {
       int box[3];

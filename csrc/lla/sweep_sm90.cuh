@@ -304,7 +304,7 @@ struct QueryTile {
   // On a grid, before the products of a visit are issued: what the rows see of it.
   __device__ __forceinline__ void look(int visit) {
     if constexpr (Traits::kOnGrid) {
-      ahead.look(s.grid, warpgroup, tile_row(), quad, visit, seen);
+      ahead.look(s.grid, warpgroup, tile_row(), quad, tiles, visit, seen);
       sees_all = __all_sync(0xffffffffu, (seen[0] & seen[1]) == ~uint64_t{0});
       CUTE_UNROLL
       for (int i = 0; i < 2; ++i) seen[i] >>= 2 * quad;
