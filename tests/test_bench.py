@@ -98,6 +98,7 @@ def test_work_is_counted() -> None:
         assert gna.number_seen(*dimension, causal) == len(visible_keys(*dimension, 1, causal))
     windowed = lla.LlaCase(10, 1, 4, window=3).work(torch.float32)["fwd"]
     assert windowed.flops == pytest.approx((3 * lla.STEPS + 5) * 2 * (1 + 2 + 8 * 3) * 4)
+    assert lla.GridCase((10,), (3,), 1, 4, (True,)).work(torch.float32)["fwd"] == windowed
 
 
 class Broken:
