@@ -28,6 +28,9 @@ struct ChunkGradientChannelTraits : ChunkGradientTraits<Tag, kKeyDim_> {
   static constexpr int kKeyDim = kKeyDim_;
   static constexpr int kTile = Base::kTile, kImages = Base::kImages;
   static constexpr int kParked = kBlockRows * kImageColumns;  // floats of a warp's rows and channels
+  // Floats in a row of G: rows that follow each other begin 8 banks apart, so that the channels of a quad of
+  // eight rows are in different banks.
+  static constexpr int kGateRow = kKeyDim + 8;
 
   struct Sums {
     // Per channel: of q dq + k dk through the entering state over blocks 1, 2, 3; of k dk through the leaving
@@ -68,12 +71,14 @@ struct ChunkGradientChannelTraits : ChunkGradientTraits<Tag, kKeyDim_> {
       };
       float parked_dq[8][kParked];
     };
+    alignas(128) float G[kRows * kGateRow];
+    alignas(8) float steps[2][kKeyDim];  // e^{G_32 - G_16}, e^{G_48 - G_32}
     float beta[kRows], k_norm[kRows], q_norm[kRows];
     GradientPlace place;
     uint64_t qk_here, values_here, state_here, d_state_here;
   };
   static_assert(sizeof(Sums) + sizeof(float2) * kRows * kBlockRows <= kTile * sizeof(Element));
-  static_assert(2 * (sizeof(Storage) + 1024) <= 228 * 1024, "two CTAs on an SM");
+  static_assert(sizeof(Storage) <= 227 * 1024, "a Hopper CTA has 227 KB of shared memory");
 };
 
 // ---- Steps ----
@@ -121,13 +126,20 @@ __device__ __forceinline__ uint4 scaled_piece(const uint4& piece, float factor, 
   return {out[0], out[1], out[2], out[3]};
 }
 
-// The operands of the pairs of different blocks. All threads, a piece of four rows each.
-template <class Storage>
-__device__ __forceinline__ void scale_blocks(Storage& s, const float* G, int kKeyDim) {
-  using Element = std::remove_reference_t<decltype(s.q[0])>;
+// The operands of the pairs of different blocks, and the decays from block to block. All threads, a piece of
+// four rows each.
+template <class Traits>
+__device__ __forceinline__ void scale_blocks(typename Traits::Storage& s) {
+  using Element = typename Traits::Element;
+  static_assert(Traits::kThreads == 2 * Traits::kKeyDim);
+  {
+    const int to = threadIdx.x / Traits::kKeyDim, channel = threadIdx.x % Traits::kKeyDim;
+    const float* from = s.G + (to + 1) * kBlockRows * Traits::kGateRow + channel;
+    s.steps[to][channel] = exp2_fast(from[kBlockRows * Traits::kGateRow] - from[0]);
+  }
   const int piece = threadIdx.x % 16, offset = piece / 8 * static_cast<int>(kImage);
   const auto gates = [&](int row, float (&g)[8]) {
-    const auto* from = reinterpret_cast<const float4*>(G + row * kKeyDim + 8 * piece);
+    const auto* from = reinterpret_cast<const float4*>(s.G + row * Traits::kGateRow + 8 * piece);
     const float4 a = from[0], b = from[1];
     g[0] = a.x, g[1] = a.y, g[2] = a.z, g[3] = a.w, g[4] = b.x, g[5] = b.y, g[6] = b.z, g[7] = b.w;
   };
@@ -153,17 +165,21 @@ __device__ __forceinline__ void scale_blocks(Storage& s, const float* G, int kKe
   }
 }
 
-// Pairs of different blocks; the warp has block `warp` and the channels of warpgroup wg, whose gates begin at
-// G. dk_row (without beta) and dk_column: as reader and as source.
-template <class Storage, class Acc>
-__device__ __forceinline__ void cross_blocks(Storage& s, const float* G, int stride, int wg, int warp,
-                                             Acc& dq, Acc& dk_row, Acc& dk_column) {
-  using Element = std::remove_reference_t<decltype(s.q[0])>;
+// Pairs of different blocks; the warp has block `warp` and the channels of warpgroup wg. dk_row (without
+// beta) and dk_column: as reader and as source.
+template <class Traits, class Acc>
+__device__ __forceinline__ void cross_blocks(typename Traits::Storage& s, int wg, int warp, Acc& dq,
+                                             Acc& dk_row, Acc& dk_column) {
+  using Element = typename Traits::Element;
   const int lane = threadIdx.x % 32, row0 = kBlockRows * warp + lane / 4;
   Element* k_source = s.k_source + wg * kImage;
   Element *k_reader = s.k_reader + wg * kImage, *q_reader = s.q_reader + wg * kImage;
-  const auto gate = [&](int row, int n) {  // of the two channels of this lane in piece n
-    return *reinterpret_cast<const float2*>(G + row * stride + 8 * n + 2 * (lane % 4));
+  const int channels = 64 * wg + 2 * (lane % 4);  // of this lane in piece 0
+  const auto gate = [&](int row, int n) {
+    return *reinterpret_cast<const float2*>(&s.G[row * Traits::kGateRow + channels + 8 * n]);
+  };
+  const auto step = [&](int J, int n) {  // from the anchor of block J, 1 or 2, to the next
+    return *reinterpret_cast<const float2*>(&s.steps[J - 1][channels + 8 * n]);
   };
   const auto between = [&](int to, int from, int n) -> float2 {
     const float2 a = gate(to, n), b = gate(from, n);
@@ -180,7 +196,7 @@ __device__ __forceinline__ void cross_blocks(Storage& s, const float* G, int str
       if (J > 0) {
         CUTE_UNROLL
         for (int n = 0; n < 2; ++n) {
-          const float2 decay = between(kBlockRows * (J + 1), kBlockRows * J, 2 * pair + n);
+          const float2 decay = step(J, 2 * pair + n);
           scale(to_q[n], decay);
           scale(to_k[n], decay);
         }
@@ -215,7 +231,7 @@ __device__ __forceinline__ void cross_blocks(Storage& s, const float* G, int str
       if (I < kBlocks - 1) {
         CUTE_UNROLL
         for (int n = 0; n < 2; ++n) {
-          const float2 decay = between(kBlockRows * (I + 1), kBlockRows * I, 2 * pair + n);
+          const float2 decay = step(I, 2 * pair + n);
           scale(sum[n], decay);
           scale(last[n], decay);
           CUTE_UNROLL
@@ -256,9 +272,9 @@ __device__ __forceinline__ void cross_blocks(Storage& s, const float* G, int str
     for (int x = 0; x < 4; ++x) {
       const int n = x / 2, e = x % 2, channel = 64 * wg + 8 * (2 * pair + n) + 2 * (lane % 4) + e;
       CUTE_UNROLL
-      for (int step = 4; step <= 16; step *= 2) {
-        far_sum[n][e] += __shfl_xor_sync(0xffffffffu, far_sum[n][e], step);
-        last_sum[n][e] += __shfl_xor_sync(0xffffffffu, last_sum[n][e], step);
+      for (int lanes = 4; lanes <= 16; lanes *= 2) {
+        far_sum[n][e] += __shfl_xor_sync(0xffffffffu, far_sum[n][e], lanes);
+        last_sum[n][e] += __shfl_xor_sync(0xffffffffu, last_sum[n][e], lanes);
       }
       if (lane >= 4) continue;
       if (warp == 0) s.sums.pairs[0][channel] = far_sum[n][e], s.sums.pairs[1][channel] = last_sum[n][e];
@@ -412,14 +428,20 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   }
   const int value_images = z.value_images;
   const ChunkRows& rows = args.rows[z.chunk];
-  const float* G = args.G + z.chunk * kRows * kKeyDim;
+  constexpr int kGateRow = Traits::kGateRow;
 
   if (threadIdx.x == 0) {
     const int head_k = static_cast<int>(z.head_k);
-    Barrier::arrive_and_expect_tx(&s.qk_here, 2 * Traits::kTile * 2);
+    Barrier::arrive_and_expect_tx(&s.qk_here, 2 * Traits::kTile * 2 + Traits::kTile * 4);
     load_tokens<kKeyDim>(maps.k, &s.qk_here, s.k, 0, z.token, head_k, z.sequence.batch);
     load_tokens<kKeyDim>(maps.q, &s.qk_here, s.q, 0, z.token, head_k, z.sequence.batch);
     load_values(s, maps, args, z);
+  }
+  if (threadIdx.x / 32 == 1) {
+    for (int row = lane; row < kRows; row += 32) {
+      const float* from = args.G + (z.chunk * kRows + row) * kKeyDim;
+      copy_in(s.G + row * kGateRow, from, kKeyDim * 4, &s.qk_here);
+    }
   }
   if (threadIdx.x < kRows) {
     s.beta[threadIdx.x] = rows.beta[threadIdx.x];
@@ -442,9 +464,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     q_norm[h] = s.q_norm[row0 + 8 * h];
     k_norm[h] = s.k_norm[row0 + 8 * h];
   }
-  const float* G_group = G + 64 * wg;
   const auto gate = [&](int row, int n) {
-    return *reinterpret_cast<const float2*>(G_group + row * kKeyDim + 8 * n + 2 * quad);
+    return *reinterpret_cast<const float2*>(&s.G[row * kGateRow + 64 * wg + 8 * n + 2 * quad]);
   };
   typename Traits::MmaRows mma_rows;
   typename Traits::MmaFeatures mma_features;
@@ -519,7 +540,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   asm volatile("" ::: "memory");
   float through;
   through_state(s.v_new, s.d_state, dk_column);
-  state_dots(s.state, s.d_state, value_images, G + (kRows - 1) * kKeyDim, through);
+  state_dots(s.state, s.d_state, value_images, s.G + (kRows - 1) * kGateRow, through);
   warpgroup_wait<0>();
   {
     CUTE_UNROLL
@@ -555,9 +576,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     if (threadIdx.x % 4 == 0) s.sums.y_v[threadIdx.x / 4] = y_v;
     if (threadIdx.x < 2 * kRows) s.sums.k_diagonal[threadIdx.x / kRows][threadIdx.x % kRows] = 0.f;
   }
-  scale_blocks(s, G, kKeyDim);
+  scale_blocks<Traits>(s);
   __syncthreads();
-  cross_blocks(s, G_group, kKeyDim, wg, warp, dq, dk_row, dk_column);
+  cross_blocks<Traits>(s, wg, warp, dq, dk_row, dk_column);
   {
     float dot[2];
     row_dots(k_image, warp, dk_row, dot);
@@ -632,8 +653,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     for (int e = 0; e < 2; ++e) {
       const int column = lane + 32 * e, channel = 64 * wg + column;
       float dg[kBlockRows], d_bias = 0.f;
-      pairs_in_block(s, wg, warp, {column, G + kBlockRows * warp * kKeyDim + channel, kKeyDim, no_division},
-                     dg);
+      pairs_in_block(s, wg, warp,
+                     {column, s.G + kBlockRows * warp * kGateRow + channel, kGateRow, no_division}, dg);
       if (channel >= in.key_dim) continue;
       const float bias = in.dt_bias != nullptr ? in.dt_bias[z.head * in.key_dim + channel] : 0.f;
       CUTE_UNROLL
