@@ -119,7 +119,10 @@ inline Tensor loadable(const Tensor& t) {
   return torch::stable::copy_(copy, t);
 }
 
-inline void make_loadable(Inputs& x) { x.q = loadable(x.q), x.k = loadable(x.k), x.v = loadable(x.v); }
+inline void make_loadable(Inputs& x) {
+  x.q = loadable(x.q), x.k = loadable(x.k), x.v = loadable(x.v);
+  if (x.channel_gate) x.g = loadable(*x.g);  // read two channels at once
+}
 
 // ---- Scratch ----
 

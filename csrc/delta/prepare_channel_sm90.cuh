@@ -3,8 +3,9 @@
 // between them lies a row m, the first with this bit set, and both e^{G_i - G_m} and e^{G_m - G_j} are at
 // most 1, however strong the gate. A level has as many rows with the bit as without: one product
 //   [k e^{G - G_m}; q e^{G - G_m}] (rows with the bit) times k e^{G_m - G} (rows without)
-// gives its part of A and of P. Two warpgroups: the first makes the diagonal 16 x 16 blocks, levels 0 to 3,
-// in registers, and then N; the second makes levels 4 and 5 and scale Qh, and then Kh and Kt.
+// gives its part of A and of P. A thread owns two channels of 16 rows, k, q and e^g, in registers: every
+// decay is a running product along its rows, so there is one exponential per row and channel. Levels 0 to 3,
+// the diagonal 16 x 16 blocks, need nothing of other warps; levels 4 and 5 are products of a warpgroup.
 #pragma once
 
 #include "delta/prepare_steps_sm90.cuh"
@@ -18,10 +19,14 @@ struct PrepareChannelTraits {
   using Element = element_t<Tag>;
   static constexpr int kKeyDim = kKeyDim_;
   static constexpr int kThreads = 256;
-  static constexpr int kTile = kKeyDim * kRows;      // elements
-  static constexpr int kPieces = kKeyDim / 8;        // of 16 bytes in a row
-  static constexpr int kParts = kThreads / kKeyDim;  // parts of the cumulative sum
-  static constexpr int kPartRows = kRows / kParts;
+  static constexpr int kTile = kKeyDim * kRows;  // elements
+  static constexpr int kHalves = kKeyDim / kImageColumns;
+  static constexpr int kBlockRows = 16, kBlocks = kRows / kBlockRows;
+  static constexpr int kOwners = kBlocks * kHalves;            // warps that own rows and channels
+  static constexpr int kFrontRows = 4 / kHalves * kBlockRows;  // of the first warpgroup
+  static constexpr bool kLow = std::is_same_v<Tag, bf16>;
+  // Rows of a level of a diagonal block: k with the bit, q with it, k without it.
+  static constexpr int kStageRows = 3 * kBlockRows / 2;
   static constexpr int kHalfRows = kRows / 2;
   // A level: all rows that have its bit, as k and as q, times all that have it not.
   using Mma =
@@ -30,38 +35,41 @@ struct PrepareChannelTraits {
   using LayoutRight = decltype(tile_to_shape(GMMA::Layout_K_SW128_Atom<Element>{},
                                              cute::Shape<Int<kHalfRows>, Int<kKeyDim>>{}));
 
-  // Groups of four channels, the even ones before the odd ones, so that lanes that read eight channels each
-  // read different banks; rows that follow each other begin 8 banks apart.
-  static constexpr int kOdd = kKeyDim / 2 + 8, kGateRow = kKeyDim + 8;
-  static __device__ __forceinline__ int gate_at(int c) { return c / 4 % 2 * kOdd + c / 8 * 4 + c % 4; }
-
-  // Q and the scaled rows die with the last product: N and P take the place of Q, A, split in halves, that
-  // of the scaled rows.
+  struct Level {
+    alignas(1024) Element left[kTile];       // [K / 64][32 of k, 32 of q][64]
+    alignas(1024) Element right[kTile / 2];  // [K / 64][32][64]
+  };
   struct Storage {
-    alignas(1024) Element k[kTile];
+    // Where the K of a warp was in registers it leaves its sums of the levels of a diagonal block.
+    union {
+      alignas(1024) Element k[kTile];
+      struct {
+        alignas(1024) Element n[kImage];
+        alignas(1024) Element kt_low_front[kFrontRows * kKeyDim];  // [K / 64][rows][64]
+      };
+    };
     union {
       alignas(1024) Element q[kTile];
       struct {
-        alignas(1024) Element n[kImage];
         alignas(1024) Element p[kImage];
+        alignas(1024) Element p_low[kImage];
       };
     };
     union {
+      alignas(1024) float stage[kOwners][kStageRows * kImageColumns];
+      Level level[2];  // 4 and 5
       struct {
-        alignas(1024) Element left[kTile];       // [K / 64][32 of k, 32 of q][64]
-        alignas(1024) Element right[kTile / 2];  // [K / 64][32][64]
-      };
-      struct {
-        SplitBlocks a;
         alignas(1024) Element n_low[kImage];
+        alignas(1024) Element kt_low_back[kTile / 2];
       };
     };
-    alignas(1024) Element p_low[kImage];
-    alignas(128) float G[kRows][kGateRow];  // channel c at gate_at(c)
-    alignas(128) float decay[kKeyDim];
+    SplitBlocks a;
     alignas(128) ChunkRows rows;
-    float part[kParts][kKeyDim];  // sums of the parts
-    float q_k[kRows];             // q_i . k_i
+    alignas(16) float gates[kBlocks][kKeyDim];     // sums over the rows after each of a block, in log2
+    alignas(16) float first[kKeyDim];              // gate of the first row
+    float products[kHalves][3][kRows];             // k . k, q . q and q . k of a row
+    alignas(16) float a_row[kRows], p_row[kRows];  // beta k_norm and scale q_norm
+    float q_k[kRows];
     TriangularScratch triangular;
     float squares[4];
     uint64_t arrived;
@@ -69,233 +77,366 @@ struct PrepareChannelTraits {
   static_assert(2 * (sizeof(Storage) + 1024) <= 228 * 1024, "two CTAs share an SM");
 };
 
-// ---- Rows ----
+// ---- Two channels of 16 rows: what a thread owns ----
 
-struct Eight {
-  float x[8];
+struct alignas(16) Four {
+  float x[4];
+};
+__device__ __forceinline__ float2 operator*(float2 a, float2 b) { return {a.x * b.x, a.y * b.y}; }
+__device__ __forceinline__ float2 operator+(float2 a, float2 b) { return {a.x + b.x, a.y + b.y}; }
+__device__ __forceinline__ float2 exp2_fast(float2 x) { return {exp2_fast(x.x), exp2_fast(x.y)}; }
+
+// Where the two channels of this lane are in row i of those after `first`, a multiple of 8 rows, of an image
+// of 64 columns. In shared memory: an exclusive or and an offset that is known when i is.
+template <class Element>
+__device__ __forceinline__ uint32_t* pair_at(Element* images, int first, int i) {
+  constexpr int kRowBytes = kImageColumns * 2;
+  const int lane = threadIdx.x % 32;
+  const int at = (first * kRowBytes + 4 * lane) ^ (i % 8 * 16);
+  return reinterpret_cast<uint32_t*>(reinterpret_cast<char*>(images) + at + i * kRowBytes);
+}
+// The same in global memory, where that leaves the upper half of the address alone.
+template <class Element>
+__device__ __forceinline__ void put_pair_at(Element* image, int i, uint32_t pair) {
+  constexpr int kRowBytes = kImageColumns * 2;
+  const auto start = reinterpret_cast<uintptr_t>(image) + threadIdx.x % 32 * 4;
+  __stcg(reinterpret_cast<unsigned int*>((start ^ (i % 8 * 16)) + i * kRowBytes), pair);
+}
+
+template <class Traits>
+struct Columns {
+  using Element = typename Traits::Element;
+  static constexpr int kBlockRows = Traits::kBlockRows;
+  int block, half;           // rows 16 block and following, channels 64 half + 2 lane and the next
+  float2 decay[kBlockRows];  // e^g of the row after; before take_decays g in units of log2
+  uint32_t k[kBlockRows], q[kBlockRows];
+
+  __device__ __forceinline__ int channel() const { return 64 * half + 2 * (threadIdx.x % 32); }
+  __device__ __forceinline__ float2 of(const float* channels) const {
+    return *reinterpret_cast<const float2*>(channels + channel());
+  }
+  __device__ __forceinline__ void put(float* channels, float2 x) const {
+    *reinterpret_cast<float2*>(channels + channel()) = x;
+  }
+
+  // Gates of the rows after each of the block, with all loads in flight at once, and their sum; of block 0
+  // also the first row's. Rows past the end have gate 0.
+  __device__ __forceinline__ void load_gates(typename Traits::Storage& s, const PrepareArgs& args,
+                                             const ChunkPlace& place) {
+    const InputsSm90& in = args.in;
+    const int c = channel(), before = kBlockRows * block;
+    const bool inside = c < in.key_dim;
+    const int count = inside ? place.valid - before : 0;
+    const float* from = in.g + place.token_head(in, before) * in.key_dim + c;
+    const int64_t stride = in.value_heads * in.key_dim;
+    float2 head{0.f, 0.f};
+    if (block == 0 && count > 0) head = *reinterpret_cast<const float2*>(from);
+    CUTE_UNROLL
+    for (int i = 0; i < kBlockRows; ++i) {
+      from += stride;
+      decay[i] = i + 1 < count ? *reinterpret_cast<const float2*>(from) : float2{0.f, 0.f};
+    }
+    if (in.gate == Gate::kLog) {
+      head = {in_log2(head.x), in_log2(head.y)};
+      CUTE_UNROLL
+      for (int i = 0; i < kBlockRows; ++i) decay[i] = {in_log2(decay[i].x), in_log2(decay[i].y)};
+    } else {
+      const float rate = in.A_log != nullptr ? expf(in.A_log[place.head]) : 1.f;
+      const bool biased = in.dt_bias != nullptr && inside;
+      const float* bias = in.dt_bias + place.head * in.key_dim + c;
+      const float2 b{biased ? bias[0] : 0.f, biased ? bias[1] : 0.f};
+      const auto activated = [&](float2 a, int i) {
+        return i < count ? float2{log2_decay(in, a.x + b.x, rate), log2_decay(in, a.y + b.y, rate)}
+                         : float2{0.f, 0.f};
+      };
+      head = activated(head, 0);
+      CUTE_UNROLL
+      for (int i = 0; i < kBlockRows; ++i) decay[i] = activated(decay[i], i + 1);
+    }
+    float2 sum{0.f, 0.f};
+    CUTE_UNROLL
+    for (int i = 0; i < kBlockRows; ++i) sum = sum + decay[i];
+    put(s.gates[block], sum);
+    if (block == 0) put(s.first, head);
+  }
+
+  // G of the first row of the block, and what the gates after the block add to its last one's.
+  __device__ __forceinline__ float2 start(const typename Traits::Storage& s) const {
+    float2 sum = of(s.first);
+    CUTE_UNROLL
+    for (int b = 0; b < Traits::kBlocks - 1; ++b)
+      if (b < block) sum = sum + of(s.gates[b]);
+    return sum;
+  }
+  __device__ __forceinline__ float2 after(const typename Traits::Storage& s) const {
+    float2 sum{0.f, 0.f};
+    CUTE_UNROLL
+    for (int b = 1; b < Traits::kBlocks; ++b)
+      if (b > block) sum = sum + of(s.gates[b]);
+    return sum;
+  }
+
+  // From gates to decays, once the sums of all blocks are there; G of every row, and e^{G_C}, to scratch.
+  __device__ __forceinline__ void take_decays(const typename Traits::Storage& s, const PrepareArgs& args,
+                                              const ChunkPlace& place) {
+    constexpr int kKeyDim = Traits::kKeyDim;
+    if (args.scratch.G != nullptr) {
+      float* to = args.scratch.G + (place.index * kRows + kBlockRows * block) * kKeyDim;
+      float2 G = start(s);
+      CUTE_UNROLL
+      for (int i = 0; i < kBlockRows; ++i) {
+        put(to + i * kKeyDim, G);
+        G = G + decay[i];
+      }
+    }
+    if (block == Traits::kBlocks - 1)
+      put(args.scratch.decay + place.index * kKeyDim, exp2_fast(start(s) + of(s.gates[block])));
+    CUTE_UNROLL
+    for (int i = 0; i < kBlockRows; ++i) decay[i] = exp2_fast(decay[i]);
+  }
+
+  // What only this warp reads of the tiles: 16 rows of an image.
+  __device__ __forceinline__ Element* own(Element* tile) const {
+    return tile + half * kImage + kBlockRows * block * kImageColumns;
+  }
+  __device__ __forceinline__ void load_tokens(typename Traits::Storage& s, int valid) {
+    const int first = half * kImageRows + kBlockRows * block;
+    CUTE_UNROLL
+    for (int i = 0; i < kBlockRows; ++i) k[i] = *pair_at(s.k, first, i), q[i] = *pair_at(s.q, first, i);
+    if (valid == kRows) return;  // rows past the end may hold anything, and become 0
+    CUTE_UNROLL
+    for (int i = 0; i < kBlockRows; ++i)
+      if (kBlockRows * block + i >= valid) k[i] = q[i] = 0;
+  }
+
+  __device__ __forceinline__ float2 k_of(int i) const { return widened(k[i]); }
+  __device__ __forceinline__ float2 q_of(int i) const { return widened(q[i]); }
+  static __device__ __forceinline__ float2 widened(uint32_t pair) {
+    if constexpr (std::is_same_v<Element, cutlass::half_t>) return unpack<Element>(pair);
+    return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};  // the upper halves of floats
+  }
 };
 
-// Channels 8 piece and following of a row of G.
+// A warp: k . k, q . q and q . k of its rows over its channels, from the diagonals of products.
 template <class Traits>
-__device__ __forceinline__ Eight load_gates(const float (&G)[kRows][Traits::kGateRow], int row, int piece) {
-  const float4 a = *reinterpret_cast<const float4*>(&G[row][4 * piece]);
-  const float4 b = *reinterpret_cast<const float4*>(&G[row][Traits::kOdd + 4 * piece]);
-  return {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
-}
-
-template <class Element>
-__device__ __forceinline__ Eight load_row(Element* images, int row, int piece) {
-  const uint4 words =
-      *reinterpret_cast<const uint4*>(image_piece(images + piece / 8 * kImage, row, piece % 8));
-  const float2 a = unpack<Element>(words.x), b = unpack<Element>(words.y), c = unpack<Element>(words.z),
-               d = unpack<Element>(words.w);
-  return {a.x, a.y, b.x, b.y, c.x, c.y, d.x, d.y};
-}
-
-template <class Element>
-__device__ __forceinline__ uint4 scaled(const Eight& from, const Eight& factor, float common) {
-  const auto word = [&](int i) {
-    return pack<Element>(common * from.x[i] * factor.x[i], common * from.x[i + 1] * factor.x[i + 1]);
+__device__ __forceinline__ void row_products(typename Traits::Storage& s, const Columns<Traits>& own) {
+  using Element = typename Traits::Element;
+  using Mma = std::conditional_t<std::is_same_v<Element, cutlass::half_t>, SM80_16x8x16_F32F16F16F32_TN,
+                                 SM80_16x8x16_F32BF16BF16F32_TN>;
+  const int lane = threadIdx.x % 32;
+  float of_k[2][4] = {}, of_q[2][4] = {};  // of rows 0 to 7 and 8 to 15
+  const auto product = [](float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                          uint32_t b1) {
+    Mma::fma(c[0], c[1], c[2], c[3], a0, a1, a2, a3, b0, b1, c[0], c[1], c[2], c[3]);
   };
-  return {word(0), word(2), word(4), word(6)};
-}
-
-// e^{a - b}, in units of log2
-__device__ __forceinline__ Eight decay_between(const Eight& a, const Eight& b) {
-  Eight e;
   CUTE_UNROLL
-  for (int i = 0; i < 8; ++i) e.x[i] = exp2_fast(a.x[i] - b.x[i]);
-  return e;
-}
-
-// Two threads per row: sums of squares of k and q, and their product.
-template <class Traits>
-__device__ __forceinline__ float3 row_sums(typename Traits::Storage& s, int row, int half) {
-  float3 sum{0.f, 0.f, 0.f};
-  CUTE_UNROLL
-  for (int p = 0; p < Traits::kPieces / 2; ++p) {
-    const Eight k = load_row(s.k, row, 2 * p + half), q = load_row(s.q, row, 2 * p + half);
+  for (int piece = 0; piece < 8; piece += 2) {
+    uint32_t k[4], q[4];
+    SM75_U32x4_LDSM_N::copy(matrices_at<true>(own.own(s.k), 0, piece), k[0], k[1], k[2], k[3]);
+    SM75_U32x4_LDSM_N::copy(matrices_at<true>(own.own(s.q), 0, piece), q[0], q[1], q[2], q[3]);
     CUTE_UNROLL
-    for (int i = 0; i < 8; ++i) {
-      sum.x += k.x[i] * k.x[i];
-      sum.y += q.x[i] * q.x[i];
-      sum.z += q.x[i] * k.x[i];
+    for (int h = 0; h < 2; ++h) {
+      product(of_k[h], k[h], q[h], k[h + 2], q[h + 2], k[h], k[h + 2]);  // [k; q] of 8 rows times k
+      product(of_q[h], q[h], q[h], q[h + 2], q[h + 2], q[h], q[h + 2]);
     }
   }
-  return {sum.x + __shfl_xor_sync(0xffffffffu, sum.x, 1), sum.y + __shfl_xor_sync(0xffffffffu, sum.y, 1),
-          sum.z + __shfl_xor_sync(0xffffffffu, sum.z, 1)};
-}
-
-// ---- Cumulative gates ----
-
-// All threads: a channel of one part of the rows each, with all its loads in flight at once.
-template <class Traits>
-__device__ __forceinline__ void sum_channel_gates(typename Traits::Storage& s, const PrepareArgs& args,
-                                                  const ChunkPlace& place) {
-  constexpr int kKeyDim = Traits::kKeyDim, kPartRows = Traits::kPartRows;
-  const InputsSm90& in = args.in;
-  const int c = threadIdx.x % kKeyDim, part = threadIdx.x / kKeyDim, first = part * kPartRows;
-  const bool inside = c < in.key_dim;
-  const int count = inside ? place.valid - first : 0;
-  const float* from = in.g + place.token_head(in, first) * in.key_dim + c;
-  const int64_t stride = in.value_heads * in.key_dim;
-  float g[kPartRows];
-  CUTE_UNROLL
-  for (int i = 0; i < kPartRows; ++i) g[i] = i < count ? from[i * stride] : 0.f;
-  const float rate = in.A_log != nullptr ? expf(in.A_log[place.head]) : 1.f;
-  const float bias = in.dt_bias != nullptr && inside ? in.dt_bias[place.head * in.key_dim + c] : 0.f;
-  float sum = 0.f;
-  const auto sum_up = [&](const auto& decay_of) {
+  const int row = lane / 4, odd = row % 2;
+  if (lane % 4 == row / 2) {
+    auto& to = s.products[own.half];
     CUTE_UNROLL
-    for (int i = 0; i < kPartRows; ++i) {
-      if (i < count) sum += decay_of(g[i]);
-      g[i] = sum;
+    for (int h = 0; h < 2; ++h) {
+      const int at = Traits::kBlockRows * own.block + 8 * h + row;
+      to[0][at] = odd ? of_k[h][1] : of_k[h][0];
+      to[1][at] = odd ? of_q[h][1] : of_q[h][0];
+      to[2][at] = odd ? of_k[h][3] : of_k[h][2];
     }
-  };
-  if (in.gate == Gate::kLog) {
-    sum_up([](float a) { return in_log2(a); });
-  } else {
-    sum_up([&](float a) { return log2_decay(in, a + bias, rate); });
-  }
-  s.part[part][c] = sum;
-  __syncthreads();
-  float before = 0.f;
-  for (int p = 0; p < part; ++p) before += s.part[p][c];
-  const int at = Traits::gate_at(c);
-  CUTE_UNROLL
-  for (int i = 0; i < kPartRows; ++i) s.G[first + i][at] = before + g[i];
-  if (part == Traits::kParts - 1) s.decay[c] = exp2_fast(before + sum);
-  if (args.scratch.G != nullptr) {
-    float* to = args.scratch.G + (place.index * kRows + first) * kKeyDim + c;
-    CUTE_UNROLL
-    for (int i = 0; i < kPartRows; ++i) to[i * kKeyDim] = before + g[i];
   }
 }
 
-// ---- Diagonal blocks: a warp each, in registers ----
+// ---- Diagonal blocks: each warp its channels, in registers ----
 
-// Row number x (0 to 7) of those of a block that have not bit l.
+// Row number x (0 to 7) of those of a block that have not bit l, and the number of a row.
 template <int kLevel>
 __device__ __forceinline__ int without_bit(int x) {
   return x >> kLevel << (kLevel + 1) | (x & ((1 << kLevel) - 1));
 }
+template <int kLevel>
+constexpr int number_of(int row) {
+  return row >> (kLevel + 1) << kLevel | (row & ((1 << kLevel) - 1));
+}
 
 // The tensor cores drop the low 13 bits; this makes it rounding.
-__device__ __forceinline__ uint32_t to_tf32(float x) { return __float_as_uint(x) + 0x1000u; }
+__device__ __forceinline__ float to_tf32(float x) { return __uint_as_float(__float_as_uint(x) + 0x1000u); }
 
-// Level l of a diagonal block. Lane (r, t), r = lane / 4: pairs[e] is A of row number r with the bit and row
-// number 2 t + e without it, pairs[2 + e] the same of P; of use where both agree above the bit. No factors of
-// norm or beta yet. The factors of the product are rounded to tf32, of which the exponents suffice.
+// Level l of a diagonal block over a warp's channels, to float4 number `lane` of `to`. Lane (r, t), r = lane
+// / 4: first two of A, of row number r with the bit and row numbers 2 t and the next without it, then two of
+// P; of use where both agree above the bit. No factors of norm or beta yet. The factors of the product are
+// rounded to tf32, of which the exponents suffice.
 template <class Traits, int kLevel>
-__device__ __forceinline__ void diagonal_level(typename Traits::Storage& s, int warp, float (&pairs)[4]) {
+__device__ __forceinline__ void diagonal_level(float* stage, const Columns<Traits>& own, float4* to) {
   using Mma = SM80_16x8x8_F32TF32TF32F32_TN;
-  const int lane = threadIdx.x % 32, t = lane % 4;
-  const int below = 16 * warp + without_bit<kLevel>(lane / 4), row = below | 1 << kLevel;
-  const int anchor = row >> kLevel << kLevel;
+  constexpr int kBlockRows = Traits::kBlockRows, kStep = 1 << kLevel;
+  const int lane = threadIdx.x % 32;
+  // [32 channels][rows][32], the 16-byte pieces of a row swizzled as in an image.
+  const auto piece_at = [&](int part, int row, int piece) {
+    return stage + part * Traits::kStageRows * 32 + row * 32 + (piece ^ (row & 7)) * 4;
+  };
+  const auto put = [&](int row, float2 x) {
+    *reinterpret_cast<float2*>(piece_at(lane / 16, row, lane % 16 / 2) + lane % 2 * 2) = x;
+  };
+  const auto put_scaled = [&](int row, float2 x, float2 e) {
+    x = x * e;
+    put(row, {to_tf32(x.x), to_tf32(x.y)});
+  };
+  __syncwarp();
   CUTE_UNROLL
-  for (int x = 0; x < 4; ++x) pairs[x] = 0.f;
-#pragma unroll 2
-  for (int piece = t; piece < Traits::kPieces; piece += 4) {
-    const Eight G = load_gates<Traits>(s.G, row, piece);
-    const Eight G_m = kLevel > 0 ? load_gates<Traits>(s.G, anchor, piece) : G;
-    const Eight e_below = decay_between(G_m, load_gates<Traits>(s.G, below, piece));
-    Eight k = load_row(s.k, row, piece), q = load_row(s.q, row, piece), k_below = load_row(s.k, below, piece);
-    if constexpr (kLevel > 0) {
-      const Eight e = decay_between(G, G_m);
-      CUTE_UNROLL
-      for (int i = 0; i < 8; ++i) k.x[i] *= e.x[i], q.x[i] *= e.x[i];
+  for (int m = kStep; m < kBlockRows; m += 2 * kStep) {
+    put(number_of<kLevel>(m), own.k_of(m));
+    put(8 + number_of<kLevel>(m), own.q_of(m));
+    float2 e = own.decay[m];
+    CUTE_UNROLL
+    for (int i = m + 1; i < m + kStep; ++i) {
+      put_scaled(number_of<kLevel>(i), own.k_of(i), e);
+      put_scaled(8 + number_of<kLevel>(i), own.q_of(i), e);
+      e = e * own.decay[i];
     }
+    e = own.decay[m - 1];
     CUTE_UNROLL
-    for (int i = 0; i < 8; ++i) k_below.x[i] *= e_below.x[i];
-    CUTE_UNROLL
-    for (int i = 0; i < 8; i += 2) {  // which channel is which of the contraction does not matter
-      Mma::fma(pairs[0], pairs[1], pairs[2], pairs[3], to_tf32(k.x[i]), to_tf32(q.x[i]), to_tf32(k.x[i + 1]),
-               to_tf32(q.x[i + 1]), to_tf32(k_below.x[i]), to_tf32(k_below.x[i + 1]), pairs[0], pairs[1],
-               pairs[2], pairs[3]);
+    for (int i = m - 1; i >= m - kStep; --i) {
+      put_scaled(16 + number_of<kLevel>(i), own.k_of(i), e);
+      if (i > m - kStep) e = e * own.decay[i - 1];
     }
   }
+  __syncwarp();
+  float sums[2][4] = {};  // a product waits for the last of the same sum
+  const auto load = [](float* from, uint32_t (&to)[4]) {
+    SM75_U32x4_LDSM_N::copy(*reinterpret_cast<const uint128_t*>(from), to[0], to[1], to[2], to[3]);
+  };
+  CUTE_UNROLL
+  for (int j = 0; j < 4; ++j) {  // 16 channels
+    uint32_t below[4];
+    load(piece_at(j / 2, 16 + lane % 8, 4 * (j % 2) + lane / 8), below);
+    CUTE_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      uint32_t with[4];
+      load(piece_at(j / 2, lane % 16, 4 * (j % 2) + 2 * h + lane / 16), with);
+      float (&c)[4] = sums[h];
+      Mma::fma(c[0], c[1], c[2], c[3], with[0], with[1], with[2], with[3], below[2 * h], below[2 * h + 1],
+               c[0], c[1], c[2], c[3]);
+    }
+  }
+  to[lane] = {sums[0][0] + sums[1][0], sums[0][1] + sums[1][1], sums[0][2] + sums[1][2],
+              sums[0][3] + sums[1][3]};
 }
 
-// Calls f(row, column, A, P) for what this lane holds of a level.
-template <int kLevel, class F>
-__device__ __forceinline__ void for_level(int warp, const float (&pairs)[4], const F& f) {
-  const int x = threadIdx.x % 32 / 4;
+// The levels of a diagonal block over a warp's channels, left in place of its K.
+template <class Traits>
+__device__ __forceinline__ void diagonal_levels(typename Traits::Storage& s, const Columns<Traits>& own) {
+  const int warp = threadIdx.x / 32;
+  auto* to = reinterpret_cast<float4*>(own.own(s.k));
+  diagonal_level<Traits, 0>(s.stage[warp], own, to);
+  diagonal_level<Traits, 1>(s.stage[warp], own, to + 32);
+  diagonal_level<Traits, 2>(s.stage[warp], own, to + 64);
+  diagonal_level<Traits, 3>(s.stage[warp], own, to + 96);
+}
+
+// Calls f(row, column, A, P) for what this lane holds of level l of diagonal block w, which it reads where
+// the owners of the block have left it.
+template <class Traits, int kLevel, class F>
+__device__ __forceinline__ void for_level(typename Traits::Storage& s, int w, const F& f) {
+  constexpr int kBlockRows = Traits::kBlockRows;
+  const int lane = threadIdx.x % 32, x = lane / 4;
+  float pairs[4] = {};
+  CUTE_UNROLL
+  for (int half = 0; half < Traits::kHalves; ++half) {
+    const auto* from = reinterpret_cast<const float4*>(s.k + half * kImage + kBlockRows * w * kImageColumns);
+    const float4 part = from[32 * kLevel + lane];
+    pairs[0] += part.x, pairs[1] += part.y, pairs[2] += part.z, pairs[3] += part.w;
+  }
   CUTE_UNROLL
   for (int e = 0; e < 2; ++e) {
-    const int y = threadIdx.x % 4 * 2 + e;
+    const int y = lane % 4 * 2 + e;
     if (x >> kLevel == y >> kLevel)
-      f(16 * warp + (without_bit<kLevel>(x) | 1 << kLevel), 16 * warp + without_bit<kLevel>(y), pairs[e],
-        pairs[2 + e]);
+      f(kBlockRows * w + (without_bit<kLevel>(x) | 1 << kLevel), kBlockRows * w + without_bit<kLevel>(y),
+        pairs[e], pairs[2 + e]);
   }
 }
 
-// ---- Levels 4 and 5, and the scaled rows: the second warpgroup ----
+// ---- Levels 4 and 5, and the scaled rows ----
 
-// Where the eight channels `piece` of a row are in an image of so many rows.
-template <class Element>
-__device__ __forceinline__ uint4* piece_at(Element* images, int rows, int row, int piece) {
-  return reinterpret_cast<uint4*>(image_piece(images + piece / 8 * rows * kImageColumns, row, piece % 8));
-}
-
-// Rows of a level scaled to its anchors; with level 5 also scale Qh of every row, to scratch.
-template <class Traits, int kLevel>
-__device__ __forceinline__ void scale_level(typename Traits::Storage& s, const PrepareArgs& args,
-                                            const ChunkPlace& place) {
+// Rows of levels 4 and 5 scaled to their anchors.
+template <class Traits>
+__device__ __forceinline__ void scale_levels(typename Traits::Storage& s, const Columns<Traits>& own) {
   using Element = typename Traits::Element;
-  constexpr int kHalfRows = Traits::kHalfRows;
-  const int thread = threadIdx.x - 128, piece = thread % Traits::kPieces;
-  auto* Qh = static_cast<Element*>(args.scratch.Qh) + place.index * Traits::kTile;
-#pragma unroll 2
-  for (int row = thread / Traits::kPieces; row < kRows; row += 128 / Traits::kPieces) {
-    const Eight k = load_row(s.k, row, piece), q = load_row(s.q, row, piece);
-    const Eight G = load_gates<Traits>(s.G, row, piece);
-    const Eight G_m = load_gates<Traits>(s.G, (row >> kLevel | 1) << kLevel, piece);
-    const int number = (row >> (kLevel + 1) << kLevel) | (row & ((1 << kLevel) - 1));
-    if (row >> kLevel & 1) {
-      const Eight e = decay_between(G, G_m);
-      *piece_at(s.left, kRows, number, piece) = scaled<Element>(k, e, 1.f);
-      *piece_at(s.left, kRows, kHalfRows + number, piece) = scaled<Element>(q, e, 1.f);
+  constexpr int kBlockRows = Traits::kBlockRows;
+  CUTE_NO_UNROLL
+  for (int level = 4; level < 6; ++level) {  // a loop: code that is only run once has to be fetched each time
+    auto& to = s.level[level - 4];
+    const int first = kBlockRows * (level == 5 ? own.block % 2 : own.block / 2);
+    const int left = own.half * kImageRows + first, right = own.half * Traits::kHalfRows + first;
+    // Of level 5 blocks 0 and 3 have another block between them and row 32.
+    const bool beyond = level == 5 && own.block % 3 == 0;
+    float2 e{1.f, 1.f};
+    if (beyond) e = exp2_fast(own.of(s.gates[own.block == 0 ? 1 : 2]));
+    const auto scaled = [&](float2 x) {
+      x = x * e;
+      return pack<Element>(x.x, x.y);
+    };
+    if (own.block >> (level - 4) & 1) {
+      CUTE_UNROLL
+      for (int i = 0; i < kBlockRows; ++i) {
+        *pair_at(to.left, left, i) = scaled(own.k_of(i));
+        *pair_at(to.left, left + Traits::kHalfRows, i) = scaled(own.q_of(i));
+        e = e * own.decay[i];
+      }
     } else {
-      *piece_at(s.right, kHalfRows, number, piece) = scaled<Element>(k, decay_between(G_m, G), 1.f);
-    }
-    if constexpr (kLevel == 5) {
-      const float factor = static_cast<float>(args.in.scale) * s.rows.q_norm[row];
-      *piece_at(Qh, kRows, row, piece) =  // rows past the end may hold anything, and become 0
-          row < place.valid ? scaled<Element>(q, decay_between(G, Eight{}), factor) : uint4{};
+      CUTE_UNROLL
+      for (int i = kBlockRows - 1; i >= 0; --i) {
+        e = e * own.decay[i];
+        *pair_at(to.right, right, i) = scaled(own.k_of(i));
+      }
     }
   }
 }
 
-// Kh and Kt, to scratch; or what rounding Kt lost.
-template <class Traits, bool kLow>
-__device__ __forceinline__ void scale_keys(typename Traits::Storage& s, const PrepareArgs& args,
-                                           const ChunkPlace& place) {
+// Kh, scale Qh and Kt, to scratch, and what rounding Kt lost, to shared memory.
+template <class Traits>
+__device__ __forceinline__ void scale_rows(typename Traits::Storage& s, const PrepareArgs& args,
+                                           const ChunkPlace& place, const Columns<Traits>& own) {
   using Element = typename Traits::Element;
-  const int thread = threadIdx.x - 128, piece = thread % Traits::kPieces;
-  auto* Kh = static_cast<Element*>(args.scratch.Kh) + place.index * Traits::kTile;
-  auto* Kt =
-      static_cast<Element*>(kLow ? args.scratch.Kt_low : args.scratch.Kt) + place.index * Traits::kTile;
-  const Eight G_end = load_gates<Traits>(s.G, kRows - 1, piece);
-#pragma unroll 2
-  for (int row = thread / Traits::kPieces; row < kRows; row += 128 / Traits::kPieces) {
-    const bool inside = row < place.valid;
-    const float norm = s.rows.k_norm[row];
-    Eight k = load_row(s.k, row, piece);
-    CUTE_UNROLL
-    for (int i = 0; i < 8; ++i) k.x[i] *= norm;
-    const Eight G = load_gates<Traits>(s.G, row, piece);
-    const Eight e = decay_between(G_end, G);
-    uint4 w = scaled<Element>(k, e, 1.f);
-    if constexpr (kLow) {
-      const auto lost = [&](int i, uint32_t high) {
-        return pack_low<Element>(k.x[i] * e.x[i], k.x[i + 1] * e.x[i + 1], high);
-      };
-      w = {lost(0, w.x), lost(2, w.y), lost(4, w.z), lost(6, w.w)};
-    } else {
-      *piece_at(Kh, kRows, row, piece) =
-          inside ? scaled<Element>(k, decay_between(G, Eight{}), 1.f) : uint4{};
-    }
-    *piece_at(Kt, kRows, row, piece) = inside ? w : uint4{};
+  constexpr int kBlockRows = Traits::kBlockRows;
+  const int first = kBlockRows * own.block;
+  const auto to = [&](void* scratch) {
+    return own.own(static_cast<Element*>(scratch) + place.index * Traits::kTile);
+  };
+  auto *Kh = to(args.scratch.Kh), *Qh = to(args.scratch.Qh), *Kt = to(args.scratch.Kt);
+  const auto scaled = [](float2 x, float2 e, float factor) { return x * (float2{factor, factor} * e); };
+  const auto four = [&](const float (&of)[kRows], int i) {
+    return *reinterpret_cast<const Four*>(&of[first + i / 4 * 4]);
+  };
+  float2 e = exp2_fast(own.start(s));
+  Four k_norm, q_norm;
+  CUTE_UNROLL
+  for (int i = 0; i < kBlockRows; ++i) {
+    if (i % 4 == 0) k_norm = four(s.rows.k_norm, i), q_norm = four(s.p_row, i);
+    const float2 k = scaled(own.k_of(i), e, k_norm.x[i % 4]);
+    const float2 q = scaled(own.q_of(i), e, q_norm.x[i % 4]);
+    put_pair_at(Kh, i, pack<Element>(k.x, k.y));
+    put_pair_at(Qh, i, pack<Element>(q.x, q.y));
+    e = e * own.decay[i];
+  }
+  e = exp2_fast(own.after(s));
+  constexpr int kFront = Traits::kFrontRows;
+  auto* low = first < kFront ? s.kt_low_front : s.kt_low_back;
+  const int low_row = own.half * (first < kFront ? kFront : kRows - kFront) + first % kFront;
+  CUTE_UNROLL
+  for (int i = kBlockRows - 1; i >= 0; --i) {
+    if (i % 4 == 3) k_norm = four(s.rows.k_norm, i);
+    e = e * own.decay[i];
+    const float2 k = scaled(own.k_of(i), e, k_norm.x[i % 4]);
+    const uint32_t high = pack<Element>(k.x, k.y);
+    put_pair_at(Kt, i, high);
+    if constexpr (Traits::kLow) *pair_at(low, low_row, i) = pack_low<Element>(k.x, k.y, high);
   }
 }
 
@@ -310,11 +451,14 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
   auto& s = shared_storage<typename Traits::Storage>();
   const InputsSm90& in = args.in;
   ChunkPlace place;
-  if (!place.find(in, blockIdx.x / in.value_heads, blockIdx.x % in.value_heads)) return;
+  const auto heads = static_cast<uint32_t>(in.value_heads);
+  if (!place.find(in, blockIdx.x / heads, blockIdx.x % heads)) return;
   const int valid = place.valid;
-  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, t = lane % 4;
+  const int thread = threadIdx.x, warp = __shfl_sync(0xffffffffu, thread / 32, 0), lane = thread % 32,
+            t = lane % 4;
   const float scale = static_cast<float>(in.scale);
   const bool with_low = args.scratch.hard != nullptr;
+  const bool owns = warp < Traits::kOwners;
   const auto p_piece = [&](int row, int piece) { return image_piece(s.p, row, piece); };
   const auto low_piece = [&](int row, int piece) { return image_piece(s.p_low, row, piece); };
 
@@ -326,117 +470,138 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
     load_tokens<kKeyDim>(maps.q, &s.arrived, s.q, 0, place.token, place.head_k, place.batch);
   }
   if (warp == 7) put_betas(in, s.rows, place, load_betas(in, place));
-  sum_channel_gates<Traits>(s, args, place);
+  Columns<Traits> own;
+  own.block = warp / Traits::kHalves, own.half = warp % Traits::kHalves;
+  if (owns) own.load_gates(s, args, place);
   __syncthreads();
   Barrier::wait(&s.arrived, 0);
   asm volatile("" ::: "memory");
+  if (owns) {
+    row_products<Traits>(s, own);
+    own.take_decays(s, args, place);
+    own.load_tokens(s, valid);
+    diagonal_levels<Traits>(s, own);
+  }
+  __syncthreads();  // the tiles are in registers, the sums of levels 0 to 3 in place of K
+  if (thread >= 128 && thread < 128 + kRows) {
+    const int row = thread - 128;
+    const bool inside = row < valid;
+    float sums[3] = {};
+    CUTE_UNROLL
+    for (int half = 0; half < Traits::kHalves; ++half) {
+      CUTE_UNROLL
+      for (int x = 0; x < 3; ++x) sums[x] += s.products[half][x][row];
+    }
+    const auto norm = [&](float squares) {
+      if (!inside) return 0.f;
+      return in.qk_l2norm ? rsqrtf(squares + static_cast<float>(kNormEps)) : 1.f;
+    };
+    s.rows.G[row] = 0.f;
+    s.rows.k_norm[row] = norm(sums[0]);
+    s.rows.q_norm[row] = norm(sums[1]);
+    s.rows.k_read[row] = s.rows.k_write[row] = s.rows.q_read[row] = inside ? 1.f : 0.f;
+    s.a_row[row] = s.rows.beta[row] * s.rows.k_norm[row];
+    s.p_row[row] = scale * s.rows.q_norm[row];
+    s.q_k[row] = inside ? sums[2] : 0.f;
+  }
+  if (owns) scale_levels<Traits>(s, own);
+  cutlass::arch::fence_view_async_shared();
+  __syncthreads();  // levels 4 and 5 and the rows are there
 
-  // A_ij = beta_i k_i . k_j e^{G_i - G_j}, P_ij = scale q_i . k_j e^{G_i - G_j}. Selected, not multiplied by
-  // 0: rows past the end may hold anything.
-  const auto a_of = [&](int i, int j, float a) {
-    return i < valid ? s.rows.beta[i] * s.rows.k_norm[i] * s.rows.k_norm[j] * a : 0.f;
-  };
-  const auto p_of = [&](int i, int j, float p) {
-    return i < valid ? scale * s.rows.q_norm[i] * s.rows.k_norm[j] * p : 0.f;
-  };
+  // A_ij = beta_i k_i . k_j e^{G_i - G_j}, P_ij = scale q_i . k_j e^{G_i - G_j}.
   if (warp < 4) {
-    float pairs[4][4];
-    diagonal_level<Traits, 0>(s, warp, pairs[0]);
-    diagonal_level<Traits, 1>(s, warp, pairs[1]);
-    diagonal_level<Traits, 2>(s, warp, pairs[2]);
-    diagonal_level<Traits, 3>(s, warp, pairs[3]);
-    __syncthreads();  // Q and the scaled rows are free, the rows complete
     for (int x = lane; x < 16 * 8; x += 32) {
       if (x % 8 < 2 * warp) continue;
       *reinterpret_cast<uint4*>(p_piece(16 * warp + x / 8, x % 8)) = uint4{0, 0, 0, 0};
       *reinterpret_cast<uint4*>(low_piece(16 * warp + x / 8, x % 8)) = uint4{0, 0, 0, 0};
     }
     __syncwarp();
+    const auto put_p = [&](int i, int j, float p) {
+      const uint32_t high = pack<Element>(p, 0.f);
+      *reinterpret_cast<uint16_t*>(p_piece(i, j / 8) + j % 8) = static_cast<uint16_t>(high);
+      if constexpr (Traits::kLow)
+        *reinterpret_cast<uint16_t*>(low_piece(i, j / 8) + j % 8) =
+            static_cast<uint16_t>(pack_low<Element>(p, 0.f, high));
+    };
     if (lane < 16) {
       const int i = 16 * warp + lane;
-      const float p = p_of(i, i, s.q_k[i]);
-      p_piece(i, i / 8)[i % 8] = static_cast<Element>(p);
-      low_piece(i, i / 8)[i % 8] = low_half<Element>(p);
+      put_p(i, i, s.p_row[i] * s.rows.k_norm[i] * s.q_k[i]);
     }
     const auto put = [&](int i, int j, float a, float p) {
-      s.triangular.diagonal[warp][j % 16][i % 16] = a_of(i, j, a);
-      p = p_of(i, j, p);
-      p_piece(i, j / 8)[j % 8] = static_cast<Element>(p);
-      low_piece(i, j / 8)[j % 8] = low_half<Element>(p);
+      const float k_norm = s.rows.k_norm[j];
+      s.triangular.diagonal[warp][j % 16][i % 16] = s.a_row[i] * k_norm * a;
+      put_p(i, j, s.p_row[i] * k_norm * p);
     };
-    for_level<0>(warp, pairs[0], put);
-    for_level<1>(warp, pairs[1], put);
-    for_level<2>(warp, pairs[2], put);
-    for_level<3>(warp, pairs[3], put);
+    for_level<Traits, 0>(s, warp, put);
+    for_level<Traits, 1>(s, warp, put);
+    for_level<Traits, 2>(s, warp, put);
+    for_level<Traits, 3>(s, warp, put);
   } else {
-    const int row = (thread - 128) / 2;
-    const float3 sums = row_sums<Traits>(s, row, thread % 2);
-    const auto norm = [&](float squares) {
-      if (row >= valid) return 0.f;
-      return in.qk_l2norm ? rsqrtf(squares + static_cast<float>(kNormEps)) : 1.f;
-    };
-    if (thread % 2 == 0) {
-      s.rows.G[row] = 0.f;
-      s.rows.k_norm[row] = norm(sums.x);
-      s.rows.q_norm[row] = norm(sums.y);
-      s.rows.k_read[row] = s.rows.k_write[row] = s.rows.q_read[row] = row < valid ? 1.f : 0.f;
-      s.q_k[row] = sums.z;
-    }
-    cutlass::arch::NamedBarrier::sync(128, 2);
     typename Traits::Mma mma;
     const auto thread_mma = mma.get_slice(thread - 128);
-    Tensor left =
-        thread_mma.partition_fragment_A(make_tensor(make_smem_ptr(s.left), LayoutByRow<Element, kKeyDim>{}));
-    Tensor right =
-        thread_mma.partition_fragment_B(make_tensor(make_smem_ptr(s.right), typename Traits::LayoutRight{}));
+    const auto left = [&](typename Traits::Level& level) {
+      return thread_mma.partition_fragment_A(
+          make_tensor(make_smem_ptr(level.left), LayoutByRow<Element, kKeyDim>{}));
+    };
+    const auto right = [&](typename Traits::Level& level) {
+      return thread_mma.partition_fragment_B(
+          make_tensor(make_smem_ptr(level.right), typename Traits::LayoutRight{}));
+    };
+    Tensor left_4 = left(s.level[0]), left_5 = left(s.level[1]);
+    Tensor right_4 = right(s.level[0]), right_5 = right(s.level[1]);
     Tensor far = partition_fragment_C(mma, cute::Shape<Int<kRows>, Int<kHalfRows>>{});   // level 5
     Tensor near = partition_fragment_C(mma, cute::Shape<Int<kRows>, Int<kHalfRows>>{});  // level 4
-    scale_level<Traits, 5>(s, args, place);
-    cutlass::arch::fence_view_async_shared();
-    cutlass::arch::NamedBarrier::sync(128, 2);
-    issue_gemm<true>(mma, left, right, far);
+    issue_gemm<true>(mma, left_5, right_5, far);
+    issue_gemm<true>(mma, left_4, right_4, near);
     warpgroup_wait<0>();
-    cutlass::arch::NamedBarrier::sync(128, 2);
-    scale_level<Traits, 4>(s, args, place);
-    cutlass::arch::fence_view_async_shared();
-    cutlass::arch::NamedBarrier::sync(128, 2);
-    issue_gemm<true>(mma, left, right, near);
-    warpgroup_wait<0>();
-    __syncthreads();  // as above
 
     // Warps 0 and 1 of the products hold A, 2 and 3 P; of level 4 the pairs that agree in bit 5 are kept.
     const int second = warp % 2;
-    const auto put = [&](int i, int piece, float x0, float x1) {
-      const int j = 8 * piece + 2 * t;
-      if (warp < 6) {
-        put_pair(s.a, s.triangular, i, piece, a_of(i, j, x0), a_of(i, j + 1, x1));
-      } else {
-        x0 = p_of(i, j, x0), x1 = p_of(i, j + 1, x1);
-        const uint32_t high = pack<Element>(x0, x1);
-        *reinterpret_cast<uint32_t*>(p_piece(i, piece) + 2 * t) = high;
-        *reinterpret_cast<uint32_t*>(low_piece(i, piece) + 2 * t) = pack_low<Element>(x0, x1, high);
+    const auto for_pairs = [&](const float (&factor)[kRows], const auto& put) {
+      CUTE_UNROLL
+      for (int h = 0; h < 2; ++h) {
+        const int row = 8 * h + lane / 4;
+        const auto scaled = [&](int i, int piece, float x0, float x1) {
+          const float2 k_norm = *reinterpret_cast<const float2*>(&s.rows.k_norm[8 * piece + 2 * t]);
+          put(i, piece, factor[i] * k_norm.x * x0, factor[i] * k_norm.y * x1);
+        };
+        CUTE_UNROLL
+        for (int n = 0; n < 4; ++n)
+          scaled(32 + 16 * second + row, n, far(4 * n + 2 * h), far(4 * n + 2 * h + 1));
+        CUTE_UNROLL
+        for (int n = 0; n < 2; ++n) {
+          const int x = 4 * n + 2 * h;
+          scaled(16 + 32 * second + row, 4 * second + n, second ? near(x + 8) : near(x),
+                 second ? near(x + 9) : near(x + 1));
+        }
       }
     };
-    CUTE_UNROLL
-    for (int h = 0; h < 2; ++h) {
-      const int row = 8 * h + lane / 4;
-      CUTE_UNROLL
-      for (int n = 0; n < 4; ++n) put(32 + 16 * second + row, n, far(4 * n + 2 * h), far(4 * n + 2 * h + 1));
-      CUTE_UNROLL
-      for (int n = 0; n < 2; ++n) {
-        const int x = 4 * n + 2 * h;
-        put(16 + 32 * second + row, 4 * second + n, second ? near(x + 8) : near(x),
-            second ? near(x + 9) : near(x + 1));
-      }
+    if (warp < 6) {
+      for_pairs(s.a_row, [&](int i, int piece, float x0, float x1) {
+        uint32_t high, low;
+        split_pair(x0, x1, high, low);
+        const int block = SplitBlocks::index(i / 16, piece / 2),
+                  at = SplitBlocks::piece_at(i % 16, piece % 2) + 2 * t;
+        *reinterpret_cast<uint32_t*>(&s.a.high[block][at]) = high;
+        *reinterpret_cast<uint32_t*>(&s.a.low[block][at]) = low;
+      });
+    } else {
+      for_pairs(s.p_row, [&](int i, int piece, float x0, float x1) {
+        const uint32_t high = pack<Element>(x0, x1);
+        *reinterpret_cast<uint32_t*>(p_piece(i, piece) + 2 * t) = high;
+        if constexpr (Traits::kLow)
+          *reinterpret_cast<uint32_t*>(low_piece(i, piece) + 2 * t) = pack_low<Element>(x0, x1, high);
+      });
     }
   }
+  // The sums of levels 0 to 3 and the operands of levels 4 and 5 have been read, by the same warpgroup.
+  cutlass::arch::NamedBarrier::sync(128, 1 + warp / 4);
+  if (owns) scale_rows<Traits>(s, args, place, own);
   cutlass::arch::fence_view_async_shared();
-  __syncthreads();
+  __syncthreads();  // A and P are there
   if (warp < 4) {
     put_squares(s.squares, invert<false>(s.a, s.triangular, s.n, s.n));
     cutlass::arch::fence_view_async_shared();
-  } else {
-    scale_keys<Traits, false>(s, args, place);
   }
   __syncthreads();
   const auto to = [&](void* scratch) { return static_cast<Element*>(scratch) + place.index * kImage; };
@@ -445,7 +610,6 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
     copy_out(args.scratch.rows + place.index, &s.rows, sizeof(ChunkRows));
     copy_out(to(args.scratch.N), s.n, kImageBytes);
     copy_out(to(args.scratch.P), s.p, kImageBytes);
-    copy_out(args.scratch.decay + place.index * kKeyDim, s.decay, kKeyDim * 4);
     if (with_low) args.scratch.hard[place.index] = hard ? 1.f : 0.f;
     tma_store_arrive();
     tma_store_wait<0>();
@@ -455,13 +619,19 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
   if (warp < 4) {
     invert<true>(s.a, s.triangular, s.n, s.n_low);
     cutlass::arch::fence_view_async_shared();
-  } else {
-    scale_keys<Traits, true>(s, args, place);
   }
   __syncthreads();
   if (thread == 0) {
     copy_out(to(args.scratch.N_low), s.n_low, kImageBytes);
     copy_out(to(args.scratch.P_low), s.p_low, kImageBytes);
+    constexpr int kFront = Traits::kFrontRows * kImageColumns, kBack = static_cast<int>(kImage) - kFront;
+    auto* Kt_low = static_cast<Element*>(args.scratch.Kt_low) + place.index * Traits::kTile;
+    CUTE_UNROLL
+    for (int half = 0; half < Traits::kHalves; ++half) {
+      copy_out(Kt_low + half * kImage, s.kt_low_front + half * kFront, kFront * 2);
+      if constexpr (kBack > 0)
+        copy_out(Kt_low + half * kImage + kFront, s.kt_low_back + half * kBack, kBack * 2);
+    }
     tma_store_arrive();
     tma_store_wait<0>();
   }

@@ -15,12 +15,18 @@ struct ChunkPlace {
   // False: the slot has no chunk.
   __device__ __forceinline__ bool find(const InputsSm90& in, int64_t at, int64_t value_head) {
     slot = at, head = value_head;
-    const Sequence sequence = sequence_of(in, sequence_at_slot(in, slot));
+    // Slots and heads fit 32 bits, whose division is short.
+    const auto divided = [](int64_t a, int64_t b) {
+      return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
+    };
+    const Sequence sequence =
+        sequence_of(in, in.cu_seqlens == nullptr ? divided(slot, (in.tokens + kRows - 1) / kRows)
+                                                 : sequence_at_slot(in, slot));
     const int64_t first = (slot - sequence.first_slot) * kRows;
     batch = sequence.batch;
     token = sequence.begin + first;
     index = slot * in.value_heads + head;
-    head_k = static_cast<int>(head / (in.value_heads / in.heads));
+    head_k = static_cast<int>(divided(head, divided(in.value_heads, in.heads)));
     valid = static_cast<int>(min(static_cast<int64_t>(kRows), sequence.length - first));
     return first >= 0 && first < sequence.length;
   }
@@ -49,11 +55,6 @@ __device__ __forceinline__ void put_pair(SplitBlocks& a, TriangularScratch& tria
   }
 }
 
-template <class Element>
-__device__ __forceinline__ Element low_half(float x) {
-  return static_cast<Element>(x - static_cast<float>(static_cast<Element>(x)));
-}
-
 // A warpgroup, which `barrier` is for, after put_pair of the whole lower triangle. Returns the sum of the
 // squares of N that this thread has. With kLow, once more: `low` receives what rounding lost.
 template <bool kLow, class Element>
@@ -66,16 +67,24 @@ __device__ __forceinline__ float invert(SplitBlocks& a, TriangularScratch& trian
   const auto put_column = [&](Element* to, const auto& rounded) {
     if (lane >= 16) return;
     CUTE_UNROLL
-    for (int i = 0; i < 16; ++i)
-      image_piece(to, 16 * warp + i, 2 * warp + lane / 8)[lane % 8] = rounded(i > lane ? column[i] : 0.f);
+    for (int i = 0; i < 16; i += 2) {
+      const uint32_t pair = rounded(i > lane ? column[i] : 0.f, i + 1 > lane ? column[i + 1] : 0.f);
+      const auto put = [&](int row, uint32_t bits) {
+        Element* at = image_piece(to, 16 * warp + row, 2 * warp + lane / 8) + lane % 8;
+        *reinterpret_cast<uint16_t*>(at) = static_cast<uint16_t>(bits);
+      };
+      put(i, pair);
+      put(i + 1, pair >> 16);
+    }
   };
-  put_column(image, [](float x) { return static_cast<Element>(x); });
+  put_column(image, [](float a, float b) { return pack<Element>(a, b); });
   if (lane < 16) {
     CUTE_UNROLL
     for (int i = 1; i < 16; ++i) squares += i > lane ? column[i] * column[i] : 0.f;
   }
   cutlass::arch::NamedBarrier::sync(128, barrier);
-  if constexpr (kLow) put_column(low, [](float x) { return low_half<Element>(x); });
+  if constexpr (kLow)
+    put_column(low, [](float a, float b) { return pack_low<Element>(a, b, pack<Element>(a, b)); });
   if (warp < 3) {
     const auto load_a = [&](int I, int M) {
       SplitFragment f;
