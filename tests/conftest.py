@@ -13,7 +13,7 @@ hypothesis.settings.register_profile("nearfield", deadline=None, derandomize=Tru
 hypothesis.settings.load_profile("nearfield")
 
 # Their asserts say what they compared, as those of test modules do.
-pytest.register_assert_rewrite("delta_cases", "gna_cases", "lla_cases")
+pytest.register_assert_rewrite("delta_cases", "gna_cases", "gna_fp8_cases", "lla_cases")
 
 
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):

@@ -16,7 +16,8 @@ struct DqTraits : HeadTraits<Tag, kHeadDim_> {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr FwdTile kTile = dq_tile(kHeadDim);
   static constexpr int kBlockM = kTile.kBlockM, kBlockN = kTile.kBlockN, kStages = kTile.kStages;
-  static constexpr bool kWithDout = true, kBiased = false;  // with a bias the portable kernel runs
+  static constexpr bool kWithDout = true, kBiased = false;
+  static constexpr int kTransposers = 0;  // with a bias the portable kernel runs
   static constexpr int kConsumers = kBlockM / 64;
   static constexpr int kThreads = (kConsumers + 1) * 128;
   static constexpr int kConsumerWarps = kConsumers * 4;
@@ -176,11 +177,10 @@ int bwd_dq_sm90<Tag, kHeadDim>::run(const BwdSm90Args& a, void* stream_) {
   params.out = a.dq_out.data;
   params.stats = a.stats.data;
   const Tokens<float> rows{nullptr, a.stats.batch, {a.stats.x[0], a.stats.x[1], a.stats.x[2]}, a.stats.head};
-  return launch_query_stationary<Traits>(a, std::is_same_v<Tag, bf16>, rows, params, stream,
-                                         [&](const QueryMaps& maps, const QueryParams& p, int grid) {
-                                           bwd_dq_kernel<Traits>
-                                               <<<grid, Traits::kThreads, kShared, stream>>>(maps, p);
-                                         });
+  return launch_query_stationary<Traits>(
+      a, rows, params, stream, [&](const QueryMaps& maps, const QueryParams& p, int grid) {
+        bwd_dq_kernel<Traits><<<grid, Traits::kThreads, kShared, stream>>>(maps, p);
+      });
 }
 
 }  // namespace nearfield::gna

@@ -17,7 +17,7 @@ int bwd_sm90<Tag, kHeadDim>::run(const BwdSm90Args& args, void* stream) {
   const auto launch = args.bias.data != nullptr && !args.to_additional
                           ? launch_key_stationary<KeyStationary<Tag, kHeadDim, true>>
                           : launch_key_stationary<KeyStationary<Tag, kHeadDim, false>>;
-  return launch(args, std::is_same_v<Tag, bf16>, stream);
+  return launch(args, stream);
 }
 
 }  // namespace nearfield::gna

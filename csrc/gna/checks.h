@@ -181,6 +181,24 @@ inline Call check_call(const char* op, const Tensor& q, const Tensor& k, const T
   return {p, group_heads(p, of_kv_head), defined(bias)};
 }
 
+// 8-bit inputs: their type, the type of the output, and the factors [B, Hkv] of q, k and v.
+inline void check_8bit(const char* op, const Call& call, const Tensor& q, const OptionalTensor& q_descale,
+                       const OptionalTensor& k_descale, const OptionalTensor& v_descale,
+                       ScalarType out_dtype) {
+  check_dtype(op, "q", q, ScalarType::Float8_e4m3fn);
+  STD_TORCH_CHECK(out_dtype == ScalarType::BFloat16 || out_dtype == ScalarType::Half, op, ": out_dtype is ",
+                  torch::headeronly::toString(out_dtype), "; supported: bfloat16, float16");
+  const auto check = [&](const char* name, const OptionalTensor& t) {
+    if (!defined(t)) return;
+    check_shape(op, name, *t, {call.whole.batch, call.whole.heads_kv});
+    check_dtype(op, name, *t, ScalarType::Float);
+    check_same_device(op, name, *t, q);
+  };
+  check("q_descale", q_descale);
+  check("k_descale", k_descale);
+  check("v_descale", v_descale);
+}
+
 // What the forward saved and what arrives from behind, on top of check_problem.
 inline void check_gradients(const char* op, const Problem& p, const Tensor& q, const Tensor& dout,
                             const OptionalTensor& dlse, const Tensor& out, const Tensor& lse) {
@@ -207,6 +225,12 @@ inline bool is_readable(const Tensor& t) { return t.size(t.dim() - 1) == 1 || t.
 
 // The tensor itself if its innermost stride is 1, else a contiguous copy.
 inline Tensor readable(const Tensor& t) { return is_readable(t) ? t : torch::stable::contiguous(t); }
+
+// Pointer and strides of factors [B, Hkv].
+inline Tokens<const float> descale_of(const OptionalTensor& t) {
+  if (!defined(t)) return {};
+  return {static_cast<const float*>(t->data_ptr()), t->stride(0), {}, t->stride(1)};
+}
 
 // Pointer and strides of [B, X.., H, features], or of a statistic [B, X.., H] (features = false).
 template <class T>

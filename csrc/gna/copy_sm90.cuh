@@ -21,8 +21,10 @@ struct TokenMap {
   bool batch_is_x1;     // split: mode 4 is the batch (rank <= 2), not X_1
 };
 
-// Features in one swizzle span.
-constexpr int chunk_of(int head_dim) { return head_dim < 64 ? 32 : 64; }
+// Features in one swizzle span: 128 bytes, or 64 where a row has no more.
+constexpr int chunk_of(int head_dim, int element_bytes = 2) {
+  return (head_dim * element_bytes < 128 ? 64 : 128) / element_bytes;
+}
 
 __device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
@@ -33,7 +35,7 @@ __device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
 template <int kHeadDim, int kRows, class Element>
 __device__ __forceinline__ void load_box(const CUtensorMap& map, const TokenMap& fold, uint64_t* barrier,
                                          Element* smem, const int (&x)[3], int head, int batch) {
-  constexpr int kChunk = chunk_of(kHeadDim);
+  constexpr int kChunk = chunk_of(kHeadDim, sizeof(Element));
 #pragma unroll
   for (int c = 0; c < kHeadDim / kChunk; ++c) {
     const int feature = c * kChunk;
@@ -48,18 +50,20 @@ __device__ __forceinline__ void load_box(const CUtensorMap& map, const TokenMap&
 }
 
 // Describes a token tensor and its box. `features` is D or Dv, `x` the spatial sizes, `step` the dilation.
-inline cudaError_t encode_tokens(CUtensorMap* map, TokenMap* fold, const Tokens<const void>& t, bool is_bf16,
-                                 int head_dim, int64_t features, int64_t heads, const int64_t (&x)[3],
-                                 int64_t batch, const Box& box, const int (&step)[3], int rank) {
-  const int chunk = chunk_of(head_dim);
+inline cudaError_t encode_tokens(CUtensorMap* map, TokenMap* fold, const Tokens<const void>& t,
+                                 int element_bytes, int head_dim, int64_t features, int64_t heads,
+                                 const int64_t (&x)[3], int64_t batch, const Box& box, const int (&step)[3],
+                                 int rank) {
+  const int chunk = chunk_of(head_dim, element_bytes);
   fold->split = features != head_dim;
   fold->head_stride = t.head;
   fold->batch_is_x1 = rank <= 2;
   TmaTensor d{};
   d.data = t.data;
-  d.type = is_bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  d.element_bytes = 2;
-  d.swizzle = chunk == 32 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B;
+  // Only bits are copied, or zeros: the size of an element is all that counts.
+  d.type = element_bytes == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16;
+  d.element_bytes = element_bytes;
+  d.swizzle = chunk * element_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B;
   const auto mode = [&](int i, int64_t size, int64_t stride, int box_size, int step_size) {
     d.size[i] = static_cast<uint64_t>(size);
     d.stride[i] = stride;
@@ -90,26 +94,26 @@ inline cudaError_t encode_tokens(CUtensorMap* map, TokenMap* fold, const Tokens<
 struct TokenEncoder {
   const Launches& launches;
   int64_t launch;
-  bool is_bf16;
+  int element_bytes;
   int head_dim;
   const Problem& problem;
 
   Tokens<const void> shifted(Tokens<const void> t) const {
-    t.data = static_cast<const char*>(t.data) + launch * t.batch * 2;
+    t.data = static_cast<const char*>(t.data) + launch * t.batch * element_bytes;
     return t;
   }
   cudaError_t operator()(CUtensorMap* map, TokenMap* fold, const Tokens<const void>& t, int64_t features,
                          int64_t heads, const Box& box) const {
     const int64_t x[3] = {problem.size[0], problem.size[1], problem.size[2]};
-    return encode_tokens(map, fold, shifted(t), is_bf16, head_dim, features, heads, x, launches.batch, box,
-                         problem.dilation, problem.rank);
+    return encode_tokens(map, fold, shifted(t), element_bytes, head_dim, features, heads, x, launches.batch,
+                         box, problem.dilation, problem.rank);
   }
   // Additional tokens: a line, `rows` of them in a block.
   cudaError_t line(CUtensorMap* map, TokenMap* fold, const Tokens<const void>& t, int64_t features,
                    int rows) const {
     const int64_t x[3] = {1, 1, problem.additional};
     const int step[3] = {1, 1, 1};
-    return encode_tokens(map, fold, shifted(t), is_bf16, head_dim, features, problem.heads_kv, x,
+    return encode_tokens(map, fold, shifted(t), element_bytes, head_dim, features, problem.heads_kv, x,
                          launches.batch, Box{{1, 1, rows}}, step, 1);
   }
 };

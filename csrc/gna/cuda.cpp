@@ -20,18 +20,14 @@ struct Instance {
   int (*run)(const Args&, void*);
 };
 
-template <class Element>
-constexpr ScalarType kDtype = std::is_same_v<Element, bf16>   ? ScalarType::BFloat16
-                              : std::is_same_v<Element, fp16> ? ScalarType::Half
-                                                              : ScalarType::Float;
 #ifdef NEARFIELD_GNA_SM90
 #define HOPPER(kernel, element, dim) \
-  {false, kDtype<element>, dim,      \
+  {false, dtype_of<element>, dim,    \
    [](const auto& args, void* stream) { return kernel<element, dim>::run(args, stream); }},
 #else
 #define HOPPER(kernel, element, dim)
 #endif
-#define PORTABLE(kernel, element, dim) {true, kDtype<element>, dim, &portable_sm80<element, dim>::kernel},
+#define PORTABLE(kernel, element, dim) {true, dtype_of<element>, dim, &portable_sm80<element, dim>::kernel},
 
 // The list is read once per kernel; each reading drops the lines of the others.
 #define INSTANCE(kernel, ...) USE_##kernel(__VA_ARGS__)
@@ -136,13 +132,11 @@ void enter(const Step& step, Tokens<T>& t, int64_t first_head, int element_bytes
 
 // ---- Forward ----
 
-std::tuple<Tensor, Tensor> fwd_cuda(Tensor q, Tensor k, Tensor v, OptionalTensor additional_k,
-                                    OptionalTensor additional_v, Ints kernel_size, Ints stride, Ints dilation,
-                                    Ints is_causal, double scale, std::optional<std::string> backend,
-                                    OptionalTensor bias) {
-  const char* op = "gna_fwd";
-  const Call call =
-      check_call(op, q, k, v, additional_k, additional_v, kernel_size, stride, dilation, is_causal, bias);
+// Of inputs that fit together.
+std::tuple<Tensor, Tensor> forward(const char* op, const Call& call, Tensor q, Tensor k, Tensor v,
+                                   OptionalTensor additional_k, OptionalTensor additional_v, double scale,
+                                   const std::optional<std::string>& backend, OptionalTensor bias,
+                                   const Descales& descale, ScalarType out_dtype) {
   const Problem& p = call.whole;
   torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   const DeviceInfo device = device_info(q.get_device_index());
@@ -152,7 +146,7 @@ std::tuple<Tensor, Tensor> fwd_cuda(Tensor q, Tensor k, Tensor v, OptionalTensor
 
   auto shape = shape_of(q);
   shape.back() = p.dim_v;
-  Tensor out = torch::stable::new_empty(q, shape);
+  Tensor out = torch::stable::new_empty(q, shape, out_dtype);
   shape.pop_back();
   Tensor lse = torch::stable::new_empty(q, shape, ScalarType::Float);
   if (lse.numel() == 0) return {out, lse};
@@ -175,6 +169,8 @@ std::tuple<Tensor, Tensor> fwd_cuda(Tensor q, Tensor k, Tensor v, OptionalTensor
   }
   args.out = tokens_of<void>(out, p.rank);
   args.lse = tokens_of<float>(lse, p.rank, false);
+  args.descale = descale;
+  args.out_is_fp16 = out_dtype == ScalarType::Half;
   Tensor next_work = torch::stable::new_empty(q, {1}, ScalarType::Int);
   args.next_work = static_cast<int*>(next_work.data_ptr());
   args.num_sms = device.num_sms;
@@ -186,17 +182,42 @@ std::tuple<Tensor, Tensor> fwd_cuda(Tensor q, Tensor k, Tensor v, OptionalTensor
     launch.q_box = step.tiles.q;
     launch.kv_box = step.tiles.kv;
     const int64_t head = step.heads.first, head_kv = step.heads.first_kv;
-    const int bytes = dtype == ScalarType::Float ? 4 : 2;
+    const int bytes = element_bytes(dtype);
     enter(step, launch.q, head, bytes);
     for (auto* t : {&launch.k, &launch.v}) enter(step, *t, head_kv, bytes);
     for (auto* t : {&launch.add_k, &launch.add_v}) enter_heads(step, *t, head_kv, bytes);
-    enter(step, launch.out, head, bytes);
+    for (auto* t : {&launch.descale.q, &launch.descale.k, &launch.descale.v})
+      enter_heads(step, *t, head_kv, sizeof(float));
+    enter(step, launch.out, head, element_bytes(out_dtype));
     enter(step, launch.lse, head, sizeof(float));
     launch.bias = args.bias.heads(step.heads);
     const int error = run(kForward, step, dtype, launch, stream);
     STD_TORCH_CHECK(error == 0, op, ": ", cuda_error_string(error));
   }
   return {out, lse};
+}
+
+std::tuple<Tensor, Tensor> fwd_cuda(Tensor q, Tensor k, Tensor v, OptionalTensor additional_k,
+                                    OptionalTensor additional_v, Ints kernel_size, Ints stride, Ints dilation,
+                                    Ints is_causal, double scale, std::optional<std::string> backend,
+                                    OptionalTensor bias) {
+  const char* op = "gna_fwd";
+  const Call call =
+      check_call(op, q, k, v, additional_k, additional_v, kernel_size, stride, dilation, is_causal, bias);
+  STD_TORCH_CHECK(q.scalar_type() != ScalarType::Float8_e4m3fn, op,
+                  ": q has dtype Float8_e4m3fn; supported by gna_fwd_8bit");
+  return forward(op, call, q, k, v, additional_k, additional_v, scale, backend, bias, {}, q.scalar_type());
+}
+
+std::tuple<Tensor, Tensor> fwd_8bit_cuda(Tensor q, Tensor k, Tensor v, OptionalTensor q_descale,
+                                         OptionalTensor k_descale, OptionalTensor v_descale, Ints kernel_size,
+                                         Ints stride, Ints dilation, Ints is_causal, double scale,
+                                         ScalarType out_dtype) {
+  const char* op = "gna_fwd_8bit";
+  const Call call = check_call(op, q, k, v, {}, {}, kernel_size, stride, dilation, is_causal, {});
+  check_8bit(op, call, q, q_descale, k_descale, v_descale, out_dtype);
+  const Descales descale{descale_of(q_descale), descale_of(k_descale), descale_of(v_descale)};
+  return forward(op, call, q, k, v, {}, {}, scale, {}, {}, descale, out_dtype);
 }
 
 // ---- Backward ----
@@ -280,7 +301,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cuda(
       launch.dv = tokens_of<void>(add_dv, 1);
     }
     const int64_t head = step.heads.first, head_kv = step.heads.first_kv;
-    const int bytes = dtype == ScalarType::Float ? 4 : 2;
+    const int bytes = element_bytes(dtype);
     for (auto* t : {&launch.q, &launch.dout}) enter(step, *t, head, bytes);
     for (auto* t : {&launch.k, &launch.v}) enter(step, *t, head_kv, bytes);
     for (auto* t : {&launch.add_k, &launch.add_v}) enter_heads(step, *t, head_kv, bytes);
@@ -328,6 +349,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cuda(
 
 STABLE_TORCH_LIBRARY_IMPL(nearfield, CUDA, m) {
   m.impl("gna_fwd", TORCH_BOX(&nearfield::gna::fwd_cuda));
+  m.impl("gna_fwd_8bit", TORCH_BOX(&nearfield::gna::fwd_8bit_cuda));
   m.impl("gna_bwd", TORCH_BOX(&nearfield::gna::bwd_cuda));
 }
 #endif

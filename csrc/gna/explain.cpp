@@ -146,7 +146,9 @@ std::string gna_plan(Tensor q, Tensor k, Tensor v, OptionalTensor additional_k, 
     const Request request{op, q.scalar_type(), static_cast<int>(capability), backend};
     plan = backward ? plan_backward(request, call, deterministic) : plan_forward(request, call);
   } else {
-    dispatch_cpu_dtype(op, "q", q.scalar_type(), [](auto) {});
+    // 8-bit inputs are widened before the forward.
+    if (backward || q.scalar_type() != ScalarType::Float8_e4m3fn)
+      dispatch_cpu_dtype(op, "q", q.scalar_type(), [](auto) {});
   }
   std::vector<std::string> copies;
   const auto note = [&](const char* name, const OptionalTensor& t) {

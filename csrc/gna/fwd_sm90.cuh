@@ -16,10 +16,14 @@ template <class Tag, int kHeadDim_, bool kBiased_>
 struct FwdTraits : HeadTraits<Tag, kHeadDim_> {
   using Base = HeadTraits<Tag, kHeadDim_>;
   using typename Base::AtomK, typename Base::AtomMN, typename Base::Element;
+  static constexpr bool kIs8Bit = sizeof(Element) == 1;
+  using Output = std::conditional_t<kIs8Bit, cutlass::bfloat16_t, Element>;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr FwdTile kTile = fwd_tile(kHeadDim);
   static constexpr int kBlockM = kTile.kBlockM, kBlockN = kTile.kBlockN, kStages = kTile.kStages;
   static constexpr bool kWithDout = false, kBiased = kBiased_;
+  static constexpr int kTransposers = kIs8Bit ? 2 : 0;  // warps
+  static constexpr int kLift = kIs8Bit ? 8 : 0;         // P is at most 2^8, of at most 448 in e4m3
   static constexpr int kConsumers = kBlockM / 64;
   static constexpr int kThreads = (kConsumers + 1) * 128;
   static constexpr int kConsumerWarps = kConsumers * 4;
@@ -28,23 +32,25 @@ struct FwdTraits : HeadTraits<Tag, kHeadDim_> {
 
   using LayoutQ = decltype(tile_to_shape(AtomK{}, cute::Shape<Int<kBlockM>, Int<kHeadDim>>{}));
   using LayoutK = decltype(tile_to_shape(AtomK{}, cute::Shape<Int<kBlockN>, Int<kHeadDim>, Int<kStages>>{}));
-  // V seen as the B operand of P V: (D, keys), D contiguous.
-  using LayoutVt = decltype(tile_to_shape(AtomMN{}, cute::Shape<Int<kHeadDim>, Int<kBlockN>, Int<kStages>>{},
-                                          Step<_2, _1, _3>{}));
+  // V seen as the B operand of P V: (D, keys), D contiguous; 8 bits: transposed, keys contiguous.
+  using AtomVt = std::conditional_t<kIs8Bit, GMMA::Layout_K_SW128_Atom<Element>, AtomMN>;
+  using LayoutVt = decltype(tile_to_shape(AtomVt{}, cute::Shape<Int<kHeadDim>, Int<kBlockN>, Int<kStages>>{},
+                                          std::conditional_t<kIs8Bit, Step<_1, _2, _3>, Step<_2, _1, _3>>{}));
+  using Transposed = TransposedValues<Element, kHeadDim, kBlockN, kStages>;
 
   using MmaQK = decltype(make_tiled_mma(
       GMMA::ss_op_selector<Element, Element, float, cute::Shape<Int<kBlockM>, Int<kBlockN>, Int<kHeadDim>>>(),
       Layout<cute::Shape<Int<kConsumers>, _1, _1>>{}));
   using MmaPV = decltype(make_tiled_mma(
       GMMA::rs_op_selector<Element, Element, float, cute::Shape<Int<kBlockM>, Int<kHeadDim>, Int<kBlockN>>,
-                           GMMA::Major::K, GMMA::Major::MN>(),
+                           GMMA::Major::K, kIs8Bit ? GMMA::Major::K : GMMA::Major::MN>(),
       Layout<cute::Shape<Int<kConsumers>, _1, _1>>{}));
 
   struct alignas(1024) Storage {
     alignas(1024) Element q[kBlockM * kHeadDim];
     alignas(1024) Element k[kStages * kBlockN * kHeadDim];
     alignas(1024) Element v[kStages * kBlockN * kHeadDim];
-    alignas(1024) Element o[kTile.kOwnOutput ? kBlockM * kHeadDim : 64];
+    alignas(1024) Output o[kTile.kOwnOutput ? kBlockM * kHeadDim : 64];
     BoxMask<kBlockN> mask;
     MovingTile key_tile[kStages];
     PlannedTile<kBlockM> plan[kPlannedTiles];
@@ -58,30 +64,44 @@ struct FwdTraits : HeadTraits<Tag, kHeadDim_> {
 
 // ---- Consumers ----
 
+// Where V comes from.
+template <class Traits>
+__device__ __forceinline__ auto& values_of(typename Traits::Storage& s) {
+  if constexpr (Traits::kIs8Bit) {
+    return transposed_values<Traits>();
+  } else {
+    return s;
+  }
+}
+
 template <class Traits>
 __device__ void attend(typename Traits::Storage& s, const QueryParams& p) {
   using Element = typename Traits::Element;
   constexpr int kM = Traits::kBlockM, kN = Traits::kBlockN, kD = Traits::kHeadDim;
   const int thread = threadIdx.x - 128, warpgroup = thread / 128, quad = thread % 4;
 
-  Tensor sQ = make_tensor(make_smem_ptr(s.q), typename Traits::LayoutQ{});    // (M, D)
-  Tensor sK = make_tensor(make_smem_ptr(s.k), typename Traits::LayoutK{});    // (N, D, stage)
-  Tensor sVt = make_tensor(make_smem_ptr(s.v), typename Traits::LayoutVt{});  // (D, N, stage)
+  auto& values = values_of<Traits>(s);
+  Tensor sQ = make_tensor(make_smem_ptr(s.q), typename Traits::LayoutQ{});         // (M, D)
+  Tensor sK = make_tensor(make_smem_ptr(s.k), typename Traits::LayoutK{});         // (N, D, stage)
+  Tensor sVt = make_tensor(make_smem_ptr(values.v), typename Traits::LayoutVt{});  // (D, N, stage)
   typename Traits::MmaQK mma_qk;
   typename Traits::MmaPV mma_pv;
   auto thread_qk = mma_qk.get_slice(warpgroup * 128);
   auto thread_pv = mma_pv.get_slice(warpgroup * 128);
-  Tensor tSrQ = thread_qk.partition_fragment_A(sQ);   // (MMA, 1, D/16)
+  Tensor tSrQ = thread_qk.partition_fragment_A(sQ);   // (MMA, 1, D/16); of 8 bits D/32
   Tensor tSrK = thread_qk.partition_fragment_B(sK);   // (MMA, 1, D/16, stage)
   Tensor tOrV = thread_pv.partition_fragment_B(sVt);  // (MMA, 1, N/16, stage)
   Tensor tSrS = partition_fragment_C(mma_qk, cute::Shape<Int<kM>, Int<kN>>{});
   Tensor tOrO = partition_fragment_C(mma_pv, cute::Shape<Int<kM>, Int<kD>>{});
   Tensor scores = make_tensor(tSrS.data(), accumulator_rows_cols(tSrS.layout()));
   Tensor outputs = make_tensor(tOrO.data(), accumulator_rows_cols(tOrO.layout()));
-  Tensor tOrP = make_tensor<Element>(accumulator_as_a(tSrS.layout()));
+  Tensor tOrP = make_tensor<Element>(partition_shape_A(mma_pv, cute::Shape<Int<kM>, Int<kN>>{}));
   const auto round_p = [&] {
-    Tensor p_view = make_tensor(tSrS.data(), tOrP.layout());
-    convert_to(p_view, tOrP);
+    if constexpr (Traits::kIs8Bit) {
+      convert_to_8bit(make_tensor(tSrS.data(), accumulator_as_8bit_a(tSrS.layout())), tOrP);
+    } else {
+      convert_to(make_tensor(tSrS.data(), tOrP.layout()), tOrP);
+    }
   };
 
   const int first_row = warpgroup * 64 + thread % 128 / 32 * 16 + thread % 32 / 4;  // and first_row + 8
@@ -101,7 +121,14 @@ __device__ void attend(typename Traits::Storage& s, const QueryParams& p) {
       for (int d = 0; d < 3; ++d) keys[i][d] = plan.range[first_row + 8 * i][d];
     }
 
-    OnlineSoftmax<2> softmax(p.scale_log2);
+    float scale_log2 = p.scale_log2, descale_v = 1.f;
+    if constexpr (Traits::kIs8Bit) {
+      const int64_t batch = plan.tile.batch + p.batch_offset;
+      const int head_kv = plan.tile.head / static_cast<int>(p.problem.heads_per_kv());
+      scale_log2 *= Descales::of(p.descale.q, batch, head_kv) * Descales::of(p.descale.k, batch, head_kv);
+      descale_v = Descales::of(p.descale.v, batch, head_kv);
+    }
+    OnlineSoftmax<2, Traits::kLift> softmax(scale_log2);
     float rescale[2];
     s.ring_q.wait_full(at_q);
     s.ring_k.wait_full(at_k);
@@ -123,7 +150,7 @@ __device__ void attend(typename Traits::Storage& s, const QueryParams& p) {
     for (int n = 1; n < num_tiles; ++n) {
       s.ring_k.wait_full(at_k);
       issue_gemm<true>(mma_qk, tSrQ, tSrK(_, _, _, at_k.stage), tSrS);
-      s.ring_v.wait_full(at_v);
+      values.ring_v.wait_full(at_v);
       issue_gemm<false>(mma_pv, tOrP, tOrV(_, _, _, at_v.stage), tOrO);
       key_tile = s.key_tile[at_k.stage];
       if (key_tile.tests != 0) visible_keys(visible, s.mask, p.kv_box, key_tile, keys, quad);  // under S
@@ -135,19 +162,23 @@ __device__ void attend(typename Traits::Storage& s, const QueryParams& p) {
       softmax.step(scores, rescale);
       warpgroup_fence_operand(tSrS);  // keeps the exponentials above the wait, under the product P V
       warpgroup_wait<0>();
-      s.ring_v.release(at_v);
+      values.ring_v.release(at_v);
       at_v.advance();
       round_p();
       scale_rows(outputs, rescale);
     }
     if constexpr (Traits::kTile.kOwnOutput) s.ring_q.release(at_q);
-    s.ring_v.wait_full(at_v);
+    values.ring_v.wait_full(at_v);
     issue_gemm<false>(mma_pv, tOrP, tOrV(_, _, _, at_v.stage), tOrO);
     float inverse[2], lse[2];
     softmax.finish(inverse, lse);
     warpgroup_wait<0>();
-    s.ring_v.release(at_v);
+    values.ring_v.release(at_v);
     at_v.advance();
+    if constexpr (Traits::kIs8Bit) {
+      inverse[0] *= descale_v;
+      inverse[1] *= descale_v;
+    }
     scale_rows(outputs, inverse);
 
     CUTE_UNROLL
@@ -157,9 +188,19 @@ __device__ void attend(typename Traits::Storage& s, const QueryParams& p) {
     }
     const int warp = thread / 32;
     // Without a buffer of its own the output goes over the Q rows, once its warpgroup has read them.
-    Element* sO = Traits::kTile.kOwnOutput ? s.o + warp * 16 * kD : s.q + staging_in_own_rows<kD, kM>(warp);
+    void* sO = Traits::kTile.kOwnOutput ? static_cast<void*>(s.o + warp * 16 * kD)
+                                        : s.q + staging_in_own_rows<kD, kM>(warp);
     if constexpr (!Traits::kTile.kOwnOutput) cutlass::arch::NamedBarrier::sync(128, 1 + warpgroup);
-    store_rows<kD>(sO, outputs, plan.row + warp * 16, static_cast<Element*>(p.out), p.problem.dim_v);
+    const auto store = [&](auto type) {
+      using Output = decltype(type);
+      store_rows<kD, Traits::kIs8Bit>(static_cast<Output*>(sO), outputs, plan.row + warp * 16,
+                                      static_cast<Output*>(p.out), p.problem.dim_v);
+    };
+    if (Traits::kIs8Bit && p.out_is_fp16) {
+      store(cutlass::half_t{});
+    } else {
+      store(typename Traits::Output{});
+    }
     if constexpr (!Traits::kTile.kOwnOutput) {
       cutlass::arch::fence_view_async_shared();  // the next Q comes through the async proxy
       __syncwarp();
@@ -188,23 +229,29 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
 }
 
 template <class Traits>
-cudaError_t launch_fwd(const FwdSm90Args& a, bool is_bf16, cudaStream_t stream) {
-  constexpr int kShared = shared_bytes<Traits>();
+cudaError_t launch_fwd(const FwdSm90Args& a, cudaStream_t stream) {
+  constexpr int kShared =
+      shared_bytes<Traits>() + (Traits::kIs8Bit ? sizeof(typename Traits::Transposed) : 0);
+  static_assert(kShared <= 227 * 1024);
   static const cudaError_t attribute = allow_shared_memory(fwd_kernel<Traits>, kShared);
   if (attribute != cudaSuccess) return attribute;
   QueryParams params{};
   params.out = a.out.data;
+  params.descale = a.descale;
+  params.out_is_fp16 = a.out_is_fp16;
   return launch_query_stationary<Traits>(
-      a, is_bf16, a.lse, params, stream, [&](const QueryMaps& maps, const QueryParams& p, int grid) {
+      a, a.lse, params, stream, [&](const QueryMaps& maps, const QueryParams& p, int grid) {
         fwd_kernel<Traits><<<grid, Traits::kThreads, kShared, stream>>>(maps, p);
       });
 }
 
 template <class Tag, int kHeadDim>
 int fwd_sm90<Tag, kHeadDim>::run(const FwdSm90Args& a, void* stream) {
-  const auto launch = a.bias.data != nullptr ? launch_fwd<FwdTraits<Tag, kHeadDim, true>>
-                                             : launch_fwd<FwdTraits<Tag, kHeadDim, false>>;
-  return launch(a, std::is_same_v<Tag, bf16>, static_cast<cudaStream_t>(stream));
+  const auto on = static_cast<cudaStream_t>(stream);
+  if constexpr (!std::is_same_v<Tag, e4m3>) {
+    if (a.bias.data != nullptr) return launch_fwd<FwdTraits<Tag, kHeadDim, true>>(a, on);
+  }
+  return launch_fwd<FwdTraits<Tag, kHeadDim, false>>(a, on);
 }
 
 }  // namespace nearfield::gna

@@ -227,7 +227,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
 }
 
 template <class Traits>
-int launch_key_stationary(const BwdSm90Args& a, bool is_bf16, void* stream_) {
+int launch_key_stationary(const BwdSm90Args& a, void* stream_) {
   constexpr int kHeadDim = Traits::kHeadDim;
   constexpr int kShared = shared_bytes<Traits>();
   static const cudaError_t attribute = allow_shared_memory(bwd_kernel<Traits>, kShared);
@@ -259,7 +259,7 @@ int launch_key_stationary(const BwdSm90Args& a, bool is_bf16, void* stream_) {
   if (a.to_additional) p.kv_box = Box{{1, 1, Traits::kBlockN}};
   const DqBuffer buffer(p.problem);
   for (int64_t b = 0; b < launches.count; ++b) {
-    const TokenEncoder encode{launches, b, is_bf16, kHeadDim, problem};
+    const TokenEncoder encode{launches, b, sizeof(typename Traits::Element), kHeadDim, problem};
     cudaError_t e = encode(&maps.q, &p.fold_q, a.q, problem.dim, problem.heads, a.q_box);
     if (e == cudaSuccess) e = encode(&maps.dout, &p.fold_dout, a.dout, problem.dim_v, problem.heads, a.q_box);
     if (e == cudaSuccess) {

@@ -22,10 +22,7 @@ struct Built {
 
 template <class Element, int kHeadDim = 0>
 Built built(const char* kernel) {
-  const auto dtype = std::is_same_v<Element, bf16>   ? ScalarType::BFloat16
-                     : std::is_same_v<Element, fp16> ? ScalarType::Half
-                                                     : ScalarType::Float;
-  return {kernel, dtype, kHeadDim};
+  return {kernel, dtype_of<Element>, kHeadDim};
 }
 
 const std::vector<Built> kBuilt = {
@@ -77,6 +74,8 @@ Plan choose_backend(const Request& r, const Call& call) {
     STD_TORCH_CHECK(!r.backend, r.op, ": backend \"hopper\" was asked for, but ", plan.because);
   }
   plan.portable = true;
+  STD_TORCH_CHECK(r.dtype != ScalarType::Float8_e4m3fn, r.op, ": q has dtype Float8_e4m3fn, and ",
+                  plan.because, "; supported with this dtype: Hopper's kernels and the CPU");
   const int largest = largest_head_dim("portable_sm80", r.dtype);
   STD_TORCH_CHECK(largest > 0, r.op, ": q has dtype ", torch::headeronly::toString(r.dtype),
                   "; supported on CUDA: bfloat16, float16, float32");
@@ -88,8 +87,6 @@ Plan choose_backend(const Request& r, const Call& call) {
 int compiled_head_dim(const Plan& plan, const char* hopper, const Request& r, const Problem& p) {
   return head_dim_of(plan.portable ? "portable_sm80" : hopper, r.dtype, std::max(p.dim, p.dim_v));
 }
-
-int element_bytes(ScalarType dtype) { return dtype == ScalarType::Float ? 4 : 2; }
 
 // ---- Tiles ----
 
@@ -227,6 +224,8 @@ Plan plan_forward(const Request& request, const Call& call) {
 
 Plan plan_backward(const Request& request, const Call& call, bool deterministic) {
   const Problem& whole = call.whole;
+  STD_TORCH_CHECK(request.dtype != ScalarType::Float8_e4m3fn, request.op,
+                  ": q has dtype Float8_e4m3fn; supported with this dtype: the forward alone");
   Plan plan = choose_backend(request, call);
   deterministic |= plan.portable;
   const int head_dim = compiled_head_dim(plan, "bwd_sm90", request, whole);
@@ -320,8 +319,8 @@ Plan plan_backward(const Request& request, const Call& call, bool deterministic)
 
 std::string hopper_refuses(int capability, ScalarType dtype, int64_t dim, int64_t dim_v) {
   std::ostringstream why;
-  // Forward and backward are built for the same head dims.
-  const int largest = largest_head_dim("bwd_sm90", dtype);
+  // Forward and backward, where there is one, are built for the same head dims.
+  const int largest = largest_head_dim("fwd_sm90", dtype), multiple = 16 / element_bytes(dtype);
 #ifdef NEARFIELD_GNA_SM90
   const bool built = true;
 #else
@@ -332,10 +331,10 @@ std::string hopper_refuses(int capability, ScalarType dtype, int64_t dim, int64_
         << ", Hopper's kernels need 9.0 and a build for 90a (this one is for " << kBuiltFor << ")";
   } else if (largest == 0) {
     why << "q has dtype " << torch::headeronly::toString(dtype)
-        << ", Hopper's kernels take bfloat16, float16";
-  } else if (dim % 8 != 0 || dim_v % 8 != 0 || std::max(dim, dim_v) > largest) {
+        << ", Hopper's kernels take bfloat16, float16 and, in the forward, float8_e4m3fn";
+  } else if (dim % multiple != 0 || dim_v % multiple != 0 || std::max(dim, dim_v) > largest) {
     why << "the head dims are " << dim << " of q and k and " << dim_v
-        << " of v, Hopper's kernels take multiples of 8 up to " << largest;
+        << " of v, Hopper's kernels take multiples of " << multiple << " up to " << largest;
   }
   return why.str();
 }
@@ -343,7 +342,9 @@ std::string hopper_refuses(int capability, ScalarType dtype, int64_t dim, int64_
 bool is_loadable(const Tensor& t) {
   const int64_t last = t.dim() - 1;
   bool fits = reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0 && t.stride(last) == 1;
-  for (int64_t i = 0; i < last; ++i) fits &= t.size(i) == 1 || (t.stride(i) > 0 && t.stride(i) % 8 == 0);
+  const int bytes = element_bytes(t.scalar_type());
+  for (int64_t i = 0; i < last; ++i)
+    fits &= t.size(i) == 1 || (t.stride(i) > 0 && t.stride(i) * bytes % 16 == 0);
   return fits;
 }
 

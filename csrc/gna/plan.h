@@ -61,6 +61,17 @@ struct Plan {
   }
 };
 
+// Tags of instances.def and the types they stand for.
+template <class Element>
+constexpr ScalarType dtype_of = std::is_same_v<Element, bf16>   ? ScalarType::BFloat16
+                                : std::is_same_v<Element, fp16> ? ScalarType::Half
+                                : std::is_same_v<Element, e4m3> ? ScalarType::Float8_e4m3fn
+                                                                : ScalarType::Float;
+
+inline int element_bytes(ScalarType dtype) {
+  return dtype == ScalarType::Float ? 4 : dtype == ScalarType::Float8_e4m3fn ? 1 : 2;
+}
+
 // What is asked for beside the problem.
 struct Request {
   const char* op;

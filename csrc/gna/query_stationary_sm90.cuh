@@ -5,6 +5,7 @@
 #include "gna/bias_sm90.cuh"
 #include "gna/plan_sm90.cuh"
 #include "gna/traits_sm90.cuh"
+#include "gna/transpose_sm90.cuh"
 
 namespace nearfield::gna {
 
@@ -24,15 +25,19 @@ struct QueryParams {
   Tokens<float> lse;  // [B, X, H]: its strides count rows of `out` and of the statistics too
   const RowStats* stats;  // for the gradient of the queries only
   BiasParams bias;
+  Descales descale;  // of 8-bit inputs, as out_is_fp16
+  bool out_is_fp16;
   int* next_work;
 };
 
-// ---- Producers: one thread of warp 0 issues the copies, warp 1 plans, warp 2 brings the bias ----
+// ---- Producers: one thread of warp 0 issues the copies, warp 1 plans, warp 2 brings the bias,
+// warps 2 and 3 transpose 8-bit values ----
 
 template <class Traits>
 __device__ void load(typename Traits::Storage& s, const QueryMaps& maps, const QueryParams& p) {
   constexpr int kD = Traits::kHeadDim, kM = Traits::kBlockM, kN = Traits::kBlockN;
-  const uint32_t q_bytes = p.q_box.volume() * kD * 2, kv_bytes = p.kv_box.volume() * kD * 2;
+  const uint32_t row_bytes = kD * sizeof(typename Traits::Element);
+  const uint32_t q_bytes = p.q_box.volume() * row_bytes, kv_bytes = p.kv_box.volume() * row_bytes;
   const int add_tiles = static_cast<int>((p.problem.additional + kN - 1) / kN);
   const int group_size = static_cast<int>(p.problem.heads_per_kv());
   const bool box_fills_block = p.kv_box.volume() == kN;
@@ -91,7 +96,7 @@ __device__ void load(typename Traits::Storage& s, const QueryMaps& maps, const Q
       } else if (n < num_tiles) {
         const int valid = static_cast<int>(p.problem.additional) - x[2];
         describe({valid, 0, 0}, valid < kN ? kTestTail : 0);
-        load_kv(s.ring_k, at_k, s.k, maps.add_k, p.fold_add_k, x, kN * kD * 2);
+        load_kv(s.ring_k, at_k, s.k, maps.add_k, p.fold_add_k, x, kN * row_bytes);
       }
       if (n == 0) load_q();
       const auto remember_v = [&] {
@@ -104,7 +109,7 @@ __device__ void load(typename Traits::Storage& s, const QueryMaps& maps, const Q
         if (n - kLag < window_tiles) {
           load_kv(s.ring_v, at_v, s.v, maps.v, p.fold_v, x_v, kv_bytes);
         } else {
-          load_kv(s.ring_v, at_v, s.v, maps.add_v, p.fold_add_v, x_v, kN * kD * 2);
+          load_kv(s.ring_v, at_v, s.v, maps.add_v, p.fold_add_v, x_v, kN * row_bytes);
         }
       }
       if (kLag > 0) remember_v();
@@ -142,6 +147,9 @@ __device__ __forceinline__ void produce(typename Traits::Storage& s, const Query
   if constexpr (Traits::kBiased) {
     if (warp == 2) load_bias<Traits>(s, p);
   }
+  if constexpr (Traits::kTransposers > 0) {
+    if (warp >= 4 - Traits::kTransposers) transpose_values<Traits>(s);
+  }
   if (warp == 1) {
     const int add_tiles = static_cast<int>((p.problem.additional + Traits::kBlockN - 1) / Traits::kBlockN);
     plan_tiles_of_cta<Direction::kForward>(s, p, p.q_box, p.kv_box, p.lse, 1, add_tiles);
@@ -159,9 +167,12 @@ __device__ __forceinline__ void prepare_storage(typename Traits::Storage& s, con
     prefetch_map(maps.v);
     s.ring_q.init(1, Traits::kConsumerWarps);
     s.ring_k.init(1, Traits::kConsumerWarps);
-    s.ring_v.init(1, Traits::kConsumerWarps);
+    s.ring_v.init(1, Traits::kTransposers > 0 ? Traits::kTransposers : Traits::kConsumerWarps);
+    if constexpr (Traits::kTransposers > 0) {
+      transposed_values<Traits>().ring_v.init(Traits::kTransposers, Traits::kConsumerWarps);
+    }
     s.ring_draw.init(1, 1);
-    s.ring_plan.init(1, Traits::kConsumerWarps + 1 + Traits::kBiased);  // and the loading warps
+    s.ring_plan.init(1, Traits::kConsumerWarps + 1 + Traits::kBiased + Traits::kTransposers);
     cutlass::arch::fence_barrier_init();
   }
   s.mask.build(p.kv_box, threadIdx.x, Traits::kThreads);
@@ -225,7 +236,7 @@ __device__ __forceinline__ void mask_rows(Tensor& scores, const uint32_t (&visib
 // Encodes the tensors of `args` (FwdSm90Args or BwdSm90Args) and calls launch(maps, params, grid) once, or
 // once per batch entry where the folding asks for it.
 template <class Traits, class Args, class Launch>
-cudaError_t launch_query_stationary(const Args& a, bool is_bf16, const Tokens<float>& lse, QueryParams p,
+cudaError_t launch_query_stationary(const Args& a, const Tokens<float>& lse, QueryParams p,
                                     cudaStream_t stream, const Launch& launch) {
   constexpr int kHeadDim = Traits::kHeadDim;
   const Problem& problem = a.problem;
@@ -243,7 +254,7 @@ cudaError_t launch_query_stationary(const Args& a, bool is_bf16, const Tokens<fl
   p.schedule = Schedule(p.problem, a.q_box, problem.heads);
   if (p.schedule.total > std::numeric_limits<int>::max() / 2) return cudaErrorInvalidConfiguration;
   for (int64_t b = 0; b < launches.count; ++b) {
-    const TokenEncoder encode{launches, b, is_bf16, kHeadDim, problem};
+    const TokenEncoder encode{launches, b, sizeof(typename Traits::Element), kHeadDim, problem};
     cudaError_t e = encode(&maps.q, &p.fold_q, a.q, problem.dim, problem.heads, a.q_box);
     if (e == cudaSuccess) e = encode(&maps.k, &p.fold_k, a.k, problem.dim, problem.heads_kv, a.kv_box);
     if (e == cudaSuccess) e = encode(&maps.v, &p.fold_v, a.v, problem.dim_v, problem.heads_kv, a.kv_box);

@@ -49,6 +49,44 @@ std::tuple<Tensor, Tensor> fwd_cpu(Tensor q, Tensor k, Tensor v, OptionalTensor 
   return {out, lse};
 }
 
+// The tensor [B, X.., H, features] of a type in which the CPU computes, times its factors.
+Tensor dequantized(const Tensor& t, const OptionalTensor& descale) {
+  Tensor wide = torch::stable::new_empty(t, shape_of(t), ScalarType::Float);
+  torch::stable::copy_(wide, t);
+  if (!defined(descale)) return wide;
+  const Tokens<const float> factor = descale_of(descale);
+  const int64_t heads = t.size(t.dim() - 2), features = t.size(t.dim() - 1),
+                shared = heads / descale->size(1);
+  const int64_t rows = wide.numel() / features, rows_per_batch = rows / t.size(0);
+  float* data = static_cast<float*>(wide.data_ptr());
+  for (int64_t row = 0; row < rows; ++row) {
+    const float f = *factor.at(row / rows_per_batch, row % heads / shared);
+    for (int64_t i = 0; i < features; ++i) data[row * features + i] *= f;
+  }
+  return wide;
+}
+
+std::tuple<Tensor, Tensor> fwd_8bit_cpu(Tensor q, Tensor k, Tensor v, OptionalTensor q_descale,
+                                        OptionalTensor k_descale, OptionalTensor v_descale, Ints kernel_size,
+                                        Ints stride, Ints dilation, Ints is_causal, double scale,
+                                        ScalarType out_dtype) {
+  const char* op = "gna_fwd_8bit";
+  const Call call = check_call(op, q, k, v, {}, {}, kernel_size, stride, dilation, is_causal, {});
+  check_8bit(op, call, q, q_descale, k_descale, v_descale, out_dtype);
+  auto shape = shape_of(q);
+  shape.back() = call.whole.dim_v;
+  Tensor out = torch::stable::new_empty(q, shape, out_dtype);
+  if (out.numel() == 0) {
+    shape.pop_back();
+    return {out, torch::stable::new_empty(q, shape, ScalarType::Float)};
+  }
+  const auto [wide, lse] =
+      fwd_cpu(dequantized(q, q_descale), dequantized(k, k_descale), dequantized(v, v_descale), {}, {},
+              kernel_size, stride, dilation, is_causal, scale, {}, {});
+  torch::stable::copy_(out, wide);
+  return {out, lse};
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cpu(
     Tensor dout, OptionalTensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
     OptionalTensor additional_k, OptionalTensor additional_v, Ints kernel_size, Ints stride, Ints dilation,
@@ -123,6 +161,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(nearfield, m) {
       "gna_fwd(Tensor q, Tensor k, Tensor v, Tensor? additional_k, Tensor? additional_v, int[] kernel_size, "
       "int[] stride, int[] dilation, int[] is_causal, float scale, str? backend=None, Tensor? bias=None) "
       "-> (Tensor, Tensor)");
+  // The forward of float8_e4m3fn; descales are float32 [B, Hkv].
+  m.def(
+      "gna_fwd_8bit(Tensor q, Tensor k, Tensor v, Tensor? q_descale, Tensor? k_descale, Tensor? v_descale, "
+      "int[] kernel_size, int[] stride, int[] dilation, int[] is_causal, float scale, ScalarType out_dtype) "
+      "-> (Tensor, Tensor)");
   m.def(
       "gna_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
       "Tensor? additional_k, Tensor? additional_v, int[] kernel_size, int[] stride, int[] dilation, "
@@ -139,5 +182,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(nearfield, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(nearfield, CPU, m) {
   m.impl("gna_fwd", TORCH_BOX(&nearfield::gna::fwd_cpu));
+  m.impl("gna_fwd_8bit", TORCH_BOX(&nearfield::gna::fwd_8bit_cpu));
   m.impl("gna_bwd", TORCH_BOX(&nearfield::gna::bwd_cpu));
 }

@@ -28,6 +28,14 @@ struct Launches {
   }
 };
 
+// Factors of 8-bit q, k and v, [B, Hkv] each; without data: 1.
+struct Descales {
+  Tokens<const float> q, k, v;
+  NEARFIELD_HOST_DEVICE static float of(const Tokens<const float>& t, int64_t batch, int64_t head_kv) {
+    return t.data != nullptr ? *t.at(batch, head_kv) : 1.f;
+  }
+};
+
 struct FwdSm90Args {
   Problem problem;
   float scale;                 // > 0: op.py folds other signs into q
@@ -35,7 +43,9 @@ struct FwdSm90Args {
   Tokens<const void> add_k, add_v;  // [B, M, Hkv, D], [B, M, Hkv, Dv]; unused without additional tokens
   Tokens<void> out;                 // [B, X, H, Dv]
   Tokens<float> lse;                // [B, X, H]
-  BiasTable<const float> bias;
+  BiasTable<const float> bias;      // none with 8-bit inputs, which have no additional tokens either
+  Descales descale;                 // of 8-bit inputs
+  bool out_is_fp16;                 // of 8-bit inputs: out is fp16, else bf16
   Box q_box, kv_box;
   int* next_work;  // device memory, one int: the scheduler's counter
   int num_sms;

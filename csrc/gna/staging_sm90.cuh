@@ -26,8 +26,9 @@ __device__ __forceinline__ int staging_in_own_rows(int warp) {
 }
 
 // Writes a warp's 16 rows of a (2, kFeatures) accumulator view, whose columns begin at feature `first`, to
-// `out`, where row r is at row[r] * dim; row[r] < 0: none.
-template <int kFeatures, class Element, class TensorO>
+// `out`, where row r is at row[r] * dim; row[r] < 0: none. kEvenFirst: of every 16 columns the first eight
+// are the even features, the others the odd ones (transpose_sm90.cuh).
+template <int kFeatures, bool kEvenFirst = false, class Element, class TensorO>
 __device__ void store_rows(Element* staging, const TensorO& rO, const int64_t* row, Element* out, int64_t dim,
                            int first = 0) {
   constexpr int kPieces = kFeatures / 8;  // of 16 bytes in a row
@@ -40,8 +41,12 @@ __device__ void store_rows(Element* staging, const TensorO& rO, const int64_t* r
     CUTE_UNROLL
     for (int j = 0; j < kPieces; ++j) {
       cutlass::NumericArrayConverter<Element, float, 2> convert;
-      const auto pair = convert(cutlass::Array<float, 2>{rO(i, 2 * j), rO(i, 2 * j + 1)});
-      words[(r * kPieces + (j ^ (r & kMask))) * 4 + lane % 4] = reinterpret_cast<const uint32_t&>(pair);
+      // Even first: a thread's columns of pieces j and j + 1 are four neighboring features.
+      const int a = kEvenFirst ? j / 2 * 4 + j % 2 : 2 * j, b = kEvenFirst ? a + 2 : a + 1;
+      const int piece = kEvenFirst ? j / 2 * 2 + lane % 4 / 2 : j;
+      const int word = kEvenFirst ? lane % 2 * 2 + j % 2 : lane % 4;
+      const auto pair = convert(cutlass::Array<float, 2>{rO(i, a), rO(i, b)});
+      words[(r * kPieces + (piece ^ (r & kMask))) * 4 + word] = reinterpret_cast<const uint32_t&>(pair);
     }
   }
   __syncwarp();

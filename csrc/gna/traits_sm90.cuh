@@ -4,6 +4,7 @@
 #include <cutlass/arch/barrier.h>
 #include <cutlass/arch/reg_reconfig.h>
 #include <cutlass/bfloat16.h>
+#include <cutlass/float8.h>
 #include <cutlass/half.h>
 
 #include <cute/tensor.hpp>
@@ -23,9 +24,11 @@ using namespace cute;
 
 template <class Tag, int kHeadDim>
 struct HeadTraits {
-  using Element = std::conditional_t<std::is_same_v<Tag, bf16>, cutlass::bfloat16_t, cutlass::half_t>;
-  // Shared memory as the copy engine writes it: chunks of 64 (32) features, rows, features.
-  using AtomK = std::conditional_t<kHeadDim == 32, GMMA::Layout_K_SW64_Atom<Element>,
+  using Element =
+      std::conditional_t<std::is_same_v<Tag, e4m3>, cutlass::float_e4m3_t,
+                         std::conditional_t<std::is_same_v<Tag, bf16>, cutlass::bfloat16_t, cutlass::half_t>>;
+  // Shared memory as the copy engine writes it: chunks of 128 (64) bytes of features, rows, features.
+  using AtomK = std::conditional_t<kHeadDim * sizeof(Element) == 64, GMMA::Layout_K_SW64_Atom<Element>,
                                    GMMA::Layout_K_SW128_Atom<Element>>;
   using AtomMN = std::conditional_t<kHeadDim == 32, GMMA::Layout_MN_SW64_Atom<Element>,
                                     GMMA::Layout_MN_SW128_Atom<Element>>;

@@ -9,6 +9,7 @@ namespace nearfield {
 struct bf16;
 struct fp16;
 struct fp32;
+struct e4m3;
 
 enum class Element : int { kFp32, kBf16, kFp16 };
 

@@ -45,6 +45,18 @@ __device__ __forceinline__ auto accumulator_as_a(Layout acc) {
   return make_layout(make_layout(get<0>(l), get<1>(l), get<2, 0>(l)), get<1>(acc), get<2, 1>(l));
 }
 
+// The same for 8-bit operands: -> (((2, 2), 2, 2), M, N/32). Four neighboring columns of the operand are a
+// pair of columns of the accumulator and the pair eight columns on: in every 16 columns the operand has the
+// order 0 1 8 9 2 3 10 11 4 5 12 13 6 7 14 15, and the other operand must have it as well.
+template <class Layout>
+__device__ __forceinline__ auto accumulator_as_8bit_a(Layout acc) {
+  using namespace cute;
+  auto l = logical_divide(get<0>(acc), cute::Shape<Underscore, Underscore, _4>{});  // (2, 2, (4, N/32))
+  auto pairs = flatten(logical_divide(get<2, 0>(l), cute::Shape<_2>{}));            // (2, 2)
+  return make_layout(make_layout(make_layout(get<0>(l), get<0>(pairs)), get<1>(l), get<1>(pairs)),
+                     get<1>(acc), get<2, 1>(l));
+}
+
 // Rounds fp32 registers to a 16-bit type, two at a time.
 template <class Source, class Target>
 __device__ __forceinline__ void convert_to(const Source& source, Target& target) {
@@ -58,6 +70,18 @@ __device__ __forceinline__ void convert_to(const Source& source, Target& target)
   auto to = recast<cutlass::Array<To, 2>>(target);
   CUTE_UNROLL
   for (int i = 0; i < n / 2; ++i) to(i) = convert(from(i));
+}
+
+// Rounds fp32 registers to an 8-bit type, four at a time, which need not be neighbors.
+template <class Source, class Target>
+__device__ __forceinline__ void convert_to_8bit(const Source& source, Target& target) {
+  using namespace cute;
+  using To = typename Target::value_type;
+  cutlass::NumericArrayConverter<To, float, 4> convert;
+  auto to = recast<cutlass::Array<To, 4>>(target);
+  CUTE_UNROLL
+  for (int i = 0; i < size(to); ++i)
+    to(i) = convert({source(4 * i), source(4 * i + 1), source(4 * i + 2), source(4 * i + 3)});
 }
 
 }  // namespace nearfield

@@ -12,7 +12,8 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
-template <int kRows>
+// kLift: numerators are 2^kLift times what they are called, so that an 8-bit type has room for small ones.
+template <int kRows, int kLift = 0>
 struct OnlineSoftmax {
   float scale_log2;  // scale * log2(e): exp2 with the factor folded in is one fused multiply-add and one ex2
   float row_max[kRows];
@@ -26,7 +27,7 @@ struct OnlineSoftmax {
     }
   }
 
-  // Replaces logits by exp2(scale * (logit - max)) and returns the factor for what was accumulated before.
+  // Replaces logits by exp2(scale * (logit - max) + kLift); returns the factor for what came before.
   template <class Tensor>
   __device__ __forceinline__ void step(Tensor& scores, float (&rescale)[kRows]) {
     using namespace cute;
@@ -40,8 +41,8 @@ struct OnlineSoftmax {
       // A row whose columns are all masked so far has max -inf; -inf - -inf would be NaN.
       // Both products are rounded before they are subtracted: fused, an unchanged maximum would leave the
       // rounding of one, and every tile multiply the sum by 1 + 1e-7.
-      const float shift = m == -INFINITY ? 0.f : __fmul_rn(m, scale_log2);
-      rescale[i] = exp2_approx(__fmul_rn(row_max[i], scale_log2) - shift);
+      const float shift = m == -INFINITY ? 0.f : __fmul_rn(m, scale_log2) - kLift;
+      rescale[i] = exp2_approx(__fmul_rn(row_max[i], scale_log2) - kLift - shift);
       row_max[i] = m;
       float sum = 0.f;
       CUTE_UNROLL
@@ -62,7 +63,7 @@ struct OnlineSoftmax {
       s += __shfl_xor_sync(0xffffffffu, s, 1);
       s += __shfl_xor_sync(0xffffffffu, s, 2);
       inverse[i] = 1.f / s;
-      lse[i] = __fmul_rn(row_max[i], scale_log2) * kLn2 + logf(s);
+      lse[i] = (__fmul_rn(row_max[i], scale_log2) - kLift) * kLn2 + logf(s);
     }
   }
 };

@@ -21,13 +21,13 @@ FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Casts floating-point tensors to the autocast dtype when autocast is on for their device, as SDPA does."""
+    """Casts floating-point tensors to the autocast dtype when autocast is on for their device, as SDPA does; 8 bits stay."""
     device_type = tensors[0].device.type
     # The meta device has no autocast, and asking raises; torch.amp.is_autocast_available would break the graph in 2.11.
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return tensors
-    dtype = torch.get_autocast_dtype(device_type)
-    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+    dtype, kept = torch.get_autocast_dtype(device_type), (torch.float64, torch.float8_e4m3fn)
+    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype not in kept else t for t in tensors)
 
 
 def shape_error(op: str, name: str, given: Tensor, expected: str) -> NoReturn:
@@ -49,12 +49,14 @@ def check_tensors(op: str, **tensors: Tensor | None) -> None:
             raise ValueError(f"{op}: {name} is on {tensor.device}, but {first_name} is on {first.device}")
 
 
-def check_same_dtype(op: str, **tensors: Tensor | None) -> None:
+def check_same_dtype(
+    op: str, *, supported: tuple[torch.dtype, ...] = FLOAT_DTYPES, **tensors: Tensor | None
+) -> None:
     """The named tensors share one supported floating-point dtype."""
     first_name, first = next((n, t) for n, t in tensors.items() if t is not None)
-    if first.dtype not in FLOAT_DTYPES:
-        supported = ", ".join(str(d).removeprefix("torch.") for d in FLOAT_DTYPES)
-        raise NotImplementedError(f"{op}: {first_name} has dtype {first.dtype}; supported: {supported}")
+    if first.dtype not in supported:
+        names = ", ".join(str(d).removeprefix("torch.") for d in supported)
+        raise NotImplementedError(f"{op}: {first_name} has dtype {first.dtype}; supported: {names}")
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dtype != first.dtype:
             raise ValueError(f"{op}: {name} has dtype {tensor.dtype}, but {first_name} has {first.dtype}")

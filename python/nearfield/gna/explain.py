@@ -131,6 +131,10 @@ def _explain_neighborhood_attention(
     periodic: bool | Sequence[bool] = False,
     return_lse: bool = False,
     backend: str | None = None,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> NeighborhoodExplanation:
     def on_meta(t: Tensor | None) -> Tensor | None:
         return None if t is None else _runtime.autocast(t)[0].to("meta")

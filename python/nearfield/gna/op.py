@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nearfield import _runtime
+from nearfield.gna import fp8
 
 _OP = "neighborhood_attention"
 _DEVICES = _runtime.devices_with_kernel("gna_fwd")
@@ -35,6 +36,10 @@ def neighborhood_attention(
     periodic: bool | Sequence[bool] = False,
     return_lse: bool = False,
     backend: str | None = None,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of every position of a 1-, 2- or 3-dimensional grid to the window of positions around it.
 
@@ -72,6 +77,14 @@ def neighborhood_attention(
             always deterministic); None: hopper where it serves the problem, else portable. Where that leaves a Hopper
             GPU's own kernels aside, the logger ``nearfield`` warns once per reason.
 
+        q_descale: for q, k and v in ``torch.float8_e4m3fn``: float32 ``[B, Hkv]``, positive; what q stands for is q times
+            this (all query heads of a head of k share it); None: 1. 8-bit inputs have a forward only, on the CPU and, with
+            head dims that are multiples of 16 up to 128, on Hopper; no bias, no additional tokens, no periodic borders.
+            The numerators of the softmax are rounded to ``float8_e4m3fn`` as well before they meet v (not on the CPU).
+        k_descale: the same for k.
+        v_descale: the same for v.
+        out_dtype: of the output for 8-bit inputs: bfloat16, which is the default, or float16.
+
     Raises:
         RuntimeError: the GPU, the dtype or the head dims are not supported (by the backend asked for).
 
@@ -79,8 +92,9 @@ def neighborhood_attention(
         ``out [B, *X, H, Dv]``, or ``(out, lse)`` with ``lse [B, *X, H]`` in float32 (for float64: float64).
     """
     _runtime.check_tensors(
-        _OP, q=q, k=k, v=v, additional_keys=additional_keys, additional_values=additional_values, bias=bias
-    )
+        _OP, q=q, k=k, v=v, additional_keys=additional_keys, additional_values=additional_values, bias=bias,
+        q_descale=q_descale, k_descale=k_descale, v_descale=v_descale,
+    )  # fmt: skip
     if additional_keys is None or additional_values is None:
         if additional_keys is not None or additional_values is not None:
             given, missing = ("keys", "values") if additional_values is None else ("values", "keys")
@@ -96,12 +110,29 @@ def neighborhood_attention(
     window, strides, dilations, causal = check_arguments(
         q, k, v, additional_keys, additional_values, kernel_size, stride, dilation, is_causal
     )
-    bias = check_bias(bias, q, window)
     factor = _scale(scale, q)
+    descales = {"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale}
+    if q.dtype == fp8.DTYPE:
+        _check_backend(backend, q)
+        out, lse = fp8.forward(
+            _OP, q, k, v, (window, strides, dilations, causal), factor, descales, out_dtype, bias=bias,
+            additional_keys=additional_keys, periodic=any(_per_dimension("periodic", periodic, q.dim() - 3)),
+            backend=None if backend == "hopper" else backend,
+        )  # fmt: skip
+        return (out, lse) if return_lse else out
+    fp8.check_absent(_OP, q, **descales, out_dtype=out_dtype)
+    bias = check_bias(bias, q, window)
     if factor <= 0 and q.is_cuda:
         # The CUDA kernels take a row's maximum before they scale, which needs a positive scale.
         q, factor = (-q, -factor) if factor < 0 else (q * 0, 1.0)
-    _check_backend(backend, q, v)
+    _check_backend(backend, q)
+    if (
+        backend is None
+        and q.is_cuda
+        and type(q) in (Tensor, torch.nn.Parameter)
+        and not torch.compiler.is_compiling()
+    ):
+        _warn_once_if_slower(q.device, q.dtype, q.shape[-1], v.shape[-1])
     halos = periodic_halos(periodic, q, window, strides, dilations, causal, bias is not None)
     size = q.shape[1:-2]
     q, k, v = with_halos(q, k, v, halos)
@@ -147,14 +178,13 @@ def merge_attentions(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple
     return out.to(outputs[0].dtype), lse
 
 
-def _check_backend(backend: str | None, q: Tensor, v: Tensor) -> None:
-    if backend is not None:
-        if backend not in _BACKENDS:
-            raise ValueError(f"{_OP}: backend is {backend!r}, expected one of {_BACKENDS} or None")
-        if not q.is_cuda:
-            raise ValueError(f"{_OP}: backend is {backend!r}, but q is on {q.device}; supported there: None")
-    elif q.is_cuda and type(q) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling():
-        _warn_once_if_slower(q.device, q.dtype, q.shape[-1], v.shape[-1])
+def _check_backend(backend: str | None, q: Tensor) -> None:
+    if backend is None:
+        return
+    if backend not in _BACKENDS:
+        raise ValueError(f"{_OP}: backend is {backend!r}, expected one of {_BACKENDS} or None")
+    if not q.is_cuda:
+        raise ValueError(f"{_OP}: backend is {backend!r}, but q is on {q.device}; supported there: None")
 
 
 @functools.cache
@@ -170,8 +200,9 @@ def check_arguments(
 ) -> tuple[list[int], list[int], list[int], list[int]]:  # fmt: skip
     """The window parameters as the operators want them, once everything fits together."""
     _runtime.check_same_dtype(
-        _OP, q=q, k=k, v=v, additional_keys=additional_k, additional_values=additional_v
-    )
+        _OP, supported=(*_runtime.FLOAT_DTYPES, fp8.DTYPE), q=q, k=k, v=v, additional_keys=additional_k,
+        additional_values=additional_v,
+    )  # fmt: skip
     _check_shapes(q, k, v, additional_k, additional_v)
     heads, heads_kv = q.shape[-2], k.shape[-2]
     return _window_parameters(tuple(q.shape[1:-2]), heads, heads_kv, kernel_size, stride, dilation, is_causal)
