@@ -66,12 +66,18 @@ void run(const char* op, const std::vector<PortableInstances::Entry<Args>>& entr
 
 // ---- A call ----
 
+// Whether the walk forward reads q, k and v in place.
+bool reads_in_place(const Inputs& x) {
+  return !x.channel_gate && x.q.scalar_type() != ScalarType::Float && x.K % 8 == 0 && x.V % 8 == 0;
+}
+
 struct PortableCall {
   const char* op;
   const Inputs& x;
   const InputsSm80 in;
   const ScalarType dtype;
   const bool wide;
+  const bool raw;
   const ChunkTiles tiles;
   const int64_t chunks;
   void* const stream;
@@ -85,13 +91,14 @@ struct PortableCall {
         in(kernel_inputs<void, float>(x_, options)),
         dtype(x_.q.scalar_type()),
         wide(dtype == ScalarType::Float),
-        tiles(x_.K, x_.V, wide, dtype == ScalarType::BFloat16),
+        raw(!backward && reads_in_place(x_)),
+        tiles(x_.K, x_.V, wide, dtype == ScalarType::BFloat16, raw),
         chunks(ChunkSlots(in).total * x_.HV),
         stream(current_stream(x_.q)) {
     const int64_t padded = tiles.keys * kTile;
     scratch.rows = static_cast<ChunkRowsSm80*>(bytes(chunks * static_cast<int64_t>(sizeof(ChunkRowsSm80))));
     scratch.tiles = bytes(chunks * tiles.total(backward) * tile_bytes());
-    scratch.backward = backward;
+    scratch.backward = backward, scratch.raw = raw;
     scratch.decay = floats(chunks * padded);
     if (in.channel_gate) scratch.G = floats(chunks * kTile * padded);
     run(op, PortableInstances::all().prepare, dtype, in.channel_gate, PrepareSm80Args{in, scratch, d_o},
@@ -115,8 +122,9 @@ struct PortableCall {
 
 }  // namespace
 
-void portable_forward(const char* op, const Inputs& x, const Options& options, const Tensor& o,
-                      float* final_state, float* states, int64_t states_every) {
+void portable_forward(const char* op, Inputs x, const Options& options, const Tensor& o, float* final_state,
+                      float* states, int64_t states_every) {
+  if (reads_in_place(x)) make_loadable(x);
   PortableCall call(op, x, options, false, {});
   WalkSm80Args walk{call.in, call.scratch};
   walk.o = o.mutable_data_ptr(), walk.final_state = final_state;

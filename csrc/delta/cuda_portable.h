@@ -6,8 +6,8 @@
 namespace nearfield::delta {
 
 // final_state and states (after every `states_every` whole chunks): null if not wanted.
-void portable_forward(const char* op, const Inputs& x, const Options& options, const Tensor& o,
-                      float* final_state, float* states, int64_t states_every);
+void portable_forward(const char* op, Inputs x, const Options& options, const Tensor& o, float* final_state,
+                      float* states, int64_t states_every);
 
 struct GradientsOut {
   Tensor dq, dk, dv;

@@ -118,15 +118,15 @@ struct GradientCta {
       multiply_tiles<false, true>(Or, shared.x[2], 16 * warp, shared.x[0]);
       __syncthreads();
     }
-    const float* beta = shared.rows.beta;
+    const auto& rows = shared.rows;
     const Element *Abar = chunk_tile(tiles.Abar()), *P = chunk_tile(tiles.P());
     CUTE_UNROLL
     for (int n = 0; n < 8; ++n) {
       CUTE_UNROLL
       for (int x = 0; x < 4; ++x) {
         const int i = 16 * warp + lane / 4 + x / 2 * 8, j = 8 * n + lane % 4 * 2 + x % 2;
-        const float yr = Yr.tile[0][n][x], dA = i > j ? -beta[i] * beta[j] * yr : 0.f;
-        const float dP = i >= j ? beta[j] * Or.tile[0][n][x] : 0.f;
+        const float yr = Yr.tile[0][n][x], dA = i > j ? -rows.beta(i) * rows.beta(j) * yr : 0.f;
+        const float dP = i >= j ? rows.beta(j) * Or.tile[0][n][x] : 0.f;
         if (i == j) shared.dbeta[i] = yr;
         const float decay = kChannelGate ? 1.f : i >= j ? decay_between(i, j) : 0.f;
         shared.E[i * kTileRow<Element> + j] = Element(dA * decay);
@@ -199,7 +199,7 @@ struct GradientCta {
     for (int half = 0; half < 2; ++half) {
       const int i = 16 * warp + lane / 4 + 8 * half;
       const float read = exp2f(static_cast<float>(shared.rows.G[i])), write = decay_between(kTile - 1, i);
-      const float beta = shared.rows.beta[i];
+      const float beta = shared.rows.beta(i);
       CUTE_UNROLL
       for (int n = 0; n < 8; ++n) {
         CUTE_UNROLL
@@ -242,7 +242,7 @@ struct GradientCta {
   // Through the activation.
   __device__ void store_dbeta(int t) {
     const int64_t at = row(t);
-    const float beta = shared.rows.beta[t], dbeta = shared.dbeta[t];
+    const float beta = shared.rows.beta(t), dbeta = shared.dbeta[t];
     const float top = in.beta_activation == BetaActivation::kSigmoid2 ? 2.f : 1.f;
     args.dbeta[at] = in.beta_activation == BetaActivation::kNone ? dbeta : dbeta * beta * (1.f - beta / top);
   }
@@ -267,7 +267,7 @@ struct GradientCta {
     if (threadIdx.x < kTile) {
       const ChunkRowsSm80& from = args.scratch.rows[chunk];
       const int i = static_cast<int>(threadIdx.x);
-      shared.rows.G[i] = from.G[i], shared.rows.beta[i] = from.beta[i];
+      shared.rows.G[i] = from.G[i], shared.rows.factors.first[i] = from.factors.first[i];
       shared.rows.q_norm[i] = from.q_norm[i], shared.rows.k_norm[i] = from.k_norm[i];
     }
     __syncthreads();
@@ -377,7 +377,7 @@ struct GradientCta {
       for (int x = 0; x < 4; ++x) {
         const int i = own + lane / 4 + x / 2 * 8, c = 8 * n + lane % 4 * 2 + x % 2;
         const float k_at = static_cast<float>(k[i * kRow + c]), q_at = static_cast<float>(q[i * kRow + c]);
-        const float beta = shared.rows.beta[i];
+        const float beta = shared.rows.beta(i);
         float &to_q = dq.tile[0][n][x], &to_k = dk.tile[0][n][x], &to_end = column.tile[0][n][x];
         const float read = exp2f(G(i, c));
         to_q *= static_cast<float>(in.scale) * read;

@@ -1,7 +1,8 @@
 // Everything of a chunk that does not depend on the state, one CTA per slot and value head. K is walked in
 // blocks of 64 features, so the kernel fits any K. Per block: rows come to shared memory as they are, give
-// their share of K K^T and Q K^T, and leave as Kh, Qh and Kt. Then Z by substitution in float32. A chunk that
-// turns out to be hard goes through its features once more, for the low halves.
+// their share of K K^T and Q K^T, and leave as Kh, Qh and Kt unless the walk reads q and k in place. Then Z
+// by substitution in float32. A chunk that turns out to be hard goes through its features once more, for the
+// low halves.
 #pragma once
 
 #include "delta/tile_sm80.cuh"
@@ -16,9 +17,11 @@ template <class Element, bool kChannelGate>
 struct PrepareShared {
   ChunkRowsSm80 rows;
   double gate[kChunk];
+  float G_high[kChunk], G_low[kChunk];  // of rows.G: a difference of sums in float32 loses nothing
   float squares[kTileThreads / 32];
   struct Features {
-    alignas(16) Element k[kTileShared<Element>], q[kTileShared<Element>];
+    static constexpr int kBlocks = kChannelGate ? 1 : 2;  // of 64 features at a time
+    alignas(16) Element k[kBlocks][kTileShared<Element>], q[kBlocks][kTileShared<Element>];
     float G[kChannelGate ? kTile * kGateRowSm80 : 1];
     // Of warps 1 to 3: their rows of k and q and 16 earlier rows of k, decayed from or to their first row.
     alignas(16) Element near[kChannelGate ? 3 * 3 * 16 * kTileRow<Element> : 8];
@@ -87,7 +90,7 @@ struct PrepareCta {
         place(find_chunk(a.in, blockIdx.x)),
         hv(blockIdx.y),
         chunk(static_cast<int64_t>(blockIdx.x) * a.in.value_heads + blockIdx.y),
-        tiles(a.in.key_dim, a.in.value_dim, kIsWide<Element>, kHasLow<Element>),
+        tiles(a.in.key_dim, a.in.value_dim, kIsWide<Element>, kHasLow<Element>, a.scratch.raw),
         warp(static_cast<int>(threadIdx.x) / 32),
         lane(static_cast<int>(threadIdx.x) % 32) {}
 
@@ -97,43 +100,78 @@ struct PrepareCta {
   }
   __device__ int64_t head() const { return hv / (in.value_heads / in.heads); }
 
-  __device__ float norm_of(const Element* row) const {
+  // Two lanes per row.
+  __device__ float norm_of(const Rows<void>& from, int row) const {
+    constexpr int kPiece = Piece<Element>::kCount;
     float sum = 0.f;
-    for (int c = lane; c < in.key_dim; c += 32) {
-      const float x = static_cast<float>(row[c]);
-      sum += x * x;
+    if (row < place.rows) {
+      const Element* first = row_at<Element>(from, place.b, place.t + row, head());
+      const auto add = [&](const Element& e) {
+        const float x = static_cast<float>(e);
+        sum += x * x;
+      };
+      const int K = static_cast<int>(in.key_dim), half = threadIdx.x % 2;
+      if (reinterpret_cast<uintptr_t>(first) % 16 == 0 && K % kPiece == 0) {
+#pragma unroll 4
+        for (int c = half * kPiece; c < K; c += 2 * kPiece) {
+          const auto piece = *reinterpret_cast<const cute::uint128_t*>(first + c);  // one load
+          for (const Element& e : reinterpret_cast<const Piece<Element>&>(piece).at) add(e);
+        }
+      } else {
+        for (int c = half; c < K; c += 2) add(first[c]);
+      }
     }
-    CUTE_UNROLL
-    for (int step = 16; step >= 1; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
     return 1.f / sqrtf(sum + static_cast<float>(kNormEps));
   }
 
   // Norms, write strengths, and the sums of a gate per head.
   __device__ void prepare_rows() {
-    for (int i = warp; i < kTile; i += kTileThreads / 32) {
-      const bool inside = i < place.rows;
-      float q_norm = 1.f, k_norm = 1.f;
-      if (inside && in.qk_l2norm) {
-        q_norm = norm_of(row_at<Element>(in.q, place.b, place.t + i, head()));
-        k_norm = norm_of(row_at<Element>(in.k, place.b, place.t + i, head()));
-      }
-      if (lane == 0) shared.rows.q_norm[i] = q_norm, shared.rows.k_norm[i] = k_norm;
-    }
-    const int i = static_cast<int>(threadIdx.x);
+    static_assert(kTileThreads == 2 * kChunk);
+    auto& rows = shared.rows;
+    const int row = static_cast<int>(threadIdx.x) / 2, i = static_cast<int>(threadIdx.x);
     if (i < kTile) {
       const int64_t at = (place.b * in.tokens + place.t + i) * in.value_heads + hv;
       const bool inside = i < place.rows;
-      shared.rows.beta[i] = inside ? beta_of(in, in.beta[at]) : 0.f;
+      rows.factors.first[i].beta = inside ? beta_of(in, in.beta[at]) : 0.f;
       const bool has_gate = !kChannelGate && in.gated && inside;
       shared.gate[i] = has_gate ? static_cast<double>(gate_of(in, in.g[at], hv, 0)) : 0.0;
     }
+    const float q_norm = in.qk_l2norm ? norm_of(in.q, row) : 1.f,
+                k_norm = in.qk_l2norm ? norm_of(in.k, row) : 1.f;
+    if (i % 2 == 0) rows.q_norm[row] = q_norm, rows.k_norm[row] = k_norm;
     __syncthreads();
-    if (i < kTile) {
-      double G = 0.0;
-      for (int j = 0; j <= i; ++j) G += shared.gate[j];
-      shared.rows.G[i] = G;
+    if (warp == 0) {  // a lane has two tokens
+      const double first = shared.gate[2 * lane], both = first + shared.gate[2 * lane + 1];
+      double sum = both;
+      CUTE_UNROLL
+      for (int step = 1; step < 32; step *= 2) {
+        const double before = __shfl_up_sync(0xffffffffu, sum, step);
+        if (lane >= step) sum += before;
+      }
+      rows.G[2 * lane] = sum - both + first, rows.G[2 * lane + 1] = sum;
     }
     __syncthreads();
+    if (i < kTile) {
+      shared.G_high[i] = static_cast<float>(rows.G[i]);
+      shared.G_low[i] = static_cast<float>(rows.G[i] - static_cast<double>(shared.G_high[i]));
+    }
+    __syncthreads();
+    if (i < kTile) {
+      const bool raw = args.scratch.raw;
+      const float read = exp2f(shared.G_high[i]), write = exp2f(gap(kTile - 1, i));
+      rows.factors.first[i].read = raw ? rows.k_norm[i] * read : 1.f;
+      rows.factors.second[i].ask = raw ? rows.q_norm[i] * static_cast<float>(in.scale) * read : 1.f;
+      rows.factors.second[i].write = raw ? rows.k_norm[i] * write : 1.f;
+      const int64_t padded = static_cast<int64_t>(tiles.keys) * kTile;
+      if (raw)
+        for (int c = i; c < padded; c += kTile)
+          args.scratch.decay[chunk * padded + c] = exp2f(shared.G_high[kTile - 1]);
+    }
+  }
+  // G_i - G_j
+  __device__ __forceinline__ float gap(int i, int j) const {
+    return shared.G_high[i] - shared.G_high[j] + (shared.G_low[i] - shared.G_low[j]);
   }
 
   // The sums of a gate per channel for features [first, first + 64).
@@ -158,22 +196,21 @@ struct PrepareCta {
       const float here = G[i * kGateRowSm80 + c];
       return exp2f(to_end ? G[(kTile - 1) * kGateRowSm80 + c] - here : here);
     } else {
-      const double here = shared.rows.G[i];
-      return exp2f(static_cast<float>(to_end ? shared.rows.G[kTile - 1] - here : here));
+      return exp2f(to_end ? gap(kTile - 1, i) : shared.G_high[i]);
     }
   }
 
   // Kh, Qh, Kt of 64 features, and the decay across the chunk; or the low halves of Kh and Kt.
   template <bool kLow>
-  __device__ __forceinline__ void emit_features(int block) {
+  __device__ __forceinline__ void emit_features(int block, int held) {
     constexpr int kPiece = Piece<Element>::kCount, kPieces = kTile / kPiece;
     const auto& f = shared.features;
     for (int at = threadIdx.x; at < kTile * kPieces; at += kTileThreads) {
       const int i = at / kPieces, first = at % kPieces * kPiece;
       const float k_norm = shared.rows.k_norm[i];
       const float q_norm = shared.rows.q_norm[i] * static_cast<float>(in.scale);
-      const auto k = *reinterpret_cast<const Piece<Element>*>(&f.k[i * kTileRow<Element> + first]);
-      const auto q = *reinterpret_cast<const Piece<Element>*>(&f.q[i * kTileRow<Element> + first]);
+      const auto k = *reinterpret_cast<const Piece<Element>*>(&f.k[held][i * kTileRow<Element> + first]);
+      const auto q = *reinterpret_cast<const Piece<Element>*>(&f.q[held][i * kTileRow<Element> + first]);
       Piece<Element> Kh, Qh, Kt;
       float read = 0.f, write = 0.f;
       CUTE_UNROLL
@@ -217,8 +254,8 @@ struct PrepareCta {
       const int i = x / kTile, c = x % kTile, row = 16 * warp + i;
       const float decay = exp2f(first[i * kGateRowSm80 + c] - first[c]);
       const int from = row * kTileRow<Element> + c, to = i * kTileRow<Element> + c;
-      k_rows[to] = Element(static_cast<float>(f.k[from]) * shared.rows.k_norm[row] * decay);
-      q_rows[to] = Element(static_cast<float>(f.q[from]) * shared.rows.q_norm[row] * decay);
+      k_rows[to] = Element(static_cast<float>(f.k[0][from]) * shared.rows.k_norm[row] * decay);
+      q_rows[to] = Element(static_cast<float>(f.q[0][from]) * shared.rows.q_norm[row] * decay);
     }
     CUTE_UNROLL
     for (int block = 0; block < 3; ++block) {
@@ -226,8 +263,8 @@ struct PrepareCta {
       for (int x = lane; x < 16 * kTile; x += 32) {
         const int c = x % kTile, row = 16 * block + x / kTile;
         const float decay = exp2f(first[c] - f.G[row * kGateRowSm80 + c]);
-        earlier[x / kTile * kTileRow<Element> + c] =
-            Element(static_cast<float>(f.k[row * kTileRow<Element> + c]) * shared.rows.k_norm[row] * decay);
+        earlier[x / kTile * kTileRow<Element> + c] = Element(
+            static_cast<float>(f.k[0][row * kTileRow<Element> + c]) * shared.rows.k_norm[row] * decay);
       }
       __syncwarp();
       Accumulator<1, 16> a, p;
@@ -269,9 +306,9 @@ struct PrepareCta {
       for (int c0 = 0; c0 < kTile; ++c0) {
         const int c = (c0 + lane) % kTile;
         const float decay = exp2f(f.G[i * kGateRowSm80 + c] - f.G[j * kGateRowSm80 + c]);
-        const float source = static_cast<float>(f.k[j * kTileRow<Element> + c]) * decay;
-        a[n] += static_cast<float>(f.k[i * kTileRow<Element> + c]) * source;
-        p[n] += static_cast<float>(f.q[i * kTileRow<Element> + c]) * source;
+        const float source = static_cast<float>(f.k[0][j * kTileRow<Element> + c]) * decay;
+        a[n] += static_cast<float>(f.k[0][i * kTileRow<Element> + c]) * source;
+        p[n] += static_cast<float>(f.q[0][i * kTileRow<Element> + c]) * source;
       }
     }
   }
@@ -279,23 +316,29 @@ struct PrepareCta {
   // Abar_ij goes where the substitution reads it.
   __device__ void keep_pair(int i, int j, float a) {
     shared.solve.Z[i * kTile + j] = a;
-    shared.solve.A[j * kColumnSm80 + i] = a * shared.rows.beta[j];
+    shared.solve.A[j * kColumnSm80 + i] = a * shared.rows.beta(j);
   }
 
-  __device__ void emit_Z() {
+  // Z, and the sum of squares of N = diag(beta) Z; or what rounding Z lost.
+  template <bool kLow>
+  __device__ float emit_Z() {
     constexpr int kPiece = Piece<Element>::kCount;
-    Element* out = tile(tiles.Z());
-    for (int first = kPiece * threadIdx.x; first < kTile * kTile; first += kPiece * kTileThreads) {
-      Piece<Element> high, low;
+    Element* out = tile(tiles.Z()) + (kLow ? kTileElements : 0);
+    float sum = 0.f;
+    CUTE_UNROLL
+    for (int i = 0; i < kTile * kTile / kPiece / kTileThreads; ++i) {
+      const int first = kPiece * (static_cast<int>(threadIdx.x) + i * kTileThreads);
+      const float beta = shared.rows.beta(first / kTile);
+      Piece<Element> piece;
       CUTE_UNROLL
       for (int c = 0; c < kPiece; ++c) {
         const float z = shared.solve.Z[first + c];
-        high.at[c] = Element(z);
-        low.at[c] = Element(z - static_cast<float>(high.at[c]));
+        piece.at[c] = half_of<kLow, Element>(z);
+        sum += beta * z * (beta * z);
       }
-      *reinterpret_cast<Piece<Element>*>(out + first) = high;
-      if constexpr (!kIsWide<Element>) *reinterpret_cast<Piece<Element>*>(out + kTileElements + first) = low;
+      *reinterpret_cast<Piece<Element>*>(out + first) = piece;
     }
+    return sum;
   }
 
   // V or dO, padded with zeros.
@@ -307,87 +350,170 @@ struct PrepareCta {
                        static_cast<int>(in.value_dim) - block * kTile);
   }
 
+  // Two neighbors of a row, as one access.
+  __device__ __forceinline__ static void store_pair(Element* to, float x, float y) {
+    cutlass::NumericArrayConverter<Element, float, 2> convert;
+    using Word = std::conditional_t<kIsWide<Element>, uint64_t, uint32_t>;
+    const auto pair = convert(cutlass::Array<float, 2>{x, y});
+    *reinterpret_cast<Word*>(to) = reinterpret_cast<const Word&>(pair);
+  }
+  // x_ij with the decay from j to i and both norms, zero above the diagonal; f(i, first j, the values of two
+  // j) for what this lane holds of the warp's 16 rows. With a gate per channel x is all of it already.
+  template <class F>
+  __device__ __forceinline__ void for_pairs(const Rows64& x, const float* row_norm, const F& f) const {
+    const auto two = [](const float* from) { return *reinterpret_cast<const float2*>(from); };
+    CUTE_UNROLL
+    for (int n = 0; n < 8; ++n) {
+      const int j = 8 * n + lane % 4 * 2;
+      float2 high, low, norm;
+      const bool decays = !kChannelGate && n < 2 * (warp + 1);
+      if (decays)
+        high = two(shared.G_high + j), low = two(shared.G_low + j), norm = two(shared.rows.k_norm + j);
+      CUTE_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const int i = 16 * warp + lane / 4 + 8 * half;
+        float2 value{x.tile[0][n][2 * half], x.tile[0][n][2 * half + 1]};
+        if (decays) {
+          const float row_high = shared.G_high[i], row_low = shared.G_low[i], scale = row_norm[i];
+          value.x = i >= j ? value.x * (exp2f(row_high - high.x + (row_low - low.x)) * norm.x) * scale : 0.f;
+          value.y = i > j ? value.y * (exp2f(row_high - high.y + (row_low - low.y)) * norm.y) * scale : 0.f;
+        }
+        f(i, j, value);
+      }
+    }
+  }
+  // P scaled and rounded, or the low half of that.
+  template <bool kLow>
+  __device__ __forceinline__ void emit_P(const Rows64& P) const {
+    Element* to = tile(kLow ? tiles.P_low() : tiles.P());
+    const float scale = static_cast<float>(in.scale);
+    for_pairs(P, shared.rows.q_norm, [&](int i, int j, float2 p) {
+      p.x *= scale, p.y *= scale;
+      if constexpr (kLow) {
+        p.x -= static_cast<float>(Element(p.x)), p.y -= static_cast<float>(Element(p.y));
+      }
+      store_pair(to + i * kTile + j, p.x, p.y);
+    });
+  }
+  // Abar, for the substitution and for the gradient.
+  __device__ __forceinline__ void emit_A(const Rows64& A) {
+    Element* to = tile(tiles.Abar());
+    const bool raw = args.scratch.raw;
+    for_pairs(A, shared.rows.k_norm, [&](int i, int j, float2 a) {
+      if (i == j) a.x = 0.f;
+      if (i == j + 1) a.y = 0.f;
+      keep_pair(i, j, a.x), keep_pair(i, j + 1, a.y);
+      if (!raw) store_pair(to + i * kTile + j, a.x, a.y);
+    });
+  }
+
+  // ---- A gate per head ----
+
+  // Starts bringing features from block `first` on.
+  __device__ void bring(int first) {
+    constexpr int kPiece = Piece<Element>::kCount, kPieces = kTile / kPiece;
+    auto& f = shared.features;
+    const auto copy = [&](Element* to, const Rows<void>& from, int block) {
+      const Element* rows = row_at<Element>(from, place.b, place.t, head()) + block * kTile;
+      const int features = static_cast<int>(in.key_dim) - block * kTile;
+      if (reinterpret_cast<uintptr_t>(rows) % 16 == 0 && from.token % kPiece == 0 && features % kPiece == 0) {
+        const int row = static_cast<int>(threadIdx.x) / kPieces,
+                  column = static_cast<int>(threadIdx.x) % kPieces * kPiece;
+        CUTE_UNROLL
+        for (int i = 0; i < kTile; i += kTileThreads / kPieces)
+          cute::SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<cute::uint128_t>::copy(
+              *reinterpret_cast<const cute::uint128_t*>(rows + (row + i) * from.token + column),
+              *reinterpret_cast<cute::uint128_t*>(to + (row + i) * kTileRow<Element> + column),
+              row + i < place.rows && column < features);
+      } else {
+        load_rows(to, rows, from.token, place.rows, features);
+      }
+    };
+    for (int i = 0; i < f.kBlocks && first + i < tiles.keys; ++i)
+      copy(f.k[i], in.k, first + i), copy(f.q[i], in.q, first + i);
+    cute::cp_async_fence();
+  }
+  // f(block, where it is held) for all blocks, kBlocks at a time; `held` says which are in shared memory.
+  template <class F>
+  __device__ __forceinline__ void for_blocks(int& held, const F& f) {
+    constexpr int kBlocks = PrepareShared<Element, kChannelGate>::Features::kBlocks;
+    for (int first = 0; first < tiles.keys; first += kBlocks) {
+      if (held != first) {
+        __syncthreads();
+        bring(first);
+        held = first;
+      }
+      cute::cp_async_wait<0>();
+      __syncthreads();
+      for (int i = 0; i < kBlocks && first + i < tiles.keys; ++i) f(first + i, i);
+    }
+  }
   // Abar, P and what the walks read of the features; or the low halves of P, Kh and Kt.
   template <bool kLow>
-  __device__ __forceinline__ void emit_products() {
+  __device__ __forceinline__ void emit_head_products(int held) {
+    const auto& f = shared.features;
+    const int columns = 16 * (warp + 1);  // the others are above the diagonal
+    Rows64 x;
+    x.clear();
+    for_blocks(held,
+               [&](int, int at) { multiply_tiles<false, true>(x, f.q[at], 16 * warp, f.k[at], columns); });
+    emit_P<kLow>(x);
+    if (kLow && args.scratch.raw) return;
+    x.clear();
+    for_blocks(held, [&](int block, int at) {
+      if (!kLow) multiply_tiles<false, true>(x, f.k[at], 16 * warp, f.k[at], columns);
+      if (!args.scratch.raw) emit_features<kLow>(block, at);
+    });
+    __syncthreads();
+    if (!kLow) emit_A(x);
+    __syncthreads();
+  }
+
+  // ---- A gate per channel: the same ----
+
+  template <bool kLow>
+  __device__ __forceinline__ void emit_channel_products() {
     const auto& rows = shared.rows;
-    Element* P_tile = tile(kLow ? tiles.P_low() : tiles.P());
+    auto& f = shared.features;
     Rows64 A, P;
     A.clear(), P.clear();
     float near_A[kPairsPerLane] = {}, near_P[kPairsPerLane] = {};
     for (int block = 0; block < tiles.keys; ++block) {
       const int first = block * kTile, features = static_cast<int>(in.key_dim) - first;
-      auto& f = shared.features;
-      load_rows(f.k, row_at<Element>(in.k, place.b, place.t, head()) + first, in.k.token, place.rows,
+      load_rows(f.k[0], row_at<Element>(in.k, place.b, place.t, head()) + first, in.k.token, place.rows,
                 features);
-      load_rows(f.q, row_at<Element>(in.q, place.b, place.t, head()) + first, in.q.token, place.rows,
+      load_rows(f.q[0], row_at<Element>(in.q, place.b, place.t, head()) + first, in.q.token, place.rows,
                 features);
-      if constexpr (kChannelGate) sum_channel_gates(first);
+      sum_channel_gates(first);
       __syncthreads();
-      if constexpr (kChannelGate) {
-        multiply_earlier(A, P);
-        multiply_pairs(near_A, near_P);
-      } else {
-        multiply_tiles<false, true>(A, f.k, 16 * warp, f.k);
-        multiply_tiles<false, true>(P, f.q, 16 * warp, f.k);
-      }
-      emit_features<kLow>(block);
+      multiply_earlier(A, P);
+      multiply_pairs(near_A, near_P);
+      emit_features<kLow>(block, 0);
       __syncthreads();
     }
-    struct alignas(2 * sizeof(Element)) Pair {
-      Element at[2];
-    };
+    emit_P<kLow>(P);
+    if (!kLow) emit_A(A);
+    __syncthreads();
     CUTE_UNROLL
-    for (int n = 0; n < 8; ++n) {
-      CUTE_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        const int i = 16 * warp + lane / 4 + 8 * half, first = 8 * n + lane % 4 * 2;
-        Pair a_pair, p_pair;
-        CUTE_UNROLL
-        for (int c = 0; c < 2; ++c) {
-          const int j = first + c;
-          float a = A.tile[0][n][2 * half + c], p = P.tile[0][n][2 * half + c];
-          if constexpr (!kChannelGate) {
-            const float gap = static_cast<float>(rows.G[i] - rows.G[j]);
-            const float decay = i >= j ? exp2f(gap) * rows.k_norm[j] : 0.f;
-            a = i > j ? a * decay * rows.k_norm[i] : 0.f;
-            p = i >= j ? p * decay * rows.q_norm[i] : 0.f;
-          }
-          if (!kLow) keep_pair(i, j, a);
-          a_pair.at[c] = Element(a);
-          p_pair.at[c] = half_of<kLow, Element>(p * static_cast<float>(in.scale));
-        }
-        if (!kLow) *reinterpret_cast<Pair*>(tile(tiles.Abar()) + i * kTile + first) = a_pair;
-        *reinterpret_cast<Pair*>(P_tile + i * kTile + first) = p_pair;
-      }
+    for (int n = 0; n < kPairsPerLane; ++n) {
+      if (lane + 32 * n >= 136) continue;
+      int i, j;
+      pair_of(lane + 32 * n, i, j);
+      const bool diagonal = i == j;
+      i += 16 * warp, j += 16 * warp;
+      const float a = diagonal ? 0.f : near_A[n] * rows.k_norm[i] * rows.k_norm[j];
+      const float p = near_P[n] * rows.q_norm[i] * rows.k_norm[j];
+      tile(kLow ? tiles.P_low() : tiles.P())[i * kTile + j] =
+          half_of<kLow, Element>(p * static_cast<float>(in.scale));
+      if constexpr (kLow) continue;
+      keep_pair(i, j, a);
+      tile(tiles.Abar())[i * kTile + j] = Element(a);
     }
     __syncthreads();
-    if constexpr (kChannelGate) {
-      CUTE_UNROLL
-      for (int n = 0; n < kPairsPerLane; ++n) {
-        if (lane + 32 * n >= 136) continue;
-        int i, j;
-        pair_of(lane + 32 * n, i, j);
-        const bool diagonal = i == j;
-        i += 16 * warp, j += 16 * warp;
-        const float a = diagonal ? 0.f : near_A[n] * rows.k_norm[i] * rows.k_norm[j];
-        const float p = near_P[n] * rows.q_norm[i] * rows.k_norm[j];
-        P_tile[i * kTile + j] = half_of<kLow, Element>(p * static_cast<float>(in.scale));
-        if constexpr (kLow) continue;
-        keep_pair(i, j, a);
-        tile(tiles.Abar())[i * kTile + j] = Element(a);
-      }
-      __syncthreads();
-    }
   }
 
-  // The mean square of a row of N = diag(beta) Z; see kHardSquare.
-  __device__ bool is_hard() {
-    float sum = 0.f;
-    for (int x = threadIdx.x; x < kTile * kTile; x += kTileThreads) {
-      const float n = shared.rows.beta[x / kTile] * shared.solve.Z[x];
-      sum += n * n;
-    }
+  // By the mean square of a row of N; see kHardSquare.
+  __device__ bool is_hard(float sum) {
     CUTE_UNROLL
     for (int step = 16; step >= 1; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
     if (lane == 0) shared.squares[warp] = sum;
@@ -399,29 +525,44 @@ struct PrepareCta {
 
   __device__ void run() {
     if (place.rows == 0) return;
-    copy_values(in.v, tiles.V());
+    const bool raw = args.scratch.raw;
+    if (!raw) copy_values(in.v, tiles.V());
     if (args.scratch.backward) copy_values(args.d_o, tiles.dO());
+    if constexpr (!kChannelGate) bring(0);
     prepare_rows();
-    const auto& rows = shared.rows;
-    if (threadIdx.x < kTile) {
-      ChunkRowsSm80& out = args.scratch.rows[chunk];
-      out.G[threadIdx.x] = rows.G[threadIdx.x], out.beta[threadIdx.x] = rows.beta[threadIdx.x];
-      out.q_norm[threadIdx.x] = rows.q_norm[threadIdx.x], out.k_norm[threadIdx.x] = rows.k_norm[threadIdx.x];
+    __syncthreads();
+    if constexpr (kChannelGate) {
+      emit_channel_products<false>();
+    } else {
+      emit_head_products<false>(0);
     }
-    emit_products<false>();
     if (threadIdx.x < kTile) solve_column(shared.solve, threadIdx.x);
     __syncthreads();
-    emit_Z();
-    const bool hard = kHasLow<Element> && is_hard();
-    if (threadIdx.x == 0) args.scratch.rows[chunk].hard = hard ? 1.f : 0.f;
+    const bool hard = is_hard(emit_Z<false>()) && kHasLow<Element>;
+    if (!kIsWide<Element> && (!raw || hard)) emit_Z<true>();
+    if (threadIdx.x < kTile) {
+      const int i = static_cast<int>(threadIdx.x);
+      ChunkRowsSm80& out = args.scratch.rows[chunk];
+      const auto& rows = shared.rows;
+      out.factors.first[i] = rows.factors.first[i], out.factors.second[i] = rows.factors.second[i];
+      out.G[i] = rows.G[i], out.q_norm[i] = rows.q_norm[i], out.k_norm[i] = rows.k_norm[i];
+      if (i == 0) out.factors.hard = hard ? 1.f : 0.f;
+    }
     if constexpr (kHasLow<Element>) {
-      if (hard) emit_products<true>();
+      if (hard) {
+        __syncthreads();
+        if constexpr (kChannelGate) {
+          emit_channel_products<true>();
+        } else {
+          emit_head_products<true>(-1);
+        }
+      }
     }
   }
 };
 
 template <class Element, bool kChannelGate>
-__global__ void __launch_bounds__(kTileThreads, kChannelGate ? 2 : 3)
+__global__ void __launch_bounds__(kTileThreads, kChannelGate ? 2 : 4)
     prepare_sm80_kernel(const __grid_constant__ PrepareSm80Args args) {
   PrepareCta<Element, kChannelGate>(args,
                                     *reinterpret_cast<PrepareShared<Element, kChannelGate>*>(portable_shared))

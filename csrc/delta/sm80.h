@@ -18,12 +18,24 @@ constexpr int64_t tiles_of(int64_t features) { return (features + kTile - 1) / k
 // The key dims of the built walks: 64, 128, 256.
 constexpr int key_tiles_of(int64_t key_dim) { return key_dim <= 64 ? 1 : key_dim <= 128 ? 2 : 4; }
 
+// What the walks multiply the tokens of a chunk with.
+struct WalkFactors {
+  struct {
+    float read, beta;
+  } first[kChunk];
+  struct {
+    float ask, write;
+  } second[kChunk];
+  float hard, unused[3];  // 1 for a chunk that has low tiles, else 0
+};
+
 // Per (slot, value head). Rows past the end of the sequence have beta 0 and the G of the last token.
 struct ChunkRowsSm80 {
-  double G[kChunk];  // log2(e) (g_1 + .. + g_i); 0 with a gate per channel
-  float beta[kChunk];
-  float hard, unused[3];                 // 1 for a chunk that has low tiles, else 0
+  double G[kChunk];     // log2(e) (g_1 + .. + g_i); 0 with a gate per channel
+  WalkFactors factors;  // Where q and k are read raw, what makes Kh, Qh and Kt of them; else 1
   float q_norm[kChunk], k_norm[kChunk];  // 1 / sqrt(sum x^2 + eps), or 1
+
+  constexpr float beta(int row) const { return factors.first[row].beta; }
 };
 
 // Tiles of a chunk: [rows of the chunk][features], or [row i][row j]. T = I + diag(beta) Z; the two factors
@@ -32,32 +44,37 @@ struct ChunkRowsSm80 {
 // alone.
 struct ChunkTiles {
   int keys, parts, values;  // K / 64; parts of Z; V / 64
-  bool has_low;
-  constexpr ChunkTiles(int64_t key_dim, int64_t value_dim, bool is_float, bool has_low_)
+  bool has_low, raw;
+  constexpr ChunkTiles(int64_t key_dim, int64_t value_dim, bool is_float, bool has_low_, bool raw_ = false)
       : keys(key_tiles_of(key_dim)),
         parts(is_float ? 1 : 2),
         values(static_cast<int>(tiles_of(value_dim))),
-        has_low(has_low_) {}
-  constexpr int Kh() const { return 0; }                 // normalised, e^{G_i}
-  constexpr int Z() const { return keys; }               // strictly lower
-  constexpr int Qh() const { return keys + parts; }      // normalised, scale e^{G_i}
-  constexpr int P() const { return 2 * keys + parts; }   // scale P, lower with diagonal
-  constexpr int Kt() const { return P() + 1; }           // normalised, e^{G_C - G_i}
-  constexpr int Abar() const { return P() + 1 + keys; }  // strictly lower
-  constexpr int Kh_low() const { return Abar() + 1; }
-  constexpr int Kt_low() const { return Kh_low() + keys; }
-  constexpr int P_low() const { return Kt_low() + keys; }
-  constexpr int V() const { return has_low ? P_low() + 1 : Abar() + 1; }
+        has_low(has_low_),
+        raw(raw_) {}
+  constexpr int features() const { return raw ? 0 : keys; }
+  constexpr int Kh() const { return 0; }                       // normalised, e^{G_i}
+  constexpr int Z() const { return features(); }               // strictly lower
+  constexpr int Qh() const { return features() + parts; }      // normalised, scale e^{G_i}
+  constexpr int P() const { return 2 * features() + parts; }   // scale P, lower with diagonal
+  constexpr int Kt() const { return P() + 1; }                 // normalised, e^{G_C - G_i}
+  constexpr int Abar() const { return P() + 1 + features(); }  // strictly lower
+  constexpr int Kh_low() const { return Abar() + (raw ? 0 : 1); }
+  constexpr int Kt_low() const { return Kh_low() + features(); }
+  constexpr int P_low() const { return Kt_low() + features(); }
+  constexpr int V() const { return has_low ? P_low() + 1 : Kh_low(); }
   constexpr int dO() const { return V() + values; }  // for the gradient only
-  constexpr int total(bool backward) const { return V() + values * (backward ? 2 : 1); }
+  constexpr int total(bool backward) const { return V() + (raw ? 0 : values) * (backward ? 2 : 1); }
 };
 
 struct ScratchSm80 {
   ChunkRowsSm80* rows;  // [slot][value head]
   void* tiles;          // [slot][value head][ChunkTiles::total]
   bool backward;        // whether dO is among them
-  float* decay;         // [slot][value head][K padded]: e^{G_C}
-  float* G;             // [slot][value head][64][K padded] with a gate per channel, in units of log2
+  // The walk reads q, k and v in place: a gate per head, no gradient, 16-bit rows that cp.async can read.
+  // Tiles with features or values do not exist then, nor does Abar.
+  bool raw;
+  float* decay;  // [slot][value head][K padded]: e^{G_C}
+  float* G;      // [slot][value head][64][K padded] with a gate per channel, in units of log2
 };
 
 struct PrepareSm80Args {

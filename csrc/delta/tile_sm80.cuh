@@ -97,10 +97,11 @@ struct TileFragments<float> : Fragments<float> {
 template <bool kTransposed, class Element, int kColumns>
 __device__ __forceinline__ void multiply_step(Accumulator<1, kColumns>& c,
                                               const typename TileFragments<Element>::A& a,
-                                              const Element* tile, int k) {
+                                              const Element* tile, int k, int columns = kColumns) {
   using F = TileFragments<Element>;
   CUTE_UNROLL
   for (int n = 0; n < kColumns; n += F::kColumns) {
+    if (n >= columns) break;
     typename F::B b[F::kColumns / 8];
     if constexpr (kTransposed) {
       F::right_transposed(b, tile + n * kTileRow<Element> + k, kTileRow<Element>);
@@ -127,15 +128,18 @@ __device__ __forceinline__ void multiply_tile(Rows64& c, const Rows64& left, con
 }
 
 // The same with the left operand in shared memory: rows (kLeftTransposed: columns) [row, row + 16) of a tile.
+// Only the first `columns` of c.
 template <bool kLeftTransposed, bool kTransposed, class Element>
-__device__ __forceinline__ void multiply_tiles(Rows64& c, const Element* left, int row, const Element* tile) {
+__device__ __forceinline__ void multiply_tiles(Rows64& c, const Element* left, int row, const Element* tile,
+                                               int columns = kTile) {
   using F = TileFragments<Element>;
 #pragma unroll 2
   for (int k = 0; k < kTile; k += F::kDepth) {
     if constexpr (kLeftTransposed) {
-      multiply_step<kTransposed>(c, F::left_transposed(left + k * kTileRow<Element> + row), tile, k);
+      multiply_step<kTransposed>(c, F::left_transposed(left + k * kTileRow<Element> + row), tile, k, columns);
     } else {
-      multiply_step<kTransposed>(c, F::left(left + row * kTileRow<Element> + k, kTileRow<Element>), tile, k);
+      multiply_step<kTransposed>(c, F::left(left + row * kTileRow<Element> + k, kTileRow<Element>), tile, k,
+                                 columns);
     }
   }
 }

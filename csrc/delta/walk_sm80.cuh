@@ -5,150 +5,107 @@
 // and back, with dS^T in the place of S^T:
 //   Y^T = dO^T P + dS^T Kt^T, then += (beta Y)^T Z     dR = beta Y
 //   dS^T <- e^{G_C} dS^T + dO^T Qh - dR^T Kh
-// The right operands are 64 x 64 tiles, which a ring in shared memory brings in the order of their use. In a
-// hard chunk, products with Kh, P and Kt take both halves of both operands.
+// The right operands are 64 x 64 tiles that a further warp brings through a ring (walk_tiles_sm80.cuh). Kh,
+// Qh and Kt are tiles of scratch, or raw rows whose factors go to the accumulators' columns. In a hard chunk,
+// products with Kh, P and Kt take both halves of both operands.
 #pragma once
 
-#include "delta/tile_sm80.cuh"
+#include "delta/walk_tiles_sm80.cuh"
 
 namespace nearfield::delta {
 
+// Values and tokens change places between memory, where a lane reads four values of a token, and
+// accumulators, where it has two tokens of a value: 8 x 8 elements at a time, so that row r of an accumulator
+// is not value r.
 template <class Element>
-constexpr int kWalkStages = kIsWide<Element> ? 4 : 6;
-constexpr int kWalkRows = 4;  // chunks whose beta and decay are in shared memory
+__device__ __forceinline__ int value_of_row(int row) {
+  return kIsWide<Element> ? row : row % 8 / 2 * 4 + row / 8 * 2 + row % 2;
+}
+__device__ __forceinline__ uint32_t transposed(uint32_t pair) {
+  uint32_t result;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pair));
+  return result;
+}
 
-template <class Element, int kKeyDim>
-struct WalkShared {
-  static constexpr int kOutRow = 16 + Piece<Element>::kCount;
-  alignas(16) Element tile[kWalkStages<Element>][kTileShared<Element>];
-  alignas(16) Element out[4][kTile * kOutRow];   // [token][value] of each warp
-  alignas(16) float beta[kWalkRows][kTile + 4];  // and whether the chunk is hard
-  alignas(16) float decay[kWalkRows][kKeyDim];
-};
+// 16 values of the tokens of a chunk in memory, `stride` elements apart.
+template <class Element>
+struct ValueRows {
+  Element* first;
+  int64_t stride;
+  int rows, values;  // that exist
 
-// The tiles of a chunk in the order of their use: the i-th of them, and how many there are. Forward: V, then
-// Kh, Z, Qh, P, Kt, which lie in this order; without output Qh and P are left out. In a hard chunk a tile's
-// low half follows it.
-template <class Element, int kKeyDim, bool kLow_>
-struct ForwardOrder {
-  static constexpr ChunkTiles tiles{kKeyDim, 0, kIsWide<Element>, kHasLow<Element>};
-  int values;  // this CTA's tile of V
-  bool with_output;
-  static constexpr bool kLow = kLow_;
-  __device__ __forceinline__ int count(bool hard) const {
-    const int keys = tiles.keys * (hard ? 2 : 1), output = with_output ? tiles.keys + (hard ? 2 : 1) : 0;
-    return 1 + 2 * keys + tiles.parts + output;
-  }
-  __device__ __forceinline__ int operator()(int i, bool hard) const {
-    if (i-- == 0) return values;
-    if (!hard) return with_output || i < tiles.keys + tiles.parts ? i : i + tiles.keys + 1;
-    const int keys = 2 * tiles.keys;
-    if (i < keys) return (i % 2 ? tiles.Kh_low() : tiles.Kh()) + i / 2;
-    if ((i -= keys) < tiles.parts) return tiles.Z() + i;
-    i -= tiles.parts;
-    if (with_output) {
-      if (i < tiles.keys) return tiles.Qh() + i;
-      if ((i -= tiles.keys) < 2) return i ? tiles.P_low() : tiles.P();
-      i -= 2;
+  // What a lane holds of them on their way.
+  struct Held {
+    uint2 token[kIsWide<Element> ? 1 : 8];
+  };
+  __device__ __forceinline__ static int lane() { return static_cast<int>(threadIdx.x) % 32; }
+  __device__ __forceinline__ Element* at_lane() const { return first + lane() / 4 * stride + lane() % 4 * 4; }
+
+  // Begins reading; rows must be aligned to four elements.
+  __device__ __forceinline__ void fetch(Held& held) const {
+    if constexpr (!kIsWide<Element>) {
+      const Element* from = at_lane();
+      const int last = lane() % 4 * 4 < values ? rows : 0;
+      CUTE_UNROLL
+      for (int m = 0; m < 8; ++m)
+        held.token[m] =
+            8 * m + lane() / 4 < last ? *reinterpret_cast<const uint2*>(from + 8 * m * stride) : uint2{0, 0};
     }
-    return (i % 2 ? tiles.Kt_low() : tiles.Kt()) + i / 2;
   }
-};
-
-// And back: dO, P, Kt, Z, Qh, Kh.
-template <class Element, int kKeyDim>
-struct BackwardOrder {
-  static constexpr ChunkTiles tiles{kKeyDim, 0, kIsWide<Element>, kHasLow<Element>};
-  int values;  // this CTA's tile of dO
-  static constexpr bool kLow = false;
-  __device__ __forceinline__ int first_Z() const { return 2 + tiles.keys; }
-  __device__ __forceinline__ int first_Qh() const { return first_Z() + tiles.parts; }
-  __device__ __forceinline__ int first_Kh() const { return first_Qh() + tiles.keys; }
-  __device__ __forceinline__ int count(bool) const { return first_Kh() + tiles.keys; }
-  __device__ __forceinline__ int operator()(int i, bool) const {
-    if (i == 0) return values;
-    if (i < first_Z()) return tiles.P() + i - 1;
-    if (i < first_Qh()) return tiles.Z() + i - first_Z();
-    return i < first_Kh() ? tiles.Qh() + i - first_Qh() : i - first_Kh();
-  }
-};
-
-template <class Element>
-struct FirstChunk {  // where it is, and how far it is to the next
-  const Element* tiles;
-  const ChunkRowsSm80* rows;
-  const float* decay;
-  int64_t step;  // chunks in scratch
-  int tiles_per_step;
-};
-
-// The tiles of all chunks of a walk, one after the other, and with the first of a chunk its beta and decay.
-// Every thread copies its share.
-template <class Element, int kKeyDim, class Order>
-class TileStream {
- public:
-  using Shared = WalkShared<Element, kKeyDim>;
-  static constexpr bool kLow = Order::kLow;
-  __device__ TileStream(Shared& shared, const Order& order, const FirstChunk<Element>& first, int chunks)
-      : shared_(shared),
-        order_(order),
-        chunk_(first),
-        left_(chunks),
-        hard_(hardness(0)),
-        next_hard_(hardness(1)) {
-    for (int i = 0; i < kWalkStages<Element> - 1; ++i) load();
-  }
-
-  // The next tile. Only one at a time: the one before is overwritten.
-  __device__ __forceinline__ const Element* next() {
-    cute::cp_async_wait<kWalkStages<Element> - 2>();
-    __syncthreads();
-    const Element* tile = shared_.tile[read_];
-    read_ = read_ + 1 == kWalkStages<Element> ? 0 : read_ + 1;
-    load();
-    return tile;
-  }
-
- private:
-  Shared& shared_;
-  const Order order_;
-  FirstChunk<Element> chunk_;
-  int left_, in_chunk_ = 0, read_ = 0, write_ = 0, rows_ = 0;
-  float hard_, next_hard_;  // looked at a chunk later: nobody waits for it
-
-  // Of a chunk that is so many steps further.
-  __device__ __forceinline__ float hardness(int steps) const {
-    return kLow && steps < left_ ? chunk_.rows[steps * chunk_.step].hard : 0.f;
-  }
-
-  __device__ __forceinline__ static void copy_floats(float* to, const float* from, int count) {
-    for (int i = 4 * static_cast<int>(threadIdx.x); i < count; i += 4 * static_cast<int>(blockDim.x))
-      cute::SM80_CP_ASYNC_CACHEGLOBAL<cute::uint128_t>::copy(
-          *reinterpret_cast<const cute::uint128_t*>(from + i), *reinterpret_cast<cute::uint128_t*>(to + i));
-  }
-  __device__ __forceinline__ void load() {
-    if (left_ > 0) {
-      const bool hard = kLow && hard_ != 0.f;
-      copy_tile(shared_.tile[write_], chunk_.tiles + order_(in_chunk_, hard) * kTileElements,
-                static_cast<int>(blockDim.x));
-      if (in_chunk_ == 0) {
-        static_assert(offsetof(ChunkRowsSm80, hard) == offsetof(ChunkRowsSm80, beta) + kTile * sizeof(float));
-        copy_floats(shared_.beta[rows_ % kWalkRows], chunk_.rows->beta, kTile + 4);
-        copy_floats(shared_.decay[rows_ % kWalkRows], chunk_.decay, kKeyDim);
-        ++rows_;
-      }
-      if (++in_chunk_ == order_.count(hard)) {
-        in_chunk_ = 0;
-        chunk_.tiles += chunk_.step * chunk_.tiles_per_step * kTileElements;
-        chunk_.rows += chunk_.step;
-        chunk_.decay += chunk_.step * kKeyDim;
-        --left_;
-        hard_ = next_hard_;
-        next_hard_ = hardness(1);
+  __device__ __forceinline__ void read(Rows64& x, const Held& held) const {
+    CUTE_UNROLL
+    for (int m = 0; m < 8; ++m) {
+      if constexpr (kIsWide<Element>) {
+        CUTE_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          const int t = 8 * m + lane() % 4 * 2 + i % 2, v = lane() / 4 + i / 2 * 8;
+          x.tile[0][m][i] = t < rows && v < values ? static_cast<float>(first[t * stride + v]) : 0.f;
+        }
+      } else {
+        CUTE_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          const uint32_t word = transposed(half ? held.token[m].y : held.token[m].x);
+          const auto pair = reinterpret_cast<const cutlass::Array<Element, 2>&>(word);
+          x.tile[0][m][2 * half] = static_cast<float>(pair[0]);
+          x.tile[0][m][2 * half + 1] = static_cast<float>(pair[1]);
+        }
       }
     }
-    cute::cp_async_fence();
-    write_ = write_ + 1 == kWalkStages<Element> ? 0 : write_ + 1;
+  }
+  __device__ __forceinline__ void write(const Rows64& x) const {
+    if constexpr (kIsWide<Element>) {
+      CUTE_UNROLL
+      for (int m = 0; m < 8; ++m) {
+        CUTE_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          const int t = 8 * m + lane() % 4 * 2 + i % 2, v = lane() / 4 + i / 2 * 8;
+          if (t < rows && v < values) first[t * stride + v] = Element(x.tile[0][m][i]);
+        }
+      }
+    } else {
+      Element* to = at_lane();
+      const bool whole =
+          lane() % 4 * 4 + 4 <= values && reinterpret_cast<uintptr_t>(first) % 8 == 0 && stride % 4 == 0;
+      CUTE_UNROLL
+      for (int m = 0; m < 8; ++m) {
+        uint32_t word[2];
+        CUTE_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          cutlass::NumericArrayConverter<Element, float, 2> convert;
+          const auto pair =
+              convert(cutlass::Array<float, 2>{x.tile[0][m][2 * half], x.tile[0][m][2 * half + 1]});
+          word[half] = transposed(reinterpret_cast<const uint32_t&>(pair));
+        }
+        if (8 * m + lane() / 4 >= rows) continue;
+        if (whole) {
+          *reinterpret_cast<uint2*>(to + 8 * m * stride) = {word[0], word[1]};
+        } else {
+          const auto& four = reinterpret_cast<const cutlass::Array<Element, 4>&>(word);
+          for (int c = 0; c < 4; ++c)
+            if (lane() % 4 * 4 + c < values) to[8 * m * stride + c] = four[c];
+        }
+      }
+    }
   }
 };
 
@@ -157,70 +114,70 @@ class TileStream {
 template <class Element, int kKeyDim, bool kLow>
 struct WalkCta {
   static constexpr int kKeys = kKeyDim / kTile;
+  static constexpr int kParts = kIsWide<Element> ? 1 : 2;  // of Z
   using Shared = WalkShared<Element, kKeyDim>;
+  using Reader = TileReader<Element, kKeyDim>;
+  using Values = ValueRows<Element>;
   const WalkSm80Args& args;
   const InputsSm80& in;
   Shared& shared;
-  const int64_t hv, n;
+  const WalkPlace place;
   const ChunkTiles tiles;
-  int64_t b, begin, slot;  // of the first chunk
-  int chunks, length;
-  int warp, lane, value;  // value: the first of this warp's 16
+  int lane, value;  // value: the first of this warp's 16
 
   __device__ WalkCta(const WalkSm80Args& a, Shared& s)
-      : args(a),
-        in(a.in),
-        shared(s),
-        hv(blockIdx.y),
-        n(blockIdx.z),
-        tiles(a.in.key_dim, a.in.value_dim, kIsWide<Element>, kHasLow<Element>) {
-    if (in.cu_seqlens != nullptr) {
-      begin = in.cu_seqlens[n], slot = begin / kChunk + n, b = 0;
-      length = static_cast<int>(max(static_cast<int64_t>(0), min(in.cu_seqlens[n + 1], in.tokens) - begin));
-    } else {
-      begin = 0, b = n, length = static_cast<int>(in.tokens);
-      slot = n * ((in.tokens + kChunk - 1) / kChunk);
-    }
-    chunks = (length + kTile - 1) / kTile;
-    lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-    value = (static_cast<int>(blockIdx.x % value_tiles()) * args.value_warps + warp) * 16;
+      : args(a), in(a.in), shared(s), place(a.in), tiles(tiles_of_walk<Element>(a)) {
+    lane = static_cast<int>(threadIdx.x) % 32;
+    value = (static_cast<int>(blockIdx.x % value_tiles()) * args.value_warps +
+             static_cast<int>(threadIdx.x) / 32) *
+            16;
   }
 
   __device__ unsigned value_tiles() const { return gridDim.x / (args.backward ? 2 : 1); }
-  __device__ int64_t chunk_index(int chunk) const { return (slot + chunk) * in.value_heads + hv; }
-  __device__ int rows_of(int chunk) const { return min(kTile, length - chunk * kTile); }
 
   // ---- States ----
 
-  __device__ int64_t chain() const { return n * in.value_heads + hv; }
-  // In an array of states.
-  __device__ int64_t state_at(int64_t state, int v, int c) const {
-    return state * in.state_size() + (in.state_v_first ? v * in.key_dim + c : c * in.value_dim + v);
-  }
-  // f(value, key channel, element) over the elements that exist.
+  __device__ int64_t chain() const { return place.n * in.value_heads + place.hv; }
+  // f(place in a state, element) over the elements that exist.
   template <class F>
   __device__ __forceinline__ void for_state(Rows64 (&S)[kKeys], const F& f) const {
+    const int K = static_cast<int>(in.key_dim), V = static_cast<int>(in.value_dim);
+    const int along_v = in.state_v_first ? K : 1, along_c = in.state_v_first ? 1 : V;
     CUTE_UNROLL
-    for (int block = 0; block < kKeys; ++block)
-      for_each(S[block], [&](int row, int column, float& x) {
-        const int v = value + row, c = block * kTile + column;
-        if (v < in.value_dim && c < in.key_dim) f(v, c, x);
-      });
+    for (int half = 0; half < 2; ++half) {
+      const int v = value + value_of_row<Element>(lane / 4 + 8 * half);
+      int at = v * along_v + lane % 4 * 2 * along_c;
+      CUTE_UNROLL
+      for (int block = 0; block < kKeys; ++block) {
+        CUTE_UNROLL
+        for (int n = 0; n < 8; ++n, at += 8 * along_c) {
+          const int c = block * kTile + 8 * n + lane % 4 * 2;
+          if (v < V && c < K) f(at, S[block].tile[0][n][2 * half]);
+          if (v < V && c + 1 < K) f(at + along_c, S[block].tile[0][n][2 * half + 1]);
+        }
+      }
+    }
   }
   __device__ void load_state(Rows64 (&S)[kKeys], const float* from) const {
     CUTE_UNROLL
     for (int block = 0; block < kKeys; ++block) S[block].clear();
-    if (from != nullptr) for_state(S, [&](int v, int c, float& x) { x = from[state_at(chain(), v, c)]; });
+    if (from == nullptr) return;
+    from += chain() * in.state_size();
+    for_state(S, [&](int at, float& x) { x = from[at]; });
   }
-  __device__ void store_state(Rows64 (&S)[kKeys], float* to, int64_t state) const {
-    if (to != nullptr) for_state(S, [&](int v, int c, float& x) { to[state_at(state, v, c)] = x; });
+  __device__ __forceinline__ void store_state(Rows64 (&S)[kKeys], float* to, int64_t state) const {
+    if (to == nullptr) return;
+    to += state * in.state_size();
+    for_state(S, [&](int at, float& x) { to[at] = x; });
   }
   // The state after a chunk that ends a span.
-  __device__ void keep_state(Rows64 (&S)[kKeys], int chunk) const {
-    if (args.states == nullptr || (chunk + 1) % args.states_every != 0 || rows_of(chunk) < kTile) return;
+  __device__ __forceinline__ void keep_state(Rows64 (&S)[kKeys], int chunk) const {
+    if (args.states == nullptr || (chunk + 1) % args.states_every != 0 || place.rows_of(chunk) < kTile)
+      return;
     const int64_t span = kChunk * args.states_every;
-    const int64_t entry = b * (in.tokens / span) + begin / span + (chunk + 1) / args.states_every - 1;
-    store_state(S, args.states, entry * in.value_heads + hv);
+    const int64_t entry =
+        place.b * (in.tokens / span) + place.begin / span + (chunk + 1) / args.states_every - 1;
+    store_state(S, args.states, entry * in.value_heads + place.hv);
   }
   // `turn`: how many chunks came before.
   __device__ __forceinline__ void decay_state(Rows64 (&S)[kKeys], int turn) const {
@@ -236,200 +193,251 @@ struct WalkCta {
     }
   }
 
-  // ---- Rows of tokens, as columns of an accumulator ----
+  // ---- Values of tokens ----
 
-  // This warp's values of a tile [token][value].
-  __device__ __forceinline__ void read_tokens(Rows64& x, const Element* tile) const {
-    const Element* first = tile + value % kTile + lane / 4 + lane % 4 * 2 * kTileRow<Element>;
-    CUTE_UNROLL
-    for (int m = 0; m < 8; ++m) {
-      CUTE_UNROLL
-      for (int i = 0; i < 4; ++i)
-        x.tile[0][m][i] = static_cast<float>(first[(8 * m + i % 2) * kTileRow<Element> + i / 2 * 8]);
+  // A tensor [B, T, HV, V] of the caller's, or its tile in scratch.
+  __device__ __forceinline__ Values values_of(const Rows<void>& from, int tile, int chunk) const {
+    if (args.scratch.raw) {
+      const Element* first = row_at<Element>(from, place.b, place.token_of(chunk), place.hv);
+      return {const_cast<Element*>(first) + value, from.token, place.rows_of(chunk),
+              static_cast<int>(in.value_dim) - value};
     }
-  }
-  // Token t goes to `to + t * stride`, `values` of this warp's 16 values.
-  __device__ __forceinline__ void write_tokens(const Rows64& x, Element* to, int64_t stride, int rows,
-                                               int values) const {
-    constexpr int kRow = Shared::kOutRow, kPiece = Piece<Element>::kCount, kPieces = 16 / kPiece;
-    Element* staged = shared.out[warp];
-    Element* first = staged + lane / 4 + lane % 4 * 2 * kRow;
-    __syncwarp();
-    CUTE_UNROLL
-    for (int m = 0; m < 8; ++m) {
-      CUTE_UNROLL
-      for (int i = 0; i < 4; ++i) first[(8 * m + i % 2) * kRow + i / 2 * 8] = Element(x.tile[0][m][i]);
-    }
-    __syncwarp();
-    const bool whole = values >= 16 && reinterpret_cast<uintptr_t>(to) % 16 == 0 && stride % kPiece == 0;
-    if (whole) {
-      CUTE_UNROLL
-      for (int i = 0; i < kTile * kPieces / 32; ++i) {
-        const int t = (lane + 32 * i) / kPieces, c = lane % kPieces * kPiece;
-        if (t < rows)
-          *reinterpret_cast<Piece<Element>*>(to + t * stride + c) =
-              *reinterpret_cast<const Piece<Element>*>(staged + t * kRow + c);
-      }
-    } else {
-      for (int i = lane; i < 16 * rows; i += 32)
-        if (i % 16 < values) to[i / 16 * stride + i % 16] = staged[i / 16 * kRow + i % 16];
-    }
+    Element* first =
+        static_cast<Element*>(args.scratch.tiles) +
+        (place.index(chunk) * tiles.total(args.scratch.backward) + tile + value / kTile) * kTileElements;
+    return {first + value % kTile, kTile, kTile, 16};
   }
   // Into [B, T, HV, V].
   __device__ __forceinline__ void store_tokens(const Rows64& x, void* to, int chunk) const {
     const int64_t stride = in.value_heads * in.value_dim;
-    const int64_t t = b * in.tokens + begin + chunk * kTile;
-    write_tokens(x, static_cast<Element*>(to) + t * stride + hv * in.value_dim + value, stride,
-                 rows_of(chunk), static_cast<int>(in.value_dim) - value);
+    Element* first = static_cast<Element*>(to) + (place.b * in.tokens + place.token_of(chunk)) * stride +
+                     place.hv * in.value_dim + value;
+    Values{first, stride, place.rows_of(chunk), static_cast<int>(in.value_dim) - value}.write(x);
   }
   // Into [token][value] tiles of scratch.
   __device__ __forceinline__ void store_token_tile(const Rows64& x, void* to, int chunk) const {
-    const int64_t tile = chunk_index(chunk) * tiles.values + value / kTile;
-    write_tokens(x, static_cast<Element*>(to) + tile * kTileElements + value % kTile, kTile, kTile, 16);
+    const int64_t tile = place.index(chunk) * tiles.values + value / kTile;
+    Values{static_cast<Element*>(to) + tile * kTileElements + value % kTile, kTile, kTile, 16}.write(x);
   }
   // Into [value][channel] tiles of scratch.
   __device__ __forceinline__ void store_state_tiles(const Rows64 (&S)[kKeys], void* to, int chunk) const {
     struct alignas(2 * sizeof(Element)) Pair {
       Element at[2];
     };
-    const int64_t tile = (chunk_index(chunk) * tiles.values + value / kTile) * kKeys;
-    Element* first =
-        static_cast<Element*>(to) + tile * kTileElements + (value % kTile + lane / 4) * kTile + lane % 4 * 2;
+    const int64_t tile = (place.index(chunk) * tiles.values + value / kTile) * kKeys;
     CUTE_UNROLL
-    for (int block = 0; block < kKeys; ++block) {
+    for (int half = 0; half < 2; ++half) {
+      Element* first = static_cast<Element*>(to) + tile * kTileElements +
+                       (value % kTile + value_of_row<Element>(lane / 4 + half * 8)) * kTile + lane % 4 * 2;
       CUTE_UNROLL
-      for (int m = 0; m < 8; ++m) {
+      for (int block = 0; block < kKeys; ++block) {
         CUTE_UNROLL
-        for (int half = 0; half < 2; ++half) {
+        for (int m = 0; m < 8; ++m) {
           const float* x = &S[block].tile[0][m][2 * half];
-          *reinterpret_cast<Pair*>(first + block * kTileElements + half * 8 * kTile + 8 * m) =
+          *reinterpret_cast<Pair*>(first + block * kTileElements + 8 * m) =
               Pair{{Element(x[0]), Element(x[1])}};
         }
       }
     }
   }
-  __device__ __forceinline__ void scale_tokens(Rows64& to, const Rows64& from, int turn, float sign) const {
-    const float* beta = shared.beta[turn % kWalkRows] + lane % 4 * 2;
+
+  // ---- Factors of tokens ----
+
+  enum class Factor { kRead, kBeta, kAsk, kWrite };
+  // f(element, factor of its token)
+  template <Factor kFactor, class F>
+  __device__ __forceinline__ void for_tokens(int turn, Rows64& x, const F& f) const {
+    const WalkFactors& all = shared.factors[turn % kWalkRows];
+    const float* from =
+        kFactor == Factor::kRead || kFactor == Factor::kBeta ? &all.first[0].read : &all.second[0].ask;
     CUTE_UNROLL
     for (int m = 0; m < 8; ++m) {
-      const float2 e = *reinterpret_cast<const float2*>(beta + 8 * m);
-      const auto& x = from.tile[0][m];
-      auto& y = to.tile[0][m];
-      y[0] = sign * e.x * x[0], y[1] = sign * e.y * x[1], y[2] = sign * e.x * x[2], y[3] = sign * e.y * x[3];
+      const float4 two = *reinterpret_cast<const float4*>(from + 2 * (8 * m + lane % 4 * 2));
+      const bool second = kFactor == Factor::kBeta || kFactor == Factor::kWrite;
+      const float e[2] = {second ? two.y : two.x, second ? two.w : two.z};
+      CUTE_UNROLL
+      for (int i = 0; i < 4; ++i) f(m, i, e[i % 2]);
     }
+  }
+  template <Factor kFactor>
+  __device__ __forceinline__ void scale_tokens(Rows64& to, const Rows64& from, int turn,
+                                               float sign = 1.f) const {
+    for_tokens<kFactor>(turn, to,
+                        [&](int m, int i, float e) { to.tile[0][m][i] = sign * e * from.tile[0][m][i]; });
   }
 
   // ---- The walks ----
 
-  __device__ FirstChunk<Element> first_chunk(int chunk, int direction) const {
-    const int64_t index = chunk_index(chunk);
-    const int total = tiles.total(args.scratch.backward);
-    return {static_cast<const Element*>(args.scratch.tiles) + index * total * kTileElements,
-            args.scratch.rows + index, args.scratch.decay + index * kKeyDim, direction * in.value_heads,
-            total};
-  }
-
-  // c += left tile with the next tile; in a hard chunk with both halves of both.
-  template <bool kTransposed, class Stream>
-  __device__ __forceinline__ void multiply_next(Rows64& c, const Rows64& left, Stream& stream,
-                                                bool hard) const {
-    const Element* tile = stream.next();
-    multiply_tile<kTransposed>(c, left, tile);
+  // c += left tile; in a hard chunk with both halves of the left operand, and of the tile if it has two.
+  template <bool kTransposed>
+  __device__ __forceinline__ void multiply_hard(Rows64& c, const Rows64& left, const Element* const* tile,
+                                                bool hard, bool low) const {
+    multiply_tile<kTransposed>(c, left, tile[0]);
     if (!kLow || !hard) return;
-    multiply_tile<kTransposed, Part::kLow>(c, left, tile);
-    multiply_tile<kTransposed>(c, left, stream.next());
+    multiply_tile<kTransposed, Part::kLow>(c, left, tile[0]);
+    if (low) multiply_tile<kTransposed>(c, left, tile[1]);
   }
 
-  __device__ void forward(bool with_output) const {
+  template <bool kOutput>
+  __device__ __forceinline__ void forward() const {
+    // Both halves of Z where differences matter: in hard chunks, and for the gradient.
+    constexpr bool kBoth = kParts == 2 && (kLow || !kOutput);
+    constexpr int kMost = kKeys * (kLow ? 2 : 1),
+                  kPairMost = (kBoth ? 2 : 1) + (kOutput ? 1 : 0) + (kLow ? 1 : 0);
+    constexpr bool kAskEarly = kKeyDim <= 128 && !kIsWide<Element> && !kLow;  // registers allow it
+    const bool raw = args.scratch.raw;
+    Reader keys(shared, 0, kKeyStages);
+    Reader others(shared, raw ? kKeyStages : 0, kWalkStages<Element> - (raw ? kKeyStages : 0));
     Rows64 S[kKeys];
     load_state(S, in.initial_state);
-    using Order = ForwardOrder<Element, kKeyDim, kLow>;
-    TileStream<Element, kKeyDim, Order> stream(shared, Order{tiles.V() + value / kTile, with_output},
-                                               first_chunk(0, 1), chunks);
-    for (int chunk = 0; chunk < chunks; ++chunk) {
-      Rows64 V, R;
-      read_tokens(V, stream.next());
-      const bool hard = kLow && shared.beta[chunk % kWalkRows][kTile] != 0.f;
+    typename Values::Held held;
+    if (place.chunks > 0) values_of(in.v, tiles.V(), 0).fetch(held);
+    for (int chunk = 0; chunk < place.chunks; ++chunk) {
+      const Element *k[kMost], *q[kKeys], *z[kPairMost];
       if (args.backward) store_state_tiles(S, args.left.S, chunk);
+      // How many there are of keys hangs on the factors, which come with the first of them.
+      bool hard = false;
+      if constexpr (kLow) {
+        const Element* first[1];
+        if (raw) {
+          Reader(keys).acquire(first, 1);
+        } else {
+          Reader(others).acquire(first, 1);
+        }
+        hard = shared.factors[chunk % kWalkRows].hard != 0.f;
+      }
+      const bool low = hard && !raw;
+      const int key_tiles = kKeys * (low ? 2 : 1);
+      if (raw) {
+        keys.acquire(k, key_tiles);
+      } else {
+        others.acquire(k, key_tiles);
+      }
+      Rows64 R, O;
       R.clear();
       CUTE_UNROLL
-      for (int block = 0; block < kKeys; ++block) multiply_next<true>(R, S[block], stream, hard);
-      CUTE_UNROLL
-      for (int m = 0; m < 8; ++m) {
+      for (int block = 0; block < kKeys; ++block)
+        multiply_hard<true>(R, S[block], k + block * (low ? 2 : 1), hard, low);
+      if (!raw) others.release(key_tiles);
+      const auto ask = [&] {
+        others.acquire(q, kKeys);
+        O.clear();
         CUTE_UNROLL
-        for (int i = 0; i < 4; ++i) R.tile[0][m][i] = V.tile[0][m][i] - R.tile[0][m][i];
-      }
-      scale_tokens(V, R, chunk, 1.f);
-      multiply_tile<true, Part::kBoth>(R, V, stream.next());
-      if constexpr (!kIsWide<Element>) multiply_tile<true>(R, V, stream.next());
+        for (int block = 0; block < kKeys; ++block) multiply_tile<true>(O, S[block], q[block]);
+        others.release(kKeys);
+      };
+      if constexpr (kOutput && kAskEarly) ask();
+      Rows64 X;
+      values_of(in.v, tiles.V(), chunk).read(X, held);
+      if (chunk + 1 < place.chunks) values_of(in.v, tiles.V(), chunk + 1).fetch(held);
+      for_tokens<Factor::kRead>(
+          chunk, R, [&](int m, int i, float e) { R.tile[0][m][i] = X.tile[0][m][i] - e * R.tile[0][m][i]; });
+      scale_tokens<Factor::kBeta>(X, R, chunk);
+      const bool both = kBoth && (hard || !kOutput);
+      const int z_tiles = both ? 2 : 1, others_count = z_tiles + (kOutput ? (hard ? 2 : 1) : 0);
+      if constexpr (kOutput && !kAskEarly) ask();
+      others.acquire(z, others_count);
+      multiply_tile<true, kBoth && !kOutput ? Part::kBoth : Part::kHigh>(R, X, z[0]);
+      if (kLow && kOutput && both) multiply_tile<true, Part::kLow>(R, X, z[0]);
+      if (both) multiply_tile<true>(R, X, z[1]);
       if (args.backward) store_token_tile(R, args.left.r, chunk);
-      scale_tokens(V, R, chunk, 1.f);  // V'
-      if (with_output) {
-        R.clear();  // O
-        CUTE_UNROLL
-        for (int block = 0; block < kKeys; ++block) multiply_tile<true>(R, S[block], stream.next());
-        multiply_next<true>(R, V, stream, hard);
-        store_tokens(R, args.o, chunk);
-      }
+      scale_tokens<Factor::kBeta>(X, R, chunk);  // V'
       decay_state(S, chunk);
+      if constexpr (kOutput) {
+        scale_tokens<Factor::kAsk>(O, O, chunk);
+        multiply_hard<true>(O, X, z + z_tiles, hard, hard);
+        store_tokens(O, args.o, chunk);
+      }
+      others.release(others_count);
+      scale_tokens<Factor::kWrite>(X, X, chunk);
+      if (!raw) others.acquire(k, key_tiles);
       CUTE_UNROLL
-      for (int block = 0; block < kKeys; ++block) multiply_next<false>(S[block], V, stream, hard);
+      for (int block = 0; block < kKeys; ++block)
+        multiply_hard<false>(S[block], X, k + block * (low ? 2 : 1), hard, low);
+      if (raw) {
+        keys.release(key_tiles);
+      } else {
+        others.release(key_tiles);
+      }
       keep_state(S, chunk);
     }
     store_state(S, args.final_state, chain());
   }
 
-  __device__ void backward() const {
+  __device__ __forceinline__ void backward() const {
+    Reader others(shared, 0, kWalkStages<Element>);
     Rows64 dS[kKeys];
     load_state(dS, args.d_final);
-    using Order = BackwardOrder<Element, kKeyDim>;
-    TileStream<Element, kKeyDim, Order> stream(shared, Order{tiles.dO() + value / kTile},
-                                               first_chunk(chunks - 1, -1), chunks);
-    for (int chunk = chunks - 1; chunk >= 0; --chunk) {
+    typename Values::Held held;
+    const int last = place.chunks - 1;
+    if (last >= 0) values_of({}, tiles.dO(), last).fetch(held);
+    for (int chunk = last; chunk >= 0; --chunk) {
+      const Element *p[1], *k[kKeys], *z[kParts];
       Rows64 d_o, Y, dR;
-      const int turn = chunks - 1 - chunk;
-      read_tokens(d_o, stream.next());
+      const int turn = last - chunk;
+      values_of({}, tiles.dO(), chunk).read(d_o, held);
+      if (chunk > 0) values_of({}, tiles.dO(), chunk - 1).fetch(held);
       store_state_tiles(dS, args.left.dS, chunk);
       Y.clear();
-      multiply_tile<false>(Y, d_o, stream.next());
+      others.acquire(p, 1);
+      multiply_tile<false>(Y, d_o, p[0]);
+      others.release(1);
+      others.acquire(k, kKeys);
       CUTE_UNROLL
-      for (int block = 0; block < kKeys; ++block) multiply_tile<true>(Y, dS[block], stream.next());
-      scale_tokens(dR, Y, turn, 1.f);
-      multiply_tile<false, Part::kBoth>(Y, dR, stream.next());
-      if constexpr (!kIsWide<Element>) multiply_tile<false>(Y, dR, stream.next());
+      for (int block = 0; block < kKeys; ++block) multiply_tile<true>(Y, dS[block], k[block]);
+      others.release(kKeys);
+      scale_tokens<Factor::kBeta>(dR, Y, turn);
+      others.acquire(z, kParts);
+      multiply_tile<false, Part::kBoth>(Y, dR, z[0]);
+      if constexpr (kParts == 2) multiply_tile<false>(Y, dR, z[1]);
+      others.release(kParts);
       store_token_tile(Y, args.left.Y, chunk);
-      scale_tokens(dR, Y, turn, 1.f);
+      scale_tokens<Factor::kBeta>(dR, Y, turn);
       store_tokens(dR, args.dv, chunk);
-      scale_tokens(dR, Y, turn, -1.f);
+      scale_tokens<Factor::kBeta>(dR, Y, turn, -1.f);
       decay_state(dS, turn);
-      CUTE_UNROLL
-      for (int block = 0; block < kKeys; ++block) multiply_tile<false>(dS[block], d_o, stream.next());
-      CUTE_UNROLL
-      for (int block = 0; block < kKeys; ++block) multiply_tile<false>(dS[block], dR, stream.next());
+      const auto add = [&](const Rows64& left) {
+        others.acquire(k, kKeys);
+        CUTE_UNROLL
+        for (int block = 0; block < kKeys; ++block) multiply_tile<false>(dS[block], left, k[block]);
+        others.release(kKeys);
+      };
+      add(d_o);
+      add(dR);
     }
     store_state(dS, args.d_initial, chain());
   }
 
   __device__ bool has_hard_chunk() const {
     bool found = false;
-    for (int chunk = static_cast<int>(threadIdx.x); chunk < chunks; chunk += static_cast<int>(blockDim.x))
-      found |= args.scratch.rows[chunk_index(chunk)].hard != 0.f;
+    for (int chunk = static_cast<int>(threadIdx.x); chunk < place.chunks;
+         chunk += static_cast<int>(blockDim.x))
+      found |= args.scratch.rows[place.index(chunk)].factors.hard != 0.f;
     return __syncthreads_or(found) != 0;
   }
 
-  __device__ void run() const {
-    if (args.backward && blockIdx.x >= value_tiles()) {
-      if (!kLow) backward();
-      return;
+  __device__ __forceinline__ void run() const {
+    const bool back = args.backward && blockIdx.x >= value_tiles();
+    if (back ? kLow : kHasLow<Element> && has_hard_chunk() != kLow) return;
+    if (threadIdx.x == 0) shared.init(static_cast<uint32_t>(args.value_warps));
+    __syncthreads();
+    const bool fills = static_cast<int>(threadIdx.x) >= 32 * args.value_warps;
+    TileFiller<Element, kKeyDim> filler(shared, args, place);
+    if (back) {
+      if (fills) return filler.backward();
+      return backward();
     }
-    if (kHasLow<Element> && has_hard_chunk() != kLow) return;
-    if (!args.backward) return forward(args.o != nullptr);
-    forward(false);
+    if (args.backward) {
+      if (fills) return filler.template forward<false, kLow>();
+      return forward<false>();
+    }
+    if (fills) return filler.template forward<true, kLow>();
+    forward<true>();
   }
 };
 
 template <class Element, int kKeyDim, bool kLow>
-__global__ void __launch_bounds__(128) walk_sm80_kernel(const __grid_constant__ WalkSm80Args args) {
+__global__ void __launch_bounds__(160) walk_sm80_kernel(const __grid_constant__ WalkSm80Args args) {
   WalkCta<Element, kKeyDim, kLow>(args, *reinterpret_cast<WalkShared<Element, kKeyDim>*>(portable_shared))
       .run();
 }
@@ -446,7 +454,7 @@ int walk_sm80<Tag, kKeyDim>::run(const WalkSm80Args& args, void* stream) {
                   static_cast<unsigned>(args.in.value_heads), static_cast<unsigned>(args.in.sequences));
   const auto launch = [&](auto* kernel) {
     if (const int error = allow_shared(kernel, kBytes)) return error;
-    kernel<<<grid, 32 * args.value_warps, kBytes, static_cast<cudaStream_t>(stream)>>>(args);
+    kernel<<<grid, 32 * (args.value_warps + 1), kBytes, static_cast<cudaStream_t>(stream)>>>(args);
     return static_cast<int>(cudaGetLastError());
   };
   if constexpr (kHasLow<Element>) {  // each sequence is walked by one of the two
