@@ -256,9 +256,9 @@ __device__ __forceinline__ void row_products(typename Traits::Storage& s, const 
 // ---- Diagonal blocks: each warp its channels, in registers ----
 
 // Row number x (0 to 7) of those of a block that have not bit l, and the number of a row.
-template <int kLevel>
-__device__ __forceinline__ int without_bit(int x) {
-  return x >> kLevel << (kLevel + 1) | (x & ((1 << kLevel) - 1));
+__device__ __forceinline__ int without_bit(int level, int x) {
+  const int below = (1 << level) - 1;
+  return (x & ~below) << 1 | (x & below);
 }
 template <int kLevel>
 constexpr int number_of(int row) {
@@ -342,22 +342,22 @@ __device__ __forceinline__ void diagonal_levels(typename Traits::Storage& s, con
 
 // Calls f(row, column, A, P) for what this lane holds of level l of diagonal block w, which it reads where
 // the owners of the block have left it.
-template <class Traits, int kLevel, class F>
-__device__ __forceinline__ void for_level(typename Traits::Storage& s, int w, const F& f) {
+template <class Traits, class F>
+__device__ __forceinline__ void for_level(typename Traits::Storage& s, int level, int w, const F& f) {
   constexpr int kBlockRows = Traits::kBlockRows;
   const int lane = threadIdx.x % 32, x = lane / 4;
   float pairs[4] = {};
   CUTE_UNROLL
   for (int half = 0; half < Traits::kHalves; ++half) {
     const auto* from = reinterpret_cast<const float4*>(s.k + half * kImage + kBlockRows * w * kImageColumns);
-    const float4 part = from[32 * kLevel + lane];
+    const float4 part = from[32 * level + lane];
     pairs[0] += part.x, pairs[1] += part.y, pairs[2] += part.z, pairs[3] += part.w;
   }
   CUTE_UNROLL
   for (int e = 0; e < 2; ++e) {
     const int y = lane % 4 * 2 + e;
-    if (x >> kLevel == y >> kLevel)
-      f(kBlockRows * w + (without_bit<kLevel>(x) | 1 << kLevel), kBlockRows * w + without_bit<kLevel>(y),
+    if (x >> level == y >> level)
+      f(kBlockRows * w + (without_bit(level, x) | 1 << level), kBlockRows * w + without_bit(level, y),
         pairs[e], pairs[2 + e]);
   }
 }
@@ -532,10 +532,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
       s.triangular.diagonal[warp][j % 16][i % 16] = s.a_row[i] * k_norm * a;
       put_p(i, j, s.p_row[i] * k_norm * p);
     };
-    for_level<Traits, 0>(s, warp, put);
-    for_level<Traits, 1>(s, warp, put);
-    for_level<Traits, 2>(s, warp, put);
-    for_level<Traits, 3>(s, warp, put);
+    CUTE_NO_UNROLL
+    for (int level = 0; level < 4; ++level) for_level<Traits>(s, level, warp, put);
   } else {
     typename Traits::Mma mma;
     const auto thread_mma = mma.get_slice(thread - 128);
