@@ -437,7 +437,8 @@ def test_choice_of_the_backend(caplog: pytest.LogCaptureFixture) -> None:
         for _ in range(3):
             neighborhood_attention(q.float(), q.float(), q.float(), 7)
         assert len(caplog.records) == 1
-        assert "float16; the portable kernels run instead" in caplog.text
+        assert "q has dtype Float" in caplog.text
+        assert "the portable kernels run instead" in caplog.text
         neighborhood_attention(q.float(), q.float(), q.float(), 7, backend="portable")
         assert len(caplog.records) == 1, "what was asked for needs no warning"
         neighborhood_attention(q, q, q, 7, bias=torch.randn(2, 13, 13, device="cuda"))

@@ -127,6 +127,37 @@ def _(device: torch.device, dtype: torch.dtype) -> dict[str, Accuracy]:
     return _gna(device, dtype, backward=True)
 
 
+@check("gna_fwd_8bit")
+def _(device: torch.device, dtype: torch.dtype) -> dict[str, Accuracy]:
+    """``dtype`` is the output's. The yardstick rounds the weights to 8 bits, as Hopper's kernel does, and lse by what
+    8-bit products keep of a score."""
+    size, random = (9, 11), _random(1)
+    tensors = [random(2, *size, heads, 64).to(torch.float8_e4m3fn) for heads in (4, 2, 2)]
+    descales = [random(2, 2).abs().add(0.5).float() for _ in tensors]
+    names = ("q_descale", "k_descale", "v_descale")
+    on = [t.to(device) for t in tensors]
+    options: dict[str, Any] = {name: t.to(device) for name, t in zip(names, descales, strict=True)}
+    with torch.no_grad():
+        out, lse = gna.neighborhood_attention(*on, **WINDOW, **options, out_dtype=dtype, return_lse=True)
+
+    def wide(t: Tensor, descale: Tensor) -> Tensor:
+        groups = descale.repeat_interleave(t.shape[-2] // 2, 1)
+        return t.double() * groups.double()[:, None, None, :, None]
+
+    q, k, v = (wide(t, descale) for t, descale in zip(tensors, descales, strict=True))
+    keys, scale = size[0] * size[1], 64**-0.5
+    true_out, true_lse = gna.neighborhood_attention_reference(q, k, v, **WINDOW, scale=scale)
+    one_hot = torch.eye(keys, dtype=q.dtype).view(1, *size, 1, keys).expand(2, *size, 2, keys)
+    p, _ = gna.neighborhood_attention_reference(q, k, one_hot, **WINDOW, scale=scale)
+    largest = p.amax(-1, keepdim=True)
+    rounded = (p / largest * 256).to(torch.float8_e4m3fn).double() / 256 * largest
+    per_head = v.flatten(1, 2).repeat_interleave(2, 2)
+    eager = torch.einsum("bxyhk,bkhd->bxyhd", rounded, per_head)
+    terms = scale * torch.einsum("bxyhd,bkhd->bxyhk", q.abs(), k.flatten(1, 2).repeat_interleave(2, 2).abs())
+    eager_lse = true_lse + 2.0**-14 * terms.amax(-1)
+    return {"out": measure(out, true_out, eager.to(out.dtype)), "lse": measure(lse, true_lse, eager_lse)}
+
+
 # ---------------------------------------------------------------------------------------------- the delta rule
 
 DELTA = {"DeltaNet": (), "Gated DeltaNet": (1,), "KDA": (64,)}  # further sizes of the gate
