@@ -135,10 +135,12 @@ def _(device: torch.device, dtype: torch.dtype) -> dict[str, Accuracy]:
     tensors = [random(2, *size, heads, 64).to(torch.float8_e4m3fn) for heads in (4, 2, 2)]
     descales = [random(2, 2).abs().add(0.5).float() for _ in tensors]
     names = ("q_descale", "k_descale", "v_descale")
-    on = [t.to(device) for t in tensors]
+    on_q, on_k, on_v = (t.to(device) for t in tensors)
     options: dict[str, Any] = {name: t.to(device) for name, t in zip(names, descales, strict=True)}
     with torch.no_grad():
-        out, lse = gna.neighborhood_attention(*on, **WINDOW, **options, out_dtype=dtype, return_lse=True)
+        out, lse = gna.neighborhood_attention(
+            on_q, on_k, on_v, **WINDOW, **options, out_dtype=dtype, return_lse=True
+        )
 
     def wide(t: Tensor, descale: Tensor) -> Tensor:
         groups = descale.repeat_interleave(t.shape[-2] // 2, 1)
