@@ -255,7 +255,7 @@ def _check(
     """What all three functions ask of their inputs. Returns the scale."""
     tensors: dict[str, Tensor | None] = {"q": q, keys: k, values: v}
     _runtime.check_tensors(op, **tensors)
-    _runtime.check_same_dtype(op, **tensors)
+    _runtime.check_same_dtype(op, supported=_runtime.FLOAT_DTYPES, **tensors)
     if q.ndim != 4 or q.shape[-1] < 1:
         _runtime.shape_error(op, "q", q, "[B, m, Hq, d] with d >= 1")
     batch, _, heads, d = q.shape
