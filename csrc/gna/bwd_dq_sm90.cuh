@@ -16,8 +16,8 @@ struct DqTraits : HeadTraits<Tag, kHeadDim_> {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr FwdTile kTile = dq_tile(kHeadDim);
   static constexpr int kBlockM = kTile.kBlockM, kBlockN = kTile.kBlockN, kStages = kTile.kStages;
-  static constexpr bool kWithDout = true, kBiased = false;
-  static constexpr int kTransposers = 0;  // with a bias the portable kernel runs
+  static constexpr bool kWithDout = true, kBiased = false;  // with a bias the portable kernel runs
+  static constexpr int kTransposers = 0;                    // 8-bit inputs have no gradient
   static constexpr int kConsumers = kBlockM / 64;
   static constexpr int kThreads = (kConsumers + 1) * 128;
   static constexpr int kConsumerWarps = kConsumers * 4;
