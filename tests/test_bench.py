@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -17,15 +17,17 @@ for needed in ("matplotlib", "rich", "typer"):
     pytest.importorskip(needed)
 
 from command import assert_refused, run  # noqa: E402
-from nearfield.bench import delta, gna, groups, lla, report, runner, timing  # noqa: E402
-from nearfield.bench.case import OURS, Case  # noqa: E402
+from nearfield.bench import blockwise, delta, gna, groups, lla, report, runner, timing  # noqa: E402
+from nearfield.bench.case import OURS, Case, Pass  # noqa: E402
 from nearfield.bench.ceiling import Ceiling  # noqa: E402
 from nearfield.cli import app  # noqa: E402
 from nearfield.gna.reference import visible_keys  # noqa: E402
+from nearfield.lla.reference import local_linear_attention  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
-CASES = {case.name: case for group in groups().values() for case in [*group.cases, *group.small]}
+# The portable group has cases of the others again.
+CASES = {case.name: case for group in reversed(groups().values()) for case in [*group.cases, *group.small]}
 
 
 def test_cases_are_told_apart() -> None:
@@ -36,8 +38,19 @@ def test_cases_are_told_apart() -> None:
         assert group.small
         for case in [*group.cases, *group.small]:
             assert set(case.targets) <= set(group.passes)
-            assert set(case.work(torch.bfloat16)) <= set(group.passes)
-    assert list(groups()) == ["gna", "delta", "lla", "decode"]
+            assert set(group.passes[:1]) <= set(case.work(torch.bfloat16)) <= set(get_args(Pass))
+    assert list(groups()) == ["gna", "delta", "lla", "decode", "portable"]
+
+
+def test_blockwise_peer_is_local_linear_attention() -> None:
+    q, k, v = (torch.randn(1, 40, 2, 8, dtype=torch.float64) for _ in range(3))
+    lam = torch.tensor(1.0, dtype=torch.float64)
+    rows = torch.arange(17, 30)
+    heads = [t.transpose(1, 2) for t in (q[:, 17:30], k[:, :30], v[:, :30])]
+    got = blockwise.of_rows(*heads, lam, rows, steps=12).transpose(1, 2)
+    want = local_linear_attention(q, k, v, lam=1.0)[0][:, 17:30]
+    # float32 holds the statistics.
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
 def first_of_each_kind() -> list[Case]:

@@ -100,7 +100,7 @@ struct PortableCall {
     scratch.tiles = bytes(chunks * tiles.total(backward) * tile_bytes());
     scratch.backward = backward, scratch.raw = raw;
     scratch.decay = floats(chunks * padded);
-    if (in.channel_gate) scratch.G = floats(chunks * kTile * padded);
+    if (in.channel_gate && backward) scratch.G = floats(chunks * kTile * padded);
     run(op, PortableInstances::all().prepare, dtype, in.channel_gate, PrepareSm80Args{in, scratch, d_o},
         stream);
   }
@@ -112,10 +112,16 @@ struct PortableCall {
   float* floats(int64_t n) { return static_cast<float*>(bytes(n * 4)); }
   int64_t tile_bytes() const { return kTileElements * (wide ? 4 : 2); }
 
-  // Few chains: narrower CTAs, so that more SMs have one.
+  // Few chains: narrower CTAs, so that more SMs have one. An SM has room for one CTA of a walk in place, for
+  // two narrow ones of the others.
   void walk(WalkSm80Args& args) const {
     const int64_t wide_ctas = tiles_of(x.V) * x.HV * x.N * (args.backward ? 2 : 1);
-    args.value_warps = wide_ctas < device_info(x.q.get_device_index()).num_sms ? 2 : 4;
+    const int64_t sms = device_info(x.q.get_device_index()).num_sms;
+    if (args.in_place()) {
+      args.value_warps = 4 * wide_ctas <= sms ? 1 : 2 * wide_ctas <= sms ? 2 : 4;
+    } else {
+      args.value_warps = wide_ctas < sms ? 2 : 4;
+    }
     run(op, PortableInstances::all().walk, dtype, tiles.keys * kTile, args, stream);
   }
 };

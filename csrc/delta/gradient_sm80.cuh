@@ -630,7 +630,7 @@ int gradient_sm80<Tag, kChannelGate>::run(const GradientSm80Args& args, void* st
   const auto stream = static_cast<cudaStream_t>(stream_);
   const InputsSm80& in = args.in;
   constexpr int kBytes = sizeof(GradientShared<Element, kChannelGate>);
-  static_assert(kBytes <= 99 * 1024, "CTAs of 8.6, 8.9 and 12.0 have 99 KB");
+  static_assert(kBytes <= kPortableShared);
   auto* kernel = &gradient_sm80_kernel<Element, kChannelGate>;
   if (const int error = allow_shared(kernel, kBytes)) return error;
   const int64_t slots = ChunkSlots(in).total;

@@ -8,6 +8,7 @@
 // the diagonal 16 x 16 blocks, need nothing of other warps; levels 4 and 5 are products of a warpgroup.
 #pragma once
 
+#include "delta/channel_levels.cuh"
 #include "delta/prepare_steps_sm90.cuh"
 
 namespace nearfield::delta {
@@ -21,12 +22,10 @@ struct PrepareChannelTraits {
   static constexpr int kThreads = 256;
   static constexpr int kTile = kKeyDim * kRows;  // elements
   static constexpr int kHalves = kKeyDim / kImageColumns;
-  static constexpr int kBlockRows = 16, kBlocks = kRows / kBlockRows;
+  static constexpr int kBlockRows = kLevelBlock, kBlocks = kRows / kBlockRows;
   static constexpr int kOwners = kBlocks * kHalves;            // warps that own rows and channels
   static constexpr int kFrontRows = 4 / kHalves * kBlockRows;  // of the first warpgroup
   static constexpr bool kLow = std::is_same_v<Tag, bf16>;
-  // Rows of a level of a diagonal block: k with the bit, q with it, k without it.
-  static constexpr int kStageRows = 3 * kBlockRows / 2;
   static constexpr int kHalfRows = kRows / 2;
   // A level: all rows that have its bit, as k and as q, times all that have it not.
   using Mma =
@@ -82,7 +81,6 @@ struct PrepareChannelTraits {
 struct alignas(16) Four {
   float x[4];
 };
-__device__ __forceinline__ float2 operator*(float2 a, float2 b) { return {a.x * b.x, a.y * b.y}; }
 __device__ __forceinline__ float2 operator+(float2 a, float2 b) { return {a.x + b.x, a.y + b.y}; }
 __device__ __forceinline__ float2 exp2_fast(float2 x) { return {exp2_fast(x.x), exp2_fast(x.y)}; }
 
@@ -255,89 +253,15 @@ __device__ __forceinline__ void row_products(typename Traits::Storage& s, const 
 
 // ---- Diagonal blocks: each warp its channels, in registers ----
 
-// Row number x (0 to 7) of those of a block that have not bit l, and the number of a row.
-__device__ __forceinline__ int without_bit(int level, int x) {
-  const int below = (1 << level) - 1;
-  return (x & ~below) << 1 | (x & below);
-}
-template <int kLevel>
-constexpr int number_of(int row) {
-  return row >> (kLevel + 1) << kLevel | (row & ((1 << kLevel) - 1));
-}
-
-// The tensor cores drop the low 13 bits; this makes it rounding.
-__device__ __forceinline__ float to_tf32(float x) { return __uint_as_float(__float_as_uint(x) + 0x1000u); }
-
-// Level l of a diagonal block over a warp's channels, to float4 number `lane` of `to`. Lane (r, t), r = lane
-// / 4: first two of A, of row number r with the bit and row numbers 2 t and the next without it, then two of
-// P; of use where both agree above the bit. No factors of norm or beta yet. The factors of the product are
-// rounded to tf32, of which the exponents suffice.
-template <class Traits, int kLevel>
-__device__ __forceinline__ void diagonal_level(float* stage, const Columns<Traits>& own, float4* to) {
-  using Mma = SM80_16x8x8_F32TF32TF32F32_TN;
-  constexpr int kBlockRows = Traits::kBlockRows, kStep = 1 << kLevel;
-  const int lane = threadIdx.x % 32;
-  // [32 channels][rows][32], the 16-byte pieces of a row swizzled as in an image.
-  const auto piece_at = [&](int part, int row, int piece) {
-    return stage + part * Traits::kStageRows * 32 + row * 32 + (piece ^ (row & 7)) * 4;
-  };
-  const auto put = [&](int row, float2 x) {
-    *reinterpret_cast<float2*>(piece_at(lane / 16, row, lane % 16 / 2) + lane % 2 * 2) = x;
-  };
-  const auto put_scaled = [&](int row, float2 x, float2 e) {
-    x = x * e;
-    put(row, {to_tf32(x.x), to_tf32(x.y)});
-  };
-  __syncwarp();
-  CUTE_UNROLL
-  for (int m = kStep; m < kBlockRows; m += 2 * kStep) {
-    put(number_of<kLevel>(m), own.k_of(m));
-    put(8 + number_of<kLevel>(m), own.q_of(m));
-    float2 e = own.decay[m];
-    CUTE_UNROLL
-    for (int i = m + 1; i < m + kStep; ++i) {
-      put_scaled(number_of<kLevel>(i), own.k_of(i), e);
-      put_scaled(8 + number_of<kLevel>(i), own.q_of(i), e);
-      e = e * own.decay[i];
-    }
-    e = own.decay[m - 1];
-    CUTE_UNROLL
-    for (int i = m - 1; i >= m - kStep; --i) {
-      put_scaled(16 + number_of<kLevel>(i), own.k_of(i), e);
-      if (i > m - kStep) e = e * own.decay[i - 1];
-    }
-  }
-  __syncwarp();
-  float sums[2][4] = {};  // a product waits for the last of the same sum
-  const auto load = [](float* from, uint32_t (&to)[4]) {
-    SM75_U32x4_LDSM_N::copy(*reinterpret_cast<const uint128_t*>(from), to[0], to[1], to[2], to[3]);
-  };
-  CUTE_UNROLL
-  for (int j = 0; j < 4; ++j) {  // 16 channels
-    uint32_t below[4];
-    load(piece_at(j / 2, 16 + lane % 8, 4 * (j % 2) + lane / 8), below);
-    CUTE_UNROLL
-    for (int h = 0; h < 2; ++h) {
-      uint32_t with[4];
-      load(piece_at(j / 2, lane % 16, 4 * (j % 2) + 2 * h + lane / 16), with);
-      float (&c)[4] = sums[h];
-      Mma::fma(c[0], c[1], c[2], c[3], with[0], with[1], with[2], with[3], below[2 * h], below[2 * h + 1],
-               c[0], c[1], c[2], c[3]);
-    }
-  }
-  to[lane] = {sums[0][0] + sums[1][0], sums[0][1] + sums[1][1], sums[0][2] + sums[1][2],
-              sums[0][3] + sums[1][3]};
-}
-
 // The levels of a diagonal block over a warp's channels, left in place of its K.
 template <class Traits>
 __device__ __forceinline__ void diagonal_levels(typename Traits::Storage& s, const Columns<Traits>& own) {
-  const int warp = threadIdx.x / 32;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   auto* to = reinterpret_cast<float4*>(own.own(s.k));
-  diagonal_level<Traits, 0>(s.stage[warp], own, to);
-  diagonal_level<Traits, 1>(s.stage[warp], own, to + 32);
-  diagonal_level<Traits, 2>(s.stage[warp], own, to + 64);
-  diagonal_level<Traits, 3>(s.stage[warp], own, to + 96);
+  to[lane] = diagonal_level<0>(s.stage[warp], own);
+  to[32 + lane] = diagonal_level<1>(s.stage[warp], own);
+  to[64 + lane] = diagonal_level<2>(s.stage[warp], own);
+  to[96 + lane] = diagonal_level<3>(s.stage[warp], own);
 }
 
 // Calls f(row, column, A, P) for what this lane holds of level l of diagonal block w, which it reads where
@@ -345,21 +269,15 @@ __device__ __forceinline__ void diagonal_levels(typename Traits::Storage& s, con
 template <class Traits, class F>
 __device__ __forceinline__ void for_level(typename Traits::Storage& s, int level, int w, const F& f) {
   constexpr int kBlockRows = Traits::kBlockRows;
-  const int lane = threadIdx.x % 32, x = lane / 4;
-  float pairs[4] = {};
+  float4 pairs{};
   CUTE_UNROLL
   for (int half = 0; half < Traits::kHalves; ++half) {
     const auto* from = reinterpret_cast<const float4*>(s.k + half * kImage + kBlockRows * w * kImageColumns);
-    const float4 part = from[32 * level + lane];
-    pairs[0] += part.x, pairs[1] += part.y, pairs[2] += part.z, pairs[3] += part.w;
+    const float4 part = from[32 * level + threadIdx.x % 32];
+    pairs.x += part.x, pairs.y += part.y, pairs.z += part.z, pairs.w += part.w;
   }
-  CUTE_UNROLL
-  for (int e = 0; e < 2; ++e) {
-    const int y = lane % 4 * 2 + e;
-    if (x >> level == y >> level)
-      f(kBlockRows * w + (without_bit(level, x) | 1 << level), kBlockRows * w + without_bit(level, y),
-        pairs[e], pairs[2 + e]);
-  }
+  for_level(level, pairs,
+            [&](int i, int j, float a, float p) { f(kBlockRows * w + i, kBlockRows * w + j, a, p); });
 }
 
 // ---- Levels 4 and 5, and the scaled rows ----

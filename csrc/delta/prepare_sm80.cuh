@@ -5,72 +5,37 @@
 // low halves.
 #pragma once
 
-#include "delta/tile_sm80.cuh"
+#include "delta/channel_rows_sm80.cuh"
+#include "delta/solve_sm80.cuh"
 
 namespace nearfield::delta {
 
-constexpr int kColumnSm80 = 68;   // floats in a column of A diag(beta): a warp's stores in different banks
-constexpr int kGateRowSm80 = 65;  // floats in a row of gates: rows of a column in different banks
+// Floats in a row of sums of gates: in float32, rows of a column in different banks.
+template <class Element>
+constexpr int kGateRowSm80 = kIsWide<Element> ? 65 : ChannelRows<Element>::kGateRow;
 constexpr int kPairsPerLane = 5;  // of the 136 pairs of a diagonal 16 x 16 block
 
 template <class Element, bool kChannelGate>
 struct PrepareShared {
   ChunkRowsSm80 rows;
-  double gate[kChunk];
   float G_high[kChunk], G_low[kChunk];  // of rows.G: a difference of sums in float32 loses nothing
   float squares[kTileThreads / 32];
   struct Features {
-    static constexpr int kBlocks = kChannelGate ? 1 : 2;  // of 64 features at a time
+    static constexpr int kBlocks = kChannelGate && kIsWide<Element> ? 1 : 2;  // of 64 features at a time
     alignas(16) Element k[kBlocks][kTileShared<Element>], q[kBlocks][kTileShared<Element>];
-    float G[kChannelGate ? kTile * kGateRowSm80 : 1];
-    // Of warps 1 to 3: their rows of k and q and 16 earlier rows of k, decayed from or to their first row.
-    alignas(16) Element near[kChannelGate ? 3 * 3 * 16 * kTileRow<Element> : 8];
-  };
-  struct Solve {
-    float A[kTile * kColumnSm80];  // [j][i]: Abar_ij beta_j
-    float Z[kTile * kTile];        // [i][j]: Abar, then Z
+    alignas(16) float G[kChannelGate ? kTile * kGateRowSm80<Element> : 4];
+    // Of a warp: its rows of k and q and 16 earlier rows of k, decayed from or to its first row; or rows of a
+    // level. In float32 there is no room for the first warp, nor need.
+    static constexpr int kNear = 3 * 16 * kTileRow<Element>;
+    static_assert(kIsWide<Element> || kNear * sizeof(Element) >= kStageRows * kTile * sizeof(float));
+    alignas(16) Element near[kChannelGate ? (kIsWide<Element> ? 3 : 4) * kNear : 8];
+    float sums[kChannelGate ? kTile : 1];  // of the gates of the first half of the rows
   };
   union {
     Features features;
-    Solve solve;
+    ChunkSolver<Element> solver;
   };
 };
-
-// Z = -(I + Abar diag(beta))^-1 Abar, thread j its column j:
-//   z_i = -Abar_ij - sum_{m < i} Abar_im beta_m z_m.
-template <class Solve>
-__device__ __forceinline__ void solve_column(Solve& s, int j) {
-#pragma unroll 1
-  for (int first = 0; first < kTile; first += 16) {
-    float z[16];
-    CUTE_UNROLL
-    for (int i = 0; i < 16; ++i) z[i] = -s.Z[(first + i) * kTile + j];
-    const auto subtract = [&](int m, float zm, int from) {
-      CUTE_UNROLL
-      for (int i4 = 0; i4 < 16; i4 += 4) {
-        if (i4 + 3 < from) continue;
-        const float4 a = *reinterpret_cast<const float4*>(&s.A[m * kColumnSm80 + first + i4]);
-        const float column[4] = {a.x, a.y, a.z, a.w};
-        CUTE_UNROLL
-        for (int i = 0; i < 4; ++i)
-          if (i4 + i >= from) z[i4 + i] -= column[i] * zm;
-      }
-    };
-#pragma unroll 4
-    for (int m = 0; m < first; ++m) subtract(m, s.Z[m * kTile + j], 0);
-    CUTE_UNROLL
-    for (int m = 0; m < 16; ++m) subtract(first + m, z[m], m + 1);
-    CUTE_UNROLL
-    for (int i = 0; i < 16; ++i) s.Z[(first + i) * kTile + j] = z[i];
-  }
-}
-
-// x rounded, or what that lost, rounded.
-template <bool kLow, class Element>
-__device__ __forceinline__ Element half_of(float x) {
-  const Element high(x);
-  return kLow ? Element(x - static_cast<float>(high)) : high;
-}
 
 template <class Element, bool kChannelGate>
 struct PrepareCta {
@@ -100,23 +65,31 @@ struct PrepareCta {
   }
   __device__ int64_t head() const { return hv / (in.value_heads / in.heads); }
 
-  // Two lanes per row.
-  __device__ float norm_of(const Rows<void>& from, int row) const {
-    constexpr int kPiece = Piece<Element>::kCount;
+  // 1 / norm of a row, two lanes each. Rows of at most kBlocks blocks are in shared memory.
+  __device__ __forceinline__ float norm_of(const Rows<void>& from,
+                                           const Element (*held)[kTileShared<Element>], int row) const {
+    constexpr int kPiece = Piece<Element>::kCount, kPieces = kTile / kPiece;
+    const int half = static_cast<int>(threadIdx.x) % 2, K = static_cast<int>(in.key_dim);
     float sum = 0.f;
-    if (row < place.rows) {
+    const auto add = [&](const Element& e) {
+      const float x = static_cast<float>(e);
+      sum += x * x;
+    };
+    const auto add_piece = [&](const Element* at) {
+      const auto piece = *reinterpret_cast<const cute::uint128_t*>(at);  // one load
+      for (const Element& e : reinterpret_cast<const Piece<Element>&>(piece).at) add(e);
+    };
+    if (Shared::Features::kBlocks > 1 && tiles.keys <= Shared::Features::kBlocks) {
+      for (int block = 0; block < tiles.keys; ++block) {
+#pragma unroll 4
+        for (int piece = half; piece < kPieces; piece += 2)
+          add_piece(&held[block][row * kTileRow<Element> + piece * kPiece]);
+      }
+    } else if (row < place.rows) {
       const Element* first = row_at<Element>(from, place.b, place.t + row, head());
-      const auto add = [&](const Element& e) {
-        const float x = static_cast<float>(e);
-        sum += x * x;
-      };
-      const int K = static_cast<int>(in.key_dim), half = threadIdx.x % 2;
       if (reinterpret_cast<uintptr_t>(first) % 16 == 0 && K % kPiece == 0) {
 #pragma unroll 4
-        for (int c = half * kPiece; c < K; c += 2 * kPiece) {
-          const auto piece = *reinterpret_cast<const cute::uint128_t*>(first + c);  // one load
-          for (const Element& e : reinterpret_cast<const Piece<Element>&>(piece).at) add(e);
-        }
+        for (int c = half * kPiece; c < K; c += 2 * kPiece) add_piece(first + c);
       } else {
         for (int c = half; c < K; c += 2) add(first[c]);
       }
@@ -125,39 +98,44 @@ struct PrepareCta {
     return 1.f / sqrtf(sum + static_cast<float>(kNormEps));
   }
 
-  // Norms, write strengths, and the sums of a gate per head.
+  // Write strengths, and the sums of a gate per head; then, once the features are there, norms.
   __device__ void prepare_rows() {
     static_assert(kTileThreads == 2 * kChunk);
     auto& rows = shared.rows;
-    const int row = static_cast<int>(threadIdx.x) / 2, i = static_cast<int>(threadIdx.x);
-    if (i < kTile) {
-      const int64_t at = (place.b * in.tokens + place.t + i) * in.value_heads + hv;
-      const bool inside = i < place.rows;
-      rows.factors.first[i].beta = inside ? beta_of(in, in.beta[at]) : 0.f;
-      const bool has_gate = !kChannelGate && in.gated && inside;
-      shared.gate[i] = has_gate ? static_cast<double>(gate_of(in, in.g[at], hv, 0)) : 0.0;
-    }
-    const float q_norm = in.qk_l2norm ? norm_of(in.q, row) : 1.f,
-                k_norm = in.qk_l2norm ? norm_of(in.k, row) : 1.f;
-    if (i % 2 == 0) rows.q_norm[row] = q_norm, rows.k_norm[row] = k_norm;
-    __syncthreads();
+    const int row = static_cast<int>(threadIdx.x) / 2, i = static_cast<int>(threadIdx.x) % kTile;
+    const auto at = [&](int t) { return (place.b * in.tokens + place.t + t) * in.value_heads + hv; };
+    if (static_cast<int>(threadIdx.x) >= kTile)
+      rows.factors.first[i].beta = i < place.rows ? beta_of(in, in.beta[at(i)]) : 0.f;
     if (warp == 0) {  // a lane has two tokens
-      const double first = shared.gate[2 * lane], both = first + shared.gate[2 * lane + 1];
+      const auto gate = [&](int t) {
+        const bool has_gate = !kChannelGate && in.gated && t < place.rows;
+        return has_gate ? static_cast<double>(gate_of(in, in.g[at(t)], hv, 0)) : 0.0;
+      };
+      const double first = gate(2 * lane), both = first + gate(2 * lane + 1);
       double sum = both;
       CUTE_UNROLL
       for (int step = 1; step < 32; step *= 2) {
         const double before = __shfl_up_sync(0xffffffffu, sum, step);
         if (lane >= step) sum += before;
       }
-      rows.G[2 * lane] = sum - both + first, rows.G[2 * lane + 1] = sum;
+      const double G[2] = {sum - both + first, sum};
+      CUTE_UNROLL
+      for (int x = 0; x < 2; ++x) {
+        rows.G[2 * lane + x] = G[x];
+        shared.G_high[2 * lane + x] = static_cast<float>(G[x]);
+        shared.G_low[2 * lane + x] = static_cast<float>(G[x] - static_cast<double>(static_cast<float>(G[x])));
+      }
     }
+    cute::cp_async_wait<0>();
     __syncthreads();
-    if (i < kTile) {
-      shared.G_high[i] = static_cast<float>(rows.G[i]);
-      shared.G_low[i] = static_cast<float>(rows.G[i] - static_cast<double>(shared.G_high[i]));
+    float q_norm = 1.f, k_norm = 1.f;
+    if (in.qk_l2norm) {
+      q_norm = norm_of(in.q, shared.features.q, row);
+      k_norm = norm_of(in.k, shared.features.k, row);
     }
+    if (threadIdx.x % 2 == 0) rows.q_norm[row] = q_norm, rows.k_norm[row] = k_norm;
     __syncthreads();
-    if (i < kTile) {
+    if (static_cast<int>(threadIdx.x) < kTile) {  // the other warps have the longer rows of Abar and P
       const bool raw = args.scratch.raw;
       const float read = exp2f(shared.G_high[i]), write = exp2f(gap(kTile - 1, i));
       rows.factors.first[i].read = raw ? rows.k_norm[i] * read : 1.f;
@@ -174,27 +152,45 @@ struct PrepareCta {
     return shared.G_high[i] - shared.G_high[j] + (shared.G_low[i] - shared.G_low[j]);
   }
 
-  // The sums of a gate per channel for features [first, first + 64).
+  // The sums of a gate per channel for features [first, first + 64), two threads a channel.
   __device__ void sum_channel_gates(int first) {
+    constexpr int kHalf = kTile / 2, kRow = kGateRowSm80<Element>;
     float* G = shared.features.G;
-    const int c = static_cast<int>(threadIdx.x);
-    if (c >= kTile) return;
-    const bool inside = first + c < in.key_dim;
-    const float* g = in.g + ((place.b * in.tokens + place.t) * in.value_heads + hv) * in.key_dim + first + c;
+    const int c = static_cast<int>(threadIdx.x) % kTile;
+    const bool second = static_cast<int>(threadIdx.x) >= kTile, inside = first + c < in.key_dim;
+    const int begin = second ? kHalf : 0;
+    const int64_t step = in.value_heads * in.key_dim;
+    const float* g =
+        in.g + ((place.b * in.tokens + place.t + begin) * in.value_heads + hv) * in.key_dim + first + c;
+    const int rows = inside ? place.rows - begin : 0;
+    float* column = G + begin * kRow + c;
+    float raw[kHalf];  // so that the loads overlap
+    CUTE_UNROLL
+    for (int i = 0; i < kHalf; ++i) raw[i] = i < rows ? g[i * step] : 0.f;
+    CUTE_UNROLL
+    for (int i = 0; i < kHalf; ++i) column[i * kRow] = raw[i];
     float sum = 0.f;
-#pragma unroll 8
-    for (int i = 0; i < kTile; ++i) {
-      if (inside && i < place.rows) sum += gate_of(in, g[i * in.value_heads * in.key_dim], hv, first + c);
-      G[i * kGateRowSm80 + c] = sum;
+#pragma unroll 4
+    for (int i = 0; i < kHalf; ++i) {
+      if (i < rows) sum += gate_of(in, column[i * kRow], hv, first + c);
+      column[i * kRow] = sum;
     }
+    if (!second) shared.features.sums[c] = sum;
+    __syncthreads();
+    if (second) {
+      const float before = shared.features.sums[c];
+#pragma unroll 8
+      for (int i = 0; i < kHalf; ++i) column[i * kRow] += before;
+    }
+    __syncthreads();
   }
 
   // e^{G_i}, or e^{G_C - G_i}
   __device__ float decay_of(int i, int c, bool to_end) const {
     if constexpr (kChannelGate) {
       const float* G = shared.features.G;
-      const float here = G[i * kGateRowSm80 + c];
-      return exp2f(to_end ? G[(kTile - 1) * kGateRowSm80 + c] - here : here);
+      const float here = G[i * kGateRowSm80<Element> + c];
+      return exp2f(to_end ? G[(kTile - 1) * kGateRowSm80<Element> + c] - here : here);
     } else {
       return exp2f(to_end ? gap(kTile - 1, i) : shared.G_high[i]);
     }
@@ -229,43 +225,36 @@ struct PrepareCta {
       store(kLow ? tiles.Kt_low() : tiles.Kt(), Kt);
       if (!kLow) store(tiles.Qh(), Qh);
     }
-    if constexpr (kLow) return;
+    if (!kLow) emit_decay(block);
+  }
+  // Of 64 features across the chunk; and for the gradient the sums behind it.
+  __device__ __forceinline__ void emit_decay(int block) {
     const int64_t padded = static_cast<int64_t>(tiles.keys) * kTile;
     if (threadIdx.x < kTile)
       args.scratch.decay[chunk * padded + block * kTile + threadIdx.x] =
           decay_of(kTile - 1, threadIdx.x, false);
     if constexpr (kChannelGate) {
+      if (!args.scratch.backward) return;
       for (int x = threadIdx.x; x < kTile * kTile; x += kTileThreads)
         args.scratch.G[(chunk * kTile + x / kTile) * padded + block * kTile + x % kTile] =
-            f.G[x / kTile * kGateRowSm80 + x % kTile];
+            shared.features.G[x / kTile * kGateRowSm80<Element> + x % kTile];
     }
   }
 
   // With a gate per channel, rows of the warp's block of 16 against earlier blocks: both are decayed to the
-  // block's first row, so that no exponent is positive.
-  __device__ void multiply_earlier(Rows64& A, Rows64& P) {
+  // block's first row, so that no exponent is positive. put_own and put_earlier bring them so.
+  template <class PutOwn, class PutEarlier>
+  __device__ __forceinline__ void multiply_earlier(Rows64& A, Rows64& P, Element* near, const PutOwn& put_own,
+                                                   const PutEarlier& put_earlier) {
     using F = TileFragments<Element>;
     if (warp == 0) return;
-    auto& f = shared.features;
-    Element* k_rows = &f.near[(warp - 1) * 3 * 16 * kTileRow<Element>];
-    Element *q_rows = k_rows + 16 * kTileRow<Element>, *earlier = q_rows + 16 * kTileRow<Element>;
-    const float* first = &f.G[16 * warp * kGateRowSm80];
-    for (int x = lane; x < 16 * kTile; x += 32) {
-      const int i = x / kTile, c = x % kTile, row = 16 * warp + i;
-      const float decay = exp2f(first[i * kGateRowSm80 + c] - first[c]);
-      const int from = row * kTileRow<Element> + c, to = i * kTileRow<Element> + c;
-      k_rows[to] = Element(static_cast<float>(f.k[0][from]) * shared.rows.k_norm[row] * decay);
-      q_rows[to] = Element(static_cast<float>(f.q[0][from]) * shared.rows.q_norm[row] * decay);
-    }
+    Element *k_rows = near, *q_rows = k_rows + 16 * kTileRow<Element>,
+            *earlier = q_rows + 16 * kTileRow<Element>;
+    put_own(k_rows, q_rows);
     CUTE_UNROLL
     for (int block = 0; block < 3; ++block) {
       if (block >= warp) continue;
-      for (int x = lane; x < 16 * kTile; x += 32) {
-        const int c = x % kTile, row = 16 * block + x / kTile;
-        const float decay = exp2f(first[c] - f.G[row * kGateRowSm80 + c]);
-        earlier[x / kTile * kTileRow<Element> + c] = Element(
-            static_cast<float>(f.k[0][row * kTileRow<Element> + c]) * shared.rows.k_norm[row] * decay);
-      }
+      put_earlier(earlier, block);
       __syncwarp();
       Accumulator<1, 16> a, p;
       a.clear(), p.clear();
@@ -305,40 +294,12 @@ struct PrepareCta {
 #pragma unroll 4
       for (int c0 = 0; c0 < kTile; ++c0) {
         const int c = (c0 + lane) % kTile;
-        const float decay = exp2f(f.G[i * kGateRowSm80 + c] - f.G[j * kGateRowSm80 + c]);
+        const float decay = exp2f(f.G[i * kGateRowSm80<Element> + c] - f.G[j * kGateRowSm80<Element> + c]);
         const float source = static_cast<float>(f.k[0][j * kTileRow<Element> + c]) * decay;
         a[n] += static_cast<float>(f.k[0][i * kTileRow<Element> + c]) * source;
         p[n] += static_cast<float>(f.q[0][i * kTileRow<Element> + c]) * source;
       }
     }
-  }
-
-  // Abar_ij goes where the substitution reads it.
-  __device__ void keep_pair(int i, int j, float a) {
-    shared.solve.Z[i * kTile + j] = a;
-    shared.solve.A[j * kColumnSm80 + i] = a * shared.rows.beta(j);
-  }
-
-  // Z, and the sum of squares of N = diag(beta) Z; or what rounding Z lost.
-  template <bool kLow>
-  __device__ float emit_Z() {
-    constexpr int kPiece = Piece<Element>::kCount;
-    Element* out = tile(tiles.Z()) + (kLow ? kTileElements : 0);
-    float sum = 0.f;
-    CUTE_UNROLL
-    for (int i = 0; i < kTile * kTile / kPiece / kTileThreads; ++i) {
-      const int first = kPiece * (static_cast<int>(threadIdx.x) + i * kTileThreads);
-      const float beta = shared.rows.beta(first / kTile);
-      Piece<Element> piece;
-      CUTE_UNROLL
-      for (int c = 0; c < kPiece; ++c) {
-        const float z = shared.solve.Z[first + c];
-        piece.at[c] = half_of<kLow, Element>(z);
-        sum += beta * z * (beta * z);
-      }
-      *reinterpret_cast<Piece<Element>*>(out + first) = piece;
-    }
-    return sum;
   }
 
   // V or dO, padded with zeros.
@@ -357,54 +318,80 @@ struct PrepareCta {
     const auto pair = convert(cutlass::Array<float, 2>{x, y});
     *reinterpret_cast<Word*>(to) = reinterpret_cast<const Word&>(pair);
   }
-  // x_ij with the decay from j to i and both norms, zero above the diagonal; f(i, first j, the values of two
-  // j) for what this lane holds of the warp's 16 rows. With a gate per channel x is all of it already.
+  // f(n, half, i, first j, factors of two j) for what this lane holds of the warp's 16 rows: decay from j to
+  // i and norm of j, zero above the diagonal. To earlier blocks of 16 the decay goes through the first row of
+  // the warp's block, a factor of the row and one of the column, neither above 1. With a gate per channel
+  // decays are in the products.
   template <class F>
-  __device__ __forceinline__ void for_pairs(const Rows64& x, const float* row_norm, const F& f) const {
+  __device__ __forceinline__ void for_pairs(const F& f) const {
     const auto two = [](const float* from) { return *reinterpret_cast<const float2*>(from); };
+    const int first = 16 * warp, row = first + lane / 4;
+    const float from_first[2] = {exp2f(gap(row, first)), exp2f(gap(row + 8, first))};
+    const float G_high = shared.G_high[first], G_low = shared.G_low[first];
     CUTE_UNROLL
     for (int n = 0; n < 8; ++n) {
       const int j = 8 * n + lane % 4 * 2;
-      float2 high, low, norm;
-      const bool decays = !kChannelGate && n < 2 * (warp + 1);
-      if (decays)
-        high = two(shared.G_high + j), low = two(shared.G_low + j), norm = two(shared.rows.k_norm + j);
-      CUTE_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        const int i = 16 * warp + lane / 4 + 8 * half;
-        float2 value{x.tile[0][n][2 * half], x.tile[0][n][2 * half + 1]};
-        if (decays) {
-          const float row_high = shared.G_high[i], row_low = shared.G_low[i], scale = row_norm[i];
-          value.x = i >= j ? value.x * (exp2f(row_high - high.x + (row_low - low.x)) * norm.x) * scale : 0.f;
-          value.y = i > j ? value.y * (exp2f(row_high - high.y + (row_low - low.y)) * norm.y) * scale : 0.f;
+      if (n >= 2 * (warp + 1)) continue;
+      const float2 norm = two(shared.rows.k_norm + j);
+      float2 factor[2] = {norm, norm};
+      if constexpr (!kChannelGate) {
+        const float2 high = two(shared.G_high + j), low = two(shared.G_low + j);
+        if (n < 2 * warp) {
+          const float2 to_first{exp2f(G_high - high.x + (G_low - low.x)) * norm.x,
+                                exp2f(G_high - high.y + (G_low - low.y)) * norm.y};
+          CUTE_UNROLL
+          for (int half = 0; half < 2; ++half)
+            factor[half] = {to_first.x * from_first[half], to_first.y * from_first[half]};
+        } else {
+          CUTE_UNROLL
+          for (int half = 0; half < 2; ++half) {
+            const int i = row + 8 * half;
+            const float row_high = shared.G_high[i], row_low = shared.G_low[i];
+            factor[half] = {i >= j ? exp2f(row_high - high.x + (row_low - low.x)) * norm.x : 0.f,
+                            i > j ? exp2f(row_high - high.y + (row_low - low.y)) * norm.y : 0.f};
+          }
         }
-        f(i, j, value);
       }
+      CUTE_UNROLL
+      for (int half = 0; half < 2; ++half) f(n, half, row + 8 * half, j, factor[half]);
     }
   }
-  // P scaled and rounded, or the low half of that.
+  // P scaled and rounded, or the low half of that; Abar, for the solver and for the gradient.
   template <bool kLow>
-  __device__ __forceinline__ void emit_P(const Rows64& P) const {
-    Element* to = tile(kLow ? tiles.P_low() : tiles.P());
+  __device__ __forceinline__ void emit_pairs(const Rows64& A, const Rows64& P) {
+    Element *to_P = tile(kLow ? tiles.P_low() : tiles.P()), *to_A = tile(tiles.Abar());
+    const int row = 16 * warp + lane / 4;
     const float scale = static_cast<float>(in.scale);
-    for_pairs(P, shared.rows.q_norm, [&](int i, int j, float2 p) {
-      p.x *= scale, p.y *= scale;
-      if constexpr (kLow) {
-        p.x -= static_cast<float>(Element(p.x)), p.y -= static_cast<float>(Element(p.y));
-      }
-      store_pair(to + i * kTile + j, p.x, p.y);
+    float q_norm[2], k_norm[2];
+    CUTE_UNROLL
+    for (int half = 0; half < 2; ++half)
+      q_norm[half] = scale * shared.rows.q_norm[row + 8 * half],
+      k_norm[half] = shared.rows.k_norm[row + 8 * half];
+    const bool keep_A = args.scratch.backward;
+    __syncthreads();  // the solver's place is that of the features
+    for_pairs([&](int n, int half, int i, int j, float2 factor) {
+      const float *p = &P.tile[0][n][2 * half], *a = &A.tile[0][n][2 * half];
+      float2 p2{p[0] * factor.x * q_norm[half], p[1] * factor.y * q_norm[half]};
+      if constexpr (kLow)
+        p2 = {p2.x - static_cast<float>(Element(p2.x)), p2.y - static_cast<float>(Element(p2.y))};
+      store_pair(to_P + i * kTile + j, p2.x, p2.y);
+      if constexpr (kLow) return;
+      const float2 a2{i == j ? 0.f : a[0] * factor.x * k_norm[half],
+                      i == j + 1 ? 0.f : a[1] * factor.y * k_norm[half]};
+      shared.solver.set_pair(i, j, a2, {shared.rows.beta(j), shared.rows.beta(j + 1)});
+      if (keep_A) store_pair(to_A + i * kTile + j, a2.x, a2.y);
     });
+    // Above the diagonal.
+    for (int at = lane; at < 16 * (8 - 2 * (warp + 1)); at += 32) {
+      const int pieces = 8 - 2 * (warp + 1);
+      const int to = (16 * warp + at / pieces) * kTile + (2 * (warp + 1) + at % pieces) * 8;
+      clear_eight(to_P + to);
+      if (!kLow && keep_A) clear_eight(to_A + to);
+    }
   }
-  // Abar, for the substitution and for the gradient.
-  __device__ __forceinline__ void emit_A(const Rows64& A) {
-    Element* to = tile(tiles.Abar());
-    const bool raw = args.scratch.raw;
-    for_pairs(A, shared.rows.k_norm, [&](int i, int j, float2 a) {
-      if (i == j) a.x = 0.f;
-      if (i == j + 1) a.y = 0.f;
-      keep_pair(i, j, a.x), keep_pair(i, j + 1, a.y);
-      if (!raw) store_pair(to + i * kTile + j, a.x, a.y);
-    });
+  __device__ __forceinline__ static void clear_eight(Element* to) {
+    CUTE_UNROLL
+    for (int i = 0; i < static_cast<int>(sizeof(Element)) / 2; ++i) reinterpret_cast<uint4*>(to)[i] = uint4{};
   }
 
   // ---- A gate per head ----
@@ -448,32 +435,108 @@ struct PrepareCta {
       for (int i = 0; i < kBlocks && first + i < tiles.keys; ++i) f(first + i, i);
     }
   }
+  // A += K K^T, P += Q K^T of a block, as far as the diagonal.
+  __device__ __forceinline__ void multiply_keys(Rows64& A, Rows64& P, int held) const {
+    using F = TileFragments<Element>;
+    const Element *k = shared.features.k[held], *q = shared.features.q[held];
+    const int at = 16 * warp * kTileRow<Element>, columns = 16 * (warp + 1);
+#pragma unroll 2
+    for (int c = 0; c < kTile; c += F::kDepth) {
+      const typename F::A k_rows = F::left(k + at + c, kTileRow<Element>),
+                          q_rows = F::left(q + at + c, kTileRow<Element>);
+      CUTE_UNROLL
+      for (int n = 0; n < kTile; n += F::kColumns) {
+        if (n >= columns) break;
+        typename F::B b[F::kColumns / 8];
+        F::right_transposed(b, k + n * kTileRow<Element> + c, kTileRow<Element>);
+        CUTE_UNROLL
+        for (int j = 0; j < F::kColumns / 8; ++j) {
+          F::multiply(A.tile[0][n / 8 + j], k_rows, b[j]);
+          F::multiply(P.tile[0][n / 8 + j], q_rows, b[j]);
+        }
+      }
+    }
+  }
   // Abar, P and what the walks read of the features; or the low halves of P, Kh and Kt.
   template <bool kLow>
   __device__ __forceinline__ void emit_head_products(int held) {
-    const auto& f = shared.features;
-    const int columns = 16 * (warp + 1);  // the others are above the diagonal
-    Rows64 x;
-    x.clear();
-    for_blocks(held,
-               [&](int, int at) { multiply_tiles<false, true>(x, f.q[at], 16 * warp, f.k[at], columns); });
-    emit_P<kLow>(x);
-    if (kLow && args.scratch.raw) return;
-    x.clear();
+    Rows64 A, P;
+    A.clear(), P.clear();
     for_blocks(held, [&](int block, int at) {
-      if (!kLow) multiply_tiles<false, true>(x, f.k[at], 16 * warp, f.k[at], columns);
+      multiply_keys(A, P, at);
       if (!args.scratch.raw) emit_features<kLow>(block, at);
     });
-    __syncthreads();
-    if (!kLow) emit_A(x);
+    emit_pairs<kLow>(A, P);
     __syncthreads();
   }
 
   // ---- A gate per channel: the same ----
 
+  // Pairs inside the warp's block, once the others are where they belong.
   template <bool kLow>
-  __device__ __forceinline__ void emit_channel_products() {
+  __device__ __forceinline__ void put_near_pair(int i, int j, float a, float p) {
     const auto& rows = shared.rows;
+    i += 16 * warp, j += 16 * warp;
+    p *= rows.q_norm[i] * static_cast<float>(in.scale) * rows.k_norm[j];
+    tile(kLow ? tiles.P_low() : tiles.P())[i * kTile + j] = half_of<kLow, Element>(p);
+    if constexpr (kLow) return;
+    a = i == j ? 0.f : a * rows.k_norm[i] * rows.k_norm[j];
+    shared.solver.set(i, j, a, rows.beta(j));
+    if (args.scratch.backward) tile(tiles.Abar())[i * kTile + j] = Element(a);
+  }
+
+  template <bool kLow>
+  __device__ __forceinline__ void emit_channel_products(int held) {
+    using F = TileFragments<Element>;
+    auto& f = shared.features;
+    Rows64 A, P;
+    A.clear(), P.clear();
+    float4 near[kLevels] = {};
+    Accumulator<1, 16> diagonal;  // q_i k_i
+    diagonal.clear();
+    Element* space = &f.near[warp * Shared::Features::kNear];
+    for_blocks(held, [&](int block, int at) {
+      sum_channel_gates(block * kTile);
+      ChannelRows<Element> own;
+      own.load(f.k[at], f.q[at], f.G, 16 * warp);
+      multiply_earlier(
+          A, P, space, [&](Element* k, Element* q) { own.put_from_first(k, q); },
+          [&](Element* rows, int earlier) { own.put_earlier(rows, f.k[at], f.G, earlier); });
+      const auto add = [&](float4& to, float4 x) { to.x += x.x, to.y += x.y, to.z += x.z, to.w += x.w; };
+      auto* stage = reinterpret_cast<float*>(space);
+      add(near[0], diagonal_level<0>(stage, own));
+      add(near[1], diagonal_level<1>(stage, own));
+      add(near[2], diagonal_level<2>(stage, own));
+      add(near[3], diagonal_level<3>(stage, own));
+      const Element *k_rows = f.k[at] + 16 * warp * kTileRow<Element>,
+                    *q_rows = f.q[at] + 16 * warp * kTileRow<Element>;
+      CUTE_UNROLL
+      for (int k = 0; k < kTile; k += F::kDepth)
+        multiply_step<true>(diagonal, F::left(q_rows + k, kTileRow<Element>), k_rows, k);
+      own.template emit<kLow>(tile((kLow ? tiles.Kh_low() : tiles.Kh()) + block), tile(tiles.Qh() + block),
+                              tile((kLow ? tiles.Kt_low() : tiles.Kt()) + block), f.G, shared.rows.k_norm,
+                              shared.rows.q_norm, static_cast<float>(in.scale));
+      if (!kLow) emit_decay(block);
+      __syncthreads();
+    });
+    emit_pairs<kLow>(A, P);
+    __syncwarp();
+    CUTE_UNROLL
+    for (int level = 0; level < kLevels; ++level)
+      for_level(level, near[level], [&](int i, int j, float a, float p) { put_near_pair<kLow>(i, j, a, p); });
+    CUTE_UNROLL
+    for (int n = 0; n < 2; ++n) {
+      CUTE_UNROLL
+      for (int c = 0; c < 4; ++c) {
+        const int i = lane / 4 + c / 2 * 8, j = 8 * n + lane % 4 * 2 + c % 2;
+        if (i == j) put_near_pair<kLow>(i, j, 0.f, diagonal.tile[0][n][c]);
+      }
+    }
+    __syncthreads();
+  }
+
+  // In float32 pairs inside a block are done one by one.
+  __device__ __forceinline__ void emit_wide_channel_products() {
     auto& f = shared.features;
     Rows64 A, P;
     A.clear(), P.clear();
@@ -485,29 +548,36 @@ struct PrepareCta {
       load_rows(f.q[0], row_at<Element>(in.q, place.b, place.t, head()) + first, in.q.token, place.rows,
                 features);
       sum_channel_gates(first);
-      __syncthreads();
-      multiply_earlier(A, P);
+      constexpr int kRow = kGateRowSm80<Element>;
+      const float* G = &f.G[16 * warp * kRow];
+      const auto put_own = [&](Element* k, Element* q) {
+        for (int x = lane; x < 16 * kTile; x += 32) {
+          const int i = x / kTile, c = x % kTile, from = (16 * warp + i) * kTileRow<Element> + c;
+          const float decay = exp2f(G[i * kRow + c] - G[c]);
+          k[i * kTileRow<Element> + c] = f.k[0][from] * decay,
+                                    q[i * kTileRow<Element> + c] = f.q[0][from] * decay;
+        }
+      };
+      const auto put_earlier = [&](Element* rows, int earlier) {
+        for (int x = lane; x < 16 * kTile; x += 32) {
+          const int c = x % kTile, row = 16 * earlier + x / kTile;
+          const float decay = exp2f(G[c] - f.G[row * kRow + c]);
+          rows[x / kTile * kTileRow<Element> + c] = f.k[0][row * kTileRow<Element> + c] * decay;
+        }
+      };
+      multiply_earlier(A, P, &f.near[(warp - 1) * Shared::Features::kNear], put_own, put_earlier);
       multiply_pairs(near_A, near_P);
-      emit_features<kLow>(block, 0);
+      emit_features<false>(block, 0);
       __syncthreads();
     }
-    emit_P<kLow>(P);
-    if (!kLow) emit_A(A);
-    __syncthreads();
+    emit_pairs<false>(A, P);
+    __syncwarp();
     CUTE_UNROLL
     for (int n = 0; n < kPairsPerLane; ++n) {
       if (lane + 32 * n >= 136) continue;
       int i, j;
       pair_of(lane + 32 * n, i, j);
-      const bool diagonal = i == j;
-      i += 16 * warp, j += 16 * warp;
-      const float a = diagonal ? 0.f : near_A[n] * rows.k_norm[i] * rows.k_norm[j];
-      const float p = near_P[n] * rows.q_norm[i] * rows.k_norm[j];
-      tile(kLow ? tiles.P_low() : tiles.P())[i * kTile + j] =
-          half_of<kLow, Element>(p * static_cast<float>(in.scale));
-      if constexpr (kLow) continue;
-      keep_pair(i, j, a);
-      tile(tiles.Abar())[i * kTile + j] = Element(a);
+      put_near_pair<false>(i, j, near_A[n], near_P[n]);
     }
     __syncthreads();
   }
@@ -528,18 +598,22 @@ struct PrepareCta {
     const bool raw = args.scratch.raw;
     if (!raw) copy_values(in.v, tiles.V());
     if (args.scratch.backward) copy_values(args.d_o, tiles.dO());
-    if constexpr (!kChannelGate) bring(0);
+    constexpr bool kWideChannels = kChannelGate && kIsWide<Element>;
+    if constexpr (!kWideChannels) bring(0);
     prepare_rows();
-    __syncthreads();
-    if constexpr (kChannelGate) {
-      emit_channel_products<false>();
+    if constexpr (kWideChannels) {
+      emit_wide_channel_products();
+    } else if constexpr (kChannelGate) {
+      emit_channel_products<false>(0);
     } else {
       emit_head_products<false>(0);
     }
-    if (threadIdx.x < kTile) solve_column(shared.solve, threadIdx.x);
-    __syncthreads();
-    const bool hard = is_hard(emit_Z<false>()) && kHasLow<Element>;
-    if (!kIsWide<Element> && (!raw || hard)) emit_Z<true>();
+    const float squares = shared.solver.solve([&](int i) { return shared.rows.beta(i); });
+    const bool hard = is_hard(squares) && kHasLow<Element>;
+    shared.solver.template emit<false>(tile(tiles.Z()));
+    if constexpr (!kIsWide<Element>) {
+      if (args.scratch.backward || hard) shared.solver.template emit<true>(tile(tiles.Z()) + kTileElements);
+    }
     if (threadIdx.x < kTile) {
       const int i = static_cast<int>(threadIdx.x);
       ChunkRowsSm80& out = args.scratch.rows[chunk];
@@ -552,7 +626,7 @@ struct PrepareCta {
       if (hard) {
         __syncthreads();
         if constexpr (kChannelGate) {
-          emit_channel_products<true>();
+          emit_channel_products<true>(-1);
         } else {
           emit_head_products<true>(-1);
         }
@@ -562,7 +636,7 @@ struct PrepareCta {
 };
 
 template <class Element, bool kChannelGate>
-__global__ void __launch_bounds__(kTileThreads, kChannelGate ? 2 : 4)
+__global__ void __launch_bounds__(kTileThreads, kChannelGate || kIsWide<Element> ? 2 : 3)
     prepare_sm80_kernel(const __grid_constant__ PrepareSm80Args args) {
   PrepareCta<Element, kChannelGate>(args,
                                     *reinterpret_cast<PrepareShared<Element, kChannelGate>*>(portable_shared))
@@ -573,7 +647,7 @@ template <class Tag, bool kChannelGate>
 int prepare_sm80<Tag, kChannelGate>::run(const PrepareSm80Args& args, void* stream) {
   using Element = portable_t<Tag>;
   constexpr int kBytes = sizeof(PrepareShared<Element, kChannelGate>);
-  static_assert(kBytes <= 99 * 1024, "CTAs of 8.6, 8.9 and 12.0 have 99 KB");
+  static_assert(kBytes <= kPortableShared);
   auto* kernel = &prepare_sm80_kernel<Element, kChannelGate>;
   if (const int error = allow_shared(kernel, kBytes)) return error;
   const dim3 grid(static_cast<unsigned>(ChunkSlots(args.in).total),

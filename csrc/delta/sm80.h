@@ -74,7 +74,7 @@ struct ScratchSm80 {
   // Tiles with features or values do not exist then, nor does Abar.
   bool raw;
   float* decay;  // [slot][value head][K padded]: e^{G_C}
-  float* G;      // [slot][value head][64][K padded] with a gate per channel, in units of log2
+  float* G;  // [slot][value head][64][K padded] with a gate per channel, in units of log2; for the gradient
 };
 
 struct PrepareSm80Args {
@@ -98,7 +98,8 @@ struct WalkTiles {
 struct WalkSm80Args {
   InputsSm80 in;
   ScratchSm80 scratch;
-  int value_warps;  // a CTA has 16 values per warp: 2 or 4
+  int value_warps;  // a CTA has 16 values per warp: 2 or 4, or 1 in place
+  int stages;       // of the ring of tiles, where the kernel is free to choose
   // Forward; o null: no output, and Qh and P are not read.
   void* o;             // [B, T, HV, V] contiguous
   float* final_state;  // like initial_state, or null
@@ -110,6 +111,9 @@ struct WalkSm80Args {
   const float* d_final;  // like initial_state, or null: zero
   void* dv;              // [B, T, HV, V] contiguous
   float* d_initial;      // like initial_state, or null
+
+  // Chains and their outputs by different warps: walk_in_place_sm80.cuh.
+  constexpr bool in_place() const { return scratch.raw && states == nullptr && in.key_dim <= 128; }
 };
 
 // The serial walk over the chunks of a sequence, one CTA per (sequence, value head, 16 value_warps values).

@@ -92,15 +92,17 @@ struct TileFragments<float> : Fragments<float> {
   }
 };
 
-// c += a b for the right operand's rows (kTransposed: columns) [k, k + kDepth) of a tile, first kColumns of
-// c.
+// c += a b for the right operand's rows (kTransposed: columns) [k, k + kDepth) of a tile, columns
+// [first_column, columns) of c.
 template <bool kTransposed, class Element, int kColumns>
 __device__ __forceinline__ void multiply_step(Accumulator<1, kColumns>& c,
                                               const typename TileFragments<Element>::A& a,
-                                              const Element* tile, int k, int columns = kColumns) {
+                                              const Element* tile, int k, int columns = kColumns,
+                                              int first_column = 0) {
   using F = TileFragments<Element>;
   CUTE_UNROLL
   for (int n = 0; n < kColumns; n += F::kColumns) {
+    if (n < first_column) continue;
     if (n >= columns) break;
     typename F::B b[F::kColumns / 8];
     if constexpr (kTransposed) {
@@ -153,6 +155,20 @@ __device__ __forceinline__ void for_each(Rows64& c, const F& f) {
     CUTE_UNROLL
     for (int i = 0; i < 4; ++i) f(lane / 4 + i / 2 * 8, 8 * n + lane % 4 * 2 + i % 2, c.tile[0][n][i]);
   }
+}
+
+// 8 x 8 elements of 16 bit of which a lane holds two neighbors in row lane / 4, turned.
+__device__ __forceinline__ uint32_t transposed(uint32_t pair) {
+  uint32_t result;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pair));
+  return result;
+}
+
+// x rounded, or what that lost, rounded.
+template <bool kLow, class Element>
+__device__ __forceinline__ Element half_of(float x) {
+  const Element high(x);
+  return kLow ? Element(x - static_cast<float>(high)) : high;
 }
 
 // ---- Tiles in memory ----
@@ -275,6 +291,22 @@ __device__ __forceinline__ float gate_of(const InputsSm80& in, float raw, int64_
 __device__ __forceinline__ float beta_of(const InputsSm80& in, float raw) {
   if (in.beta_activation == BetaActivation::kNone) return raw;
   return (in.beta_activation == BetaActivation::kSigmoid2 ? 2.f : 1.f) * sigmoid_of(raw);
+}
+
+constexpr int kPortableShared = 99 * 1024;  // what CTAs of 8.6, 8.9 and 12.0 have
+
+// Of the current device, in bytes.
+struct SharedLimits {
+  int per_cta, per_sm, sms;
+};
+inline SharedLimits shared_limits() {
+  int device = 0;
+  SharedLimits limits{kPortableShared, kPortableShared, 1};
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&limits.per_cta, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  cudaDeviceGetAttribute(&limits.per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  cudaDeviceGetAttribute(&limits.sms, cudaDevAttrMultiProcessorCount, device);
+  return limits;
 }
 
 template <class Kernel>

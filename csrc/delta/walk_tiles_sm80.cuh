@@ -8,20 +8,29 @@
 namespace nearfield::delta {
 
 template <class Element>
-constexpr int kWalkStages = kIsWide<Element> ? 5 : 10;
+constexpr int kWalkStages = kIsWide<Element> ? 5 : 10;  // with 99 KB
+constexpr int kMostWalkStages = 16;
 // Raw keys serve the first and the last product of a chunk, so they have stages of their own.
-constexpr int kKeyStages = 4;
-constexpr int kWalkRows = 4;  // chunks whose factors are in shared memory: the keys are not further ahead
+template <int kKeyDim>
+constexpr int kKeyStages = kKeyDim == 64 ? 3 : 4;
+constexpr int kWalkRows = 4;  // chunks whose factors are in shared memory: more than the keys are ahead
 
+// Followed by the tiles of the ring.
 template <class Element, int kKeyDim>
 struct WalkShared {
-  alignas(16) Element tile[kWalkStages<Element>][kTileShared<Element>];
   alignas(16) WalkFactors factors[kWalkRows];
   alignas(16) float decay[kWalkRows][kKeyDim];
-  StageBarriers barriers[kWalkStages<Element>];
+  StageBarriers barriers[kMostWalkStages];
 
   __device__ void init(uint32_t reading_warps) {
     for (StageBarriers& b : barriers) b.init(reading_warps);
+  }
+  __device__ __forceinline__ Element* tile(int stage) {
+    return reinterpret_cast<Element*>(this + 1) + stage * kTileShared<Element>;
+  }
+  static constexpr int bytes(int stages) {
+    return static_cast<int>(sizeof(WalkShared)) +
+           stages * kTileShared<Element> * static_cast<int>(sizeof(Element));
   }
 };
 
@@ -48,24 +57,27 @@ struct WalkPlace {
     chunks = (length + kTile - 1) / kTile;
   }
   __device__ int64_t index(int chunk) const { return (slot + chunk) * value_heads + hv; }  // in scratch
-  __device__ int rows_of(int chunk) const { return min(kTile, length - chunk * kTile); }
+  __device__ int rows_from(int chunk) const { return length - chunk * kTile; }
+  __device__ int rows_of(int chunk) const { return min(kTile, rows_from(chunk)); }
   __device__ int64_t token_of(int chunk) const { return begin + static_cast<int64_t>(chunk) * kTile; }
 };
 
-// The warp that fills the ring.
+enum class Brings { kKeys, kQueries, kRest };  // what a warp that fills the ring brings of a chunk
+
+// A warp that fills the ring.
 template <class Element, int kKeyDim>
 class TileFiller {
  public:
   using Shared = WalkShared<Element, kKeyDim>;
   static constexpr int kKeys = kKeyDim / kTile;
 
-  __device__ TileFiller(Shared& shared, const WalkSm80Args& args, const WalkPlace& place)
+  __device__ TileFiller(Shared& shared, const WalkSm80Args& args, const WalkPlace& place, int stages)
       : shared_(shared),
         args_(args),
         place_(place),
-        keys_(0, kKeyStages),
-        others_(args.scratch.raw ? kKeyStages : 0,
-                kWalkStages<Element> - (args.scratch.raw ? kKeyStages : 0)),
+        keys_(0, kKeyStages<kKeyDim>),
+        others_(args.scratch.raw ? kKeyStages<kKeyDim> : 0,
+                stages - (args.scratch.raw ? kKeyStages<kKeyDim> : 0)),
         tiles_(tiles_of_walk<Element>(args)) {}
 
   // Keys; queries if there is an output, Z, its rest in hard chunks and for the gradient, P; keys again
@@ -103,6 +115,25 @@ class TileFiller {
       for (int block = 0; block < kKeys; ++block) {
         scratch(chunk, tiles_.Kt() + block);
         if (low) scratch(chunk, tiles_.Kt_low() + block);
+      }
+    }
+  }
+
+  // One of the three that share the work where all is read in place and no chunk is hard.
+  template <Brings kWhat>
+  __device__ __forceinline__ void forward_in_place() {
+#pragma unroll 1
+    for (int chunk = 0; chunk < place_.chunks; ++chunk) {
+      if constexpr (kWhat == Brings::kKeys) {
+        first_ = chunk;
+        for (int block = 0; block < kKeys; ++block) raw(keys_, args_.in.k, chunk, block);
+      } else if constexpr (kWhat == Brings::kQueries) {
+        for (int block = 0; block < kKeys; ++block) raw(others_, args_.in.q, chunk, block);
+        others_.advance(), others_.advance();
+      } else {
+        for (int block = 0; block < kKeys; ++block) others_.advance();
+        scratch(chunk, tiles_.Z());
+        scratch(chunk, tiles_.P());
       }
     }
   }
@@ -151,7 +182,7 @@ class TileFiller {
     const int lane = static_cast<int>(threadIdx.x) % 32, row = lane / kPieces,
               column = lane % kPieces * kPiece;
     const Element* from = first + row * stride + column;
-    Element* to = shared_.tile[ring.stage()] + row * kTileRow<Element> + column;
+    Element* to = shared_.tile(ring.stage()) + row * kTileRow<Element> + column;
     const int64_t step = kRowStep * stride;
     const int last = column < features ? rows : 0;
 #pragma unroll 16
@@ -192,11 +223,15 @@ class TileReader {
     CUTE_UNROLL
     for (int i = 0; i < kMost; ++i) {
       if (i >= count) continue;
-      tiles[i] = shared_.tile[acquired_.stage()];
+      tiles[i] = shared_.tile(acquired_.stage());
       last = acquired_;
       acquired_.advance();
     }
     shared_.barriers[last.stage()].full.wait(last.parity());
+  }
+  // Tiles that other warps read.
+  __device__ __forceinline__ void skip(int count) {
+    for (int i = 0; i < count; ++i) acquired_.advance(), released_.advance();
   }
   __device__ __forceinline__ void release(int count) {
     __syncwarp();

@@ -30,6 +30,7 @@ class DeltaCase:
     dim: int = 128  # of keys and values
     decay: float = 0.1  # mean of -g; 0: nothing is forgotten
     targets: dict[Pass, float] = field(default_factory=dict)
+    backend: str | None = None
 
     @property
     def name(self) -> str:
@@ -61,10 +62,13 @@ class DeltaCase:
         out = float(tokens * self.dim * dtype.itemsize)
         return {"fwd": Work(flops, reads + out), "fwdbwd": Work(3 * flops, 3 * reads + 2 * out)}
 
+    def _ours(self, **inputs: Any) -> Any:
+        return delta_rule(**inputs, backend=self.backend)
+
     def contenders(self, device: torch.device, dtype: torch.dtype) -> Iterator[Contender]:
         inputs = self.inputs(device, dtype)
         leaves, gradient = list(inputs.values()), torch.randn_like(inputs["v"])
-        yield Contender(OURS, lambda: delta_rule(**inputs)[0], leaves, gradient)  # type: ignore[arg-type]
+        yield Contender(OURS, lambda: self._ours(**inputs)[0], leaves, gradient)
         if device.type == "cuda" and importlib.util.find_spec("fla"):
             peer = _fla(self.form)
             given = dict(inputs)
@@ -74,7 +78,7 @@ class DeltaCase:
 
     def check(self, device: torch.device, dtype: torch.dtype) -> dict[str, Accuracy]:
         inputs = {name: t.detach() for name, t in self.inputs(device, dtype).items()}
-        out = delta_rule(**inputs)[0]  # type: ignore[arg-type]
+        out = self._ours(**inputs)[0]
         truth = delta_rule_reference(**_cast(inputs, torch.float64))[0]
         eager = delta_rule_reference(**_cast(inputs, dtype))[0]
         found = {"out": measure(out, truth, eager.to(dtype), DELTA_FACTOR)}
@@ -92,7 +96,7 @@ class DeltaCase:
             found = torch.autograd.grad(out, list(leaves.values()), upstream.to(out))
             return dict(zip(leaves, found, strict=True))
 
-        got = gradients(delta_rule, inputs)
+        got = gradients(self._ours, inputs)
         truth, eager = (
             gradients(delta_rule_reference, _cast(inputs, kind)) for kind in (torch.float64, dtype)
         )

@@ -37,6 +37,7 @@ class GnaCase:
     causal: tuple[bool, ...] = ()
     batch: int = 1
     targets: dict[Pass, float] = field(default_factory=dict)
+    backend: str | None = None
 
     @property
     def kind(self) -> str:
@@ -70,7 +71,14 @@ class GnaCase:
         q = torch.empty(self.shape, device="meta", dtype=torch.bfloat16)
         major, minor = torch.cuda.get_device_capability()
         told = explain_call(
-            neighborhood_attention, q, q, q, self.window, **self.parameters, architecture=f"sm_{major}{minor}"
+            neighborhood_attention,
+            q,
+            q,
+            q,
+            self.window,
+            **self.parameters,
+            backend=self.backend,
+            architecture=f"sm_{major}{minor}",
         )
         assert isinstance(told, explain.NeighborhoodExplanation)
         return {"fwd": told.forward, "bwd": told.backward}
@@ -98,7 +106,7 @@ class GnaCase:
         gradient = torch.randn(self.shape, device=device, dtype=dtype)
 
         def ours() -> Tensor:
-            out = neighborhood_attention(q, k, v, self.window, **self.parameters)
+            out = neighborhood_attention(q, k, v, self.window, **self.parameters, backend=self.backend)
             assert isinstance(out, Tensor)
             return out
 
@@ -111,7 +119,9 @@ class GnaCase:
             yield Contender("natten", lambda: peer(q, k, v, self.window, **self.parameters), leaves, gradient)
 
     def _dense(self, leaves: list[Tensor], gradient: Tensor) -> Iterator[Contender]:
-        """PyTorch's attention over all pairs: cuDNN's, or FlashAttention-2 where cuDNN refuses the head dim."""
+        """PyTorch's attention over all pairs: cuDNN's, or FlashAttention-2 where cuDNN refuses the head dim, and beside
+        kernels that run on the same instructions.
+        """
         q, k, v = tokens = [t.detach().flatten(1, -3).transpose(1, 2).requires_grad_() for t in leaves]
 
         def attend(backend: SDPBackend) -> Callable[[], Tensor]:
@@ -122,6 +132,8 @@ class GnaCase:
             return call
 
         backends = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+        if self.backend == "portable":
+            del backends["cudnn"]
         if gradient.device.type == "cpu":
             backends = {"dense": SDPBackend.FLASH_ATTENTION}
         for name, backend in backends.items():
@@ -142,7 +154,7 @@ class GnaCase:
         gradient = torch.zeros(self.shape, device=device, dtype=dtype)
         for at in positions:
             gradient[0][at] = torch.randn(self.heads, self.dim, device=device, dtype=dtype)
-        out = neighborhood_attention(q, k, v, self.window, **self.parameters)
+        out = neighborhood_attention(q, k, v, self.window, **self.parameters, backend=self.backend)
         assert isinstance(out, Tensor)
         got = (out, *torch.autograd.grad(out, (q, k, v), gradient))
         tensors = [t.detach()[0] for t in (q, k, v, gradient)]

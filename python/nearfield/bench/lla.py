@@ -16,6 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from nearfield import local_linear_attention, neighborhood_local_linear_attention, probe_attention
 from nearfield._accuracy import Accuracy, measure
+from nearfield.bench import blockwise
 from nearfield.bench.case import OURS, Contender, Group, Pass, Work
 from nearfield.bench.gna import number_seen
 from nearfield.lla import reference
@@ -40,6 +41,7 @@ class LlaCase:
     batch: int = 1
     window: int | None = None
     targets: dict[Pass, float] = field(default_factory=dict)
+    backend: str | None = None
     arguments: ClassVar[tuple[str, ...]] = ("q", "k", "v")
     timed: ClassVar[dict[str, Any]] = TIMED
     checked: ClassVar[dict[str, Any]] = CHECKED
@@ -74,7 +76,7 @@ class LlaCase:
 
     def call(self, inputs: dict[str, Tensor], **solver: Any) -> Tensor:
         q, k, v = inputs.values()
-        out: Tensor = local_linear_attention(q, k, v, window=self.window, **solver)
+        out: Tensor = local_linear_attention(q, k, v, window=self.window, backend=self.backend, **solver)
         return out
 
     def reference(self, inputs: dict[str, Tensor]) -> Tensor:
@@ -86,7 +88,11 @@ class LlaCase:
         leaves, gradient = list(inputs.values()), torch.randn_like(inputs["v"])
         lam = torch.tensor(1.0, device=device)  # a number would be copied to the GPU in every call
         yield Contender(OURS, lambda: self.call(inputs, lam=lam, **self.timed), leaves, gradient)
-        if self.window is None:
+        if self.backend == "portable" and device.type == "cuda":
+            yield Contender(
+                "compiled", lambda: blockwise.call(inputs["q"], inputs["k"], inputs["v"], lam, STEPS)
+            )
+        elif self.window is None:
             dense = [inputs[name].detach().transpose(1, 2).requires_grad_() for name in ("q", "k", "v")]
             yield Contender(
                 "sdpa",
