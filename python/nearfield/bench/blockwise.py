@@ -38,11 +38,13 @@ def of_rows(q: Tensor, k: Tensor, v: Tensor, lam: Tensor, rows: Tensor, *, steps
 
     def slopes(x: Tensor) -> Tensor:
         """(k_j - kbar) x"""
-        return (x.to(k.dtype) @ k.mT).float() - (kbar * x).sum(-1, keepdim=True)
+        found: Tensor = (x.to(k.dtype) @ k.mT).float() - (kbar * x).sum(-1, keepdim=True)
+        return found
 
     def system(x: Tensor) -> Tensor:
         weights = p.float() * slopes(x)
-        return (weights.to(k.dtype) @ k).float() - weights.sum(-1, keepdim=True) * kbar + lam * x
+        image: Tensor = (weights.to(k.dtype) @ k).float() - weights.sum(-1, keepdim=True) * kbar + lam * x
+        return image
 
     residual = q.float() - kbar
     x, direction = torch.zeros_like(residual), residual
@@ -53,4 +55,5 @@ def of_rows(q: Tensor, k: Tensor, v: Tensor, lam: Tensor, rows: Tensor, *, steps
         x, residual = x + step * direction, residual - step * image
         before, squares = squares, residual.square().sum(-1, keepdim=True)
         direction = residual + squares / before.clamp_min(1e-30) * direction
-    return (p.float() * (1 + slopes(x))).to(v.dtype) @ v
+    out: Tensor = (p.float() * (1 + slopes(x))).to(v.dtype) @ v
+    return out
