@@ -74,7 +74,7 @@ struct SplitFeatures : HeadTraits<Tag, kHeadDim_> {
     alignas(16) float lse[kStages][kBlockM];  // times log2(e)
     alignas(16) float delta[kStages][kBlockM];
     Ring<1> ring_kv;
-    Ring<kStages> ring_q, ring_stats;
+    Ring<kStages> ring_q;  // with lse, delta and bias
     Ring<kDoutStages> ring_dout;
     Ring<kDqStages> ring_dq;
     Ring<kPlannedTiles> ring_plan;
@@ -93,8 +93,9 @@ __device__ void multiply(SplitFeatures<Tag, kHeadDim, kBiased>,
   using Element = typename Traits::Element;
   constexpr int kM = Traits::kBlockM, kN = Traits::kBlockN, kF = Traits::kFeatures;
   constexpr int kQueries = Traits::kQueries;
-  const int thread = threadIdx.x - 128, warpgroup = thread / 128, warp = thread % 128 / 32,
-            lane = thread % 32, quad = thread % 4;
+  // Known to be the same in a whole warp, descriptors stay in uniform registers.
+  const int warpgroup = cutlass::canonical_warp_group_idx() - 1;
+  const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32, quad = thread % 4;
   const int first_row = warp * 16 + lane / 4;  // and first_row + 8
 
   Tensor sK = make_tensor(make_smem_ptr(s.k), typename Traits::LayoutKV{});          // (N, D)
@@ -132,6 +133,10 @@ __device__ void multiply(SplitFeatures<Tag, kHeadDim, kBiased>,
   Tensor scores = make_tensor(tSrS.data(), accumulator_rows_cols(tSrS.layout()));
   Tensor dprobs = make_tensor(tSrDp.data(), accumulator_rows_cols(tSrDp.layout()));
 
+  const uint32_t p_at = transposed_at(s.p, warp, warpgroup * kQueries);
+  const uint32_t ds_at = transposed_at(s.ds, warp, warpgroup * kQueries);
+  const uint32_t dq_at = float_rows_at<kM>(s.dq[0], warp, warpgroup * kF / Traits::kDqRounds);
+
   RingIndex<1> at_kv;
   RingIndex<Traits::kDoutStages> at_dout;
   RingIndex<Traits::kDqStages> at_dq;
@@ -152,7 +157,6 @@ __device__ void multiply(SplitFeatures<Tag, kHeadDim, kBiased>,
       issue_gemm<true>(mma_s, tSrK, tSrQ(_, _, _, at_q.stage), tSrS);
       s.ring_dout.wait_full(at_dout);
       issue_gemm<true>(mma_s, tSrV, tSrDout(_, _, _, at_dout.stage), tSrDp);
-      s.ring_stats.wait_full(at_q);
       const MovingTile tile = s.q_tile[at_q.stage];
       const float* lse_row = s.lse[at_q.stage] + warpgroup * kQueries;
       const float* delta_row = s.delta[at_q.stage] + warpgroup * kQueries;
@@ -190,7 +194,6 @@ __device__ void multiply(SplitFeatures<Tag, kHeadDim, kBiased>,
           dprobs(i, 2 * j + 1) = scores(i, 2 * j + 1) * (dprobs(i, 2 * j + 1) - delta.y);
         }
       }
-      s.ring_stats.release(at_q);
       Tensor rP = make_tensor<Element>(accumulator_as_a(tSrS.layout()));
       Tensor rDs = make_tensor<Element>(accumulator_as_a(tSrS.layout()));
       Tensor p_view = make_tensor(tSrS.data(), rP.layout());
@@ -199,8 +202,8 @@ __device__ void multiply(SplitFeatures<Tag, kHeadDim, kBiased>,
       convert_to(ds_view, rDs);
       // The other warpgroup may still read what it was given for the tile before.
       cutlass::arch::NamedBarrier::sync(Traits::kConsumers * 128, kDsRead);
-      store_transposed<kQueries>(s.p, rP, warp, warpgroup * kQueries);
-      store_transposed<kQueries>(s.ds, rDs, warp, warpgroup * kQueries);
+      store_transposed<kQueries>(p_at, rP);
+      store_transposed<kQueries>(ds_at, rDs);
       cutlass::arch::fence_view_async_shared();
       cutlass::arch::NamedBarrier::sync(Traits::kConsumers * 128, kDsWritten);
 
@@ -220,8 +223,7 @@ __device__ void multiply(SplitFeatures<Tag, kHeadDim, kBiased>,
             tQrdQ.data() + round * kPerThread,
             accumulator_rows_cols(Layout<cute::Shape<cute::Shape<_2, _2, Int<kColumns / 8>>, _1, _1>>{}));
         s.ring_dq.wait_empty(at_dq);
-        store_float_rows<kM>(s.dq[at_dq.stage], part, warp, warpgroup * kColumns);
-        cutlass::arch::fence_view_async_shared();
+        store_float_rows<kM>(dq_at + at_dq.stage * sizeof(s.dq[0]), part);
         __syncwarp();
         if (lane == 0) s.ring_dq.arrive_full(at_dq);
         at_dq.advance();

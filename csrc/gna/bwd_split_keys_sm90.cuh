@@ -24,6 +24,7 @@ struct SplitKeys : HeadTraits<Tag, kHeadDim_> {
   static constexpr int kBlockM = kTile.kBlockM, kBlockN = kTile.kBlockN, kStages = kTile.kStages;
   static constexpr bool kBiased = kBiased_;
   static constexpr int kConsumers = kBlockN / 64;
+  static constexpr bool kTurns = kHeadDim == 128;  // measured there alone
   static constexpr int kDoutStages = kStages, kDqStages = 1, kDqRounds = 1;
   static constexpr int kThreads = (kConsumers + 1) * 128;
   static constexpr int kConsumerWarps = kConsumers * 4;
@@ -78,7 +79,7 @@ struct SplitKeys : HeadTraits<Tag, kHeadDim_> {
     alignas(16) float lse[kStages][kBlockM];  // times log2(e)
     alignas(16) float delta[kStages][kBlockM];
     Ring<1> ring_kv;
-    Ring<kStages> ring_q, ring_dout, ring_stats;
+    Ring<kStages> ring_q, ring_dout;  // q: with lse, delta and bias
     Ring<1> ring_dq;
     Ring<kPlannedTiles> ring_plan;
     Ring<1> ring_draw;
@@ -94,8 +95,9 @@ __device__ void multiply(SplitKeys<Tag, kHeadDim, kBiased>,
   using Traits = SplitKeys<Tag, kHeadDim, kBiased>;
   using Element = typename Traits::Element;
   constexpr int kM = Traits::kBlockM, kN = Traits::kBlockN, kD = Traits::kHeadDim;
-  const int thread = threadIdx.x - 128, warpgroup = thread / 128, warp = thread / 32, lane = thread % 32,
-            quad = thread % 4;
+  // Known to be the same in a whole warp, descriptors stay in uniform registers.
+  const int warpgroup = cutlass::canonical_warp_group_idx() - 1;
+  const int thread = threadIdx.x - 128, warp = thread / 32, lane = thread % 32, quad = thread % 4;
   const int first_row = warp * 16 + lane / 4;  // and first_row + 8
 
   Tensor sK = make_tensor(make_smem_ptr(s.k), typename Traits::LayoutKV{});         // (N, D)
@@ -130,6 +132,8 @@ __device__ void multiply(SplitKeys<Tag, kHeadDim, kBiased>,
   Tensor dprobs = make_tensor(tSrDp.data(), accumulator_rows_cols(tSrDp.layout()));
   Tensor rP = make_tensor<Element>(accumulator_as_a(tSrS.layout()));
   Tensor rDs = make_tensor<Element>(accumulator_as_a(tSrS.layout()));
+  const uint32_t ds_at = transposed_at(s.ds[0], warp, 0);
+  const uint32_t dq_at = float_rows_at<kM>(s.dq[0], warp % 4, warpgroup * Traits::kDqFeatures);
 
   RingIndex<1> at_kv, at_dq;
   RingIndex<kPlannedTiles> at_plan;
@@ -144,15 +148,28 @@ __device__ void multiply(SplitKeys<Tag, kHeadDim, kBiased>,
     clear(tKrdK);
     clear(tVrdV);
 
+    const int cut = plan.cut;
     for (int n = 0; n < num_tiles; ++n) {
       s.ring_q.wait_full(at_q);
-      issue_gemm<true>(mma_s, tSrK, tSrQ(_, _, _, at_q.stage), tSrS);
       s.ring_dout.wait_full(at_q);
-      issue_gemm<true>(mma_s, tSrV, tSrDout(_, _, _, at_q.stage), tSrDp);
-      s.ring_stats.wait_full(at_q);
+      // Shared memory answers late under the products: what is needed behind S is asked for before it.
       const MovingTile tile = s.q_tile[at_q.stage];
+      float2 stat[kM / 8];  // lse, then delta
+      CUTE_UNROLL
+      for (int j = 0; j < kM / 8; ++j) {
+        stat[j] = *reinterpret_cast<const float2*>(&s.lse[at_q.stage][8 * j + 2 * quad]);
+      }
+      // One warpgroup's S before the other's, so that its exponentials run under that.
+      if (Traits::kTurns && warpgroup == 1) {
+        cutlass::arch::NamedBarrier::sync(Traits::kConsumers * 128, kFirstS);
+      }
+      issue_gemm<true>(mma_s, tSrK, tSrQ(_, _, _, at_q.stage), tSrS);
+      if (Traits::kTurns && warpgroup == 0) {
+        cutlass::arch::NamedBarrier::arrive(Traits::kConsumers * 128, kFirstS);
+      }
+      issue_gemm<true>(mma_s, tSrV, tSrDout(_, _, _, at_q.stage), tSrDp);
       // What the mask needs is looked up under S.
-      const bool masked = tile.tests != 0 || plan.cut;
+      const bool masked = (tile.tests | cut) != 0;
       uint32_t visible[2];
       if (masked) visible_queries(visible, s.mask, p.q_box, tile, plan, first_row, quad);
       warpgroup_wait<1>();  // S
@@ -160,43 +177,41 @@ __device__ void multiply(SplitKeys<Tag, kHeadDim, kBiased>,
         bias_slices<Traits>().add(scores, at_q.stage, first_row, quad, p.bias.per_scale);
       }
 
-      // P^T = exp2(scale * S^T - lse)
+      // P^T = exp2(scale * S^T - lse), under dP
       if (masked) {
         CUTE_UNROLL
         for (int i = 0; i < 2; ++i) mask_row(scores, i, visible[i]);
       }
       CUTE_UNROLL
       for (int j = 0; j < kM / 8; ++j) {
-        const float2 lse = *reinterpret_cast<const float2*>(&s.lse[at_q.stage][8 * j + 2 * quad]);
         CUTE_UNROLL
         for (int i = 0; i < 2; ++i) {
-          scores(i, 2 * j) = exp2_approx(scores(i, 2 * j) * p.scale_log2 - lse.x);
-          scores(i, 2 * j + 1) = exp2_approx(scores(i, 2 * j + 1) * p.scale_log2 - lse.y);
+          scores(i, 2 * j) = exp2_approx(scores(i, 2 * j) * p.scale_log2 - stat[j].x);
+          scores(i, 2 * j + 1) = exp2_approx(scores(i, 2 * j + 1) * p.scale_log2 - stat[j].y);
         }
+        stat[j] = *reinterpret_cast<const float2*>(&s.delta[at_q.stage][8 * j + 2 * quad]);
       }
       Tensor p_view = make_tensor(tSrS.data(), rP.layout());
       convert_to(p_view, rP);
-      warpgroup_fence_operand(rP);  // keeps the exponentials above the wait, under the product dP
-      warpgroup_wait<0>();          // dP
+      // Before the wait for dP, which the exponentials would otherwise sink below.
       issue_gemm<false>(mma_kv, rP, tVrDout(_, _, _, at_q.stage), tVrdV);
+      warpgroup_wait<1>();  // dP
 
       // dS^T = P^T (dP^T - delta), under dV; the scale follows at the end.
       CUTE_UNROLL
       for (int j = 0; j < kM / 8; ++j) {
-        const float2 delta = *reinterpret_cast<const float2*>(&s.delta[at_q.stage][8 * j + 2 * quad]);
         CUTE_UNROLL
         for (int i = 0; i < 2; ++i) {
-          dprobs(i, 2 * j) = scores(i, 2 * j) * (dprobs(i, 2 * j) - delta.x);
-          dprobs(i, 2 * j + 1) = scores(i, 2 * j + 1) * (dprobs(i, 2 * j + 1) - delta.y);
+          dprobs(i, 2 * j) = scores(i, 2 * j) * (dprobs(i, 2 * j) - stat[j].x);
+          dprobs(i, 2 * j + 1) = scores(i, 2 * j + 1) * (dprobs(i, 2 * j + 1) - stat[j].y);
         }
       }
       Tensor ds_view = make_tensor(tSrDp.data(), rDs.layout());
       convert_to(ds_view, rDs);
-      s.ring_stats.release(at_q);
       // Two dS buffers: this one was last read two tiles ago, before the barrier of the tile between.
-      store_transposed<kM>(s.ds[n % 2], rDs, warp, 0);
-      cutlass::arch::fence_view_async_shared();
+      store_transposed<kM>(ds_at + n % 2 * sizeof(s.ds[0]), rDs);
       cutlass::arch::NamedBarrier::sync(Traits::kConsumers * 128, kDsWritten);
+      cutlass::arch::fence_view_async_shared();
 
       Tensor tQrdQ = partition_fragment_C(mma_q, cute::Shape<Int<kM>, Int<Traits::kDqFeatures>>{});
       issue_gemm<true>(mma_q, tQrDs(_, _, _, n % 2), tQrK, tQrdQ);
@@ -205,8 +220,7 @@ __device__ void multiply(SplitKeys<Tag, kHeadDim, kBiased>,
       warpgroup_wait<1>();  // dV, dQ
       s.ring_dout.release(at_q);
       Tensor dq = make_tensor(tQrdQ.data(), accumulator_rows_cols(tQrdQ.layout()));
-      store_float_rows<kM>(s.dq[0], dq, warp % 4, warpgroup * Traits::kDqFeatures);
-      cutlass::arch::fence_view_async_shared();
+      store_float_rows<kM>(dq_at, dq);
       __syncwarp();
       if (lane == 0) s.ring_dq.arrive_full(at_dq);
       at_dq.advance();

@@ -27,7 +27,7 @@ struct BwdKernelParams {
   int* next_work;
 };
 
-enum BwdBarrier : int { kDsWritten = 1, kDsRead = 2, kVRead = 3 };
+enum BwdBarrier : int { kDsWritten = 1, kDsRead = 2, kVRead = 3, kFirstS = 4 };
 
 // ---- Producer warps ----
 
@@ -118,7 +118,7 @@ __device__ void gather_stats(typename Traits::Storage& s, const BwdKernelParams&
       // A query beyond the grid: exp2(anything - inf) = 0.
       value[i] = inside ? p.stats.data[at_token] : RowStats{INFINITY, 0.f};
     }
-    s.ring_stats.wait_empty(at);
+    s.ring_q.wait_empty(at);
     if constexpr (Traits::kBiased) {
       bias_slices<Traits>().fill(at.stage, p.bias.table, head, p.problem, p.q_box, p.kv_box, first,
                                  tile.first, false);
@@ -131,7 +131,7 @@ __device__ void gather_stats(typename Traits::Storage& s, const BwdKernelParams&
     }
     if constexpr (Traits::kBiased) cute::cp_async_wait<0>();
     __syncwarp();
-    if (lane == 0) s.ring_stats.arrive_full(at);
+    if (lane == 0) s.ring_q.arrive_full(at);
     at.advance();
   });
 }
@@ -145,6 +145,8 @@ __device__ void add_dq(typename Traits::Storage& s, const BwdMaps& maps, const B
     for (int round = 0; round < kRounds; ++round) {
       s.ring_dq.wait_full(at);
       if (p.with_dq && threadIdx.x % 32 == 0) {
+        // Here and not by the consumers, who would wait for hundreds of cycles while the tensor cores read.
+        cutlass::arch::fence_view_async_shared();
         // The buffer is [batch, head, group] x [group grid] x [features]: see DqBuffer.
         const int groups = p.problem.dilation[0] * p.problem.dilation[1] * p.problem.dilation[2];
         const int group =
@@ -175,12 +177,25 @@ template <class Plan, int kBlockM>
 __device__ __forceinline__ void visible_queries(uint32_t (&visible)[2], const BoxMask<kBlockM>& table,
                                                 const Box& box, const MovingTile& tile, const Plan& plan,
                                                 int first_row, int quad) {
+  // Both rows at once: shared memory answers late while the tensor cores read it.
+  bool is_key[2];
   CUTE_UNROLL
   for (int i = 0; i < 2; ++i) {
-    const int row = first_row + 8 * i;
     // Rows beyond the grid hold zeros; their P must not become inf, which makes NaN of 0 in dQ.
-    visible[i] = plan.row[row] < 0 ? 0u : visible_columns(table, box, tile, plan.range[row], quad);
+    is_key[i] = plan.row[first_row + 8 * i] >= 0;
+    visible[i] = table.columns(box, quad);
   }
+  CUTE_UNROLL
+  for (int d = 0; d < 3; ++d) {
+    if (!(tile.tests & kTestDim0 << d)) continue;  // the tile is full in this dimension
+    const Range sees[2] = {plan.range[first_row][d], plan.range[first_row + 8][d]};
+    CUTE_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      visible[i] &= table.interval(box, d, sees[i].begin - tile.first[d], sees[i].end - tile.first[d], quad);
+    }
+  }
+  CUTE_UNROLL
+  for (int i = 0; i < 2; ++i) visible[i] = is_key[i] ? visible[i] : 0u;
 }
 
 // ---- Kernel and launch ----
@@ -193,9 +208,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     if (cast_smem_ptr_to_uint(&s) % kStorageAlignment != 0) __trap();
     for (const CUtensorMap* map : {&maps.q, &maps.k, &maps.v, &maps.dout, &maps.dq}) prefetch_map(*map);
     s.ring_kv.init(1, Traits::kConsumerWarps);
-    s.ring_q.init(1, Traits::kConsumerWarps);
+    s.ring_q.init(2, Traits::kConsumerWarps);  // queries, and their statistics
     s.ring_dout.init(1, Traits::kConsumerWarps);
-    s.ring_stats.init(1, Traits::kConsumerWarps);
     s.ring_dq.init(Traits::kConsumerWarps, 1);
     s.ring_draw.init(1, 1);
     s.ring_plan.init(1, Traits::kConsumerWarps + 3);  // and three producer warps

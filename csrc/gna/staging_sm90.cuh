@@ -61,39 +61,65 @@ __device__ void store_rows(Element* staging, const TensorO& rO, const int64_t* r
   __syncwarp();
 }
 
-// Writes a warp's 16 rows of a 16-bit (keys, kQueries) operand, held in accumulator order, as rows of 128
-// bytes in the 128-byte swizzle, from query `first` on. With 64 queries in a row that is the layout of a left
-// operand whose rows are the keys, and, read the other way, of one whose rows are the queries.
-template <int kQueries, class Element, class TensorA>
-__device__ __forceinline__ void store_transposed(Element* smem, const TensorA& rA, int warp, int first) {
-  const int lane = fresh_lane();
+// The 8 x 8 matrices of a warp, four at a time, to 16 bytes a lane.
+__device__ __forceinline__ void store_matrices(uint32_t at, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.x4.m8n8.shared.b16 [%0], {%1, %2, %3, %4};"
+               :
+               : "r"(at), "r"(a), "r"(b), "r"(c), "r"(d)
+               : "memory");
+}
+
+// A value that the compiler must take as it is: what follows from it is computed where it is used, instead of
+// ahead of the loop into registers that the accumulators need.
+__device__ __forceinline__ uint32_t opaque(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
+// Rows of 128 bytes in the 128-byte swizzle: a lane's pieces of 16 bytes are permuted by its row (XOR). Buffers
+// begin on 1024 bytes, so a piece further on is the first one's address with some of the bits 4 to 6 flipped.
+//
+// Where a lane begins with a warp's 16 rows of a 16-bit (keys, queries) operand, from query `first` on.
+template <class Element>
+__device__ __forceinline__ uint32_t transposed_at(const Element* smem, int warp, int first) {
+  const int lane = threadIdx.x % 32, row = warp * 16 + lane % 16;
+  const int piece = (first / 8 + lane / 16) ^ (row & 7);
+  return cute::cast_smem_ptr_to_uint(smem) + row * 128 + piece * 16;
+}
+
+// Writes a warp's 16 rows of a 16-bit (keys, kQueries) operand, held in accumulator order. With 64 queries in
+// a row that is the layout of a left operand whose rows are the keys, and, read the other way, of one whose
+// rows are the queries.
+template <int kQueries, class TensorA>
+__device__ __forceinline__ void store_transposed(uint32_t at, const TensorA& rA) {
   const uint32_t* words =
       reinterpret_cast<const uint32_t*>(rA.data());  // word 2 j + i: rows 8 i.., columns 8 j..
-  const int row = warp * 16 + lane / 8 % 2 * 8 + lane % 8;
+  at = opaque(at);
   CUTE_UNROLL
   for (int j = 0; j < kQueries / 8; j += 2) {
-    const int piece = first / 8 + j + lane / 16;
-    cute::SM90_U32x4_STSM_N::copy(
-        words[2 * j], words[2 * j + 1], words[2 * j + 2], words[2 * j + 3],
-        *reinterpret_cast<cute::uint128_t*>(smem + row * 64 + (piece ^ (row & 7)) * 8));
+    store_matrices(at ^ j * 16, words[2 * j], words[2 * j + 1], words[2 * j + 2], words[2 * j + 3]);
   }
 }
 
-// Writes a warp's 16 of kRows rows of a float accumulator view, whose columns begin at `column`, to chunks of
-// 32 floats in the 128-byte swizzle. A thread holds pairs of columns; stored as matrices of 32-bit elements,
-// the even columns of every eight come first, then the odd ones (DqBuffer): a quarter of the instructions
-// that pairs would take, and no conflicts of banks.
+// Where a lane begins with a warp's 16 of kRows rows of floats, from column `column` on, in chunks of 32 floats.
+template <int kRows>
+__device__ __forceinline__ uint32_t float_rows_at(const float* smem, int warp, int column) {
+  const int lane = threadIdx.x % 32, row = warp * 16 + lane / 16 * 8 + lane % 8;
+  const int piece = column / 8 % 4 * 2 ^ lane / 8 % 2 ^ row % 8;
+  return cute::cast_smem_ptr_to_uint(smem) + (column / 32 * kRows + row) * 128 + piece * 16;
+}
+
+// Writes a warp's 16 of kRows rows of a float accumulator view. A thread holds pairs of columns; stored as
+// matrices of 32-bit elements, the even columns of every eight come first, then the odd ones (DqBuffer): a
+// quarter of the instructions that pairs would take, and no conflicts of banks.
 template <int kRows, class TensorO>
-__device__ __forceinline__ void store_float_rows(float* smem, const TensorO& rO, int warp, int column) {
-  const int lane = fresh_lane(), row = warp * 16 + lane / 16 * 8 + lane % 8;
-  const int piece = lane / 8 % 2 ^ row % 8;
+__device__ __forceinline__ void store_float_rows(uint32_t at, const TensorO& rO) {
   const auto bits = [](float x) { return __float_as_uint(x); };
+  at = opaque(at);
   CUTE_UNROLL
-  for (int j = 0; j < size<1>(rO) / 2; ++j) {
-    const int block = column / 8 + j;  // of eight columns
-    float* at = smem + (block / 4 * kRows + row) * 32 + (block % 4 * 2 ^ piece) * 4;
-    cute::SM90_U32x4_STSM_N::copy(bits(rO(0, 2 * j)), bits(rO(0, 2 * j + 1)), bits(rO(1, 2 * j)),
-                                  bits(rO(1, 2 * j + 1)), *reinterpret_cast<cute::uint128_t*>(at));
+  for (int j = 0; j < size<1>(rO) / 2; ++j) {  // of eight columns
+    store_matrices((at ^ j % 4 * 32) + j / 4 * kRows * 128, bits(rO(0, 2 * j)), bits(rO(0, 2 * j + 1)),
+                   bits(rO(1, 2 * j)), bits(rO(1, 2 * j + 1)));
   }
 }
 
