@@ -33,6 +33,8 @@ def test_opcheck(dtype: torch.dtype) -> None:
     solver = (*mask, False, 1e-3, 8)
     torch.library.opcheck(ops.lla_fwd.default, (q, k, v, lam, *solver))
     torch.library.opcheck(ops.lla_probe_fwd.default, (q, x, k, v, *mask))
+    narrow = x.detach().to(dtype).requires_grad_()
+    torch.library.opcheck(ops.lla_probe_fwd.default, (q, narrow, k, v, *mask))
     with torch.no_grad():
         o, x, kbar, lse, _, _ = ops.lla_fwd(q, k, v, lam, *solver)
         d_o, q, k, v, lam = (torch.randn_like(o), *(t.detach() for t in (q, k, v, lam)))
@@ -117,6 +119,18 @@ def test_autocast() -> None:
     assert torch.equal(o, local_linear_attention(*half, lam=leaves[3].detach()))
     grads = torch.autograd.grad(o, leaves, torch.ones_like(o))
     assert [g.dtype for g in grads] == [torch.float32] * 4
+
+
+def test_a_slope_of_the_inputs_dtype_is_its_float() -> None:
+    q, k, v, scale = draw(Case(m=20, n=20)).cast(torch.bfloat16)
+    x, d_o = torch.randn_like(q), torch.randn_like(v)
+    run = lambda x: with_gradients(lambda *t: probe_attention(*t, scale=scale), (q, x, k, v), d_o)  # noqa: E731
+    narrow, wide = run(x), run(x.float())
+    assert narrow[2].dtype == torch.bfloat16
+    wide[2] = wide[2].bfloat16()
+    assert all(torch.equal(a, b) for a, b in zip(narrow, wide, strict=True))
+    other = probe_attention(q, x.half(), k, v, scale=scale)  # neither the one nor the other: becomes float32
+    assert torch.equal(other, probe_attention(q, x.half().float(), k, v, scale=scale))
 
 
 def test_only_some_inputs_require_grad() -> None:

@@ -119,3 +119,7 @@ def test_direct_calls_are_checked_too() -> None:
             ops.lla_bwd(*saved[:at], saved[at][:, :2], *saved[at + 1 :], *good[4:])
     with pytest.raises(RuntimeError, match="lla_probe_fwd: x has shape"):
         ops.lla_probe_fwd(Q, x[:, :2], K, V, None, 1.0, True, None)
+    with pytest.raises(RuntimeError, match="lla_probe_fwd: x has shape"):
+        ops.lla_probe_fwd(Q, Q[:, :2], K, V, None, 1.0, True, None)
+    with pytest.raises(RuntimeError, match="lla_probe_fwd: x has dtype"):
+        ops.lla_probe_fwd(Q, x.to(torch.int32), K, V, None, 1.0, True, None)

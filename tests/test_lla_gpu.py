@@ -184,9 +184,9 @@ def check_attention(
         assert_close(name, g, t, allowed, scale)
 
 
-def check_probe(case: Case, dtype: torch.dtype) -> None:
+def check_probe(case: Case, dtype: torch.dtype, of_x: torch.dtype = torch.float32) -> None:
     q, k, v, scale = cuda(draw(case), dtype)
-    x = torch.randn(q.shape, device="cuda")
+    x = torch.randn(q.shape, device="cuda").to(of_x)
     d_o = torch.randn(*q.shape[:3], case.dv, device="cuda").to(dtype)
     truth = with_gradients(
         lambda *t: ref.probe_attention(*t, scale=scale, **case.mask),
@@ -206,6 +206,7 @@ CASES = [
     Case(B=2, m=200, n=257, Hq=4, Hk=2, d=48, dv=40),
     Case(m=200, n=200, Hq=2, Hk=2, d=32, dv=128),
     Case(m=300, n=300, Hq=6, Hk=2, d=128, dv=64, is_causal=False),
+    Case(B=8, m=300, n=300, Hq=16, Hk=8, d=64, dv=64),  # more than one CTA per SM
     Case(m=5, n=400, Hq=2, Hk=1, d=64, dv=64, is_causal=False),
     Case(B=4, m=1, n=300, Hq=4, Hk=2, d=64, dv=64),
     Case(m=300, n=150, d=64, dv=64),  # the first queries see nothing
@@ -231,6 +232,28 @@ def test_matches_definition(case: Case, dtype: torch.dtype) -> None:
 @each_case
 def test_probe_matches_definition(case: Case, dtype: torch.dtype) -> None:
     check_probe(case, dtype)
+
+
+@each_dtype
+@each_case
+def test_probe_takes_a_slope_of_the_inputs_dtype(case: Case, dtype: torch.dtype) -> None:
+    check_probe(case, dtype, of_x=dtype)
+
+
+@each_dtype
+def test_a_slope_of_16_bits_is_read_without_loss(dtype: torch.dtype, backend: str) -> None:
+    q, k, v, scale = cuda(draw(Case(m=300, n=300, Hq=4, Hk=2, d=64, dv=64)), dtype)
+    # Rows of very different size, elements of a row too, and rows beside each other in memory.
+    size = 2.0 ** torch.randint(-9, 9, (*q.shape[:3], 1), device="cuda")
+    spread = 2.0 ** -torch.randint(0, 12, q.shape, device="cuda").float()
+    x = (torch.randn(q.shape, device="cuda") * size * spread).to(dtype)
+    x = torch.stack([x, x.flip(-1)], -2)[..., 0, :]
+    wide, narrow = (probe_attention(q, t, k, v, scale=scale) for t in (x.float(), x))
+    exact = ref.probe_attention(*(t.to(F64) for t in (q, x, k, v)), scale=scale)
+    lost, narrowed = (((t - exact).norm(dim=-1) / exact.norm(dim=-1)).mean() for t in (wide, narrow))
+    assert narrowed <= 1.01 * lost
+    if backend == "portable":
+        assert torch.equal(narrow, wide)
 
 
 @each_case

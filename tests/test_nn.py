@@ -11,6 +11,7 @@ import pytest
 import torch
 from nearfield.gna import neighborhood_attention_reference
 from nearfield.gna.reference import neighborhood_mask, visible_keys
+from nearfield.lla import reference as lla_reference
 from nearfield.nn import (
     DeltaNet,
     GatedDeltaNet,
@@ -21,6 +22,9 @@ from nearfield.nn import (
     NeighborhoodAttention1D,
     NeighborhoodAttention2D,
     NeighborhoodAttention3D,
+    NeighborhoodLocalLinearAttention1D,
+    NeighborhoodLocalLinearAttention2D,
+    NeighborhoodLocalLinearAttention3D,
     RingCache,
     ShortConvolution,
     SlidingWindowAttention,
@@ -46,6 +50,24 @@ GRID_LAYERS: dict[str, tuple[Make, tuple[int, ...]]] = {
     "hilo-1d": (lambda: HiLoAttention(DIM, 4, (3,), 4), LINE),
     "hilo-2d": (lambda: HiLoAttention(DIM, 4, (3, 3), (2, 4), num_kv_heads=2), IMAGE),
     "hilo-3d": (lambda: HiLoAttention(DIM, 4, (3, 3, 3), 2, qk_norm=True), VIDEO),
+    "nlla1d-causal-dilated": (
+        lambda: NeighborhoodLocalLinearAttention1D(DIM, 4, 4, dilation=2, is_causal=True),
+        LINE,
+    ),
+    "nlla2d-gqa": (
+        lambda: NeighborhoodLocalLinearAttention2D(DIM, 4, (3, 5), stride=(1, 2), num_kv_heads=2),
+        IMAGE,
+    ),
+    "nlla2d-rotary": (
+        lambda: NeighborhoodLocalLinearAttention2D(DIM, 2, 3, use_rotary=True, qk_norm=False, bias=True),
+        IMAGE,
+    ),
+    "nlla3d-video": (
+        lambda: NeighborhoodLocalLinearAttention3D(
+            DIM, 2, (-1, 3, 3), is_causal=(True, False, False), head_dim=8
+        ),
+        VIDEO,
+    ),
     "inward-small": (lambda: InwardWindowAttention(DIM, 2, (8, 8)), IMAGE),
     "inward-large": (lambda: InwardWindowAttention(DIM, 2, (4, 4), stride=2), IMAGE),
 }
@@ -213,6 +235,30 @@ def test_neighborhood_layer_is_the_reference_between_projections(context: bool) 
     torch.testing.assert_close(got, layer.proj(o.flatten(-2)), rtol=0, atol=1e-12)
 
 
+def test_neighborhood_fit_is_the_reference_between_projections() -> None:
+    layer = NeighborhoodLocalLinearAttention2D(
+        DIM, 4, (3, 4), dilation=(2, 1), is_causal=(False, True), num_kv_heads=2, lam=0.3, scale=0.7,
+        tol=1e-14, max_iters=200,
+    ).double()  # fmt: skip
+    with torch.no_grad():
+        layer.theta.copy_(torch.randn(4))
+    x = torch.randn(2, 7, 5, DIM).double()
+    q, k, v = layer.qkv(x).unflatten(-1, (8, 6)).split([4, 2, 2], -2)
+    windows: dict[str, Any] = {"stride": (1, 1), "dilation": (2, 1), "is_causal": (False, True)}
+    o = lla_reference.neighborhood_local_linear_attention(
+        layer.q_norm(q), layer.k_norm(k), v, kernel_size=(3, 4), lam=layer.lam, scale=0.7, **windows
+    )[0]
+    torch.testing.assert_close(layer(x), layer.proj(o.flatten(-2)), rtol=0, atol=1e-10)
+
+
+def test_a_large_ridge_makes_the_neighborhood_fit_attention() -> None:
+    fit = NeighborhoodLocalLinearAttention2D(DIM, 4, (3, 5), qk_norm=False, use_rotary=True, lam=1e9).double()
+    attention = NeighborhoodAttention2D(DIM, 4, (3, 5), bias=False, use_rotary=True).double()
+    attention.load_state_dict({name: t for name, t in fit.state_dict().items() if name != "theta"})
+    x = torch.randn(2, *IMAGE, DIM).double()
+    torch.testing.assert_close(fit(x), attention(x), rtol=0, atol=1e-7)
+
+
 def test_hilo_sees_the_whole_grid_blurred() -> None:
     layer = HiLoAttention(DIM, 2, (3,), 4).double()
     x = torch.randn(1, 14, DIM).double().requires_grad_()
@@ -374,8 +420,16 @@ def test_ring_cache_holds_the_last_tokens_in_order(window: int) -> None:
         assert filled == list(range(max(seen - window, 0) + 1, seen + 1))
 
 
-def test_the_ridge_is_learned_and_stays_above_its_bound() -> None:
-    layer = LocalLinearAttention(DIM, 3, lam=0.5, lam_min=0.1)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda **ridge: LocalLinearAttention(DIM, 3, **ridge),
+        lambda **ridge: NeighborhoodLocalLinearAttention2D(DIM, 3, 3, **ridge),
+    ],
+    ids=["sequence", "grid"],
+)
+def test_the_ridge_is_learned_and_stays_above_its_bound(make: Callable[..., Any]) -> None:
+    layer = make(lam=0.5, lam_min=0.1)
     torch.testing.assert_close(layer.lam, torch.full((3,), 0.5))
     with torch.no_grad():
         layer.theta.fill_(-100)
@@ -404,6 +458,7 @@ GPU_LAYERS: dict[str, tuple[Make, tuple[int, ...]]] = {
     "hybrid": (lambda: HybridBlock(64, 2, 9), (75,)),
     "lla": (lambda: LocalLinearAttention(64, 2), (75,)),
     "na2d": (lambda: NeighborhoodAttention2D(64, 4, (3, 5), num_kv_heads=2), (9, 11)),
+    "nlla2d": (lambda: NeighborhoodLocalLinearAttention2D(64, 2, (3, 5), use_rotary=True), (9, 11)),
     "hilo": (lambda: HiLoAttention(64, 4, (3, 3), 2), (9, 11)),
     "inward": (lambda: InwardWindowAttention(64, 2, (4, 4)), (9, 11)),
 }
@@ -442,9 +497,10 @@ def test_layers_on_a_gpu(name: str) -> None:
             assert (packed - apart).float().norm() <= 0.03 * apart.float().norm()
 
 
-@pytest.mark.parametrize("kind", ["gdn", "hybrid", "window", "lla"])
+@pytest.mark.parametrize("kind", ["gdn", "hybrid", "window", "lla", "nlla2d-rotary"])
 def test_layers_compile_without_breaks(kind: str) -> None:
-    layer, x = DECODERS[kind](), torch.randn(2, 9, DIM)
+    make, size = GRID_LAYERS[kind] if kind in GRID_LAYERS else (DECODERS[kind], (9,))
+    layer, x = make(), torch.randn(2, *size, DIM)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), layer(x))
 
@@ -461,6 +517,14 @@ def test_layers_compile_without_breaks(kind: str) -> None:
             lambda: NeighborhoodAttention2D(24, 4, 3, num_kv_heads=3),
         ),
         ("expected \\[B, X, X, dim\\]", lambda: NeighborhoodAttention2D(24, 4, 3)(torch.randn(1, 9, 24))),
+        (
+            "expected \\[B, X, X, dim\\]",
+            lambda: NeighborhoodLocalLinearAttention2D(24, 4, 3)(torch.randn(1, 9, 24)),
+        ),
+        (
+            "NeighborhoodLocalLinearAttention1D: got lam 0.01 and lam_min 0.1",
+            lambda: NeighborhoodLocalLinearAttention1D(24, 4, 3, lam=0.01, lam_min=0.1),
+        ),
         (
             "made without context_dim",
             lambda: NeighborhoodAttention1D(24, 4, 3)(torch.randn(1, 9, 24), torch.randn(1, 2, 24)),

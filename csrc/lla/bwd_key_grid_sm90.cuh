@@ -17,8 +17,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     bwd_key_grid_kernel(const __grid_constant__ BwdSm90Args a, const __grid_constant__ Grid grid) {
   auto& s = *reinterpret_cast<typename Traits::Storage*>(dynamic_shared);
   KeyBlock block(a.problem, blockIdx.x);
-  const int first = block.first_key / kBoxRows;
-  s.grid.prepare(grid, {first, first + 1}, a.problem.n / kBoxRows, true);
+  s.grid.prepare(grid, block.key_tile, a.problem.n / kBoxRows, true);
   prepare_key_ring<Traits>(s);
   block.tiles = {0, s.grid.total};
   bwd_key_roles<Traits>(s, a, block);
@@ -32,8 +31,8 @@ int bwd_key_grid_sm90<kHeadDim>::run(const BwdSm90Args& a, const Grid& grid, voi
   if (attribute != cudaSuccess) return attribute;
   const auto stream = static_cast<cudaStream_t>(stream_);
   const QueryProblem& p = a.problem;
-  launch_pair_rows<kHeadDim>(a, LoneOnGrid{grid}, stream);
-  const int blocks = (p.n + 2 * kTileRows - 1) / (2 * kTileRows) * p.batch * p.kv_heads;
+  write_pairs<kHeadDim>(a, LoneOnGrid{grid}, stream);
+  const int blocks = p.key_blocks() * p.batch * p.kv_heads;
   bwd_key_grid_kernel<Traits><<<blocks, Traits::kThreads, kShared, stream>>>(a, grid);
   return cudaGetLastError();
 }

@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(256) pair_rows_portable_kernel(const __grid_co
   const int rows = p.q.tiles_per_head * kTileRows;  // a multiple of 8
   const int64_t source = (static_cast<int64_t>(head / p.heads) * p.m + row) * p.heads + head % p.heads;
   const float lse = row < p.m ? a.lse[source] : -INFINITY;
-  PairRow out{INFINITY, 0.f, 0.f, 0.f, 0.f};  // a query that sees nothing: exp2(anything - inf) = 0
+  PairRow out{0.f, 0.f, 0.f, INFINITY, 0.f};  // a query that sees nothing: exp2(anything - inf) = 0
   if (lse != -INFINITY) {
     const int kv_head = head / p.heads * p.kv_heads + head % p.heads / (p.heads / p.kv_heads);
     const PairUnits units(a, head, kv_head);
@@ -74,8 +74,8 @@ __global__ void __launch_bounds__(256) pair_rows_portable_kernel(const __grid_co
     }
     const RowSums sums = a.row_sums[source];
     const bool lone = a.grid.given() ? a.grid.reach(row, false).count() == 1 : p.visible.lone(row);
-    out = {whole_log2(lse, lone) - kPairLog2Sm80, sums.weight, xbar, sums.gbar * units.v_scale + ybar,
-           units.one * units.v_scale * sums.d};
+    out = {xbar, sums.gbar * units.v_scale + ybar, units.one * units.v_scale * sums.d,
+           whole_log2(lse, lone) - kPairLog2Sm80, sums.weight};
   }
   if (lane == 0) a.pair_rows[static_cast<int64_t>(head) * rows + row] = out;
 }

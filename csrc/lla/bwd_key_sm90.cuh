@@ -1,11 +1,12 @@
-// Backward on Hopper, the pass that holds keys: dk and dv. A CTA keeps 128 keys of one head, 64 per consumer
-// warpgroup, and streams tiles of 64 queries with everything the pair terms need of them; GQA visits the
-// heads of its group in turn. All products are transposed, keys are rows:
+// Backward on Hopper, the pass that holds keys: dk and dv. A CTA keeps 128 keys of one head, a tile of 64 per
+// consumer warpgroup, and streams tiles of 64 queries with everything the pair terms need of them; GQA visits
+// the heads of its group in turn. All products are transposed, keys are rows:
 //
 //   S = K Q^T, T = K X^T, R = [V, -K] [dO, Y]^T        a = 1 + x.(k - kbar), r = Gam - Gbar - y.(k - kbar)
 //   dV += (P o a) dO,  dK += scale dS Q + (P o r) X - (P o a) Y      dS = P o (a r - D)
 //
-// The products of the next queries are issued before the sums of these. Units: BwdSm90Args; what varies with
+// The products of the next queries are issued before the sums of these; exponentials run as soon as S is
+// there. Units: BwdSm90Args; what varies with
 // the query comes as one PairRow, what varies with the head is a power of two in HeadUnits.
 #pragma once
 
@@ -13,59 +14,93 @@
 
 namespace nearfield::lla {
 
-// A weight is about p times this times HeadUnits::share.
+// A weight is about p times this times share_of().
 constexpr float kPairUnit = 256.f, kPairLog2 = 8.f;
 
-// ---- Per query: shift of the exponent, x.kbar, r's constant, D's ----
+// A power of two for the weights, so that dS = p (a r - D), which has the scale of q.k, is no larger than
+// they are.
+__device__ __forceinline__ float share_of(const QueryProblem& p, float q_unit, float k_unit) {
+  return fminf(1.f / operand_unit(fabsf(p.scale * q_unit * k_unit)), 1.f);
+}
 
-// From the operands as they were rounded, so that x.k - x.kbar and y.k - y.kbar stay exactly centred.
-// `is_lone` says which rows see one key.
+// ---- Per query: the operands X and Y; shift of the exponent, x.kbar, r's constant, D's ----
+
+// Eight features of a row of floats, 0 where there are none.
+__device__ __forceinline__ void load_floats(const float* at, bool there, float (&out)[8]) {
+  if (there && reinterpret_cast<uintptr_t>(at) % 16 == 0) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float4 word = reinterpret_cast<const float4*>(at)[i];
+      out[4 * i] = word.x, out[4 * i + 1] = word.y, out[4 * i + 2] = word.z, out[4 * i + 3] = word.w;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) out[i] = there ? at[i] : 0.f;
+  }
+}
+
+// Writes eight features as fp16 over a unit; returns the product of what was written with `mean`.
+__device__ __forceinline__ float write_piece(const Operand& operand, int64_t at, float inverse,
+                                             const float (&v)[8], const float (&mean)[8]) {
+  __align__(16) __half2 packed[4];
+  float product = 0.f;
+#pragma unroll
+  for (int e = 0; e < 4; ++e) {
+    packed[e] = __floats2half2_rn(v[2 * e] * inverse, v[2 * e + 1] * inverse);
+    const float2 rounded = __half22float2(packed[e]);
+    product += rounded.x * mean[2 * e] + rounded.y * mean[2 * e + 1];
+  }
+  *reinterpret_cast<uint4*>(static_cast<__half*>(operand.tiles) + at) =
+      *reinterpret_cast<const uint4*>(packed);
+  return product;
+}
+
+// Grid: (tiles of Q, B * heads). x.kbar and y.kbar are taken from the operands as they were rounded, so that
+// x.k - x.kbar and y.k - y.kbar stay exactly centred. `is_lone` says which rows see one key: x of those is
+// zero, and so are the operands of rows that see none.
 template <int kHeadDim, class IsLone>
 __global__ void __launch_bounds__(256)
-    pair_rows_kernel(const __grid_constant__ BwdSm90Args a, const __grid_constant__ IsLone is_lone) {
-  constexpr int kLanes = kHeadDim / 8;  // of a row
+    write_pairs_kernel(const __grid_constant__ BwdSm90Args a, const __grid_constant__ IsLone is_lone) {
+  constexpr int kLanes = kHeadDim / 8, kRows = 256 / kLanes;  // of a row, at once
   const QueryProblem& p = a.problem;
-  const int row = blockIdx.x * (256 / kLanes) + threadIdx.x / kLanes, lane = threadIdx.x % kLanes,
-            head = blockIdx.y;
-  const int rows = p.q.tiles_per_head * kTileRows;  // a multiple of 128
-  const int64_t source = (static_cast<int64_t>(head / p.heads) * p.m + row) * p.heads + head % p.heads;
-  const float lse = row < p.m ? a.lse[source] : -INFINITY;
-  PairRow out{INFINITY, 0.f, 0.f, 0.f, 0.f};  // a query that sees nothing: exp2(anything - inf) = 0
-  if (lse != -INFINITY) {
-    const int kv_head = head / p.heads * p.kv_heads + head % p.heads / (p.heads / p.kv_heads);
-    const float k_unit = operand_unit(p.k, kv_head), inverse = 1.f / k_unit;
-    const int64_t at =
-        (static_cast<int64_t>(head) * p.q.tiles_per_head + row / kTileRows) * tile_elements(kHeadDim) +
-        tile_offset<kHeadDim>(row % kTileRows, lane * 8);
-    const uint4 xs = *reinterpret_cast<const uint4*>(static_cast<const __half*>(a.x_tiles.tiles) + at);
-    const uint4 ys = *reinterpret_cast<const uint4*>(static_cast<const __half*>(a.minus_y_tiles.tiles) + at);
-    float xbar = 0.f, ybar = 0.f;
-    if (lane * 8 < p.d) {
+  const int tile = blockIdx.x, head = blockIdx.y, lane = threadIdx.x % kLanes, column = lane * 8;
+  const int b = head / p.heads, h = head % p.heads;
+  const int kv_head = b * p.kv_heads + h / (p.heads / p.kv_heads);
+  const float k_unit = operand_unit(p.k, kv_head), k_inverse = 1.f / k_unit;
+  const float x_unit = operand_unit(a.x_tiles, head), x_inverse = 1.f / x_unit;
+  const float y_inverse = 1.f / operand_unit(a.minus_y_tiles, head);
+  const float one = fminf(1.f / (k_unit * x_unit), 1.f);
+  const float share = share_of(p, operand_unit(p.q, head), k_unit);
+  const int64_t tile_of_head = static_cast<int64_t>(head) * p.q.tiles_per_head + tile;
 #pragma unroll
-      for (int e = 0; e < 8; ++e) {
-        const float mean = a.kbar[source * p.d + lane * 8 + e] * inverse;
-        xbar += __half2float(reinterpret_cast<const __half*>(&xs)[e]) * mean;
-        ybar += __half2float(reinterpret_cast<const __half*>(&ys)[e]) * mean;
-      }
-    }
+  for (int n = 0; n < kTileRows / kRows; ++n) {
+    const int in_tile = n * kRows + threadIdx.x / kLanes, row = tile * kTileRows + in_tile;
+    const int64_t source = (static_cast<int64_t>(b) * p.m + row) * p.heads + h;
+    const float lse = row < p.m ? a.lse[source] : -INFINITY;
+    const bool sees = lse != -INFINITY, lone = sees && is_lone(row), there = sees && column < p.d;
+    float x[8], minus_y[8], mean[8];
+    load_floats(a.x.row(b, there ? row : 0, h) + column, there && !lone, x);
+    load_floats(a.minus_y + source * p.d + column, there, minus_y);
+    load_floats(a.kbar + source * p.d + column, there, mean);
+#pragma unroll
+    for (int e = 0; e < 8; ++e) mean[e] *= k_inverse;
+    const int64_t at = tile_of_head * tile_elements(kHeadDim) + tile_offset<kHeadDim>(in_tile, column);
+    float xbar = write_piece(a.x_tiles, at, x_inverse, x, mean);
+    float ybar = write_piece(a.minus_y_tiles, at, y_inverse, minus_y, mean);
 #pragma unroll
     for (int o = kLanes / 2; o > 0; o /= 2) {
       xbar += __shfl_xor_sync(0xffffffffu, xbar, o);
       ybar += __shfl_xor_sync(0xffffffffu, ybar, o);
     }
-    const RowSums sums = a.row_sums[source];
-    const float y_inverse = 1.f / operand_unit(a.minus_y_tiles, head);
-    const float one = fminf(1.f / (k_unit * operand_unit(a.x_tiles, head)), 1.f);
-    out = {whole_shift(lse, is_lone(row)) - kPairLog2, sums.weight, xbar, y_inverse * sums.gbar + ybar,
-           one * y_inverse * sums.d};
-  } else {
-#pragma unroll
-    for (int o = kLanes / 2; o > 0; o /= 2) {  // the other rows of the warp shuffle
-      __shfl_xor_sync(0xffffffffu, 0.f, o);
-      __shfl_xor_sync(0xffffffffu, 0.f, o);
+    if (lane != 0) continue;
+    PairRow out{0.f, 0.f, 0.f, INFINITY, 0.f};  // a query that sees nothing: exp2(anything - inf) = 0
+    if (sees) {
+      const RowSums sums = a.row_sums[source];
+      out = {xbar, y_inverse * sums.gbar + ybar, one * y_inverse * sums.d, whole_shift(lse, lone) - kPairLog2,
+             sums.weight * share};
     }
+    a.pair_rows[tile_of_head * kTileRows + in_tile] = out;
   }
-  if (lane == 0) a.pair_rows[static_cast<int64_t>(head) * rows + row] = out;
 }
 
 // ---- Layouts and storage ----
@@ -87,8 +122,11 @@ struct KeyTraits {
   using LayoutQ = decltype(tile_to_shape(AtomK{}, cute::Shape<_64, Int<kHeadDim>, Int<4 * kStages>>{}));
   using LayoutQt = decltype(tile_to_shape(AtomMN{}, cute::Shape<Int<kHeadDim>, _64, Int<4 * kStages>>{},
                                           Step<_2, _1, _3>{}));
-  using MmaS = decltype(make_tiled_mma(
-      GMMA::ss_op_selector<half, half, float, cute::Shape<_64, Int<kQueries>, Int<kHeadDim>>>()));
+  using ShapeS = cute::Shape<_64, Int<kQueries>, Int<kHeadDim>>;
+  using MmaS =
+      std::conditional_t<kSizes.kKeysInRegisters,
+                         decltype(make_tiled_mma(GMMA::rs_op_selector<half, half, float, ShapeS>())),
+                         decltype(make_tiled_mma(GMMA::ss_op_selector<half, half, float, ShapeS>()))>;
   using MmaSum = decltype(make_tiled_mma(
       GMMA::rs_op_selector<half, half, float, cute::Shape<_64, Int<kHeadDim>, Int<kQueries>>, GMMA::Major::K,
                            GMMA::Major::MN>()));
@@ -107,26 +145,35 @@ struct KeyTraits {
 enum StagedOperand : int { kStagedQ, kStagedX, kStagedY, kStagedDo };
 
 struct KeyBlock {
-  int batch, kv_head, first_key;
-  Range tiles;  // of queries that see any of the 128 keys; at least one; on a grid, visits
+  int batch, kv_head;
+  int key_tile[2];  // of the consumer warpgroups
+  Range tiles;      // of queries that see any of the 128 keys; at least one; on a grid, visits
   int group;
   __device__ __forceinline__ KeyBlock(const QueryProblem& p, int index) {
     const int heads = p.batch * p.kv_heads;
-    first_key = index / heads * 2 * kTileRows;  // the first keys of a causal problem are seen most
+    const int block = index / heads;  // the first keys of a causal problem are seen most
+    key_tile[0] = p.mix_key_lengths ? block : 2 * block;
+    key_tile[1] = p.mix_key_lengths ? 2 * p.key_blocks() - 1 - block : key_tile[0] + 1;
     batch = index % heads / p.kv_heads;
     kv_head = index % p.kv_heads;
     group = p.heads / p.kv_heads;
-    const Range queries = p.visible.any_seen_by(first_key, min(first_key + 2 * kTileRows, p.n) - 1);
+    const Range low = tiles_of(p, key_tile[0]), high = tiles_of(p, key_tile[1]);
+    tiles = {min(low.begin, high.begin), max(low.end, high.end)};
+  }
+  // Of a tile that lies beyond n: those of the last key.
+  static __device__ __forceinline__ Range tiles_of(const QueryProblem& p, int key_tile) {
+    const int first = min(key_tile * kTileRows, p.n - 1);
+    const Range queries = p.visible.any_seen_by(first, min(first + kTileRows, p.n) - 1);
     const int begin = min(queries.begin, p.m - 1) / kTileRows;
-    tiles = {begin, max(begin + 1, (queries.end + kTileRows - 1) / kTileRows)};
+    return {begin, max(begin + 1, (queries.end + kTileRows - 1) / kTileRows)};
   }
 };
 
 // The powers of two (and the scale) of one query head.
 struct HeadUnits {
   float scale_log2;
+  float qk;                    // scale of the logits
   float one, slope;            // a' = one + slope (T - xbar), one * a
-  float share, ds, r;          // factors of W = w a', of w (a' r' - d) and of w r'
   float v_scale;               // of V, so that products with it are in the units of Y
   float dv_factor, dk_factor;  // of the accumulators
 
@@ -135,13 +182,11 @@ struct HeadUnits {
     const float k_unit = operand_unit(p.k, kv_head), q_unit = operand_unit(p.q, head);
     const float d_unit = operand_unit(a.d_o, head), gam_unit = d_unit * operand_unit(p.v, kv_head);
     const float x_unit = k_unit * operand_unit(a.x_tiles, head), y_unit = operand_unit(a.minus_y_tiles, head);
-    const float qk = p.scale * q_unit * k_unit;
+    const float share = share_of(p, q_unit, k_unit);
+    qk = p.scale * q_unit * k_unit;
     scale_log2 = qk * kLog2e;
     one = fminf(1.f / x_unit, 1.f);
     slope = x_unit * one;
-    share = fminf(1.f / operand_unit(fabsf(qk)), 1.f);
-    ds = qk * share;
-    r = slope * share;
     v_scale = 1.f / y_unit;
     dv_factor = d_unit / (kPairUnit * share * one);
     dk_factor = gam_unit * y_unit / (k_unit * kPairUnit * share * one);
@@ -185,10 +230,12 @@ template <class Traits>
 __device__ __forceinline__ void bwd_key_consume(typename Traits::Storage& s, const BwdSm90Args& a,
                                                 const KeyBlock& block) {
   constexpr int kD = Traits::kHeadDim, kQueries = Traits::kQueries, kParts = Traits::kParts;
+  constexpr bool kInRegisters = Traits::kSizes.kKeysInRegisters;
   const QueryProblem& p = a.problem;
   const int thread = threadIdx.x - 128, warpgroup = __shfl_sync(0xffffffffu, thread / 128, 0),
             quad = thread % 4;
-  const int first_key = block.first_key + warpgroup * kTileRows;
+  const int key_tile = warpgroup == 0 ? block.key_tile[0] : block.key_tile[1];
+  const int first_key = key_tile * kTileRows;
   const int first_head = block.batch * p.heads + block.kv_head * block.group;
   const int kv_head = block.batch * p.kv_heads + block.kv_head;
   int key[2];
@@ -207,10 +254,10 @@ __device__ __forceinline__ void bwd_key_consume(typename Traits::Storage& s, con
   HeadUnits units(a, first_head, kv_head);
   half *sK_data = s.k[warpgroup], *sV_data = s.v[warpgroup];
   const auto load_tile = [&](half* to, const Operand& operand, float factor) {
-    const bool there = first_key / kTileRows < operand.tiles_per_head;
+    const bool there = key_tile < operand.tiles_per_head;
     const half* from =
         static_cast<const half*>(operand.tiles) +
-        (static_cast<int64_t>(kv_head) * operand.tiles_per_head + first_key / kTileRows) * Traits::kElements;
+        (static_cast<int64_t>(kv_head) * operand.tiles_per_head + key_tile) * Traits::kElements;
     const __half2 factors = __float2half2_rn(factor);
 #pragma unroll 4
     for (int i = thread % 128; i < Traits::kElements / 8; i += 128) {
@@ -239,8 +286,6 @@ __device__ __forceinline__ void bwd_key_consume(typename Traits::Storage& s, con
   typename Traits::MmaSum mma_sum;
   auto thread_s = mma_s.get_slice(0);
   auto thread_sum = mma_sum.get_slice(0);
-  Tensor tSrK = thread_s.partition_fragment_A(sK);
-  Tensor tSrV = thread_s.partition_fragment_A(sV);
   Tensor tSrQ = thread_s.partition_fragment_B(sQpart);     // (MMA, 1, D/16, part, 4 * stage)
   Tensor tGrQ = thread_sum.partition_fragment_B(sQtPart);  // (MMA, 1, M/16, part, 4 * stage)
   Tensor tSrS = partition_fragment_C(mma_s, cute::Shape<_64, Int<kQueries>>{});
@@ -248,12 +293,32 @@ __device__ __forceinline__ void bwd_key_consume(typename Traits::Storage& s, con
   Tensor tSrR = partition_fragment_C(mma_s, cute::Shape<_64, Int<kQueries>>{});
   Tensor tGrdK = partition_fragment_C(mma_sum, cute::Shape<_64, Int<kD>>{});
   Tensor tGrdV = partition_fragment_C(mma_sum, cute::Shape<_64, Int<kD>>{});
+  // K and V as left operands: in registers where there is room, for a product of 64 x 32 wants its left
+  // operand from shared memory faster than that can be read.
+  const auto fetch = [&](auto& left, const half* data) {
+    auto words = recast<uint32_t>(left);
+    CUTE_UNROLL
+    for (int e = 0; e < kD / 2; e += 2)
+      words(e / 2) = *reinterpret_cast<const uint32_t*>(
+          data + tile_offset<kD>(tile_row + e / 2 % 2 * 8, e / 4 * 8) + 2 * quad);
+  };
+  const auto left_operand = [&](const auto& tile, const half* data) {
+    if constexpr (kInRegisters) {
+      Tensor left = make_tensor<half>(accumulator_as_a(tGrdK.layout()));
+      fetch(left, data);
+      return left;
+    } else {
+      return thread_s.partition_fragment_A(tile);
+    }
+  };
+  auto tSrK = left_operand(sK, sK_data);
+  auto tSrV = left_operand(sV, sV_data);
   Tensor rA = make_tensor<half>(accumulator_as_a(tSrS.layout()));   // p a
   Tensor rDs = make_tensor<half>(accumulator_as_a(tSrS.layout()));  // p (a r - D)
   Tensor rR = make_tensor<half>(accumulator_as_a(tSrS.layout()));   // p r
 
   RingIndex<Traits::kStages> at_product, at_sum;
-  const auto issue_products = [&](int part) {
+  const auto issue_products = [&](int part) {  // S, T, and R in two
     const int stage = 4 * at_product.stage;
     issue_gemm<true>(mma_s, tSrK, tSrQ(_, _, _, part, stage + kStagedQ), tSrS);
     issue_gemm<true>(mma_s, tSrK, tSrQ(_, _, _, part, stage + kStagedX), tSrT);
@@ -267,13 +332,19 @@ __device__ __forceinline__ void bwd_key_consume(typename Traits::Storage& s, con
     issue_gemm<false>(mma_sum, rDs, tGrQ(_, _, _, part, stage + kStagedQ), tGrdK);
     issue_gemm<false>(mma_sum, rR, tGrQ(_, _, _, part, stage + kStagedX), tGrdK);
   };
-  Range own = block.tiles;  // of the list that this warpgroup walks
-  if constexpr (Traits::kOnGrid) own = s.grid.visits[warpgroup];
+  // Of the list that this warpgroup walks. Where the lengths are mixed, one tile of keys is seen by more
+  // queries, and the other skips those: the first ones, for only causal problems are.
+  Range own = block.tiles;
+  if constexpr (Traits::kOnGrid) {
+    own = s.grid.visits[warpgroup];
+  } else if (p.mix_key_lengths) {
+    own.begin = min(max(KeyBlock::tiles_of(p, key_tile).begin, block.tiles.begin), block.tiles.end - 1);
+  }
 
   // On a grid, before the products of a visit are issued: which of its queries see the thread's keys, from
   // the thread's first column on.
   std::conditional_t<Traits::kOnGrid, SeenAhead, char> ahead;
-  uint64_t seen[2];
+  uint64_t seen[2] = {0, 0};
   const auto look = [&](int visit) {
     if constexpr (Traits::kOnGrid) {
       ahead.look(s.grid, warpgroup, tile_row, quad, own, visit, seen);
@@ -281,8 +352,8 @@ __device__ __forceinline__ void bwd_key_consume(typename Traits::Storage& s, con
       for (int i = 0; i < 2; ++i) seen[i] >>= 2 * quad;
     }
   };
-  // S, T, R -> p a, p (a r - D), p r in place
-  const auto weigh = [&](int tile, int part) {
+  // S -> w, p times the unit of the weights
+  const auto exponentials = [&](int tile, int part) {
     const PairRow* rows = s.rows[at_product.stage] + part * kQueries;
     const int first_query = tile * kTileRows + part * kQueries;
     const bool masked = first_query < all_seen_by.begin || first_query + kQueries > all_seen_by.end;
@@ -292,25 +363,48 @@ __device__ __forceinline__ void bwd_key_consume(typename Traits::Storage& s, con
       CUTE_UNROLL
       for (int c = 0; c < 2; ++c) {
         const int column = 8 * j + 2 * quad + c;
-        const PairRow row = rows[column];
+        const float2 row = *reinterpret_cast<const float2*>(&rows[column].shift);  // and weight
         CUTE_UNROLL
         for (int i = 0; i < 2; ++i) {
           const int e = 4 * j + 2 * i + c;
-          float exponent = fmaf(tSrS(e), units.scale_log2, -row.shift);
+          float exponent = fmaf(tSrS(e), units.scale_log2, -row.x);
           if constexpr (Traits::kOnGrid) {
             if ((seen_of_part[i] >> (8 * j + c) & 1) == 0) exponent = -INFINITY;
           } else if (masked) {
             const int query = first_query + column;
             if (query < seen_by[i].begin || query >= seen_by[i].end) exponent = -INFINITY;
           }
-          const float w = row.weight * exp2_approx(exponent);
-          const float slopes = fmaf(tSrT(e) - row.xbar, units.slope, units.one), r = tSrR(e) - row.rbar;
-          tSrS(e) = w * units.share * slopes;
-          tSrT(e) = w * units.ds * fmaf(slopes, r, -row.d);
-          tSrR(e) = w * units.r * r;
+          tSrS(e) = row.y * exp2_approx(exponent);
         }
       }
     }
+  };
+  // w, T, R -> p a, p (a r - D), p r in place
+  const auto weigh = [&](int part) {
+    const PairRow* rows = s.rows[at_product.stage] + part * kQueries;
+    warpgroup_fence_operand(tSrT);
+    warpgroup_fence_operand(tSrR);
+    CUTE_UNROLL
+    for (int j = 0; j < kQueries / 8; ++j) {
+      CUTE_UNROLL
+      for (int c = 0; c < 2; ++c) {
+        const float4 row = *reinterpret_cast<const float4*>(&rows[8 * j + 2 * quad + c]);  // xbar, rbar, D
+        CUTE_UNROLL
+        for (int i = 0; i < 2; ++i) {
+          const int e = 4 * j + 2 * i + c;
+          const float w = tSrS(e);
+          const float slopes = fmaf(tSrT(e) - row.x, units.slope, units.one), r = tSrR(e) - row.y;
+          tSrS(e) = w * slopes;
+          tSrT(e) = w * units.qk * fmaf(slopes, r, -row.z);
+          tSrR(e) = w * units.slope * r;
+        }
+      }
+    }
+  };
+  const auto keep_above = [&](auto& values) {  // as in QueryTile
+    warpgroup_fence_operand(values);
+    s.ring.wait_full(at_product);
+    warpgroup_fence_operand(values);
   };
   const auto round_weights = [&] {
     Tensor a_view = make_tensor(tSrS.data(), rA.layout());
@@ -329,6 +423,7 @@ __device__ __forceinline__ void bwd_key_consume(typename Traits::Storage& s, con
     units = next;
     cutlass::arch::NamedBarrier::sync(128, 1 + warpgroup);  // every warp's products with the last V are done
     load_tile(sV_data, p.v, units.v_scale);
+    if constexpr (kInRegisters) fetch(tSrV, sV_data);
   };
   const auto change_units = [&] {  // the sums so far go over to the units of this head
     CUTE_UNROLL
@@ -345,24 +440,27 @@ __device__ __forceinline__ void bwd_key_consume(typename Traits::Storage& s, con
     }
   };
 
-  // A walk goes over the tiles of all heads. On a grid the list has tiles of the other warpgroup before and
-  // behind those of this one, and nothing may be held while they are skipped: a walk per head.
-  const int tiles = own.end - own.begin, walks = Traits::kOnGrid ? block.group : 1;
-  const int visits = (Traits::kOnGrid ? tiles : tiles * block.group) * kParts;
+  // A walk goes over the tiles of all heads. On a grid, and where lengths are mixed, the list has tiles of
+  // the other warpgroup before and behind those of this one, and nothing may be held in the ring while they
+  // are skipped: a walk per head.
+  const bool walk_per_head = Traits::kOnGrid || p.mix_key_lengths;
+  const int tiles = own.end - own.begin, walks = walk_per_head ? block.group : 1;
+  const int visits = (walk_per_head ? tiles : tiles * block.group) * kParts;
   for (int walk = 0; walk < walks; ++walk) {
-    if constexpr (Traits::kOnGrid) {
-      if (walk > 0) {
-        enter_head(walk);
-        change_units();
-      }
-      skip(own.begin);
-      at_sum = at_product;
-      look(own.begin);
+    if (walk > 0) {
+      enter_head(walk);
+      change_units();
     }
+    skip(own.begin - block.tiles.begin);
+    at_sum = at_product;
+    look(own.begin);
     s.ring.wait_full(at_product);
     issue_products(0);
+    warpgroup_wait<3>();
+    exponentials(own.begin, 0);
+    keep_above(tSrS);
     warpgroup_wait<0>();
-    weigh(own.begin, 0);
+    weigh(0);
     round_weights();
     if (walk == 0) {
       clear(tGrdK);
@@ -375,7 +473,7 @@ __device__ __forceinline__ void bwd_key_consume(typename Traits::Storage& s, con
       if (part == 0) {
         at_product.advance();
         ++tile;
-        if (!Traits::kOnGrid && tile == tiles) {
+        if (!Traits::kOnGrid && tile == tiles) {  // not in a walk of one head
           tile = 0;
           ++head;
           next_head = true;
@@ -386,11 +484,14 @@ __device__ __forceinline__ void bwd_key_consume(typename Traits::Storage& s, con
       if (next_head) enter_head(head);
       issue_products(part);
       issue_sums(part_of_sum);
+      warpgroup_wait<7>();
+      exponentials(own.begin + tile, part);
+      keep_above(tSrS);  // under the other products
       warpgroup_wait<4>();
-      weigh(own.begin + tile, part);
-      warpgroup_fence_operand(tSrS);  // keeps the weights above the wait, under the sums
+      weigh(part);
       warpgroup_fence_operand(tSrT);
       warpgroup_fence_operand(tSrR);
+      keep_above(tSrS);  // under the sums
       warpgroup_wait<0>();
       if (part == 0) {
         s.ring.release(at_sum);
@@ -402,10 +503,8 @@ __device__ __forceinline__ void bwd_key_consume(typename Traits::Storage& s, con
     issue_sums(kParts - 1);
     warpgroup_wait<0>();
     s.ring.release(at_sum);
-    if constexpr (Traits::kOnGrid) {
-      at_product.advance();
-      skip(block.tiles.end - own.end);
-    }
+    at_product.advance();
+    skip(block.tiles.end - own.end);
   }
 
   const auto store = [&](auto* out, int features, const auto& v, float factor) {
@@ -462,10 +561,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) bwd_key_kernel(const __gr
 }
 
 template <int kHeadDim, class IsLone>
-void launch_pair_rows(const BwdSm90Args& a, const IsLone& is_lone, cudaStream_t stream) {
-  const int rows = a.problem.q.tiles_per_head * kTileRows, rows_per_block = 256 / (kHeadDim / 8);
-  const dim3 blocks(rows / rows_per_block, a.problem.batch * a.problem.heads);
-  pair_rows_kernel<kHeadDim><<<blocks, 256, 0, stream>>>(a, is_lone);
+void write_pairs(const BwdSm90Args& a, const IsLone& is_lone, cudaStream_t stream) {
+  const dim3 blocks(a.problem.q.tiles_per_head, a.problem.batch * a.problem.heads);
+  write_pairs_kernel<kHeadDim><<<blocks, 256, 0, stream>>>(a, is_lone);
 }
 
 struct LoneInSequence {
@@ -481,8 +579,8 @@ int bwd_key_sm90<kHeadDim>::run(const BwdSm90Args& a, void* stream_) {
   if (attribute != cudaSuccess) return attribute;
   const auto stream = static_cast<cudaStream_t>(stream_);
   const QueryProblem& p = a.problem;
-  launch_pair_rows<kHeadDim>(a, LoneInSequence{p.visible}, stream);
-  const int grid = (p.n + 2 * kTileRows - 1) / (2 * kTileRows) * p.batch * p.kv_heads;
+  write_pairs<kHeadDim>(a, LoneInSequence{p.visible}, stream);
+  const int grid = p.key_blocks() * p.batch * p.kv_heads;
   bwd_key_kernel<Traits><<<grid, Traits::kThreads, kShared, stream>>>(a);
   return cudaGetLastError();
 }

@@ -35,8 +35,10 @@ __device__ __forceinline__ void bwd_query_consume(typename Traits::Storage& s, c
   Tensor v = tile.make_sum();
   const MeanKeys<Traits> kbar{tile, a.kbar, 1.f / k_unit};
   if constexpr (Traits::kSizes.kKeepKbar) {
+    float4 means[kQuads];
+    kbar.read(means);
     CUTE_UNROLL
-    for (int j = 0; j < kQuads; ++j) *kbar.kept(j) = kbar.load(j);
+    for (int j = 0; j < kQuads; ++j) *kbar.kept(j) = means[j];
   }
   float lse[2], d_inverse[2];  // 1 over the unit of a row of dO
   CUTE_UNROLL
@@ -62,9 +64,10 @@ __device__ __forceinline__ void bwd_query_consume(typename Traits::Storage& s, c
   Tensor tSrR = tile.make_scores();
 
   // ---- The sum of the weights; h, in `v`, and Gbar, both over the unit of the row of dO ----
-  float omega[2] = {0.f, 0.f}, gbar[2] = {0.f, 0.f}, row_sum[2] = {0.f, 0.f};
-  tile.template sweep<Stream::kPairsSumKeys>(
-      v, tSrS,
+  float omega[2] = {0.f, 0.f}, gbar[2] = {0.f, 0.f};
+  WeightSums h_sum;
+  tile.template sweep<Stream::kPairsSumKeys, 2>(
+      v, h_sum, tSrS,
       [&](int key, int value) {
         issue_gemm<true>(tile.mma_s, tSrQ, tile.staged_keys(key), tSrS);
         issue_gemm<true>(tile.mma_s, tSrDo, tile.staged_keys(value), tSrR);
@@ -72,19 +75,20 @@ __device__ __forceinline__ void bwd_query_consume(typename Traits::Storage& s, c
       [&](int t) {
         tile.exponentials(tSrS, t);
         CUTE_UNROLL
-        for (int e = 0; e < tile.kScores; e += 2) {
+        for (int e = 0; e < tile.kScores; ++e) omega[tile.row_of(e)] += tSrS(e);
+      },
+      [&] {
+        warpgroup_fence_operand(tSrR);
+        CUTE_UNROLL
+        for (int e = 0; e < tile.kScores; ++e) {
           const int i = tile.row_of(e);
-          omega[i] += tSrS(e) + tSrS(e + 1);
           tSrS(e) *= tSrR(e) * d_inverse[i];
-          tSrS(e + 1) *= tSrR(e + 1) * d_inverse[i];
-          gbar[i] += tSrS(e) + tSrS(e + 1);
-          tile.round_pair(tSrS, e, row_sum);
+          gbar[i] += tSrS(e);
         }
       },
       [] {});
   tile.add_over_row(omega);
   tile.add_over_row(gbar);
-  tile.add_over_row(row_sum);
   float inverse_omega[2];
   CUTE_UNROLL
   for (int i = 0; i < 2; ++i) {
@@ -93,14 +97,15 @@ __device__ __forceinline__ void bwd_query_consume(typename Traits::Storage& s, c
   }
   // sum_j E_ij (k_j - kbar) is h whatever constant is taken off Gam. It is solved for over a power of two per
   // row.
+  const auto means_of_h = kbar.gather();
   CUTE_UNROLL
   for (int j = 0; j < kQuads; ++j) {
-    const float4 mean = kbar(j);
+    const float4 mean = means_of_h(j);
     CUTE_UNROLL
     for (int e = 4 * j; e < 4 * j + 4; ++e) {
       const int i = tile.row_of(e);
       const float m = e % 4 == 0 ? mean.x : e % 4 == 1 ? mean.y : e % 4 == 2 ? mean.z : mean.w;
-      v(e) = (v(e) - row_sum[i] * m) * inverse_omega[i];
+      v(e) = (v(e) - h_sum[i] * m) * inverse_omega[i];
     }
   }
   float h_unit[2];
@@ -169,7 +174,14 @@ __device__ __forceinline__ void bwd_query_consume(typename Traits::Storage& s, c
 
   // ---- dq = scale sum_j dS_ij k_j + y; dS = p (a r - D), where r is one chain of products [dO, -y] [V, K]^T
   // ----
-  const SplitRows x(tile, v, kbar);
+  const auto means = kbar.gather();
+  const SplitRows x(tile, v, means);
+  {
+    // Rows that see one key are blanked in the operand.
+    const float inverse = 1.f / k_unit, largest[2] = {tile.lone(0) ? 0.f : x.largest[0] * inverse,
+                                                      tile.lone(1) ? 0.f : x.largest[1] * inverse};
+    note_largest(a.x_tiles.largest + q_head, fmaxf(largest[0], largest[1]));
+  }
   tile.sync();  // everyone has read its part of the residual
   x.store(tile, sX, sXlow, v);
   CUTE_UNROLL
@@ -181,12 +193,14 @@ __device__ __forceinline__ void bwd_query_consume(typename Traits::Storage& s, c
   store_rows(tile, a.minus_y, p.d, v, d_unit);
   float y_inverse[2], ybar[2] = {0.f, 0.f};
   SplitRows::largest_of_rows(tile, v, y_inverse);
+  note_largest(a.minus_y_tiles.largest + q_head, fmaxf(tile.inside[0] ? y_inverse[0] * d_unit[0] : 0.f,
+                                                       tile.inside[1] ? y_inverse[1] * d_unit[1] : 0.f));
   CUTE_UNROLL
   for (int i = 0; i < 2; ++i) y_inverse[i] = fminf(1.f / operand_unit(y_inverse[i]), 1.f);
   tile.sync();  // everyone has read its part of y
   CUTE_UNROLL
   for (int j = 0; j < kQuads; ++j) {
-    const float4 mean = kbar(j);
+    const float4 mean = means(j);
     CUTE_UNROLL
     for (int e = 4 * j; e < 4 * j + 4; e += 2) {
       const int i = tile.row_of(e);
@@ -211,12 +225,12 @@ __device__ __forceinline__ void bwd_query_consume(typename Traits::Storage& s, c
     slope[i] = x.unit[i] * one[i];
     rbar[i] = y_inverse[i] * gbar[i] + ybar[i];
     offset[i] = one[i] * y_inverse[i] * d_sum[i];
-    row_sum[i] = 0.f;
   }
   Tensor tSrT = tile.make_scores();
   const auto tSrX = tile.resident(sX), tSrXlow = tile.resident(sXlow), tSrY = tile.resident(sY);
-  tile.template sweep<Stream::kPairsSumKeys>(
-      v, tSrS,
+  WeightSums dq_sum;
+  tile.template sweep<Stream::kPairsSumKeys, 5>(
+      v, dq_sum, tSrS,
       [&](int key, int value) {
         issue_gemm<true>(tile.mma_s, tSrQ, tile.staged_keys(key), tSrS);
         issue_gemm<true>(tile.mma_s, tSrX, tile.staged_keys(key), tSrT);
@@ -224,33 +238,31 @@ __device__ __forceinline__ void bwd_query_consume(typename Traits::Storage& s, c
         issue_gemm<true>(tile.mma_s, tSrDo, tile.staged_keys(value), tSrR);
         issue_gemm<false>(tile.mma_s, tSrY, tile.staged_keys(key), tSrR);
       },
-      [&](int t) {
-        tile.exponentials(tSrS, t);
+      [&](int t) { tile.exponentials(tSrS, t); },
+      [&] {
+        warpgroup_fence_operand(tSrT);
+        warpgroup_fence_operand(tSrR);
         CUTE_UNROLL
-        for (int e = 0; e < tile.kScores; e += 2) {
+        for (int e = 0; e < tile.kScores; ++e) {
           const int i = tile.row_of(e);
-          CUTE_UNROLL
-          for (int c = e; c < e + 2; ++c) {
-            const float slopes = fmaf(tSrT(c) - x.mean[i], slope[i], one[i]);
-            tSrS(c) *= fmaf(slopes, tSrR(c) - rbar[i], -offset[i]);
-          }
-          tile.round_pair(tSrS, e, row_sum);
+          const float slopes = fmaf(tSrT(e) - x.mean[i], slope[i], one[i]);
+          tSrS(e) *= fmaf(slopes, tSrR(e) - rbar[i], -offset[i]);
         }
       },
       [] {});
-  tile.add_over_row(row_sum);
   // sum_j dS_ij k_j = sum_j dS_ij (k_j - kbar_i) + d_lse_i kbar_i
-  float dq_factor[2];
+  float dq_factor[2], row_sum[2];
   const float y_factor = -gam_unit / k_unit;
   CUTE_UNROLL
   for (int i = 0; i < 2; ++i) {
     const float weight_unit = omega[i] * one[i] * y_inverse[i];
-    row_sum[i] -= weight_unit * d_lse[i];
+    row_sum[i] = dq_sum[i] - weight_unit * d_lse[i];
     dq_factor[i] = p.scale * k_unit * gam_unit * d_unit[i] / weight_unit;
   }
+  const auto means_of_dq = kbar.gather();
   CUTE_UNROLL
   for (int j = 0; j < kQuads; ++j) {
-    const float4 mean = kbar(j);
+    const float4 mean = means_of_dq(j);
     CUTE_UNROLL
     for (int e = 4 * j; e < 4 * j + 4; e += 2) {
       const int i = tile.row_of(e);

@@ -49,6 +49,22 @@ inline void check_statistic(const char* op, const char* name, const Tensor& t, c
   check_same_device(op, name, t, q);
 }
 
+// The slope: a float tensor of the computation, or one of the dtype of q.
+inline void check_slope(const char* op, const Tensor& x, const Tensor& q) {
+  const auto s = q.sizes();
+  if (x.scalar_type() != q.scalar_type()) return check_statistic(op, "x", x, q, {s[0], s[1], s[2], s[3]});
+  check_shape(op, "x", x, {s[0], s[1], s[2], s[3]});
+  check_same_device(op, "x", x, q);
+}
+
+inline Tensor as_dtype(const Tensor& t, ScalarType dtype) {
+  return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
+}
+// In the dtype of the computation.
+inline Tensor widened(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Double ? t : as_dtype(t, ScalarType::Float);
+}
+
 inline void check_lam(const char* op, const Tensor& lam, const Tensor& q) {
   const auto s = q.sizes();
   check_statistic(op, "lam", lam, q, {s[0], s[1], s[2], -1});
@@ -72,7 +88,7 @@ inline void check_saved(const char* op, const Tensor& q, const Tensor& v, const 
   check_shape(op, "d_o", d_o, {s[0], s[1], s[2], v.sizes()[3]});
   check_dtype(op, "d_o", d_o, q.scalar_type());
   check_same_device(op, "d_o", d_o, q);
-  check_statistic(op, "x", x, q, {s[0], s[1], s[2], s[3]});
+  check_slope(op, x, q);
   check_statistic(op, "kbar", kbar, q, {s[0], s[1], s[2], s[3]});
   check_statistic(op, "lse", lse, q, {s[0], s[1], s[2]});
 }

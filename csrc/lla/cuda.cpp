@@ -143,6 +143,8 @@ void check_launch(const char* op, int error) {
 // Tensors of the caller on their way to fp16 tiles, or to rows of float for float32 tensors; the memory lives
 // as long as this object.
 class Operands {
+  static constexpr int kMost = 6;
+
  public:
   Operands(const char* op, const Tensor& like, const Plan& plan, const Packing& packing, const Grid& grid)
       : op_(op),
@@ -151,20 +153,33 @@ class Operands {
         end_(packing ? bounds_of(packing) + packing->sizes()[0] - 1 : nullptr) {
     args_.batch = static_cast<int>(like.sizes()[0]);
     args_.head_dim = plan.head_dim;
+    heads_ = like.sizes()[2];
+    largest_ = new_empty(like, {kMost, args_.batch * heads_}, ScalarType::Float);
+    args_.clear = data_of<float>(largest_);  // all at once
+    args_.clear_count = static_cast<int>(kMost * args_.batch * heads_);
     if (like.scalar_type() == ScalarType::Float) float_rows_ = portable_of(plan, ScalarType::Float).operands;
   }
 
-  // Rows are padded to a multiple of `rows_of_block`; those of queries that `fitted` lets see one key are
-  // blanked.
-  Operand add(const Tensor& t, int64_t rows_of_block = kTileRows, float least_unit = 0.f,
-              const Visibility* fitted = nullptr) {
-    const auto size = t.sizes(), stride = t.strides();
+  // Memory of an operand. Rows are padded to a multiple of `rows_of_block`. The largest values are zero
+  // behind the first write().
+  Operand reserve(const Tensor& t, int64_t rows_of_block = kTileRows, float least_unit = 0.f) {
+    const auto size = t.sizes();
     const int64_t tiles = (size[1] + rows_of_block - 1) / rows_of_block * (rows_of_block / kTileRows);
+    float* largest = data_of<float>(largest_) + memory_.size() * args_.batch * heads_;
     memory_.push_back(new_empty(like_, {size[0], size[2], tiles * kTileRows, args_.head_dim},
                                 float_rows_ ? ScalarType::Float : ScalarType::Half));
-    memory_.push_back(new_empty(like_, {size[0], size[2]}, ScalarType::Float));
-    const Operand out{memory_[memory_.size() - 2].mutable_data_ptr(), data_of<float>(memory_.back()),
-                      static_cast<int>(tiles), least_unit};
+    return {memory_.back().mutable_data_ptr(), largest, static_cast<int>(tiles), least_unit};
+  }
+
+  // What write() fills from `t`; rows of queries that `fitted` lets see one key are blanked.
+  Operand add(const Tensor& t, int64_t rows_of_block = kTileRows, float least_unit = 0.f,
+              const Visibility* fitted = nullptr) {
+    const Operand out = reserve(t, rows_of_block, least_unit);
+    add(t, out, fitted);
+    return out;
+  }
+  void add(const Tensor& t, const Operand& out, const Visibility* fitted = nullptr) {
+    const auto size = t.sizes(), stride = t.strides();
     args_.source[args_.count++] = {t.const_data_ptr(),
                                    stride[0],
                                    stride[1],
@@ -177,7 +192,6 @@ class Operands {
                                    fitted ? *fitted : Visibility{},
                                    grid_,
                                    end_};
-    return out;
   }
 
   // Writes what was added since the last call; all of one dtype.
@@ -188,6 +202,7 @@ class Operands {
                                                      : operands_sm80<float>::run;
     check_launch(op_, run(args_, stream));
     args_.count = 0;
+    args_.clear = nullptr;
   }
 
  private:
@@ -197,6 +212,8 @@ class Operands {
   const int64_t* end_;  // behind the last packed sequence
   int (*float_rows_)(const OperandsArgs&, void*) = nullptr;
   OperandsArgs args_{};
+  int64_t heads_;   // of queries, no fewer than those of keys
+  Tensor largest_;  // [kMost, B * heads]
   std::vector<Tensor> memory_;
 };
 
@@ -215,8 +232,10 @@ QueryProblem make_query_problem(const char* op, const Tensor& q, const Tensor& k
   p.scale = static_cast<float>(scale);
   STD_TORCH_CHECK(s[0] * s[2] <= 65535 && int64_t{p.query_blocks()} * s[0] * s[2] <= INT32_MAX, op,
                   ": batch times heads is ", s[0] * s[2], "; supported on CUDA: up to 65535");
-  p.mix_lengths = is_causal && !packing && p.visible.window >= p.n &&
-                  p.query_blocks() * p.batch * p.heads <= device_info(q.get_device_index()).num_sms;
+  const int sms = device_info(q.get_device_index()).num_sms;
+  const bool uneven = is_causal && !packing && p.visible.window >= p.n;
+  p.mix_lengths = uneven && p.query_blocks() * p.batch * p.heads <= sms;
+  p.mix_key_lengths = uneven && p.key_blocks() * p.batch * p.kv_heads <= sms;
   p.q = operands.add(q, 2 * kTileRows, 0.f, backward ? &p.visible : nullptr);
   p.k = operands.add(k);
   p.v = operands.add(v);
@@ -296,7 +315,7 @@ ProbeFwd probe_fwd_cuda(const Tensor& q_, const Tensor& x_, const Tensor& k_, co
   const Plan plan = plan_of(op, q_, v_, backend);
   const Tensor q = dense_rows(q_), x = dense_rows(x_), k = dense_rows(k_), v = dense_rows(v_);
   const auto s = q.sizes();
-  check_statistic(op, "x", x, q, {s[0], s[1], s[2], s[3]});
+  check_slope(op, x, q);
   ProbeFwd out{new_empty(q, {s[0], s[1], s[2], v.sizes()[3]}),
                new_empty(q, {s[0], s[1], s[2], s[3]}, ScalarType::Float),
                new_empty(q, {s[0], s[1], s[2]}, ScalarType::Float)};
@@ -312,7 +331,13 @@ ProbeFwd probe_fwd_cuda(const Tensor& q_, const Tensor& x_, const Tensor& k_, co
   args.grid = grid;
   args.problem = make_query_problem(op, q, k, v, packing, scale, is_causal, window, false, operands);
   operands.write(q.scalar_type(), stream);
-  args.given = view_of<float>(x);
+  const bool as_is = x.scalar_type() != ScalarType::Float && !plan.portable;
+  const Tensor wide = as_is ? x : widened(x);
+  if (as_is) {
+    args.given_16bit = view_of<uint16_t>(wide);
+  } else {
+    args.given = view_of<float>(wide);
+  }
   args.is_bf16 = q.scalar_type() == ScalarType::BFloat16;
   args.o = o.mutable_data_ptr();
   args.kbar = data_of<float>(kbar);
@@ -337,7 +362,7 @@ std::array<Tensor, 5> backward(const char* op, const Tensor& d_o_, const Tensor&
   const Grid grid = check_grid(op, grid_, packing, q_, k_);
   const Plan plan = plan_of(op, q_, v_, backend);
   const Tensor q = dense_rows(q_), k = dense_rows(k_), v = dense_rows(v_), d_o = dense_rows(d_o_),
-               x = dense_rows(x_);
+               x = dense_rows(widened(x_));
   const Tensor kbar = torch::stable::contiguous(kbar_), lse = torch::stable::contiguous(lse_);
   const auto s = q.sizes();
   const auto dtype = q.scalar_type();
@@ -375,20 +400,22 @@ std::array<Tensor, 5> backward(const char* op, const Tensor& d_o_, const Tensor&
   const Tensor scratch =
       new_empty(q, {plan.portable ? solver_scratch(args.problem, plan.head_dim) : 0}, ScalarType::Float);
   const Tensor d_lse = new_empty(q, {plan.portable ? s[0] * s[1] * s[2] : 0}, ScalarType::Float);
+  args.x_tiles = operands.reserve(x, 2 * kTileRows);
+  args.minus_y_tiles = operands.reserve(minus_y, 2 * kTileRows, 1.f);
   if (plan.portable) {
     args.type = element_of(dtype);
     args.scratch = data_of<float>(scratch);
     args.d_lse = data_of<float>(d_lse);
     check_launch(op, portable_of(plan, dtype).bwd_queries(args, stream));
     check_launch(op, portable_of(plan, dtype).bwd_dq(args, stream));
+    operands.add(x, args.x_tiles, &args.problem.visible);
+    operands.add(minus_y, args.minus_y_tiles);
+    operands.write(ScalarType::Float, stream);
   } else {
     check_launch(op, grid.given() ? instance_of(kBackwardOfQueriesOnGrid, plan).run(args, grid, stream)
                                   : instance_of(kBackwardOfQueries, plan).run(args, stream));
   }
 
-  args.x_tiles = operands.add(x, 2 * kTileRows, 0.f, &args.problem.visible);
-  args.minus_y_tiles = operands.add(minus_y, 2 * kTileRows, 1.f);
-  operands.write(ScalarType::Float, stream);
   const Tensor pair_rows = new_empty(
       q, {s[0], s[2], int64_t{args.problem.q.tiles_per_head} * kTileRows, sizeof(PairRow) / sizeof(float)},
       ScalarType::Float);
@@ -416,7 +443,7 @@ Grads probe_bwd_cuda(const Tensor& d_o, const Tensor& q, const Tensor& x, const 
                      std::optional<int64_t> window, Backend backend, std::vector<int64_t> grid) {
   auto [dq, dx, dk, dv, none] = backward("lla_probe_bwd", d_o, q, k, v, nullptr, x, kbar, lse, cu_seqlens,
                                          scale, is_causal, window, false, 0, 0, backend, grid);
-  return {dq, dx, dk, dv};
+  return {dq, as_dtype(dx, x.scalar_type()), dk, dv};
 }
 
 }  // namespace

@@ -25,12 +25,14 @@ __device__ __forceinline__ void fwd_consume(typename Traits::Storage& s, const F
 
   Tensor v = tile.make_sum();
   Tensor tSrS = tile.make_scores();
-  const auto tSrQ = tile.resident(sQ);
 
   // ---- Statistics: row max, omega = sum_j w_ij, kbar = sum_j w_ij k_j / omega ----
-  float top[2] = {-INFINITY, -INFINITY}, omega[2] = {0.f, 0.f}, rounded_omega[2] = {0.f, 0.f}, shrink[2];
-  tile.template sweep<Stream::kKeys>(
-      v, tSrS, [&](int stage, int) { issue_gemm<true>(tile.mma_s, tSrQ, tile.staged_keys(stage), tSrS); },
+  float top[2] = {-INFINITY, -INFINITY}, omega[2] = {0.f, 0.f}, shrink[2];
+  WeightSums rounded_omega;
+  const auto tSrQ = tile.resident(sQ);
+  tile.template sweep<Stream::kKeys, 1>(
+      v, rounded_omega, tSrS,
+      [&](int stage, int) { issue_gemm<true>(tile.mma_s, tSrQ, tile.staged_keys(stage), tSrS); },
       [&](int t) {
         CUTE_UNROLL
         for (int e = 0; e < tile.kScores; ++e) tSrS(e) *= tile.scale_log2;
@@ -47,7 +49,6 @@ __device__ __forceinline__ void fwd_consume(typename Traits::Storage& s, const F
           shrink[i] = exp2_approx(top[i] - tile.shift[i]);
           top[i] = highest[i];
           omega[i] *= shrink[i];
-          rounded_omega[i] *= shrink[i];
         }
         CUTE_UNROLL
         for (int e = 0; e < tile.kScores; e += 2) {
@@ -55,15 +56,15 @@ __device__ __forceinline__ void fwd_consume(typename Traits::Storage& s, const F
           tSrS(e) = exp2_approx(tSrS(e) - tile.shift[i]);
           tSrS(e + 1) = exp2_approx(tSrS(e + 1) - tile.shift[i]);
           omega[i] += tSrS(e) + tSrS(e + 1);
-          tile.round_pair(tSrS, e, rounded_omega);
         }
       },
+      [] {},
       [&] {
         CUTE_UNROLL
         for (int e = 0; e < 4 * kQuads; ++e) v(e) *= shrink[tile.row_of(e)];
+        rounded_omega.scale(shrink);
       });
   tile.add_over_row(omega);
-  tile.add_over_row(rounded_omega);
   float inverse_omega[2], lse[2];
   const MeanKeys<Traits> kbar{tile, a.kbar, 1.f / k_unit};
   CUTE_UNROLL
@@ -112,12 +113,18 @@ __device__ __forceinline__ void fwd_consume(typename Traits::Storage& s, const F
       a.iterations[tile.output_row(i)] = cg.iterations[i];
       a.ratio[tile.output_row(i)] = cg.ratio[i];
     }
-  } else {
+  } else if (a.given_16bit.data == nullptr) {
     load_rows(tile, a.given, k_unit, v);
+  } else if (a.is_bf16) {
+    load_rows(tile, view_as<__nv_bfloat16>(a.given_16bit), k_unit, v);
+  } else {
+    load_rows(tile, view_as<__half>(a.given_16bit), k_unit, v);
   }
 
-  // ---- Readout: o = sum_j w_ij (1 + x.(k_j - kbar)) v_j / omega, with x in two terms ----
-  const SplitRows x(tile, v, kbar);
+  // ---- Readout: o = sum_j w_ij (1 + x.(k_j - kbar)) v_j / omega, with x in two terms, or in one that holds
+  // all bits of a 16-bit x ----
+  const bool two_terms = a.given_16bit.data == nullptr;
+  const SplitRows x(tile, v, kbar.gather(), two_terms);
   half *high = reinterpret_cast<half*>(s.r[tile.warpgroup]), *low = high + Traits::kElements;
   tile.sync();  // everyone has read its part of r
   x.store(tile, high, low, v);
@@ -134,22 +141,34 @@ __device__ __forceinline__ void fwd_consume(typename Traits::Storage& s, const F
   }
   Tensor tSrT = tile.make_scores();
   const auto tSrHigh = tile.resident(high), tSrLow = tile.resident(low);
-  tile.template sweep<Stream::kPairsSumValues>(
-      v, tSrS,
-      [&](int stage, int) {
-        issue_gemm<true>(tile.mma_s, tSrQ, tile.staged_keys(stage), tSrS);
-        issue_gemm<true>(tile.mma_s, tSrHigh, tile.staged_keys(stage), tSrT);
-        issue_gemm<false>(tile.mma_s, tSrLow, tile.staged_keys(stage), tSrT);
-      },
-      [&](int t) {
-        tile.exponentials(tSrS, t);
-        CUTE_UNROLL
-        for (int e = 0; e < tile.kScores; ++e) {
-          const int i = tile.row_of(e);
-          tSrS(e) *= fmaf(tSrT(e) - x.mean[i], slope[i], one[i]);
-        }
-      },
-      [] {});
+  NoWeightSums none;
+  const auto exponentials = [&](int t) { tile.exponentials(tSrS, t); };
+  const auto weigh = [&] {
+    warpgroup_fence_operand(tSrT);
+    CUTE_UNROLL
+    for (int e = 0; e < tile.kScores; ++e) {
+      const int i = tile.row_of(e);
+      tSrS(e) *= fmaf(tSrT(e) - x.mean[i], slope[i], one[i]);
+    }
+  };
+  if (two_terms) {
+    tile.template sweep<Stream::kPairsSumValues, 3>(
+        v, none, tSrS,
+        [&](int stage, int) {
+          issue_gemm<true>(tile.mma_s, tSrQ, tile.staged_keys(stage), tSrS);
+          issue_gemm<true>(tile.mma_s, tSrHigh, tile.staged_keys(stage), tSrT);
+          issue_gemm<false>(tile.mma_s, tSrLow, tile.staged_keys(stage), tSrT);
+        },
+        exponentials, weigh, [] {});
+  } else {
+    tile.template sweep<Stream::kPairsSumValues, 2>(
+        v, none, tSrS,
+        [&](int stage, int) {
+          issue_gemm<true>(tile.mma_s, tSrQ, tile.staged_keys(stage), tSrS);
+          issue_gemm<true>(tile.mma_s, tSrHigh, tile.staged_keys(stage), tSrT);
+        },
+        exponentials, weigh, [] {});
+  }
   store_rows_16bit(tile, a.is_bf16, a.o, p.dv, v, factor);
 }
 

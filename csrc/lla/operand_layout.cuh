@@ -1,5 +1,5 @@
-// The layout of one operand tile, 64 rows x kHeadDim fp16: chunks of 64 (32) features, each [64 rows][one
-// swizzle span]. Inside a span pieces of 16 bytes are permuted by the row. It is what WGMMA reads as K-major
+// The layout of one operand tile, 64 rows x kHeadDim fp16: chunks of 64 features, each [64 rows][one swizzle
+// span]. Inside a span pieces of 16 bytes are permuted by the row. It is what WGMMA reads as K-major
 // rows, or transposed.
 #pragma once
 
@@ -9,15 +9,14 @@
 
 namespace nearfield::lla {
 
-constexpr int chunk_of(int head_dim) { return head_dim < 64 ? 32 : 64; }
 constexpr int tile_elements(int head_dim) { return kTileRows * head_dim; }
 
 // Offset, in elements, of feature `column` (a multiple of 8, or inside such a piece) of `row`.
 template <int kHeadDim>
 __device__ __forceinline__ int tile_offset(int row, int column) {
-  constexpr int kChunk = chunk_of(kHeadDim);
-  const int piece = column % kChunk / 8;
-  const int permuted = kChunk == 64 ? piece ^ (row & 7) : piece ^ ((row >> 1) & 3);
+  static_assert(kHeadDim % 64 == 0);
+  constexpr int kChunk = 64;
+  const int permuted = column % kChunk / 8 ^ (row & 7);
   return (column / kChunk * kTileRows + row) * kChunk + permuted * 8 + column % 8;
 }
 

@@ -85,6 +85,10 @@ __global__ void __launch_bounds__(256) write_tiles(const __grid_constant__ Opera
   }
 }
 
+inline cudaError_t clear_maxima(const OperandsArgs& args, cudaStream_t stream) {
+  return args.clear ? cudaMemsetAsync(args.clear, 0, sizeof(float) * args.clear_count, stream) : cudaSuccess;
+}
+
 template <class T, int kHeadDim>
 cudaError_t write_operands(const OperandsArgs& args, cudaStream_t stream) {
   int rows = 0, tiles = 0, heads = 0;
@@ -93,9 +97,8 @@ cudaError_t write_operands(const OperandsArgs& args, cudaStream_t stream) {
     rows = std::max(rows, s.rows);
     tiles = std::max(tiles, s.out.tiles_per_head);
     heads = std::max(heads, s.heads);
-    const cudaError_t e = cudaMemsetAsync(s.out.largest, 0, sizeof(float) * args.batch * s.heads, stream);
-    if (e != cudaSuccess) return e;
   }
+  if (const cudaError_t e = clear_maxima(args, stream); e != cudaSuccess) return e;
   const auto y = static_cast<unsigned>(args.batch * heads), z = static_cast<unsigned>(args.count);
   const auto x = static_cast<unsigned>((rows + kLargestRows - 1) / kLargestRows);
   find_largest<T, kHeadDim><<<dim3(x, y, z), 256, 0, stream>>>(args);
@@ -108,8 +111,6 @@ int operands_sm80<Element>::run(const OperandsArgs& args, void* stream_) {
   const auto stream = static_cast<cudaStream_t>(stream_);
   using T = source_t<Element>;
   switch (args.head_dim) {
-    case 32:
-      return write_operands<T, 32>(args, stream);
     case 64:
       return write_operands<T, 64>(args, stream);
     case 128:

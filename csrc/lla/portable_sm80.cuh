@@ -39,9 +39,8 @@ int portable_sm80<Tag, kHeadDim>::operands(const OperandsArgs& args, void* strea
       rows = std::max(rows, s.rows);
       tiles = std::max(tiles, s.out.tiles_per_head);
       heads = std::max(heads, s.heads);
-      const cudaError_t e = cudaMemsetAsync(s.out.largest, 0, sizeof(float) * args.batch * s.heads, stream);
-      if (e != cudaSuccess) return e;
     }
+    if (const cudaError_t e = clear_maxima(args, stream); e != cudaSuccess) return e;
     const auto y = static_cast<unsigned>(args.batch * heads), z = static_cast<unsigned>(args.count);
     const auto x = static_cast<unsigned>((rows + kLargestRows - 1) / kLargestRows);
     find_largest<float, kHeadDim><<<dim3(x, y, z), 256, 0, stream>>>(args);

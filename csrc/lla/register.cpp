@@ -95,9 +95,9 @@ ProbeFwd probe_fwd_cpu(const Tensor& q_, const Tensor& x_, const Tensor& k_, con
   check_inputs(op, q_, k_, v_, window);
   const Packing packing = check_packing(op, cu_seqlens, q_, k_);
   const Grid grid = check_grid(op, grid_, packing, q_, k_);
-  const Tensor q = dense_rows(q_), x = dense_rows(x_), k = dense_rows(k_), v = dense_rows(v_);
+  check_slope(op, x_, q_);
+  const Tensor q = dense_rows(q_), x = dense_rows(widened(x_)), k = dense_rows(k_), v = dense_rows(v_);
   const auto s = q.sizes();
-  check_statistic(op, "x", x, q, {s[0], s[1], s[2], s[3]});
   ProbeFwd out;
   dispatch_cpu_dtype(op, "q", q.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
@@ -127,11 +127,11 @@ std::array<Tensor, 5> backward(const char* op, const Tensor& d_o_, const Tensor&
   const Packing packing = check_packing(op, cu_seqlens, q_, k_);
   const Grid grid = check_grid(op, grid_, packing, q_, k_);
   const Tensor q = dense_rows(q_), k = dense_rows(k_), v = dense_rows(v_), d_o = dense_rows(d_o_),
-               x = dense_rows(x_);
+               x = dense_rows(widened(x_));
   const Tensor kbar = torch::stable::contiguous(kbar_), lse = torch::stable::contiguous(lse_);
   const auto s = q.sizes();
   const int64_t n = k.sizes()[1], kv_heads = k.sizes()[2], dv = v.sizes()[3];
-  check_saved(op, q, v, d_o, x, kbar, lse);
+  check_saved(op, q, v, d_o, x_, kbar, lse);
   if (lam) check_lam(op, *lam, q);
   std::array<Tensor, 5> out;
   dispatch_cpu_dtype(op, "q", q.scalar_type(), [&](auto tag) {
@@ -177,7 +177,7 @@ Grads probe_bwd_cpu(const Tensor& d_o, const Tensor& q, const Tensor& x, const T
   check_no_backend("lla_probe_bwd", backend);
   auto [dq, dx, dk, dv, none] = backward("lla_probe_bwd", d_o, q, k, v, nullptr, x, kbar, lse, cu_seqlens,
                                          scale, is_causal, window, false, {}, grid);
-  return {dq, dx, dk, dv};
+  return {dq, as_dtype(dx, x.scalar_type()), dk, dv};
 }
 
 Tensor step_cpu(const Tensor& q_, const Tensor& k_, const Tensor& v_, std::optional<Tensor> cache_seqlens,

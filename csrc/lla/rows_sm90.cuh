@@ -61,21 +61,26 @@ __device__ __forceinline__ float2 operand_pair(const Tile& tile, const half* ope
   return __half22float2(*reinterpret_cast<const __half2*>(operand + where));
 }
 
+// A view of 16-bit words as what they are.
+template <class T>
+__device__ __forceinline__ View<const T> view_as(const View<const uint16_t>& words) {
+  return {reinterpret_cast<const T*>(words.data), words.batch_stride, words.row_stride, words.head_stride};
+}
+
 // Rows of a [B, m, Hq, d] tensor times a factor, in the order of an accumulator; 0 beyond it, and where
 // nothing is seen.
-template <class Tile, class Sum>
-__device__ __forceinline__ void load_rows(const Tile& tile, const View<const float>& from, float factor,
-                                          Sum& v) {
+template <class T, class Tile, class Sum>
+__device__ __forceinline__ void load_rows(const Tile& tile, const View<const T>& from, float factor, Sum& v) {
   CUTE_UNROLL
   for (int i = 0; i < 2; ++i) {
     const bool sees = tile.keys[i].begin < tile.keys[i].end;
-    const float* row = sees ? from.row(tile.block.batch, tile.row[i], tile.block.head) : nullptr;
+    const T* row = sees ? from.row(tile.block.batch, tile.row[i], tile.block.head) : nullptr;
     CUTE_UNROLL
     for (int j = 0; j < Tile::kQuads; ++j) {
-      const float* at = row + 8 * j + 2 * tile.quad;
+      const T* at = row + 8 * j + 2 * tile.quad;
       const bool there = row != nullptr && 8 * j < tile.p.d;
-      v(4 * j + 2 * i) = there ? at[0] * factor : 0.f;
-      v(4 * j + 2 * i + 1) = there ? at[1] * factor : 0.f;
+      v(4 * j + 2 * i) = there ? static_cast<float>(at[0]) * factor : 0.f;
+      v(4 * j + 2 * i + 1) = there ? static_cast<float>(at[1]) * factor : 0.f;
     }
   }
 }
@@ -83,6 +88,8 @@ __device__ __forceinline__ void load_rows(const Tile& tile, const View<const flo
 // The mean keys of a thread's rows in operand units: kept, or read back from the output.
 template <class Traits>
 struct MeanKeys {
+  static constexpr int kQuads = Traits::kQuads;
+  static constexpr bool kKeep = Traits::kSizes.kKeepKbar;
   const QueryTile<Traits>& tile;
   const float* saved;  // [B, m, Hq, d]
   float inverse_unit;
@@ -90,49 +97,82 @@ struct MeanKeys {
   __device__ __forceinline__ float4* kept(int j) const {
     return &tile.s.kbar[tile.warpgroup][j * 128 + tile.thread % 128];
   }
-  __device__ __forceinline__ float4 operator()(int j) const {
-    if constexpr (Traits::kSizes.kKeepKbar) {
-      return *kept(j);
-    } else {
-      return load(j);
-    }
-  }
-  __device__ __forceinline__ float4 load(int j) const {
-    float2 v[2] = {};
+  // From the tensor, all reads in flight together.
+  __device__ __forceinline__ void read(float4 (&out)[kQuads]) const {
+    const float* row[2];
     CUTE_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      if (tile.inside[i] && 8 * j < tile.p.d)
-        v[i] =
-            *reinterpret_cast<const float2*>(saved + tile.output_row(i) * tile.p.d + 8 * j + 2 * tile.quad);
+    for (int i = 0; i < 2; ++i)
+      row[i] = saved + (tile.inside[i] ? tile.output_row(i) * tile.p.d : 0) + 2 * tile.quad;
+    CUTE_UNROLL
+    for (int j = 0; j < kQuads; ++j) {
+      float2 v[2] = {};
+      CUTE_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        const bool there = tile.inside[i] & (8 * j < tile.p.d);
+        if (there) v[i] = *reinterpret_cast<const float2*>(row[i] + 8 * j);
+      }
+      out[j] = {v[0].x, v[0].y, v[1].x, v[1].y};
     }
-    return {v[0].x * inverse_unit, v[0].y * inverse_unit, v[1].x * inverse_unit, v[1].y * inverse_unit};
+    CUTE_UNROLL
+    for (int j = 0; j < kQuads; ++j)
+      out[j] = {out[j].x * inverse_unit, out[j].y * inverse_unit, out[j].z * inverse_unit,
+                out[j].w * inverse_unit};
+  }
+
+  // For use between two sweeps, when there are registers for them: quad j of them.
+  struct Gathered {
+    const MeanKeys& of;
+    float4 v[kKeep ? 1 : kQuads];
+    __device__ __forceinline__ float4 operator()(int j) const {
+      if constexpr (kKeep) {
+        return *of.kept(j);
+      } else {
+        return v[j];
+      }
+    }
+  };
+  __device__ __forceinline__ Gathered gather() const {
+    Gathered out{*this};
+    if constexpr (!kKeep) read(out.v);
+    return out;
   }
 };
 
-// A (64, D) vector as a left operand in two fp16 terms over a power of two per row, and its product with
-// kbar, taken from what was rounded.
-struct SplitRows {
-  float unit[2], inverse[2], mean[2];
+// The largest absolute value of a head, of which each thread brings some; all threads of the warp.
+__device__ __forceinline__ void note_largest(float* of_head, float largest) {
+  CUTE_UNROLL
+  for (int o = 16; o > 0; o /= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, o));
+  // Non-negative floats are ordered as integers.
+  if (threadIdx.x % 32 == 0) atomicMax(reinterpret_cast<int*>(of_head), __float_as_int(largest));
+}
 
-  template <class Tile, class Sum, class Kbar>
-  __device__ __forceinline__ SplitRows(const Tile& tile, const Sum& v, const Kbar& kbar) {
-    largest_of_rows(tile, v, unit);
+// A (64, D) vector as a left operand in two fp16 terms over a power of two per row, and its product with
+// kbar, taken from what was rounded; the second term is left out where the first holds all bits that matter.
+struct SplitRows {
+  float largest[2], unit[2], inverse[2], mean[2];
+
+  template <class Tile, class Sum, class Means>
+  __device__ __forceinline__ SplitRows(const Tile& tile, const Sum& v, const Means& means,
+                                       bool two_terms = true) {
+    const float second = two_terms ? 1.f : 0.f;
+    largest_of_rows(tile, v, largest);
     CUTE_UNROLL
     for (int i = 0; i < 2; ++i) {
-      unit[i] = operand_unit(unit[i]);
+      unit[i] = operand_unit(largest[i]);
       inverse[i] = 1.f / unit[i];
       mean[i] = 0.f;
     }
     CUTE_UNROLL
     for (int j = 0; j < Tile::kQuads; ++j) {
-      const float4 m = kbar(j);
+      const float4 m = means(j);
       CUTE_UNROLL
       for (int e = 4 * j; e < 4 * j + 4; e += 2) {
         const int i = Tile::row_of(e);
         const float a = v(e) * inverse[i], b = v(e + 1) * inverse[i];
         const float2 high = __half22float2(__floats2half2_rn(a, b)),
                      low = __half22float2(__floats2half2_rn(a - high.x, b - high.y));
-        mean[i] += (high.x + low.x) * (i == 0 ? m.x : m.z) + (high.y + low.y) * (i == 0 ? m.y : m.w);
+        mean[i] += fmaf(second, low.x, high.x) * (i == 0 ? m.x : m.z) +
+                   fmaf(second, low.y, high.y) * (i == 0 ? m.y : m.w);
       }
     }
     Tile::add_over_row(mean);

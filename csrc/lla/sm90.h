@@ -37,6 +37,8 @@ struct OperandSource {
 struct OperandsArgs {
   static constexpr int kMost = 4;
   int count, batch, head_dim;  // the compiled head dim
+  float* clear;                // maxima to set to zero first; null: they are
+  int clear_count;
   OperandSource source[kMost];
 };
 
@@ -52,17 +54,20 @@ struct QueryProblem {
   Visibility visible;
   float scale;
   // The two row tiles of a CTA are the longest and the shortest left, instead of neighbors: for causal
-  // problems that fill the GPU once at most, where the CTA with the longest rows decides.
-  bool mix_lengths;
+  // problems that fill the GPU once at most, where the CTA with the longest rows decides. The same for the
+  // two tiles of keys of the pass that holds keys.
+  bool mix_lengths, mix_key_lengths;
   Operand q, k, v;  // Q has two tiles for each block of 128 queries
   NEARFIELD_HOST_DEVICE int query_blocks() const { return (m + 2 * kTileRows - 1) / (2 * kTileRows); }
+  NEARFIELD_HOST_DEVICE int key_blocks() const { return (n + 2 * kTileRows - 1) / (2 * kTileRows); }
 };
 
 struct FwdSm90Args {
   QueryProblem problem;
-  bool solve;               // else x is given
-  View<const float> given;  // [B, m, Hq, d], if not solve
-  Ridge<float> ridge;       // if solve
+  bool solve;                        // else x is given
+  View<const float> given;           // [B, m, Hq, d], if not solve
+  View<const uint16_t> given_16bit;  // the same in place of it, of the type of o, unless null
+  Ridge<float> ridge;                // if solve
   float tol;
   int max_iters;
   bool is_bf16;     // of o
@@ -82,9 +87,12 @@ struct fwd_sm90 {
 struct RowSums {
   float gbar, d, weight;
 };
+// p, in the unit of the weights, = weight exp2(scaled logit - shift); x.kbar, Gbar + y.kbar and D in units of
+// the operands.
 struct alignas(16) PairRow {
-  float shift, weight, xbar, rbar,
-      d;  // p = weight exp2(scaled logit - shift), x.kbar, Gbar + y.kbar, D; in units of the operands
+  float xbar, rbar, d;
+  alignas(16) float shift;
+  float weight;
 };
 
 // Units of the backward. Gam'_ij = dO'_i.v'_j of operands is Gam_ij over the units of dO and V: "gam units".
@@ -105,7 +113,7 @@ struct BwdSm90Args {
   void* dq;                 // [B, m, Hq, d]
   float* dx;                // [B, m, Hq, d], if not solve
   float* dlam;              // [B, m, Hq, channels], if solve
-  // For the gradients of the keys:
+  // For the gradients of the keys; what holds queries finds the largest values of the two, from zero on.
   Operand x_tiles, minus_y_tiles;
   PairRow* pair_rows;  // [B, Hq, tiles of Q, 64] scratch
   void *dk, *dv;       // [B, n, Hk, d], [B, n, Hk, dv]

@@ -21,7 +21,9 @@ struct RowRidge {
   int channels;
 
   __device__ __forceinline__ float at(int i, int column) const {
-    if (!per_channel) return value[i];
+    return per_channel ? of_channel(i, column) : value[i];
+  }
+  __device__ __forceinline__ float of_channel(int i, int column) const {
     return row[i] != nullptr && column < channels ? row[i][column * channel_stride] * factor[i] : 1.f;
   }
 };
@@ -58,7 +60,7 @@ struct ConjugateGradient {
   using Direction = decltype(make_tensor<half>(accumulator_as_a(Sum{}.layout())));
 
   Tile& tile;
-  const Kbar& kbar;  // kbar(j): quad j of this thread's mean keys
+  const Kbar& kbar;  // MeanKeys
   const RowRidge& ridge;
   float inverse_omega[2];  // 1 / sum of the weights of a row
   float unit_of_acc;       // 1: error relative to the size of the weights, 0: to x itself
@@ -84,7 +86,7 @@ struct ConjugateGradient {
   }
 
   // `v` is the right-hand side.
-  __device__ __forceinline__ void start(Sum& v) {
+  __device__ __forceinline__ void start(const Sum& v) {
     rz[0] = rz[1] = 0.f;
     CUTE_UNROLL
     for (int j = 0; j < kQuads; ++j) {
@@ -101,28 +103,33 @@ struct ConjugateGradient {
       iterations[i] = 0;
       ratio[i] = live[i] ? INFINITY : 0.f;
     }
-    CUTE_UNROLL
-    for (int e = 0; e < 4 * kQuads; ++e)
-      if (!live[Tile::row_of(e)]) v(e) = 0.f;
-    round_direction(v);
+    form_direction<true>(v, {0.f, 0.f}, kbar.gather());
   }
 
   __device__ __forceinline__ bool any_live() const { return __any_sync(0xffffffffu, live[0] || live[1]); }
 
   // v = sum_j E_ij k_j of the direction and row_sum = sum_j E_ij; takes the step and forms the next
-  // direction.
-  __device__ __forceinline__ void step(Sum& v, const float (&row_sum)[2], float tol2) {
+  // direction. Leaves the residual in v.
+  __device__ __forceinline__ void step(Sum& v, const WeightSums& row_sum, float tol2) {
+    const auto means = kbar.gather();
     float pap[2] = {0.f, 0.f};
-    CUTE_UNROLL
-    for (int j = 0; j < kQuads; ++j) {
-      const float4 mean = kbar(j);
+    const auto finish_product = [&](const auto& ridge_at) {
       CUTE_UNROLL
-      for (int e = 4 * j; e < 4 * j + 4; ++e) {
-        const int i = Tile::row_of(e);
-        const float p = static_cast<float>(direction(e));
-        v(e) = (v(e) - row_sum[i] * get(mean, e % 4)) * inverse_omega[i] + ridge.at(i, tile.column_of(e)) * p;
-        pap[i] += p * v(e);
+      for (int j = 0; j < kQuads; ++j) {
+        const float4 mean = means(j);
+        CUTE_UNROLL
+        for (int e = 4 * j; e < 4 * j + 4; ++e) {
+          const int i = Tile::row_of(e);
+          const float p = static_cast<float>(direction(e));
+          v(e) = (v(e) - row_sum[i] * get(mean, e % 4)) * inverse_omega[i] + ridge_at(i, e) * p;
+          pap[i] += p * v(e);
+        }
       }
+    };
+    if (ridge.per_channel) {
+      finish_product([&](int i, int e) { return ridge.of_channel(i, tile.column_of(e)); });
+    } else {
+      finish_product([&](int i, int) { return ridge.value[i]; });
     }
     Tile::add_over_row(pap);
     float alpha[2];
@@ -165,38 +172,45 @@ struct ConjugateGradient {
       beta[i] = live[i] ? rz_new[i] / rz[i] * unit[i] : 0.f;
       rz[i] = rz_new[i];
     }
-    CUTE_UNROLL
-    for (int e = 0; e < 4 * kQuads; ++e) {
-      const int i = Tile::row_of(e);
-      v(e) = live[i] ? v(e) + beta[i] * static_cast<float>(direction(e)) : 0.f;
-    }
-    round_direction(v);
+    form_direction<false>(v, beta, means);
   }
 
  private:
-  __device__ __forceinline__ void round_direction(const Sum& v) {
+  // The next direction, residual + beta direction. It is formed twice, the first time for its largest
+  // element: so the residual stays in registers, for the product with what was rounded.
+  template <bool kFirst, class Means>
+  __device__ __forceinline__ void form_direction(const Sum& residual, const float (&beta)[2],
+                                                 const Means& means) {
+    const auto exact = [&](int e) {
+      if constexpr (kFirst) {
+        return residual(e);
+      } else {
+        return fmaf(beta[Tile::row_of(e)], static_cast<float>(direction(e)), residual(e));
+      }
+    };
     float largest[2] = {0.f, 0.f}, inverse[2];
     CUTE_UNROLL
     for (int e = 0; e < 4 * kQuads; ++e)
-      largest[Tile::row_of(e)] = fmaxf(largest[Tile::row_of(e)], fabsf(v(e)));
+      largest[Tile::row_of(e)] = fmaxf(largest[Tile::row_of(e)], fabsf(exact(e)));
     Tile::max_over_row(largest);
     CUTE_UNROLL
     for (int i = 0; i < 2; ++i) {
-      unit[i] = operand_unit(largest[i]);
+      unit[i] = operand_unit(live[i] ? largest[i] : 0.f);
       inverse[i] = 1.f / unit[i];
       pbar[i] = rp[i] = 0.f;
     }
     CUTE_UNROLL
     for (int j = 0; j < kQuads; ++j) {
-      const float4 mean = kbar(j), residual = r(j);
+      const float4 mean = means(j);
       CUTE_UNROLL
       for (int e = 4 * j; e < 4 * j + 4; e += 2) {
         const int i = Tile::row_of(e);
-        const __half2 h = __floats2half2_rn(v(e) * inverse[i], v(e + 1) * inverse[i]);
+        __half2 h = __floats2half2_rn(exact(e) * inverse[i], exact(e + 1) * inverse[i]);
+        if (!live[i]) h = __half2{};
         recast<uint32_t>(direction)(e / 2) = reinterpret_cast<const uint32_t&>(h);
         const float2 p = __half22float2(h);
         pbar[i] += p.x * get(mean, e % 4) + p.y * get(mean, e % 4 + 1);
-        rp[i] += p.x * get(residual, e % 4) + p.y * get(residual, e % 4 + 1);
+        rp[i] += p.x * residual(e) + p.y * residual(e + 1);
       }
     }
     Tile::add_over_row(pbar);
@@ -215,10 +229,11 @@ __device__ __forceinline__ void solve(QueryTile<Traits>& tile, Cg& cg, typename 
   Tensor tSrT = tile.make_scores();
   const auto tSrQ = tile.resident(s.q[tile.warpgroup]);
   cg.start(v);
+  bool alive = true;  // any row of the warp
   for (int it = 0; it < max_iters; ++it) {
-    if (it > 0) {
+    // A warp with a row to go on with knows the verdict, and does not wait for the other warpgroup.
+    if (!alive) {
       Barrier::wait(&s.bar_verdict, (it - 1) % 2);
-      bool alive = false;
       CUTE_UNROLL
       for (int w = 0; w < Traits::kConsumerWarps; ++w) alive |= s.alive[(it - 1) % 2][w] != 0;
       if (!alive) {
@@ -226,28 +241,24 @@ __device__ __forceinline__ void solve(QueryTile<Traits>& tile, Cg& cg, typename 
         break;
       }
     }
-    float row_sum[2] = {0.f, 0.f};
-    tile.template sweep<Stream::kKeys>(
-        v, tSrS,
+    WeightSums row_sum;
+    tile.template sweep<Stream::kKeys, 2>(
+        v, row_sum, tSrS,
         [&](int stage, int) {
           issue_gemm<true>(tile.mma_s, tSrQ, tile.staged_keys(stage), tSrS);
           issue_gemm<true>(tile.mma_direction, cg.direction, tile.staged_keys(stage), tSrT);
         },
-        [&](int t) {
-          tile.exponentials(tSrS, t);
+        [&](int t) { tile.exponentials(tSrS, t); },
+        [&] {
+          warpgroup_fence_operand(tSrT);
           CUTE_UNROLL
-          for (int e = 0; e < tile.kScores; e += 2) {
-            const float pbar = cg.pbar[tile.row_of(e)];
-            tSrS(e) *= tSrT(e) - pbar;
-            tSrS(e + 1) *= tSrT(e + 1) - pbar;
-            tile.round_pair(tSrS, e, row_sum);
-          }
+          for (int e = 0; e < tile.kScores; ++e) tSrS(e) *= tSrT(e) - cg.pbar[tile.row_of(e)];
         },
         [] {});
-    tile.add_over_row(row_sum);
     cg.step(v, row_sum, tol * tol);
     if (it + 1 < max_iters) {
-      const bool alive = cg.any_live();
+      alive = cg.any_live();
+      if (it > 0) Barrier::wait(&s.bar_verdict, (it - 1) % 2);  // all have voted on the iteration before
       if (tile.thread % 32 == 0) {
         s.alive[it % 2][tile.thread / 32] = alive;
         Barrier::arrive(&s.bar_verdict);

@@ -1,13 +1,15 @@
 // One sweep of 64 resident queries over the key tiles they see: the motion that every pass of the forward and
 // of the backward makes.
 //
-//   products:  one tile of scores S, and what else the pass multiplies with the same keys
-//   weigh:     S -> rounded weights E, in registers
-//   sum:       out += E K, or E V
+//   products:  one tile of scores S, then what else the pass multiplies with the same keys
+//   weigh:     S -> rounded weights E, in registers: exponentials of S first, the other products into them
+//              later
+//   sum:       out += E K, or E V; and the sum of E in each row
 //
-// The products of the next tile are issued before the sum of this one, so that weighing (exponentials) runs
-// under the sum; the other warpgroup fills the rest. A producer thread streams the tiles through one ring, in
-// an order that both sides count in positions: K of every tile, or K and V of every tile in turn.
+// The products of the next tile are issued before the sum of this one. Exponentials run as soon as S is
+// there, under the other products and the sum; the other warpgroup fills the rest. A producer thread streams
+// the tiles through one ring, in an order that both sides count in positions: K of every tile, or K and V of
+// every tile in turn.
 #pragma once
 
 #include <cutlass/arch/barrier.h>
@@ -45,10 +47,8 @@ struct QueryTraits {
   static constexpr int kQuads =
       kHeadDim / 8;  // float4 of a thread in a (64, D) accumulator: 2 rows x 2 columns
 
-  using AtomK =
-      std::conditional_t<kHeadDim == 32, GMMA::Layout_K_SW64_Atom<half>, GMMA::Layout_K_SW128_Atom<half>>;
-  using AtomMN =
-      std::conditional_t<kHeadDim == 32, GMMA::Layout_MN_SW64_Atom<half>, GMMA::Layout_MN_SW128_Atom<half>>;
+  using AtomK = GMMA::Layout_K_SW128_Atom<half>;
+  using AtomMN = GMMA::Layout_MN_SW128_Atom<half>;
   using LayoutQ = decltype(tile_to_shape(AtomK{}, cute::Shape<_64, Int<kHeadDim>>{}));
   using LayoutK = decltype(tile_to_shape(AtomK{}, cute::Shape<_64, Int<kHeadDim>, Int<kStages>>{}));
   // A tile as the B operand of a sum over its rows: (D, rows), D contiguous.
@@ -156,6 +156,36 @@ struct Producer {
 // Which operands the ring carries, and which of the two the sum reads.
 enum class Stream { kKeys, kPairsSumKeys, kPairsSumValues };
 
+// Sums of the rounded weights of a row, exactly those that a product multiplies: a product with ones. It
+// takes 4 instructions of a warp per tile where unpacking and adding 32 weights a thread takes 64, and every
+// thread of a row has the whole sum.
+struct WeightSums {
+  float c[4] = {0.f, 0.f, 0.f, 0.f};  // a thread's part of a (16, 8) accumulator, whose columns are equal
+
+  __device__ __forceinline__ float operator[](int i) const { return c[2 * i]; }
+  __device__ __forceinline__ void scale(const float (&factor)[2]) {
+    CUTE_UNROLL
+    for (int e = 0; e < 4; ++e) c[e] *= factor[e / 2];
+  }
+  template <class Weights>
+  __device__ __forceinline__ void add(const Weights& weights) {
+    const auto words = recast<uint32_t>(weights);  // 4 for each 16 keys
+    constexpr uint32_t kOnes = 0x3c003c00u;
+    CUTE_UNROLL
+    for (int w = 0; w < size(words); w += 4) {
+      asm volatile(
+          "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+          "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %8}, {%0, %1, %2, %3};"
+          : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+          : "r"(words(w)), "r"(words(w + 1)), "r"(words(w + 2)), "r"(words(w + 3)), "r"(kOnes));
+    }
+  }
+};
+struct NoWeightSums {
+  template <class Weights>
+  __device__ __forceinline__ void add(const Weights&) {}
+};
+
 template <class Traits>
 struct QueryTile {
   static constexpr int kD = Traits::kHeadDim, kStages = Traits::kStages, kQuads = Traits::kQuads;
@@ -236,6 +266,16 @@ struct QueryTile {
       release(position);
       ++position;
     }
+  }
+
+  // Behind it comes a wait for products: what makes `values` stays in front of that and runs under them.
+  // ptxas would move it behind, into the basic block of the wait, but not out of its own: hence a look at a
+  // barrier that is known to be complete, of a stage that is held.
+  template <class Values>
+  __device__ __forceinline__ void keep_above(Values& values, uint32_t held) {
+    warpgroup_fence_operand(values);
+    wait(held);
+    warpgroup_fence_operand(values);
   }
 
   // ---- Operands ----
@@ -343,13 +383,15 @@ struct QueryTile {
 
   // ---- The sweep ----
 
-  // issue(key stage, value stage) starts the products of a tile; weigh(tile) turns `scores` into weights;
-  // rescale() may change what was summed so far. The weights are rounded only when the sum before has read
-  // its own: registers of a multiply in flight must not be written, and ptxas serializes all multiplies if it
-  // cannot prove that.
-  template <Stream kStream, class Sum, class Scores, class Issue, class Weigh, class Rescale>
-  __device__ __forceinline__ void sweep(Sum& out, Scores& scores, Issue&& issue, Weigh&& weigh,
-                                        Rescale&& rescale) {
+  // issue(key stage, value stage) starts the products of a tile, kProducts groups of which the first is
+  // `scores`; begin_weights(tile) finds it there, weigh() also the others, and between them they turn it into
+  // weights; rescale() may change what was summed so far. The weights are rounded only when the sum before
+  // has read its own: registers of a multiply in flight must not be written, and ptxas serializes all
+  // multiplies if it cannot prove that.
+  template <Stream kStream, int kProducts, class Sum, class Sums, class Scores, class Issue, class Begin,
+            class Weigh, class Rescale>
+  __device__ __forceinline__ void sweep(Sum& out, Sums& sums, Scores& scores, Issue&& issue,
+                                        Begin&& begin_weights, Weigh&& weigh, Rescale&& rescale) {
     constexpr int kPer = kStream == Stream::kKeys ? 1 : 2;
     constexpr bool kSumsValues = kStream == Stream::kPairsSumValues;
     constexpr bool kNeedsPair = kStream == Stream::kPairsSumKeys;  // the products read V as well
@@ -366,11 +408,17 @@ struct QueryTile {
     if constexpr (kNeedsPair) wait(key + 1);
     look(tiles.begin);
     issue(at(key).stage, at(key + 1).stage);
-    warpgroup_wait<0>();
+    warpgroup_wait<kProducts - 1>();
+    begin_weights(tiles.begin);
+    if constexpr (kProducts > 1) {
+      keep_above(scores, key);
+      warpgroup_wait<0>();
+    }
     if constexpr (kSumsValues) release(key);
     if constexpr (kNeedsPair) release(key + 1);
-    weigh(tiles.begin);
+    weigh();
     round_weights();
+    sums.add(weights);
     clear(out);
 
     for (int t = tiles.begin; t + 1 < tiles.end; ++t) {
@@ -381,15 +429,21 @@ struct QueryTile {
       issue(at(following).stage, at(following + 1).stage);
       if constexpr (kSumsValues) wait(summed);
       issue_gemm<false>(mma_sum, weights, staged_sum(at(summed).stage), out);
-      warpgroup_wait<1>();
+      warpgroup_wait<kProducts>();
+      begin_weights(t + 1);
+      if constexpr (kProducts > 1) {
+        keep_above(scores, following);
+        warpgroup_wait<1>();
+      }
       if constexpr (kSumsValues) release(following);
       if constexpr (kNeedsPair) release(following + 1);
-      weigh(t + 1);
-      warpgroup_fence_operand(scores);  // keeps the exponentials above the wait, under the sum
+      weigh();
+      keep_above(scores, summed);
       warpgroup_wait<0>();
       release(summed);
       round_weights();
       rescale();
+      sums.add(weights);
       key = following;
     }
     const uint32_t summed = kSumsValues ? key + 1 : key;
@@ -399,16 +453,6 @@ struct QueryTile {
     release(summed);
     position = key + kPer;
     skip(static_cast<int>(begin + (block.tiles.end - block.tiles.begin) * kPer - position));
-  }
-
-  // Rounds scores e and e + 1 to fp16 and adds what became of them to the sums, so that a sum of weights and
-  // a matrix product with them agree exactly.
-  template <class Scores>
-  __device__ __forceinline__ static void round_pair(Scores& scores, int e, float (&sums)[2]) {
-    const float2 f = __half22float2(__floats2half2_rn(scores(e), scores(e + 1)));
-    scores(e) = f.x;
-    scores(e + 1) = f.y;
-    sums[row_of(e)] += f.x + f.y;
   }
 };
 

@@ -18,15 +18,17 @@ constexpr QueryTileSizes query_tile(int head_dim) {
 }
 
 struct KeyTileSizes {
-  int kStages;   // tiles of 64 queries in flight: Q, X, Y and dO
-  int kQueries;  // multiplied at once
+  int kStages;            // tiles of 64 queries in flight: Q, X, Y and dO
+  int kQueries;           // multiplied at once
+  bool kKeysInRegisters;  // K and V as left operands
 };
 
-// Registers: dK and dV take d a thread, three score tiles and their rounded copies 2.25 kQueries. Shared
-// memory in KB: K, V 32 + stages 96; or 64 + 128.
+// Registers: dK and dV take d a thread, three score tiles and their rounded copies 2.25 kQueries, K and V d
+// / 2. 64 queries at once would spill at d = 64 now that exponentials run before the other products end.
+// Shared memory in KB: K, V 32 + stages 96; or 64 + 128.
 constexpr KeyTileSizes key_tile(int head_dim) {
-  if (head_dim <= 64) return {3, 64};
-  return {2, 32};
+  if (head_dim <= 64) return {3, 32, true};
+  return {2, 32, false};
 }
 
 }  // namespace nearfield::lla

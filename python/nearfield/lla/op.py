@@ -175,8 +175,10 @@ def _read(
     _runtime.check_device(op, q, _DEVICES)
     _check_backend(op, backend, q, v)
     q, k, v = _runtime.autocast(q, k, v)
+    if x.dtype != q.dtype:
+        x = x.to(_statistics_dtype(q))
     o: Tensor = torch.ops.nearfield.lla_probe_fwd(
-        q, x.to(_statistics_dtype(q)), k, v, cu_seqlens, scale, is_causal, window, backend, grid
+        q, x, k, v, cu_seqlens, scale, is_causal, window, backend, grid
     )[0]
     return o
 

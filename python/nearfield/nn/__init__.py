@@ -14,6 +14,11 @@ from nearfield.nn.neighborhood import (
     NeighborhoodAttention2D,
     NeighborhoodAttention3D,
 )
+from nearfield.nn.neighborhood_local_linear import (
+    NeighborhoodLocalLinearAttention1D,
+    NeighborhoodLocalLinearAttention2D,
+    NeighborhoodLocalLinearAttention3D,
+)
 from nearfield.nn.rotary import rotary
 from nearfield.nn.short_convolution import ShortConvolution
 from nearfield.nn.sliding_window import SlidingWindowAttention
@@ -31,6 +36,9 @@ __all__ = [
     "NeighborhoodAttention1D",
     "NeighborhoodAttention2D",
     "NeighborhoodAttention3D",
+    "NeighborhoodLocalLinearAttention1D",
+    "NeighborhoodLocalLinearAttention2D",
+    "NeighborhoodLocalLinearAttention3D",
     "RingCache",
     "ShortConvolution",
     "SlidingWindowAttention",

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from nearfield.lla import local_linear_attention, local_linear_attention_step
 from nearfield.nn.kv_cache import KVCache
 from nearfield.nn.projection import QKVProjection, check_heads
+from nearfield.nn.ridge import LearnedRidge
 
 _MOST_STEP = 8
 """Up to so many new tokens the direct solver is used, which forms a matrix per query; above, conjugate gradients."""
 
 
-class LocalLinearAttention(nn.Module):
+class LocalLinearAttention(LearnedRidge):
     """Causal local linear attention (arXiv 2510.01450) with a learned ridge per head, ``softplus(theta) + lam_min``.
 
     ``forward(x, cache=None)`` maps ``[B, T, dim]`` to the same; ``new_cache(batch, capacity)`` starts incremental
@@ -54,29 +52,12 @@ class LocalLinearAttention(nn.Module):
     ) -> None:
         super().__init__()
         kv_heads, head_dim = check_heads("LocalLinearAttention", dim, num_heads, num_kv_heads, head_dim)
-        if not 0 < lam_min < lam < math.inf:
-            raise ValueError(
-                f"LocalLinearAttention: got lam {lam} and lam_min {lam_min}, expected 0 < lam_min < lam"
-            )
-        self.window, self.scale, self.tol, self.max_iters, self.lam_min = (
-            window,
-            scale,
-            tol,
-            max_iters,
-            lam_min,
-        )
+        self.window, self.scale, self.tol, self.max_iters = window, scale, tol, max_iters
         self.qkv = QKVProjection(dim, num_heads, kv_heads, head_dim, bias)
         self.q_norm = nn.RMSNorm(head_dim) if qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(head_dim) if qk_norm else nn.Identity()
-        # softplus(theta) = excess, solved for theta without overflow.
-        excess = lam - lam_min
-        self.theta = nn.Parameter(torch.full((num_heads,), excess + math.log(-math.expm1(-excess))))
+        self.begin_ridge(num_heads, lam, lam_min)
         self.proj = nn.Linear(num_heads * head_dim, dim, bias)
-
-    @property
-    def lam(self) -> Tensor:
-        """The ridge per query head, ``[H]``."""
-        return F.softplus(self.theta) + self.lam_min
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """Memory for ``capacity`` tokens of ``batch`` sequences."""
