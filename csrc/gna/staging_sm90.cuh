@@ -76,8 +76,9 @@ __device__ __forceinline__ uint32_t opaque(uint32_t x) {
   return x;
 }
 
-// Rows of 128 bytes in the 128-byte swizzle: a lane's pieces of 16 bytes are permuted by its row (XOR). Buffers
-// begin on 1024 bytes, so a piece further on is the first one's address with some of the bits 4 to 6 flipped.
+// Rows of 128 bytes in the 128-byte swizzle: a lane's pieces of 16 bytes are permuted by its row (XOR).
+// Buffers begin on 1024 bytes, so a piece further on is the first one's address with some of the bits 4 to 6
+// flipped.
 //
 // Where a lane begins with a warp's 16 rows of a 16-bit (keys, queries) operand, from query `first` on.
 template <class Element>
@@ -101,7 +102,8 @@ __device__ __forceinline__ void store_transposed(uint32_t at, const TensorA& rA)
   }
 }
 
-// Where a lane begins with a warp's 16 of kRows rows of floats, from column `column` on, in chunks of 32 floats.
+// Where a lane begins with a warp's 16 of kRows rows of floats, from column `column` on, in chunks of 32
+// floats.
 template <int kRows>
 __device__ __forceinline__ uint32_t float_rows_at(const float* smem, int warp, int column) {
   const int lane = threadIdx.x % 32, row = warp * 16 + lane / 16 * 8 + lane % 8;
