@@ -65,6 +65,28 @@ def test_checks_pass_and_compare_something(case: Case, dtype: torch.dtype) -> No
     assert all(0 < accuracy.error <= accuracy.allowed < 0.2 for accuracy in found.values()), found
 
 
+@pytest.mark.parametrize("factor", [1.0, 1.5])
+def test_8_bits_are_checked_and_have_a_forward_only(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Hopper, with the operator of the CPU."""
+    right = gna.neighborhood_attention
+
+    def attend(q: torch.Tensor, *args: Any, **options: Any) -> Any:
+        return right(q, *args, **options) * (factor if q.dtype == gna.FP8 else 1.0)
+
+    monkeypatch.setattr(gna, "neighborhood_attention", attend)
+    monkeypatch.setattr(gna.GnaCase, "_runs_in_8_bits", lambda self, device: True)
+    results = runner.run_group(
+        groups()["gna"], CPU, Ceiling(1, 1), only="1-D w256, small", passes=("fwd", "bwd")
+    )
+    if factor == 1.0:
+        (row,) = results.rows
+        assert row["float8_fwd_ms"] > 0
+        assert not any(key.startswith("float8_bwd") for key in row)
+    else:
+        assert results.rows == []
+        assert "out, float8 is off by" in results.failures[0]
+
+
 @pytest.mark.parametrize(
     "module, name, case",
     [

@@ -31,7 +31,7 @@ class Contender:
     name: str  # OURS or a peer's: a lower-case word, part of the keys of the results
     forward: Callable[[], Tensor]
     leaves: Sequence[Tensor] = ()  # require gradients
-    gradient: Tensor | None = None  # of the output
+    gradient: Tensor | None = None  # of the output; none: it has a forward only
     same: Hashable = None  # equal for cases in which this one does the same work: it is timed once
 
 

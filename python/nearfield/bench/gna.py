@@ -24,6 +24,8 @@ CHECKED_QUERIES = 16
 # So few of them send back to a key that the rounding of one exponential does not average out, and that of the kernels'
 # own exponential is twice the one of the C library.
 FACTOR = 4.0
+FP8 = torch.float8_e4m3fn
+FP8_DIMS = (64, 128)  # those that Hopper's kernels do not pad
 
 
 @dataclass(frozen=True)
@@ -106,17 +108,29 @@ class GnaCase:
         gradient = torch.randn(self.shape, device=device, dtype=dtype)
 
         def ours() -> Tensor:
-            out = neighborhood_attention(q, k, v, self.window, **self.parameters, backend=self.backend)
-            assert isinstance(out, Tensor)
-            return out
+            return self._attend(q, k, v)
 
         yield Contender(OURS, ours, leaves, gradient)
+        if self._runs_in_8_bits(device):
+            eight = [t.detach().to(FP8) for t in leaves]
+            yield Contender("float8", lambda: self._attend(*eight))
         yield from self._dense(leaves, gradient)
         if device.type == "cuda" and importlib.util.find_spec("natten"):
             import natten
 
             peer = {1: natten.na1d, 2: natten.na2d, 3: natten.na3d}[len(self.size)]
             yield Contender("natten", lambda: peer(q, k, v, self.window, **self.parameters), leaves, gradient)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = neighborhood_attention(q, k, v, self.window, **self.parameters, backend=self.backend)
+        assert isinstance(out, Tensor)
+        return out
+
+    def _runs_in_8_bits(self, device: torch.device) -> bool:
+        """Whether the forward of 8-bit inputs has a kernel of its own here."""
+        if device.type != "cuda" or self.backend is not None or self.dim not in FP8_DIMS:
+            return False
+        return torch.cuda.get_device_capability() == (9, 0)
 
     def _dense(self, leaves: list[Tensor], gradient: Tensor) -> Iterator[Contender]:
         """PyTorch's attention over all pairs: cuDNN's, or FlashAttention-2 where cuDNN refuses the head dim, and beside
@@ -154,8 +168,7 @@ class GnaCase:
         gradient = torch.zeros(self.shape, device=device, dtype=dtype)
         for at in positions:
             gradient[0][at] = torch.randn(self.heads, self.dim, device=device, dtype=dtype)
-        out = neighborhood_attention(q, k, v, self.window, **self.parameters, backend=self.backend)
-        assert isinstance(out, Tensor)
+        out = self._attend(q, k, v)
         got = (out, *torch.autograd.grad(out, (q, k, v), gradient))
         tensors = [t.detach()[0] for t in (q, k, v, gradient)]
         truth, sizes = self._direct(positions, *(t.double() for t in tensors))
@@ -165,7 +178,35 @@ class GnaCase:
         for name, value in zip(("out", "dq", "dk", "dv"), got, strict=True):
             value = value[0][where] if name in ("out", "dq") else value[0]
             found[name] = measure(value, truth[name], eager[name], FACTOR, scale=sizes.get(name, 0.0))
+        if self._runs_in_8_bits(device):
+            found["out, float8"] = self._check_8_bits(positions, *(t.detach().to(FP8) for t in (q, k, v)))
         return found
+
+    def _check_8_bits(self, positions: list[tuple[int, ...]], q: Tensor, k: Tensor, v: Tensor) -> Accuracy:
+        """Beside plain PyTorch that rounds the weights to 8 bits, 2^8 at their largest, and nothing else."""
+        got = self._attend(q, k, v)[0]
+        q, k, v = (t[0].double() for t in (q, k, v))
+        truth: list[Tensor] = []
+        eager: list[Tensor] = []
+        for at in positions:
+            window = self._window(at, q.device)
+            scores = self.dim**-0.5 * torch.einsum("hd,nhd->hn", q[at], k[window].flatten(0, -3))
+            p = (scores - scores.amax(-1, keepdim=True)).exp()
+            for rows, weights in ((truth, p), (eager, (256 * p).to(FP8).double() / 256)):
+                weights = weights / p.sum(-1, keepdim=True)
+                rows.append(torch.einsum("hn,nhd->hd", weights, v[window].flatten(0, -3)))
+        where = tuple(torch.tensor(x, device=q.device) for x in zip(*positions, strict=True))
+        return measure(got[where], torch.stack(truth), torch.stack(eager), FACTOR)
+
+    def _window(self, at: tuple[int, ...], device: torch.device) -> tuple[Tensor, ...]:
+        """The keys that a query sees, as indices of the grid's dimensions."""
+        keys = [
+            torch.tensor(visible_keys(x, length, window, stride, 1, causal), device=device)
+            for x, length, window, stride, causal in zip(
+                at, self.size, self.window, *self.parameters.values(), strict=True
+            )
+        ]
+        return torch.meshgrid(*keys, indexing="ij")
 
     def _direct(
         self, positions: list[tuple[int, ...]], q: Tensor, k: Tensor, v: Tensor, gradient: Tensor
@@ -176,13 +217,7 @@ class GnaCase:
         keys_of = {"dk": torch.zeros_like(k), "dv": torch.zeros_like(v)}
         sizes = {"dq": 0.0, "dk": 0.0}
         for at in positions:
-            keys = [
-                torch.tensor(visible_keys(x, length, window, stride, 1, causal), device=q.device)
-                for x, length, window, stride, causal in zip(
-                    at, self.size, self.window, *self.parameters.values(), strict=True
-                )
-            ]
-            window = torch.meshgrid(*keys, indexing="ij")
+            window = self._window(at, q.device)
             q_x, k_y, v_y, d_out = q[at], k[window].flatten(0, -3), v[window].flatten(0, -3), gradient[at]
             scores = scale * torch.einsum("hd,nhd->hn", q_x, k_y)
             # As the kernels do: the sum is kept in float32, the weights are not kept.

@@ -20,6 +20,7 @@ PEERS = {
     "flash": "FlashAttention-2 (dense)",
     "dense": "PyTorch (dense)",
     "sdpa": "softmax attention",
+    "float8": "itself in float8_e4m3fn",
     "natten": "NATTEN",
     "fla": "fla",
     "flex": "FlexAttention",

@@ -132,6 +132,8 @@ def _peak_mib(call: Callable[[], Any]) -> float:
 def _time_peer(contender: Contender, passes: tuple[Pass, ...], device: torch.device) -> Row:
     row: Row = {}
     for name in passes:
+        if name != "fwd" and contender.gradient is None:
+            continue  # a forward alone
         try:
             call = prepare(contender, name)
             row[f"{contender.name}_{name}_ms"] = time_ms(call, BUDGET_MS[device.type], device=device)
