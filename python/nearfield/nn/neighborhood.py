@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from nearfield.gna import neighborhood_attention
+from nearfield.nn.grid import GridLayer
 from nearfield.nn.projection import QKVProjection, check_heads
-from nearfield.nn.rotary import rotary
 
 
-class NeighborhoodAttention(nn.Module):
+class NeighborhoodAttention(GridLayer):
     """Every position of a grid attends to the window around it: projections and :func:`neighborhood_attention`.
 
     Input and output are ``[B, *X, dim]`` with one, two or three spatial dimensions X. Without grouped heads the parameters are
@@ -31,9 +31,6 @@ class NeighborhoodAttention(nn.Module):
         scale: factor of the scores; default ``head_dim ** -0.5``.
         context_dim: channels of further tokens that every position sees (text, registers); None: there are none.
     """
-
-    rank: int
-    """Number of spatial dimensions, 1 to 3; the derived classes know it."""
 
     def __init__(
         self,
@@ -68,12 +65,7 @@ class NeighborhoodAttention(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """``x [B, *X, dim]``; ``context [B, M, context_dim]``: tokens that every position sees besides its window."""
         what = type(self).__name__
-        if x.dim() != self.rank + 2:
-            raise ValueError(f"{what}: x has shape {list(x.shape)}, expected [B, {'X, ' * self.rank}dim]")
-        q, k, v = self.qkv.split(x)
-        q, k = self.q_norm(q), self.k_norm(k)
-        if self.use_rotary:
-            q, k = rotary(q), rotary(k)
+        q, k, v = self.heads_of(x)
         keys = values = None
         if context is not None:
             if self.context_kv is None:
@@ -100,9 +92,6 @@ class NeighborhoodAttention(nn.Module):
     def window_and_stride(self, size: torch.Size) -> tuple[int | Sequence[int], int | Sequence[int]]:
         """What holds on a grid of this size."""
         return self.kernel_size, self.stride
-
-    def extra_repr(self) -> str:
-        return f"kernel_size={self.kernel_size}, stride={self.stride}, dilation={self.dilation}, is_causal={self.is_causal}"
 
 
 class NeighborhoodAttention1D(NeighborhoodAttention):

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from nearfield.lla import neighborhood_local_linear_attention
+from nearfield.nn.grid import GridLayer
 from nearfield.nn.projection import QKVProjection, check_heads
 from nearfield.nn.ridge import LearnedRidge
-from nearfield.nn.rotary import rotary
 
 
-class NeighborhoodLocalLinearAttention(LearnedRidge):
+class NeighborhoodLocalLinearAttention(GridLayer, LearnedRidge):
     """Every position of a grid fits the window around it: projections and :func:`neighborhood_local_linear_attention`.
 
     Input and output are ``[B, *X, dim]`` with one, two or three spatial dimensions X. The ridge is learned per head,
@@ -34,9 +34,6 @@ class NeighborhoodLocalLinearAttention(LearnedRidge):
         scale: kernel bandwidth; default ``head_dim ** -0.5``.
         tol, max_iters: of the solver, see :func:`local_linear_attention`.
     """
-
-    rank: int
-    """Number of spatial dimensions, 1 to 3; the derived classes know it."""
 
     def __init__(
         self,
@@ -75,14 +72,7 @@ class NeighborhoodLocalLinearAttention(LearnedRidge):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [B, *X, dim]`` to the same shape."""
-        if x.dim() != self.rank + 2:
-            raise ValueError(
-                f"{type(self).__name__}: x has shape {list(x.shape)}, expected [B, {'X, ' * self.rank}dim]"
-            )
-        q, k, v = self.qkv.split(x)
-        q, k = self.q_norm(q), self.k_norm(k)
-        if self.use_rotary:
-            q, k = rotary(q), rotary(k)
+        q, k, v = self.heads_of(x)
         o = neighborhood_local_linear_attention(
             q,
             k,
@@ -98,9 +88,6 @@ class NeighborhoodLocalLinearAttention(LearnedRidge):
         )
         y: Tensor = self.proj(o.flatten(-2))
         return y
-
-    def extra_repr(self) -> str:
-        return f"kernel_size={self.kernel_size}, stride={self.stride}, dilation={self.dilation}, is_causal={self.is_causal}"
 
 
 class NeighborhoodLocalLinearAttention1D(NeighborhoodLocalLinearAttention):
