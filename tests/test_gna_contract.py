@@ -40,6 +40,18 @@ def test_opcheck(additional: int) -> None:
         arguments = (torch.randn_like(out), dlse, *tensors[:3], out, lse, *tensors[3:], *windows, False)
         torch.library.opcheck(BWD, arguments)
         torch.library.opcheck(BWD, (*arguments, None, bias.detach()))
+        torch.library.opcheck(BWD, (*arguments, None, bias.detach(), False))
+
+
+def test_frozen_bias_costs_no_gradient() -> None:
+    inputs = Case((9, 7), (3, 4), batch=2, biased=True).inputs(torch.float32)
+    q, k, v, bias = (t.detach() for t in inputs)
+    windows = ([3, 4], [1, 1], [1, 1], [0, 0], 0.3)
+    out, lse = FWD(q, k, v, None, None, *windows, None, bias)
+    arguments = (torch.randn_like(out), None, q, k, v, out, lse, None, None, *windows, False, None, bias)
+    with_bias, without = BWD(*arguments), BWD(*arguments, False)
+    assert with_bias[5].shape == bias.shape and without[5].shape == (0,)
+    assert all(torch.equal(a, b) for a, b in zip(with_bias[:5], without[:5], strict=True))
 
 
 def compiled_step(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:

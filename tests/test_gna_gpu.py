@@ -170,6 +170,22 @@ def test_bias(case: Case, backend: str, dtype: torch.dtype) -> None:
         torch.use_deterministic_algorithms(False)
 
 
+@by_backend
+def test_frozen_bias_costs_no_gradient(backend: str) -> None:
+    case = Case((40, 50), (7, 9), dim=64, biased=True)
+    *inputs, bias = cuda_inputs(case, torch.bfloat16)
+
+    def kernels(bias: Tensor) -> list[str]:
+        out = case.run([*inputs, bias], backend)[0]
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            out.sum().backward()
+            torch.cuda.synchronize()
+        return [event.name for event in profile.events() if "dbias" in event.name]
+
+    assert len(kernels(bias)) == 1
+    assert kernels(bias.detach()) == []
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 @by_backend
 def test_deterministic_mode(case: Case, backend: str) -> None:

@@ -345,11 +345,11 @@ void run_bwd_cpu(const BwdParams<T, C>& params, const BiasTable<const C>& bias,
   if (p.batch * p.heads * p.tokens() == 0) return;
   compute_delta(params);
   const int macro_tiles = static_cast<int>(std::max<int64_t>(1, kMacroTiles / p.heads_per_kv()));
-  const bool biased = bias.data != nullptr;
-  for_each_work<C>(p, Lanes::queries, macro_tiles, biased ? gradient.parts : 0,
+  const bool with_bias_gradient = gradient.table.data != nullptr;
+  for_each_work<C>(p, Lanes::queries, macro_tiles, with_bias_gradient ? gradient.parts : 0,
                    [&](const Work<C>& work, int axis, BwdScratch<C>& scratch, int64_t part) {
                      BiasTable<C> dbias = gradient.table;
-                     if (biased) dbias.data += part * gradient.part;
+                     if (with_bias_gradient) dbias.data += part * gradient.part;
                      query_gradients(params, bias, dbias, work, axis, scratch);
                    });
   for_each_work<C>(p, Lanes::keys, kMacroTiles, 0,

@@ -64,6 +64,7 @@ const std::vector<Instance<BwdSm80Args>> kQueries = {
 #undef USE_portable_sm80
 #define USE_bwd_dq_sm90(element, dim)
 
+#undef USE_portable_sm80
 #define USE_portable_sm80(element, dim) PORTABLE(bwd_dbias, element, dim)
 const std::vector<Instance<BwdSm80Args>> kBias = {
 #include "gna/instances.def"
@@ -226,7 +227,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cuda(
     Tensor dout, OptionalTensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
     OptionalTensor additional_k, OptionalTensor additional_v, Ints kernel_size, Ints stride, Ints dilation,
     Ints is_causal, double scale, bool deterministic, std::optional<std::string> backend,
-    OptionalTensor bias) {
+    OptionalTensor bias, bool bias_gradient) {
   const char* op = "gna_bwd";
   const Call call =
       check_call(op, q, k, v, additional_k, additional_v, kernel_size, stride, dilation, is_causal, bias);
@@ -236,7 +237,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cuda(
   const DeviceInfo device = device_info(q.get_device_index());
   STD_TORCH_CHECK(scale > 0, op, ": scale is ", scale, ", expected a positive number on CUDA");
   const ScalarType dtype = q.scalar_type();
-  const Plan plan = plan_backward({op, dtype, device.capability, backend}, call, deterministic);
+  const Plan plan = plan_backward({op, dtype, device.capability, backend}, call, deterministic, bias_gradient);
   const bool with_additional = p.additional > 0;
 
   Tensor dq = torch::stable::new_empty(q, shape_of(q)), dk = torch::stable::new_empty(q, shape_of(k));
@@ -244,11 +245,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cuda(
   Tensor add_dk = torch::stable::new_empty(q, with_additional ? shape_of(*additional_k) : Ints{0});
   Tensor add_dv = torch::stable::new_empty(q, with_additional ? shape_of(*additional_v) : Ints{0});
   Tensor dbias = torch::stable::new_zeros(q, {plan.bias_parts, plan.bias_elements}, ScalarType::Float);
-  const auto bias_gradient = [&] {
-    if (!call.biased) return torch::stable::new_empty(q, {0}, ScalarType::Float);
+  const auto summed_bias = [&] {
+    if (plan.bias_parts == 0) return torch::stable::new_empty(q, {0}, ScalarType::Float);
     return torch::stable::reshape(torch::stable::sum(dbias, Ints{0}), shape_of(*bias));
   };
-  if (lse.numel() == 0) return {dq, dk, dv, add_dk, add_dv, bias_gradient()};
+  if (lse.numel() == 0) return {dq, dk, dv, add_dk, add_dv, summed_bias()};
 
   void* stream = current_stream(q);
   const auto check = [&](int error) { STD_TORCH_CHECK(error == 0, op, ": ", cuda_error_string(error)); };
@@ -341,7 +342,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cuda(
         break;
     }
   }
-  return {dq, dk, dv, add_dk, add_dv, bias_gradient()};
+  return {dq, dk, dv, add_dk, add_dv, summed_bias()};
 }
 
 }  // namespace

@@ -222,7 +222,7 @@ Plan plan_forward(const Request& request, const Call& call) {
   return plan;
 }
 
-Plan plan_backward(const Request& request, const Call& call, bool deterministic) {
+Plan plan_backward(const Request& request, const Call& call, bool deterministic, bool bias_gradient) {
   const Problem& whole = call.whole;
   STD_TORCH_CHECK(request.dtype != ScalarType::Float8_e4m3fn, request.op,
                   ": q has dtype Float8_e4m3fn; supported with this dtype: the forward alone");
@@ -279,7 +279,8 @@ Plan plan_backward(const Request& request, const Call& call, bool deterministic)
     }
     plan.steps.push_back(step);
   };
-  if (call.biased) {
+  const bool with_bias_gradient = call.biased && bias_gradient;
+  if (with_bias_gradient) {
     plan.bias_elements = whole.heads * call.bias<float>().size;
     const int64_t ctas = kBiasSms * portable_dbias_tile(portable_head_dim, bytes).kCtas;
     plan.bias_parts = bias_parts(plan.bias_elements, ctas / std::max<int64_t>(1, whole.heads));
@@ -299,7 +300,7 @@ Plan plan_backward(const Request& request, const Call& call, bool deterministic)
     }
     // One buffer takes both shares of dQ if its order, by dilation group, is the same for both.
     const bool undilated = p.groups() == 1;
-    if (call.biased) add(all, Kernel::kBias);
+    if (with_bias_gradient) add(all, Kernel::kBias);
     for_each_launch(all, 0, [&](const Step& group) {
       if (!deterministic) add(group, Kernel::kClearDq);
       add(group, Kernel::kKeys);

@@ -83,7 +83,7 @@ struct Request {
 
 // Throw what the operator throws when there is no kernel.
 Plan plan_forward(const Request& request, const Call& call);
-Plan plan_backward(const Request& request, const Call& call, bool deterministic);
+Plan plan_backward(const Request& request, const Call& call, bool deterministic, bool bias_gradient = true);
 
 // Why Hopper's own kernels do not serve a problem; empty if they do.
 std::string hopper_refuses(int capability, ScalarType dtype, int64_t dim, int64_t dim_v);

@@ -91,7 +91,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cpu(
     Tensor dout, OptionalTensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
     OptionalTensor additional_k, OptionalTensor additional_v, Ints kernel_size, Ints stride, Ints dilation,
     Ints is_causal, double scale, bool /*deterministic: always*/, std::optional<std::string> backend,
-    OptionalTensor bias) {
+    OptionalTensor bias, bool bias_gradient) {
   const char* op = "gna_bwd";
   check_no_backend(op, backend);
   const Call call =
@@ -108,9 +108,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cpu(
   const auto stat = statistics_dtype(q);
   Tensor delta = torch::stable::new_empty(q, shape_of(lse), stat);
   Tensor partial = torch::stable::new_empty(q, {workspace.partial}, stat);
-  const int64_t elements = call.biased ? bias->numel() : 0;
+  bias_gradient &= call.biased;
+  const int64_t elements = bias_gradient ? bias->numel() : 0;
   const int parts = bias_parts(elements, kCpuBiasParts);
-  Tensor dbias = torch::stable::new_empty(q, call.biased ? shape_of(*bias) : Ints{0}, stat);
+  Tensor dbias = torch::stable::new_empty(q, bias_gradient ? shape_of(*bias) : Ints{0}, stat);
   Tensor dbias_parts = torch::stable::new_zeros(q, {parts, elements}, stat);
   dispatch_cpu_dtype(op, "q", q.scalar_type(), [&](auto element) {
     using T = decltype(element);
@@ -139,7 +140,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cpu(
     params.partial = static_cast<C*>(partial.data_ptr());
     if (call.biased) bias = torch::stable::contiguous(*bias);
     const auto table = call.bias(call.biased ? static_cast<const C*>(bias->data_ptr()) : nullptr);
-    C* sums = static_cast<C*>(dbias_parts.data_ptr());
+    C* sums = bias_gradient ? static_cast<C*>(dbias_parts.data_ptr()) : nullptr;
     for (const HeadGroup& group : call.groups) {
       run_bwd_cpu(params.heads(group), table.heads(group),
                   BiasGradient<C>{call.bias(sums).heads(group), elements, parts});
@@ -169,7 +170,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(nearfield, m) {
   m.def(
       "gna_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
       "Tensor? additional_k, Tensor? additional_v, int[] kernel_size, int[] stride, int[] dilation, "
-      "int[] is_causal, float scale, bool deterministic, str? backend=None, Tensor? bias=None) "
+      "int[] is_causal, float scale, bool deterministic, str? backend=None, Tensor? bias=None, "
+      "bool bias_gradient=True) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   // What would run, as JSON. capability: 10 * major + minor of a GPU; 0: the CPU.
   m.def(

@@ -433,17 +433,18 @@ def _bwd_fake(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     additional_k: Tensor | None, additional_v: Tensor | None,
     kernel_size: list[int], stride: list[int], dilation: list[int], is_causal: list[int], scale: float, deterministic: bool,
-    backend: str | None = None, bias: Tensor | None = None,
+    backend: str | None = None, bias: Tensor | None = None, bias_gradient: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     shapes = [t.shape if t is not None else (0,) for t in (q, k, v, additional_k, additional_v)]
     dq, dk, dv, add_dk, add_dv = (q.new_empty(shape) for shape in shapes)
     stat = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return dq, dk, dv, add_dk, add_dv, q.new_empty(bias.shape if bias is not None else (0,), dtype=stat)
+    return dq, dk, dv, add_dk, add_dv, q.new_empty(bias.shape if bias is not None and bias_gradient else (0,), dtype=stat)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, additional_k, additional_v, *ctx.parameters, ctx.backend, bias = inputs
     ctx.save_for_backward(q, k, v, *output, additional_k, additional_v, bias)
+    ctx.bias_gradient = bias is not None and bias.requires_grad
     ctx.set_materialize_grads(False)
 
 
@@ -455,10 +456,10 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tenso
         dout = torch.zeros_like(out)
     dq, dk, dv, add_dk, add_dv, dbias = torch.ops.nearfield.gna_bwd(
         dout, dlse, q, k, v, out, lse, additional_k, additional_v, *ctx.parameters,
-        torch.are_deterministic_algorithms_enabled(), ctx.backend, bias,
+        torch.are_deterministic_algorithms_enabled(), ctx.backend, bias, ctx.bias_gradient,
     )  # fmt: skip
     additional = (None, None) if additional_k is None else (add_dk, add_dv)
-    return dq, dk, dv, *additional, *(None,) * 6, None if bias is None else dbias
+    return dq, dk, dv, *additional, *(None,) * 6, dbias if ctx.bias_gradient else None
 
 
 torch.library.register_fake("nearfield::gna_fwd", _fwd_fake)
