@@ -71,19 +71,24 @@ def test_bias_and_periodic_border_are_told() -> None:
     q = meta(1, 40, 48, 4, 64)
     plain = ask(q, (7, 9))
     biased = ask(q, (7, 9), bias=torch.zeros(4, 13, 17))
-    # Hopper's kernels take the bias; its gradient has one kernel for all GPUs, fed from the lse of any forward.
+    # Hopper's kernels take the bias, and one of them makes its gradient.
     assert biased.forward.because is None
     assert biased.backward.because is None
     assert [step.kernel for step in biased.forward.steps] == ["fwd_sm90"]
     gradients = [step.kernel for step in biased.backward.steps if step.q_tile is not None]
-    assert gradients == ["bwd_dbias_sm80", "bwd_sm90"]
-    # A table of float32 for each of the 3 * 132 / 4 CTAs of a head, for each head.
-    tables = 99 * 4 * 13 * 17 * 4
+    assert gradients == ["bwd_dbias_sm90", "bwd_sm90"]
+    # A table of float32 for each of the 132 / 4 CTAs of a head, for each head.
+    tables = 33 * 4 * 13 * 17 * 4
     assert biased.backward.workspace_bytes == plain.backward.workspace_bytes + tables
     portable = ask(q, (7, 9), bias=torch.zeros(4, 13, 17), backend="portable")
     kernels = [step.kernel for step in portable.backward.steps if step.q_tile is not None]
     assert kernels == ["bwd_dbias_sm80", "bwd_dkv_sm80", "bwd_dq_sm80"]
-    assert portable.backward.workspace_bytes == 40 * 48 * 4 * 8 + tables + 4
+    # The portable kernel has three times the CTAs.
+    assert portable.backward.workspace_bytes == 40 * 48 * 4 * 8 + 3 * tables + 4
+    # Windows with more cells than Hopper's kernel has room for.
+    long = ask(meta(1, 60000, 1, 64), (20000,), bias=torch.zeros(1, 39999))
+    kernels = [step.kernel for step in long.backward.steps if step.q_tile is not None]
+    assert kernels == ["bwd_dbias_sm80", "bwd_sm90"]
     circle = ask(q, (7, 9), periodic=(False, True))
     assert circle.forward.because is None
     assert circle.flop_bound == plain.flop_bound

@@ -117,6 +117,8 @@ BIAS_CASES = [
     Case((60, 3), (50, 1), dim=256, heads=3, biased=True, label="narrow"),
     Case((2048,), (1500,), (7,), causal=(True,), dim=64, biased=True, label="large-table"),
     Case((9, 10, 12), (5, 5, 6), (1, 2, 3), dim=136, dim_v=248, batch=2, biased=True, label="136-batch-by-batch"),
+    Case((70, 90), (13, 22), (3, 4), dim=64, heads=3, biased=True, label="strides-beside-the-boxes"),
+    Case((3, 33, 40), (2, 9, 11), (1, 1, 5), (1, 2, 1), (True, False, False), dim=128, batch=2, biased=True),
 ]  # fmt: skip
 
 

@@ -16,23 +16,50 @@ struct BiasParams {
   float per_scale;  // 1 / scale, so that bias times this can be added to a product
 };
 
+// A place of a slice: a relative position.
+struct SlicePlace {
+  int offset;           // in the table, from the corner of the slice
+  uint32_t coordinate;  // 10 bits a dimension
+};
+
+// The top bit of a field is free: it stays set where a coordinate is within the limits.
+constexpr uint32_t kPlaceGuard = 1u << 9 | 1u << 19 | 1u << 29;
+
+__device__ __forceinline__ int places_of_slice(const Box& q_box, const Box& kv_box) {
+  return bias_side(q_box, kv_box, 0) * bias_side(q_box, kv_box, 1) * bias_side(q_box, kv_box, 2);
+}
+
+// Where the slice of two boxes lies in the table, if their first tokens are `distance` apart.
+struct SliceOfTable {
+  uint32_t low = kPlaceGuard, high = kPlaceGuard;
+  int first = 0;
+
+  __device__ __forceinline__ SliceOfTable(const BiasTable<const float>& table, const Problem& p,
+                                          const Box& q_box, const int (&distance)[3]) {
+#pragma unroll
+    for (int d = 0; d < 3; ++d) {
+      const int corner = distance[d] + p.window[d] - q_box.side[d], room = 2 * p.window[d] - 1 - corner;
+      low -= static_cast<uint32_t>(min(max(-corner, 0), 511)) << 10 * (2 - d);
+      high += static_cast<uint32_t>(min(max(room, 0), 511) - 1) << 10 * (2 - d);
+      first += corner * table.step[d];
+    }
+  }
+  // Whether the table has the place.
+  __device__ __forceinline__ bool holds(const SlicePlace& place) const {
+    return ((low + place.coordinate) & (high - place.coordinate) & kPlaceGuard) == kPlaceGuard;
+  }
+};
+
 // Rows stay, columns are visited. kDirection says which of them are the queries: forward, the rows.
 template <int kRows, int kColumns, int kStages, int kPlaces, Direction kDirection>
 struct BiasSlices {
   static constexpr bool kForward = kDirection == Direction::kForward;
-  struct Place {
-    int offset;           // in the table, from the corner of the slice
-    uint32_t coordinate;  // 10 bits a dimension
-  };
   int row[kRows];  // bytes
   // A thread's columns in its own order: column 8 j + 2 quad + {0, 1} is at [quad][2 j + {0, 1}].
   alignas(16) int column[4][kColumns / 4 + 4];
-  Place place[kPlaces];
+  SlicePlace place[kPlaces];
   alignas(16) float slice[kStages][kPlaces];
   Ring<kStages> ring;  // of the kernels that hold queries; in the others a slice comes with the statistics
-
-  // The top bit of a field is free: it stays set where a coordinate is within the limits.
-  static constexpr uint32_t kGuard = 1u << 9 | 1u << 19 | 1u << 29;
 
   // By all threads of a CTA, before the roles part.
   __device__ void build(const Box& q_box, const Box& kv_box, const BiasTable<const float>& table,
@@ -66,24 +93,15 @@ struct BiasSlices {
   __device__ __forceinline__ void fill(int stage, const BiasTable<const float>& table, int head,
                                        const Problem& p, const Box& q_box, const Box& kv_box,
                                        const int (&query)[3], const int (&key)[3], bool no_key) {
-    uint32_t low = kGuard, high = kGuard;
-    int first = 0, count = 1;
-#pragma unroll
-    for (int d = 0; d < 3; ++d) {
-      const int corner = key[d] - query[d] + p.window[d] - q_box.side[d];
-      const int room = no_key ? 0 : 2 * p.window[d] - 1 - corner;
-      low -= static_cast<uint32_t>(min(max(-corner, 0), 511)) << 10 * (2 - d);
-      high += static_cast<uint32_t>(min(max(room, 0), 511) - 1) << 10 * (2 - d);
-      first += corner * table.step[d];
-      count *= bias_side(q_box, kv_box, d);
-    }
+    const SliceOfTable within(table, p, q_box, {key[0] - query[0], key[1] - query[1], key[2] - query[2]});
     const float* from = table.data + head * table.head;
+    const int count = places_of_slice(q_box, kv_box);
     for (int n = threadIdx.x % 32; n < count; n += 32) {
-      const Place at = place[n];
-      const bool exists = ((low + at.coordinate) & (high - at.coordinate) & kGuard) == kGuard;
+      const SlicePlace at = place[n];
+      const bool exists = !no_key && within.holds(at);
       // Addresses of what does not exist are not read.
       cute::SM80_CP_ASYNC_CACHEALWAYS_ZFILL<uint32_t>::copy(
-          reinterpret_cast<const uint32_t&>(from[exists ? first + at.offset : 0]),
+          reinterpret_cast<const uint32_t&>(from[exists ? within.first + at.offset : 0]),
           reinterpret_cast<uint32_t&>(slice[stage][n]), exists);
     }
   }

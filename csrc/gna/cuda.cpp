@@ -3,8 +3,8 @@
 #include "nearfield_build.h"
 #endif
 #ifdef NEARFIELD_GNA
+#include "gna/dbias_sm90.h"
 #include "gna/plan.h"
-#include "gna/sm80.h"
 #include "nearfield/device.h"
 
 namespace nearfield::gna {
@@ -34,6 +34,7 @@ struct Instance {
 #define USE_bwd_ends_sm80(element)
 #define USE_bwd_sm90(element, dim)
 #define USE_bwd_dq_sm90(element, dim)
+#define USE_bwd_dbias_sm90(element, dim)
 
 #define USE_fwd_sm90(element, dim) HOPPER(fwd_sm90, element, dim)
 #define USE_portable_sm80(element, dim) PORTABLE(fwd, element, dim)
@@ -64,7 +65,8 @@ const std::vector<Instance<BwdSm80Args>> kQueries = {
 #undef USE_portable_sm80
 #define USE_bwd_dq_sm90(element, dim)
 
-#undef USE_portable_sm80
+#undef USE_bwd_dbias_sm90
+#define USE_bwd_dbias_sm90(element, dim) HOPPER(bwd_dbias_sm90, element, dim)
 #define USE_portable_sm80(element, dim) PORTABLE(bwd_dbias, element, dim)
 const std::vector<Instance<BwdSm80Args>> kBias = {
 #include "gna/instances.def"
@@ -226,8 +228,8 @@ std::tuple<Tensor, Tensor> fwd_8bit_cuda(Tensor q, Tensor k, Tensor v, OptionalT
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cuda(
     Tensor dout, OptionalTensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
     OptionalTensor additional_k, OptionalTensor additional_v, Ints kernel_size, Ints stride, Ints dilation,
-    Ints is_causal, double scale, bool deterministic, std::optional<std::string> backend,
-    OptionalTensor bias, bool bias_gradient) {
+    Ints is_causal, double scale, bool deterministic, std::optional<std::string> backend, OptionalTensor bias,
+    bool bias_gradient) {
   const char* op = "gna_bwd";
   const Call call =
       check_call(op, q, k, v, additional_k, additional_v, kernel_size, stride, dilation, is_causal, bias);
@@ -237,7 +239,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cuda(
   const DeviceInfo device = device_info(q.get_device_index());
   STD_TORCH_CHECK(scale > 0, op, ": scale is ", scale, ", expected a positive number on CUDA");
   const ScalarType dtype = q.scalar_type();
-  const Plan plan = plan_backward({op, dtype, device.capability, backend}, call, deterministic, bias_gradient);
+  const Plan plan =
+      plan_backward({op, dtype, device.capability, backend}, call, deterministic, bias_gradient);
   const bool with_additional = p.additional > 0;
 
   Tensor dq = torch::stable::new_empty(q, shape_of(q)), dk = torch::stable::new_empty(q, shape_of(k));

@@ -20,7 +20,7 @@ const char* name_of(const Step& step) {
     case Kernel::kQueries:
       return step.portable ? "bwd_dq_sm80" : "bwd_dq_sm90";
     case Kernel::kBias:
-      return "bwd_dbias_sm80";
+      return step.portable ? "bwd_dbias_sm80" : "bwd_dbias_sm90";
     case Kernel::kRoundDq:
       return "bwd_ends_sm80::finish";
   }

@@ -6,7 +6,7 @@
 #include <mutex>
 
 #include "architectures.h"
-#include "gna/sm80.h"
+#include "gna/dbias_sm90.h"
 #include "nearfield/tile_plan.h"
 
 namespace nearfield::gna {
@@ -203,6 +203,42 @@ void for_each_launch(const Step& step, int d, const Add& add) {
   }
 }
 
+// On Hopper a CTA has the same share of one head after the other: as many heads at once as the L2 cache
+// holds, where rows are long. With rows of at most 128 bytes copies are hidden either way (measured,
+// README.md).
+int64_t heads_at_once(const Problem& p, int head_dim, int element_bytes) {
+  if (head_dim * element_bytes <= 128) return std::clamp<int64_t>(p.heads, 1, kBiasSms);
+  constexpr int64_t kCached = int64_t{36} << 20;
+  const int64_t head_bytes =
+      std::max<int64_t>(1, p.batch * p.tokens() * 2 * (p.dim + p.dim_v) * element_bytes);
+  const int64_t heads = std::max<int64_t>(1, p.heads);
+  const int64_t fit = std::clamp<int64_t>(kCached / head_bytes, 1, std::min(heads, kBiasSms));
+  const int64_t rounds = (heads + fit - 1) / fit;
+  return (heads + rounds - 1) / rounds;
+}
+
+// Hopper's kernel where it has room for the cells of these windows.
+std::vector<Step> bias_gradient_steps(Step all, int portable_head_dim, int element_bytes) {
+  all.kernel = Kernel::kBias;
+  std::vector<Step> steps;
+  bool fits = !all.portable;
+  if (fits) {
+    for_each_launch(all, 0, [&](Step group) {
+      const DbiasTile tile = dbias_tile(group.head_dim);
+      group.tiles = choose_tiles(group, true, tile.kBlockM, tile.kBlockN, Direction::kForward);
+      fits &= Cells(group.problem, group.tiles.q, group.tiles.kv).total() <= kMostCells;
+      steps.push_back(group);
+    });
+  }
+  if (fits) return steps;
+  // The portable kernel needs of the forward only lse.
+  all.portable = true;
+  all.head_dim = portable_head_dim;
+  const PortableTile tile = portable_dbias_tile(portable_head_dim, element_bytes);
+  all.tiles = choose_tiles(all, true, tile.kStaying, tile.kMoving, Direction::kForward);
+  return {all};
+}
+
 }  // namespace
 
 Plan plan_forward(const Request& request, const Call& call) {
@@ -270,20 +306,15 @@ Plan plan_backward(const Request& request, const Call& call, bool deterministic,
       step.head_dim = dq_head_dim;
       step.tiles = query_stationary_tiles(step, call.biased, query_tile.kBlockM, query_tile.kBlockN);
     }
-    if (kernel == Kernel::kBias) {
-      // Portable everywhere: it needs of the forward only lse.
-      step.portable = true;
-      step.head_dim = portable_head_dim;
-      const PortableTile bias = portable_dbias_tile(portable_head_dim, bytes);
-      step.tiles = choose_tiles(step, true, bias.kStaying, bias.kMoving, Direction::kForward);
-    }
     plan.steps.push_back(step);
   };
   const bool with_bias_gradient = call.biased && bias_gradient;
   if (with_bias_gradient) {
     plan.bias_elements = whole.heads * call.bias<float>().size;
-    const int64_t ctas = kBiasSms * portable_dbias_tile(portable_head_dim, bytes).kCtas;
-    plan.bias_parts = bias_parts(plan.bias_elements, ctas / std::max<int64_t>(1, whole.heads));
+    const int64_t wanted = plan.portable ? kBiasSms * portable_dbias_tile(head_dim, bytes).kCtas /
+                                               std::max<int64_t>(1, whole.heads)
+                                         : kBiasSms / heads_at_once(whole, head_dim, bytes);
+    plan.bias_parts = bias_parts(plan.bias_elements, wanted);
   }
 
   add({Kernel::kStats, head_dim, plan.portable, {whole}, whole}, Kernel::kStats);
@@ -300,7 +331,9 @@ Plan plan_backward(const Request& request, const Call& call, bool deterministic,
     }
     // One buffer takes both shares of dQ if its order, by dilation group, is the same for both.
     const bool undilated = p.groups() == 1;
-    if (with_bias_gradient) add(all, Kernel::kBias);
+    if (with_bias_gradient) {
+      for (const Step& step : bias_gradient_steps(all, portable_head_dim, bytes)) plan.steps.push_back(step);
+    }
     for_each_launch(all, 0, [&](const Step& group) {
       if (!deterministic) add(group, Kernel::kClearDq);
       add(group, Kernel::kKeys);

@@ -438,7 +438,8 @@ def _bwd_fake(
     shapes = [t.shape if t is not None else (0,) for t in (q, k, v, additional_k, additional_v)]
     dq, dk, dv, add_dk, add_dv = (q.new_empty(shape) for shape in shapes)
     stat = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return dq, dk, dv, add_dk, add_dv, q.new_empty(bias.shape if bias is not None and bias_gradient else (0,), dtype=stat)
+    dbias = q.new_empty(bias.shape if bias is not None and bias_gradient else (0,), dtype=stat)
+    return dq, dk, dv, add_dk, add_dv, dbias
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
