@@ -27,7 +27,7 @@ struct BwdKernelParams {
   int* next_work;
 };
 
-enum BwdBarrier : int { kDsWritten = 1, kDsRead = 2, kVRead = 3, kFirstS = 4 };
+enum BwdBarrier : int { kDsWritten = 1, kDsRead = 2, kVRead = 3, kFirstS = 4, kFirstDp = 5 };
 
 // ---- Producer warps ----
 
