@@ -13,6 +13,7 @@
 
 #include "delta/sm90.h"
 #include "nearfield/mma.cuh"
+#include "nearfield/pairs.cuh"
 #include "nearfield/pipeline.cuh"
 #include "nearfield/tma.h"
 
@@ -56,25 +57,6 @@ __device__ __forceinline__ uint128_t& matrices_at(Element* image, int row, int p
   const int lane = threadIdx.x % 32, matrix = lane / 8;
   const int down = kRowsFirst ? matrix % 2 : matrix / 2, right = kRowsFirst ? matrix / 2 : matrix % 2;
   return *reinterpret_cast<uint128_t*>(image_piece(image, row + 8 * down + lane % 8, piece + right));
-}
-
-template <class Element>
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-  cutlass::NumericArrayConverter<Element, float, 2> convert;
-  const auto pair = convert(cutlass::Array<float, 2>{low, high});
-  return reinterpret_cast<const uint32_t&>(pair);
-}
-template <class Element>
-__device__ __forceinline__ float2 unpack(uint32_t word) {
-  const auto* pair = reinterpret_cast<const Element*>(&word);
-  return {static_cast<float>(pair[0]), static_cast<float>(pair[1])};
-}
-
-// What rounding a and b into `high` lost, rounded.
-template <class Element>
-__device__ __forceinline__ uint32_t pack_low(float a, float b, uint32_t high) {
-  const float2 rounded = unpack<Element>(high);
-  return pack<Element>(a - rounded.x, b - rounded.y);
 }
 
 // A warp's 16 columns of a [64 rows of the image] tile whose transpose it holds as a (64, 64) accumulator:
