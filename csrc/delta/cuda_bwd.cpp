@@ -116,8 +116,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> delta
   const ScalarType type = q.scalar_type(), wide = ScalarType::Float;
   const bool empty = x.N == 0 || x.T == 0;
   const auto absent_or = [&](bool present, const std::vector<int64_t>& shape) {
-    if (!present) return new_empty(q, {0}, wide);
-    return empty ? new_zeros(q, shape, wide) : new_empty(q, shape, wide);
+    if (!present) return allocate(q, {0}, wide);
+    return empty ? new_zeros(q, shape, wide) : allocate(q, shape, wide);
   };
   Tensor dq = token_rows(q, x, {x.B, x.T, x.H, x.K}, type);
   Tensor dk = token_rows(q, x, {x.B, x.T, x.H, x.K}, type);

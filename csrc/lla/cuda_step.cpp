@@ -105,7 +105,7 @@ Tensor step_cuda(const Tensor& q_, const Tensor& k, const Tensor& v, std::option
   const Instance& instance = pick(op, q_, d, dv, device.capability == 90 && has_steps(k) && has_steps(v));
   const Tensor q = dense_rows(q_);
   const auto s = q.sizes();
-  const Tensor o = new_empty(q, {s[0], s[1], s[2], dv});
+  const Tensor o = allocate(q, {s[0], s[1], s[2], dv});
   if (o.numel() == 0) return o;
   check_alignment(op, "k_cache", k), check_alignment(op, "v_cache", v);
 
@@ -128,7 +128,7 @@ Tensor step_cuda(const Tensor& q_, const Tensor& k, const Tensor& v, std::option
   args.splits = static_cast<int>(std::clamp<int64_t>(std::min(wanted, keys / kKeysPerSplit), 1, kMaxSplits));
   Tensor moments;
   if (args.splits > 1) {
-    moments = new_empty(q, {queries * args.splits * instance.floats}, ScalarType::Float);
+    moments = allocate(q, {queries * args.splits * instance.floats}, ScalarType::Float);
     args.moments = data_of<float>(moments);
   }
   const int error = instance.run(args, current_stream(q));
