@@ -228,15 +228,21 @@ __device__ __forceinline__ void multiply(Mma& mma, Element* a, Element* b, Acc& 
   issue_gemm<kZeroInit>(mma, thread_mma.partition_fragment_A(sA), thread_mma.partition_fragment_B(sB), acc);
 }
 
-// The rows of a (64, 64) accumulator times those of an image, summed over the columns: for rows
-// 16 warp + lane / 4 and + 8, in every lane of a quad.
+// Of a (64, 8 pieces) accumulator: the product of 64 rows with all columns of an image, or some of them.
+template <class Acc>
+constexpr int kPiecesOf = decltype(size(std::declval<Acc>()))::value / 4;
+
+// The rows of an accumulator times those of an image, summed over the columns: for rows 16 warp + lane / 4
+// and + 8, in every lane of a quad.
 template <class Element, class Acc>
-__device__ __forceinline__ void row_dots(Element* image, int warp, const Acc& acc, float (&sum)[2]) {
+__device__ __forceinline__ void row_dots(Element* image, int warp, const Acc& acc, float (&sum)[2],
+                                         int first_piece = 0) {
   sum[0] = sum[1] = 0.f;
   CUTE_UNROLL
-  for (int j = 0; j < 8; j += 2) {
+  for (int j = 0; j < kPiecesOf<Acc>; j += 2) {
     uint32_t words[4];
-    SM75_U32x4_LDSM_N::copy(matrices_at<true>(image, 16 * warp, j), words[0], words[1], words[2], words[3]);
+    SM75_U32x4_LDSM_N::copy(matrices_at<true>(image, 16 * warp, first_piece + j), words[0], words[1],
+                            words[2], words[3]);
     CUTE_UNROLL
     for (int w = 0; w < 4; ++w) {
       const float2 x = unpack<Element>(words[w]);
@@ -259,11 +265,13 @@ __device__ __forceinline__ void scale_rows(Acc& acc, float first, float second) 
 
 // acc -= factor of the row times the row of the image.
 template <class Element, class Acc>
-__device__ __forceinline__ void subtract_rows(Element* image, int warp, const float (&factor)[2], Acc& acc) {
+__device__ __forceinline__ void subtract_rows(Element* image, int warp, const float (&factor)[2], Acc& acc,
+                                              int first_piece) {
   CUTE_UNROLL
-  for (int j = 0; j < 8; j += 2) {
+  for (int j = 0; j < kPiecesOf<Acc>; j += 2) {
     uint32_t words[4];
-    SM75_U32x4_LDSM_N::copy(matrices_at<true>(image, 16 * warp, j), words[0], words[1], words[2], words[3]);
+    SM75_U32x4_LDSM_N::copy(matrices_at<true>(image, 16 * warp, first_piece + j), words[0], words[1],
+                            words[2], words[3]);
     CUTE_UNROLL
     for (int w = 0; w < 4; ++w) {
       const float2 x = unpack<Element>(words[w]);
@@ -330,13 +338,20 @@ __device__ __forceinline__ float dot_with_v(Element* y, const Element* v, int co
   return sum + __shfl_xor_sync(kAll, sum, 2);
 }
 
-// Eight lanes (lane / 4) share 16 columns, 8 n + 2 (lane % 4) and the next, n < 8; their sums end with n =
-// lane / 4 with its bits reversed.
-__device__ __forceinline__ float2 sum_over_lanes(float (&column)[16]) {
+// Eight lanes (lane / 4) share columns 8 n + 2 (lane % 4) and the next, n < 8 or n < 4; the sums of n end
+// where it is lane / 4 with its bits reversed (and n < 4 in both of two lanes).
+template <int kColumns>
+__device__ __forceinline__ float2 sum_over_lanes(float (&column)[kColumns]) {
+  static_assert(kColumns == 16 || kColumns == 8);
   const int lane = threadIdx.x % 32;
   CUTE_UNROLL
-  for (int step = 16, left = 8; step >= 4; step /= 2, left /= 2) {  // each step halves the columns of a lane
-    const bool upper = lane & step;
+  for (int step = 16, left = kColumns / 2; step >= 4; step /= 2, left /= 2) {
+    if (left == 1) {
+      CUTE_UNROLL
+      for (int x = 0; x < 2; ++x) column[x] += __shfl_xor_sync(0xffffffffu, column[x], step);
+      break;
+    }
+    const bool upper = lane & step;  // each step halves the columns of a lane
     CUTE_UNROLL
     for (int x = 0; x < left; ++x) {
       const float give = upper ? column[x] : column[x + left];
@@ -346,9 +361,11 @@ __device__ __forceinline__ float2 sum_over_lanes(float (&column)[16]) {
   }
   return {column[0], column[1]};
 }
+template <int kColumns = 16>
 __device__ __forceinline__ int column_after_sum() {
   const int lane = threadIdx.x % 32;
-  return 8 * ((lane >> 4 & 1) * 4 + (lane >> 3 & 1) * 2 + (lane >> 2 & 1)) + 2 * (lane % 4);
+  const int n = (lane >> 4 & 1) * 4 + (lane >> 3 & 1) * 2 + (lane >> 2 & 1);
+  return 8 * (n * kColumns / 16) + 2 * (lane % 4);
 }
 
 // Sum over rows i >= t and columns j < t of a strictly lower (64, 64) accumulator, over this warp's 16 rows:
@@ -380,22 +397,23 @@ __device__ __forceinline__ float2 pair_sums(const Acc& m, int warp) {
   return sum_over_lanes(column);
 }
 
-// A warp's 16 rows of a (64, 64) accumulator, rounded, to rows of `out` that are `stride` elements apart.
+// A warp's 16 rows of an accumulator, rounded, to rows of `out` that are `stride` elements apart.
 template <class Element, class Acc>
-__device__ __forceinline__ void store_gradient(Element* image, int warp, const Acc& acc, Element* out,
-                                               int64_t stride, int valid, int columns) {
-  uint32_t words[16];
+__device__ __forceinline__ void store_gradient(Element* image, int warp, int first_piece, const Acc& acc,
+                                               Element* out, int64_t stride, int valid, int columns) {
+  constexpr int kPieces = kPiecesOf<Acc>, kAtOnce = 32 / kPieces;
+  uint32_t words[2 * kPieces];
   CUTE_UNROLL
-  for (int x = 0; x < 16; ++x) words[x] = pack<Element>(acc(2 * x), acc(2 * x + 1));
-  store_rows(image, warp, words);
+  for (int x = 0; x < 2 * kPieces; ++x) words[x] = pack<Element>(acc(2 * x), acc(2 * x + 1));
+  store_rows<kPieces>(image, warp, words, first_piece);
   __syncwarp();
-  const int lane = threadIdx.x % 32, piece = lane % 8;
+  const int lane = threadIdx.x % 32, piece = lane % kPieces;
   CUTE_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    const int row = 16 * warp + 4 * i + lane / 8;
+  for (int i = 0; i < 16; i += kAtOnce) {
+    const int row = 16 * warp + i + lane / kPieces;
     if (row < valid && piece * 8 < columns) {
       *reinterpret_cast<uint4*>(out + row * stride + piece * 8) =
-          *reinterpret_cast<const uint4*>(image_piece(image, row, piece));
+          *reinterpret_cast<const uint4*>(image_piece(image, row, first_piece + piece));
     }
   }
 }
@@ -408,7 +426,7 @@ __device__ __forceinline__ void store_head_gradient(int warp, const Acc& acc, fl
   for (int h = 0; h < 2; ++h) {
     const int row = 16 * warp + 8 * h + lane / 4;
     CUTE_UNROLL
-    for (int n = 0; n < 8; ++n) {
+    for (int n = 0; n < kPiecesOf<Acc>; ++n) {
       const int column = 8 * n + 2 * (lane % 4);
       if (row < valid && column < columns)
         *reinterpret_cast<float2*>(out + row * stride + column) =
@@ -417,15 +435,17 @@ __device__ __forceinline__ void store_head_gradient(int warp, const Acc& acc, fl
   }
 }
 
-// dq and dk of this warpgroup's 64 features, times the factors of the norms, to where they belong. q and k:
-// their images, overwritten. All threads.
+// dq and dk of this warpgroup's features, times the factors of the norms, to where they belong. q and k:
+// the images with them, overwritten. All threads.
 template <class Element, class Sums, class Acc>
 __device__ __forceinline__ void finish_rows(const ChunkGradientArgs& args, const GradientPlace& z, Sums& sums,
                                             Element* q, Element* k, Acc& dq, Acc& dk,
                                             const float (&q_norm)[2], const float (&k_norm)[2]) {
   const InputsSm90& in = args.in;
   const int wg = threadIdx.x / 128, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
-  const int row0 = 16 * warp + lane / 4, first_key = wg * kImageColumns;
+  constexpr int kColumns = 8 * kPiecesOf<Acc>, kGroups = static_cast<int>(std::extent_v<decltype(sums.q_dq)>);
+  const int row0 = 16 * warp + lane / 4, first_key = wg * kColumns;
+  const int first_piece = first_key % kImageColumns / 8;
   const int columns = static_cast<int>(in.key_dim) - first_key;
   if (args.dq_heads != nullptr) {
     const int64_t out = z.first_row * in.key_dim + first_key, stride = z.row * in.key_dim;
@@ -435,8 +455,8 @@ __device__ __forceinline__ void finish_rows(const ChunkGradientArgs& args, const
   }
   if (in.qk_l2norm) {  // dx = z - x rstd^2 (x . z), where z = rstd dy
     float q_dot[2], k_dot[2];
-    row_dots(q, warp, dq, q_dot);
-    row_dots(k, warp, dk, k_dot);
+    row_dots(q, warp, dq, q_dot, first_piece);
+    row_dots(k, warp, dk, k_dot, first_piece);
     if (lane % 4 == 0) {
       CUTE_UNROLL
       for (int h = 0; h < 2; ++h) {
@@ -449,17 +469,20 @@ __device__ __forceinline__ void finish_rows(const ChunkGradientArgs& args, const
     CUTE_UNROLL
     for (int h = 0; h < 2; ++h) {
       const int i = row0 + 8 * h;
-      along[0][h] = q_norm[h] * q_norm[h] * (sums.q_dq[0][i] + sums.q_dq[1][i]);
-      along[1][h] = k_norm[h] * k_norm[h] * (sums.k_dk[0][i] + sums.k_dk[1][i]);
+      float of_q = 0.f, of_k = 0.f;
+      CUTE_UNROLL
+      for (int g = 0; g < kGroups; ++g) of_q += sums.q_dq[g][i], of_k += sums.k_dk[g][i];
+      along[0][h] = q_norm[h] * q_norm[h] * of_q;
+      along[1][h] = k_norm[h] * k_norm[h] * of_k;
     }
-    subtract_rows(q, warp, along[0], dq);
-    subtract_rows(k, warp, along[1], dk);
+    subtract_rows(q, warp, along[0], dq, first_piece);
+    subtract_rows(k, warp, along[1], dk, first_piece);
   }
   cutlass::arch::NamedBarrier::sync(128, 1 + wg);  // Q and K have been read
   // one block, and as many value heads as key heads
   const int64_t out = z.first_row * in.key_dim + first_key, stride = z.row * in.key_dim;
-  store_gradient(q, warp, dq, static_cast<Element*>(args.dq) + out, stride, z.valid, columns);
-  store_gradient(k, warp, dk, static_cast<Element*>(args.dk) + out, stride, z.valid, columns);
+  store_gradient(q, warp, first_piece, dq, static_cast<Element*>(args.dq) + out, stride, z.valid, columns);
+  store_gradient(k, warp, first_piece, dk, static_cast<Element*>(args.dk) + out, stride, z.valid, columns);
 }
 
 // One warp, two tokens per lane: dbeta from the sums, and through the activation.
