@@ -113,7 +113,8 @@ __device__ __forceinline__ auto part_accumulator() {
 
 // dA = -tril(Y V'^T, -1) and dP = s tril(dO V'^T): the warp takes the columns of one block.
 template <class Storage>
-__device__ __forceinline__ void score_gradients(Storage& s, const OwnPart& part, int value_images, float scale) {
+__device__ __forceinline__ void score_gradients(Storage& s, const OwnPart& part, int value_images,
+                                                float scale) {
   using Element = std::remove_reference_t<decltype(s.q[0])>;
   const int lane = threadIdx.x % 32, columns = part.group;
   if (columns > part.block) return;
@@ -391,8 +392,8 @@ __device__ __forceinline__ void cross_blocks(typename Traits::Storage& s, const 
       sums[4 + 2 * n] += k.x * last[n][2 * h], sums[5 + 2 * n] += k.y * last[n][2 * h + 1];
     }
     if (block > 1) continue;
-    const float2 passing = sum_over_lanes(sums);
-    const int which = column_after_sum<8>() / 8;
+    const float2 passing = sum_over_rows(sums);
+    const int which = lane / 8;
     if ((lane & 4) == 0 && (block == 0 || which < 2))
       *reinterpret_cast<float2*>(
           &s.sums.pairs[block == 0 ? which / 2 : 2][channels + 8 * (2 * pair + which % 2)]) = passing;
@@ -423,18 +424,8 @@ __device__ __forceinline__ void state_dots(Element* state, Element* d_state, int
       }
     }
   }
-  CUTE_UNROLL
-  for (int step = 16, left = 4; step >= 4; step /= 2, left /= 2) {
-    const bool upper = lane & step;
-    CUTE_UNROLL
-    for (int x = 0; x < left; ++x) {
-      const float give = upper ? sum[x] : sum[x + left], keep = upper ? sum[x + left] : sum[x];
-      sum[x] = keep + __shfl_xor_sync(0xffffffffu, give, step);
-    }
-  }
-  sum[0] += __shfl_xor_sync(0xffffffffu, sum[0], 2);
-  sum[0] += __shfl_xor_sync(0xffffffffu, sum[0], 1);
-  const int channel = 8 * piece + (lane >> 4 & 1) * 4 + (lane >> 3 & 1) * 2 + (lane >> 2 & 1);
+  sum_over_lanes<1, 1>(sum);
+  const int channel = 8 * piece + lane / 4;
   if (lane % 4 == 0) out[channel] = sum[0] * exp2_fast(G_end[channel]);
 }
 
@@ -442,10 +433,10 @@ __device__ __forceinline__ void state_dots(Element* state, Element* d_state, int
 // From the last row to the first, so that dk_j has what reaches it from rows from i on when row i asks for
 // it:
 //   dg_i += sum_{j < i} k_j sum_{m >= i} e^{G_m - G_j} (beta_m dA_mj k_m + dP_mj q_m)
-// no_division: rows whose dbeta needs k . dk.
+// and k . dk as a reader where dbeta needs it.
 template <class Traits>
 __device__ __forceinline__ void pairs_in_block(typename Traits::Storage& s, const OwnPart& part,
-                                               uint32_t no_division) {
+                                               bool dbeta_needs_k) {
   using Element = typename Traits::Element;
   const int lane = threadIdx.x % 32, first = part.first_row();
   const float* G = s.G + first * Traits::kGateRow + part.first_channel() + lane;
@@ -455,50 +446,45 @@ __device__ __forceinline__ void pairs_in_block(typename Traits::Storage& s, cons
     return static_cast<float>(
         image_piece(part.image(images), first + i, part.first_piece() + lane / 8)[lane % 8]);
   };
-  float k[kBlockRows], decay[kBlockRows], dk[kBlockRows] = {};
+  // dq and dg take the places of q and the decays.
+  float k[kBlockRows], q[kBlockRows], decay[kBlockRows], dk[kBlockRows] = {}, k_dk[kBlockRows];
   float before = G[0];
   CUTE_UNROLL
   for (int i = 0; i < kBlockRows; ++i) {
     k[i] = s.k_norm[first + i] * value(s.k, i);
+    q[i] = s.q_norm[first + i] * value(s.q, i);
     const float here = G[i * Traits::kGateRow];
     decay[i] = exp2_fast(here - before);
     before = here;
   }
-  const auto four_rows = [&](auto group) {  // a loop: code that is only run once has to be fetched each time
-    constexpr int kFirst = 4 * decltype(group)::value, kColumns = kFirst + 4;
-    CUTE_NO_UNROLL
-    for (int i = kColumns - 1; i >= kFirst; --i) {
-      const float q = s.q_norm[first + i] * value(s.q, i), k_i = s.k_norm[first + i] * value(s.k, i);
-      const float beta = s.beta[first + i], beta_k = beta * k_i;
-      float dq = 0.f, dk_row = 0.f, dg = 0.f, e = 1.f;
-      CUTE_UNROLL
-      for (int j = kColumns - 1; j >= 0; --j) {  // dA and dP are 0 above the diagonal
-        if (j < kColumns - 1) e = j < kFirst || j < i ? e * decay[j + 1] : 1.f;
-        const float2 d = s.diagonal[part.block][i][j];
-        const float source = e * k[j];
-        dq += d.y * source;
-        dk_row += d.x * source;
-        dk[j] += e * (d.x * beta_k + d.y * q);
-        if (j < kColumns - 1) dg += (j < kFirst || j < i ? k[j] : 0.f) * dk[j];
-      }
-      CUTE_UNROLL
-      for (int j = kFirst; j < kColumns; ++j) dk[j] += j == i ? beta * dk_row : 0.f;
-      parked_at(parked_q, i, lane) += dq;
-      parked_at(parked_g, i, lane) += dg;
-      if (no_division >> i & 1) {
-        float dot = k_i * dk_row;
-        CUTE_UNROLL
-        for (int step = 16; step >= 1; step /= 2) dot += __shfl_xor_sync(0xffffffffu, dot, step);
-        if (lane == 0) s.sums.k_diagonal[part.group][first + i] = dot;
-      }
-    }
+  CUTE_UNROLL
+  for (int i = kBlockRows - 1; i >= 0; --i) {
+    const float beta = s.beta[first + i], beta_k = beta * k[i];
+    const float2* d = s.diagonal[part.block][i];
+    float dq = d[i].y * k[i], dk_row = 0.f, dg = 0.f, e = 1.f;
     CUTE_UNROLL
-    for (int j = kFirst; j < kColumns; ++j) parked_at(parked_k, j, lane) += dk[j];
-  };
-  four_rows(Int<3>{});
-  four_rows(Int<2>{});
-  four_rows(Int<1>{});
-  four_rows(Int<0>{});
+    for (int j = i - 1; j >= 0; --j) {
+      e *= decay[j + 1];
+      const float source = e * k[j];
+      dq += d[j].y * source;
+      dk_row += d[j].x * source;
+      dk[j] += e * (d[j].x * beta_k + d[j].y * q[i]);
+      dg += k[j] * dk[j];
+    }
+    k_dk[i] = k[i] * dk_row;
+    dk[i] += d[i].y * q[i] + beta * dk_row;
+    q[i] = dq;
+    decay[i] = dg;
+  }
+  CUTE_UNROLL
+  for (int i = 0; i < kBlockRows; ++i) {
+    parked_at(parked_q, i, lane) += q[i];
+    parked_at(parked_k, i, lane) += dk[i];
+    parked_at(parked_g, i, lane) += decay[i];
+  }
+  if (!dbeta_needs_k) return;
+  sum_over_lanes<1, 1>(k_dk);
+  if (lane % 2 == 0) s.sums.k_diagonal[part.group][first + lane / 2] = k_dk[0];
 }
 
 // dg of the part, a lane per channel, through the activation of the gate to memory.
@@ -624,8 +610,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   const auto gate = [&](int row, int n) {
     return *reinterpret_cast<const float2*>(&s.G[row * kGateRow + part.first_channel() + 8 * n + 2 * quad]);
   };
-  const uint32_t no_division = __ballot_sync(
-      0xffffffffu, lane < kBlockRows && fabsf(s.beta[part.first_row() + lane % 16]) < kLeastDivisor);
+  const bool dbeta_needs_k =  // in some row of the block
+      __any_sync(0xffffffffu, fabsf(s.beta[part.first_row() + lane % kBlockRows]) < kLeastDivisor);
   const float scale = static_cast<float>(in.scale);
 
   // 1. dA and dP.
@@ -656,7 +642,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       column[at / 4 * 2] += beta[h] * k_norm[h] * k.x * dk_row(at);
       column[at / 4 * 2 + 1] += beta[h] * k_norm[h] * k.y * dk_row(at + 1);
     });
-    const float2 enter = sum_over_lanes(column);
+    const float2 enter = sum_over_rows(column);
     if (part.block > 0) *reinterpret_cast<float2*>(&s.sums.enter[part.block - 1][sum_channel]) = enter;
   }
 
@@ -676,7 +662,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       column[at / 4 * 2] += k_norm[h] * k.x * dk_column(at);
       column[at / 4 * 2 + 1] += k_norm[h] * k.y * dk_column(at + 1);
     });
-    const float2 leave = sum_over_lanes(column);
+    const float2 leave = sum_over_rows(column);
     if (part.block < kBlocks - 1) *reinterpret_cast<float2*>(&s.sums.leave[part.block][sum_channel]) = leave;
   }
   __syncthreads();  // dO, Y, S and dS are free
@@ -685,7 +671,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   scale_blocks<Traits>(s);
   __syncthreads();
   cross_blocks<Traits>(s, part, dq, dk_row, dk_column);
-  if (no_division != 0) {
+  if (dbeta_needs_k) {
     float dot[2];
     row_dots(part.image(s.k), part.block, dk_row, dot, part.first_piece());
     if (quad == 0) {
@@ -743,7 +729,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   __syncwarp();
 
   // 6. Pairs within the block; the gate's gradient through its activation.
-  pairs_in_block<Traits>(s, part, no_division);
+  pairs_in_block<Traits>(s, part, dbeta_needs_k);
   finish_gates<Traits>(s, part, args, z);
   __syncwarp();
   for_parked(parked_q, [&](int at, float2& x) { dq(at) = x.x, dq(at + 1) = x.y; });

@@ -338,34 +338,32 @@ __device__ __forceinline__ float dot_with_v(Element* y, const Element* v, int co
   return sum + __shfl_xor_sync(kAll, sum, 2);
 }
 
-// Eight lanes (lane / 4) share columns 8 n + 2 (lane % 4) and the next, n < 8 or n < 4; the sums of n end
-// where it is lane / 4 with its bits reversed (and n < 4 in both of two lanes).
-template <int kColumns>
-__device__ __forceinline__ float2 sum_over_lanes(float (&column)[kColumns]) {
-  static_assert(kColumns == 16 || kColumns == 8);
-  const int lane = threadIdx.x % 32;
+// kCount sums over the lanes that differ in bits from kLowest on: each step halves those of a lane, until it
+// has kKept of them. They begin with number kCount / 32 * lane, if bits below kLowest are 0.
+template <int kKept, int kLowest, int kStep = 16, int kCount>
+__device__ __forceinline__ void sum_over_lanes(float (&x)[kCount]) {
+  constexpr int kLeft = kCount * kStep / 32;
   CUTE_UNROLL
-  for (int step = 16, left = kColumns / 2; step >= 4; step /= 2, left /= 2) {
-    if (left == 1) {
-      CUTE_UNROLL
-      for (int x = 0; x < 2; ++x) column[x] += __shfl_xor_sync(0xffffffffu, column[x], step);
-      break;
-    }
-    const bool upper = lane & step;  // each step halves the columns of a lane
-    CUTE_UNROLL
-    for (int x = 0; x < left; ++x) {
-      const float give = upper ? column[x] : column[x + left];
-      const float keep = upper ? column[x + left] : column[x];
-      column[x] = keep + __shfl_xor_sync(0xffffffffu, give, step);
-    }
+  for (int i = 0; i < (kLeft < kKept ? kKept : 0); ++i) x[i] += __shfl_xor_sync(0xffffffffu, x[i], kStep);
+  const bool upper = threadIdx.x & kStep;
+  CUTE_UNROLL
+  for (int i = 0; i < (kLeft < kKept ? 0 : kLeft); ++i) {
+    const float give = upper ? x[i] : x[i + kLeft], keep = upper ? x[i + kLeft] : x[i];
+    x[i] = keep + __shfl_xor_sync(0xffffffffu, give, kStep);
   }
+  if constexpr (kStep > kLowest) sum_over_lanes<kKept, kLowest, kStep / 2>(x);
+}
+// Eight lanes (lane / 4) share columns 8 n + 2 (lane % 4) and the next, n < 8 or n < 4; their sums end in
+// lanes with n = lane / 4, or n = lane / 8.
+template <int kColumns>
+__device__ __forceinline__ float2 sum_over_rows(float (&column)[kColumns]) {
+  sum_over_lanes<2, 4>(column);
   return {column[0], column[1]};
 }
 template <int kColumns = 16>
 __device__ __forceinline__ int column_after_sum() {
   const int lane = threadIdx.x % 32;
-  const int n = (lane >> 4 & 1) * 4 + (lane >> 3 & 1) * 2 + (lane >> 2 & 1);
-  return 8 * (n * kColumns / 16) + 2 * (lane % 4);
+  return 8 * (lane / (64 / kColumns)) + 2 * (lane % 4);
 }
 
 // Sum over rows i >= t and columns j < t of a strictly lower (64, 64) accumulator, over this warp's 16 rows:
@@ -394,7 +392,7 @@ __device__ __forceinline__ float2 pair_sums(const Acc& m, int warp) {
       before[h] += __shfl_sync(kAll, sum, 3, 4);
     }
   }
-  return sum_over_lanes(column);
+  return sum_over_rows(column);
 }
 
 // A warp's 16 rows of an accumulator, rounded, to rows of `out` that are `stride` elements apart.
