@@ -89,7 +89,8 @@ struct OwnPart {
 
   __device__ __forceinline__ OwnPart() {
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
-    block = warp % kBlocks, group = warp / kBlocks;
+    group = warp / kBlocks;
+    block = (warp + group) % kBlocks;  // blocks differ in work, and a scheduler has every fourth warp
   }
   __device__ __forceinline__ int index() const { return kBlocks * group + block; }
   __device__ __forceinline__ int first_row() const { return kBlockRows * block; }
@@ -308,38 +309,40 @@ __device__ __forceinline__ void cross_blocks(typename Traits::Storage& s, const 
   const auto scale = [](float (&c)[4], const float2& by) {
     c[0] *= by.x, c[1] *= by.y, c[2] *= by.x, c[3] *= by.y;
   };
-  CUTE_UNROLL
-  for (int pair = 0; pair < kGroupPieces / 2; ++pair) {  // of pieces of 8 channels
+  if (block > 0) {
     // This block reads: sources in blocks J before, at the anchor of block J + 1.
-    float to_q[2][4] = {}, to_k[2][4] = {};
+    float to_q[kGroupPieces][4] = {}, to_k[kGroupPieces][4] = {};
+    CUTE_NO_UNROLL
     for (int J = 0; J < block; ++J) {
       if (J > 0) {
         CUTE_UNROLL
-        for (int n = 0; n < 2; ++n) {
-          const float2 decay = step(J, 2 * pair + n);
+        for (int n = 0; n < kGroupPieces; ++n) {
+          const float2 decay = step(J, n);
           scale(to_q[n], decay);
           scale(to_k[n], decay);
         }
       }
-      uint32_t a[4], p[4], b[4];
+      uint32_t a[4], p[4];
       SM75_U32x4_LDSM_N::copy(matrices_at<true>(s.dA, part.first_row(), 2 * J), a[0], a[1], a[2], a[3]);
       SM75_U32x4_LDSM_N::copy(matrices_at<true>(s.dP, part.first_row(), 2 * J), p[0], p[1], p[2], p[3]);
-      SM75_U16x8_LDSM_T::copy(matrices_at<true>(k_source, kBlockRows * J, part.first_piece() + 2 * pair),
-                              b[0], b[1], b[2], b[3]);
       CUTE_UNROLL
-      for (int n = 0; n < 2; ++n) {
-        warp_mma<Element>(to_q[n], p, b[2 * n], b[2 * n + 1]);
-        warp_mma<Element>(to_k[n], a, b[2 * n], b[2 * n + 1]);
+      for (int n = 0; n < kGroupPieces; n += 2) {
+        uint32_t b[4];
+        SM75_U16x8_LDSM_T::copy(matrices_at<true>(k_source, kBlockRows * J, part.first_piece() + n), b[0],
+                                b[1], b[2], b[3]);
+        CUTE_UNROLL
+        for (int x = 0; x < 2; ++x) {
+          warp_mma<Element>(to_q[n + x], p, b[2 * x], b[2 * x + 1]);
+          warp_mma<Element>(to_k[n + x], a, b[2 * x], b[2 * x + 1]);
+        }
       }
     }
-    if (block > 0) {
-      CUTE_UNROLL
-      for (int x = 0; x < 4; ++x) {
-        const int n = x / 2, h = x % 2, at = 4 * (2 * pair + n) + 2 * h;
-        const float2 decay = between(row0 + 8 * h, part.first_row(), 2 * pair + n);
-        dq(at) += decay.x * to_q[n][2 * h], dq(at + 1) += decay.y * to_q[n][2 * h + 1];
-        dk_row(at) += decay.x * to_k[n][2 * h], dk_row(at + 1) += decay.y * to_k[n][2 * h + 1];
-      }
+    CUTE_UNROLL
+    for (int x = 0; x < 2 * kGroupPieces; ++x) {
+      const int n = x / 2, h = x % 2, at = 4 * n + 2 * h;
+      const float2 decay = between(row0 + 8 * h, part.first_row(), n);
+      dq(at) += decay.x * to_q[n][2 * h], dq(at + 1) += decay.y * to_q[n][2 * h + 1];
+      dk_row(at) += decay.x * to_k[n][2 * h], dk_row(at + 1) += decay.y * to_k[n][2 * h + 1];
     }
   }
   if (block == kBlocks - 1) return;
@@ -577,14 +580,16 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     Barrier::arrive_and_expect_tx(&s.qk_here, 2 * Traits::kTile * 2 + Traits::kTile * 4);
     load_tokens<kKeyDim>(maps.k, &s.qk_here, s.k, 0, z.token, head_k, z.sequence.batch);
     load_tokens<kKeyDim>(maps.q, &s.qk_here, s.q, 0, z.token, head_k, z.sequence.batch);
-    load_values(s, maps, args, z);
-    load_states(s.d_state, args.d_states, &s.d_state_here, z);
   }
   if (threadIdx.x / 32 == 1) {
     for (int row = lane; row < kRows; row += 32) {
       const float* from = args.G + (z.chunk * kRows + row) * kKeyDim;
       copy_in(s.G + row * kGateRow, from, kKeyDim * 4, &s.qk_here);
     }
+  }
+  if (threadIdx.x == 64) {
+    load_values(s, maps, args, z);
+    load_states(s.d_state, args.d_states, &s.d_state_here, z);
   }
   if (threadIdx.x < kRows) {
     s.beta[threadIdx.x] = rows.beta[threadIdx.x];
@@ -752,7 +757,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   }
   scale_rows(dq, q_norm[0], q_norm[1]);
   scale_rows(dk_row, k_norm[0], k_norm[1]);
-  finish_rows(args, z, s.sums, part.image(s.q), part.image(s.k), dq, dk_row, q_norm, k_norm);
+  finish_rows(args, z, s.sums, part.block, part.image(s.q), part.image(s.k), dq, dk_row, q_norm, k_norm);
 }
 
 template <class Tag, int kKeyDim>

@@ -433,14 +433,14 @@ __device__ __forceinline__ void store_head_gradient(int warp, const Acc& acc, fl
   }
 }
 
-// dq and dk of this warpgroup's features, times the factors of the norms, to where they belong. q and k:
-// the images with them, overwritten. All threads.
+// dq and dk of this warpgroup's features, times the factors of the norms, to where they belong. A warp has
+// rows 16 warp and following. q and k: the images with these features, overwritten. All threads.
 template <class Element, class Sums, class Acc>
 __device__ __forceinline__ void finish_rows(const ChunkGradientArgs& args, const GradientPlace& z, Sums& sums,
-                                            Element* q, Element* k, Acc& dq, Acc& dk,
+                                            int warp, Element* q, Element* k, Acc& dq, Acc& dk,
                                             const float (&q_norm)[2], const float (&k_norm)[2]) {
   const InputsSm90& in = args.in;
-  const int wg = threadIdx.x / 128, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
+  const int wg = threadIdx.x / 128, lane = threadIdx.x % 32;
   constexpr int kColumns = 8 * kPiecesOf<Acc>, kGroups = static_cast<int>(std::extent_v<decltype(sums.q_dq)>);
   const int row0 = 16 * warp + lane / 4, first_key = wg * kColumns;
   const int first_piece = first_key % kImageColumns / 8;
@@ -796,7 +796,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
   scale_rows(dq, q_norm[0], q_norm[1]);
   scale_rows(dk, k_norm[0], k_norm[1]);
 
-  finish_rows(args, z, s.sums, q_image, k_image, dq, dk, q_norm, k_norm);
+  finish_rows(args, z, s.sums, warp, q_image, k_image, dq, dk, q_norm, k_norm);
 }
 
 template <class Traits, class Kernel>
