@@ -76,7 +76,7 @@ struct ChunkGradientChannelTraits : ChunkGradientTraits<Tag, kKeyDim_> {
     alignas(128) float G[kRows * kGateRow];
     alignas(8) float steps[2][kKeyDim];  // e^{G_32 - G_16}, e^{G_48 - G_32}
     Sums sums;
-    float beta[kRows], k_norm[kRows], q_norm[kRows];
+    alignas(16) float beta[kRows], k_norm[kRows], q_norm[kRows];
     GradientPlace place;
     uint64_t qk_here, values_here, state_here, d_state_here;
   };
@@ -575,29 +575,31 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   const int value_images = z.value_images;
   const ChunkRows& rows = args.rows[z.chunk];
 
+  // Each warp that loads waits for something else.
+  const int warp = threadIdx.x / 32;
   if (threadIdx.x == 0) {
     const int head_k = static_cast<int>(z.head_k);
-    Barrier::arrive_and_expect_tx(&s.qk_here, 2 * Traits::kTile * 2 + Traits::kTile * 4);
+    Barrier::arrive_and_expect_tx(&s.qk_here, 2 * Traits::kTile * 2 + Traits::kTile * 4 + 3 * kRows * 4);
     load_tokens<kKeyDim>(maps.k, &s.qk_here, s.k, 0, z.token, head_k, z.sequence.batch);
     load_tokens<kKeyDim>(maps.q, &s.qk_here, s.q, 0, z.token, head_k, z.sequence.batch);
-  }
-  if (threadIdx.x / 32 == 1) {
+    copy_in(s.beta, rows.beta, kRows * 4, &s.qk_here);
+    copy_in(s.k_norm, rows.k_norm, kRows * 4, &s.qk_here);
+    copy_in(s.q_norm, rows.q_norm, kRows * 4, &s.qk_here);
+  } else if (warp == 1) {
     for (int row = lane; row < kRows; row += 32) {
       const float* from = args.G + (z.chunk * kRows + row) * kKeyDim;
       copy_in(s.G + row * kGateRow, from, kKeyDim * 4, &s.qk_here);
     }
+  } else if (warp == 2) {
+    if (lane == 0) load_values(s, maps, args, z);
+  } else if (warp == 3) {
+    wait_for_walk(args, z);
+    if (lane == 0) {
+      load_y(s, args, z);
+      load_states(s.d_state, args.d_states, &s.d_state_here, z);
+    }
   }
-  if (threadIdx.x == 64) {
-    load_values(s, maps, args, z);
-    load_states(s.d_state, args.d_states, &s.d_state_here, z);
-  }
-  if (threadIdx.x < kRows) {
-    s.beta[threadIdx.x] = rows.beta[threadIdx.x];
-    s.k_norm[threadIdx.x] = rows.k_norm[threadIdx.x];
-    s.q_norm[threadIdx.x] = rows.q_norm[threadIdx.x];
-  }
-  const Element* v = z.value_row<Element>(in, rows, threadIdx.x / 4);
-  __syncthreads();
+  __syncwarp();
   Barrier::wait(&s.qk_here, 0);
   Barrier::wait(&s.values_here, 0);
   asm volatile("" ::: "memory");
@@ -621,8 +623,12 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
 
   // 1. dA and dP.
   score_gradients(s, part, value_images, scale);
-  const float y_v = dot_with_v(s.y, v, z.values(in));
-  if (threadIdx.x % 4 == 0 && threadIdx.x / 4 < kRows) s.sums.y_v[threadIdx.x / 4] = y_v;
+  if (threadIdx.x < 4 * kRows) {
+    const int row = threadIdx.x / 4;
+    const bool asked = fabsf(s.beta[row]) < kLeastDivisor;
+    const float y_v = dot_with_v(s.y, asked ? z.value_row<Element>(in, rows, row) : nullptr, z.values(in));
+    if (threadIdx.x % 4 == 0) s.sums.y_v[row] = y_v;
+  }
 
   // 2. Through the entering state: dq = s e^G dO S^T, dk = -e^G Y S^T (without beta).
   Tensor dq = part_accumulator(), dk_row = part_accumulator(), dk_column = part_accumulator();

@@ -166,17 +166,18 @@ __device__ __forceinline__ void load_states(Element* to, const void* states, uin
   copy_in(to, static_cast<const char*>(states) + 2 * z.first_image * kImageBytes, bytes, barrier);
 }
 
-// One thread: what the walk leaves of a chunk is in memory, for loads of the copy engine.
+// One warp: what the walk leaves of a chunk is in memory, for loads of the copy engine. The flags are asked
+// for side by side: each takes as long as a read of memory.
 __device__ __forceinline__ void wait_for_walk(const ChunkGradientArgs& args, const GradientPlace& z) {
-  for (int v = 0; v < z.value_images; ++v) {
-    for (int there = 0; there == 0;) {
-      asm volatile("ld.acquire.gpu.global.s32 %0, [%1];"
-                   : "=r"(there)
-                   : "l"(args.announced + z.first_image + v)
-                   : "memory");
-      if (there == 0) __nanosleep(100);
-    }
+  const int v = threadIdx.x % 32;
+  for (int there = v >= z.value_images; there == 0;) {
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];"
+                 : "=r"(there)
+                 : "l"(args.announced + z.first_image + v)
+                 : "memory");
+    if (there == 0) __nanosleep(100);
   }
+  __syncwarp();
   asm volatile("fence.proxy.async;" ::: "memory");
 }
 
@@ -185,7 +186,7 @@ __device__ __forceinline__ void wait_for_end_of_walk() {
   if (blockIdx.x == gridDim.x - 1) asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
-// One thread: V', dO and S, then Y.
+// One thread: V', dO and S. Y arrives at the barrier of V' and dO, too.
 template <class Storage>
 __device__ __forceinline__ void load_values(Storage& s, const ChunkGradientMaps& maps,
                                             const ChunkGradientArgs& args, const GradientPlace& z) {
@@ -193,16 +194,17 @@ __device__ __forceinline__ void load_values(Storage& s, const ChunkGradientMaps&
   const int head = static_cast<int>(z.head), first = static_cast<int>(z.block * kValueBlock);
   const int bytes = z.value_images * kImageBytes;
   Barrier::arrive_and_expect_tx(&s.values_here, 3 * bytes);
-  const auto load = [&](auto* images, const void* from) {
-    copy_in(images, static_cast<const char*>(from) + z.first_image * kImageBytes, bytes, &s.values_here);
-  };
-  load(s.v_new, args.v_new);
+  copy_in(s.v_new, static_cast<const char*>(args.v_new) + z.first_image * kImageBytes, bytes, &s.values_here);
   for (int v = 0; v < z.value_images; ++v)
     load_tokens<64>(maps.dout, &s.values_here, s.dout + v * kImage, first + 64 * v, z.token, head,
                     z.sequence.batch);
   load_states(s.state, args.states, &s.state_here, z);
-  wait_for_walk(args, z);
-  load(s.y, args.y);
+}
+// One thread, behind wait_for_walk.
+template <class Storage>
+__device__ __forceinline__ void load_y(Storage& s, const ChunkGradientArgs& args, const GradientPlace& z) {
+  copy_in(s.y, static_cast<const char*>(args.y) + z.first_image * kImageBytes, z.value_images * kImageBytes,
+          &s.values_here);
 }
 // Rows past the end are the next sequence, or padding that may hold NaN. All threads.
 template <class Storage>
@@ -616,6 +618,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
     copy_in(s.G, rows.G, kRows * 4, &s.qk_here);
     copy_in(s.k_norm, rows.k_norm, kRows * 4, &s.qk_here);
     load_values(s, maps, args, z);
+  }
+  if (threadIdx.x / 32 == 1) {
+    wait_for_walk(args, z);
+    if (lane == 0) load_y(s, args, z);
   }
   // This thread's rows of every accumulator: 16 warp + lane / 4 and + 8.
   const int row0 = 16 * warp + lane / 4;
