@@ -403,33 +403,30 @@ __device__ __forceinline__ void cross_blocks(typename Traits::Storage& s, const 
   }
 }
 
-// e^{G_C} S . dS per channel: a warp has 8 channels, a lane every 32nd value of them.
+// e^{G_C} S . dS per channel: a warp has 8 channels, whose products with themselves are the diagonal of one
+// by mma.sync.
 template <class Element>
 __device__ __forceinline__ void state_dots(Element* state, Element* d_state, int value_images,
                                            const float* G_end, float* out) {
   const int lane = threadIdx.x % 32, piece = threadIdx.x / 32;
-  float sum[8] = {};
+  float sum[4] = {};
   CUTE_NO_UNROLL
   for (int v = 0; v < value_images; ++v) {
     CUTE_UNROLL
-    for (int x = 0; x < 2; ++x) {
-      const auto at = [&](Element* images) {
-        return *reinterpret_cast<const uint4*>(
-            image_piece(images + (2 * v + piece / 8) * kImage, lane + 32 * x, piece % 8));
+    for (int x = 0; x < kRows; x += 32) {
+      const auto load = [&](Element* images, uint32_t (&to)[4]) {
+        Element* from = image_piece(images + (2 * v + piece / 8) * kImage, x + lane, piece % 8);
+        SM75_U16x8_LDSM_T::copy(*reinterpret_cast<const uint128_t*>(from), to[0], to[1], to[2], to[3]);
       };
-      const uint4 a = at(state), b = at(d_state);
-      const uint32_t left[4] = {a.x, a.y, a.z, a.w}, right[4] = {b.x, b.y, b.z, b.w};
-      CUTE_UNROLL
-      for (int w = 0; w < 4; ++w) {
-        const float2 y = unpack<Element>(left[w]), z = unpack<Element>(right[w]);
-        sum[2 * w] += y.x * z.x;
-        sum[2 * w + 1] += y.y * z.y;
-      }
+      uint32_t a[4], b[4];
+      load(state, a);
+      load(d_state, b);
+      warp_mma<Element>(sum, {a[0], 0, a[1], 0}, b[0], b[1]);
+      warp_mma<Element>(sum, {a[2], 0, a[3], 0}, b[2], b[3]);
     }
   }
-  sum_over_lanes<1, 1>(sum);
   const int channel = 8 * piece + lane / 4;
-  if (lane % 4 == 0) out[channel] = sum[0] * exp2_fast(G_end[channel]);
+  if (has_diagonal()) out[channel] = (lane & 4 ? sum[1] : sum[0]) * exp2_fast(G_end[channel]);
 }
 
 // The pairs within a block, a lane per channel: what they give is added to the parked dq and dk and to dg.
@@ -577,6 +574,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
 
   // Each warp that loads waits for something else.
   const int warp = threadIdx.x / 32;
+  constexpr int kLoaders = Traits::kWarps / 2;  // of G
   if (threadIdx.x == 0) {
     const int head_k = static_cast<int>(z.head_k);
     Barrier::arrive_and_expect_tx(&s.qk_here, 2 * Traits::kTile * 2 + Traits::kTile * 4 + 3 * kRows * 4);
@@ -586,17 +584,18 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     copy_in(s.k_norm, rows.k_norm, kRows * 4, &s.qk_here);
     copy_in(s.q_norm, rows.q_norm, kRows * 4, &s.qk_here);
   } else if (warp == 1) {
-    for (int row = lane; row < kRows; row += 32) {
-      const float* from = args.G + (z.chunk * kRows + row) * kKeyDim;
-      copy_in(s.G + row * kGateRow, from, kKeyDim * 4, &s.qk_here);
-    }
-  } else if (warp == 2) {
     if (lane == 0) load_values(s, maps, args, z);
-  } else if (warp == 3) {
+  } else if (warp == 2) {
     wait_for_walk(args, z);
     if (lane == 0) {
       load_y(s, args, z);
       load_states(s.d_state, args.d_states, &s.d_state_here, z);
+    }
+  } else if (warp >= kLoaders && lane == 0) {  // a warp issues copies one by one, and slowly
+    CUTE_UNROLL
+    for (int i = 0; i < kRows / kLoaders; ++i) {
+      const int row = warp % kLoaders + kLoaders * i;
+      copy_in(s.G + row * kGateRow, args.G + (z.chunk * kRows + row) * kKeyDim, kKeyDim * 4, &s.qk_here);
     }
   }
   __syncwarp();
