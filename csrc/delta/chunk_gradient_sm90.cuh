@@ -341,7 +341,7 @@ __device__ __forceinline__ float dot_with_v(Element* y, const Element* v, int co
 }
 
 // kCount sums over the lanes that differ in bits from kLowest on: each step halves those of a lane, until it
-// has kKept of them. They begin with number kCount / 32 * lane, if bits below kLowest are 0.
+// has kKept of them, from number kCount / 32 * lane on, rounded down to a multiple of kKept.
 template <int kKept, int kLowest, int kStep = 16, int kCount>
 __device__ __forceinline__ void sum_over_lanes(float (&x)[kCount]) {
   constexpr int kLeft = kCount * kStep / 32;
