@@ -77,14 +77,15 @@ __device__ __forceinline__ void load_transposed(Element* image, int warp, uint32
                             words[2 * j + 2], words[2 * j + 3]);
   }
 }
-// A warp's 16 rows of an image, in accumulator order: word 2 j + i has rows 8 i + lane / 4, columns 8 j + 2
-// (lane % 4).
-template <class Element>
-__device__ __forceinline__ void store_rows(Element* image, int warp, const uint32_t* words) {
+// A warp's 16 rows of pieces of an image, in accumulator order: word 2 j + i has rows 8 i + lane / 4, columns
+// 8 j + 2 (lane % 4) behind the first piece.
+template <int kPieces = 8, class Element>
+__device__ __forceinline__ void store_rows(Element* image, int warp, const uint32_t* words,
+                                           int first_piece = 0) {
   CUTE_UNROLL
-  for (int j = 0; j < 8; j += 2) {
+  for (int j = 0; j < kPieces; j += 2) {
     SM90_U32x4_STSM_N::copy(words[2 * j], words[2 * j + 1], words[2 * j + 2], words[2 * j + 3],
-                            matrices_at<true>(image, 16 * warp, j));
+                            matrices_at<true>(image, 16 * warp, first_piece + j));
   }
 }
 
