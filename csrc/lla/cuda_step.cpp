@@ -125,9 +125,12 @@ Tensor step_cuda(const Tensor& q_, const Tensor& k, const Tensor& v, std::option
 
   const int64_t queries = args.batch * args.heads * args.m, keys = std::min(args.n, args.window);
   const int64_t wanted = kBlocksPerSm * device.num_sms / queries;
-  args.splits = static_cast<int>(std::clamp<int64_t>(std::min(wanted, keys / kKeysPerSplit), 1, kMaxSplits));
+  const int64_t splits = std::clamp<int64_t>(std::min(wanted, keys / kKeysPerSplit), 1, kMaxSplits);
+  // Fewer splits, if they give every SM a block: a cluster adds up faster than a second kernel.
+  args.cluster = instance.hopper && splits > 1 && (splits <= kMaxCluster || queries * kMaxCluster >= device.num_sms);
+  args.splits = static_cast<int>(args.cluster ? std::min<int64_t>(splits, kMaxCluster) : splits);
   Tensor moments;
-  if (args.splits > 1) {
+  if (args.splits > 1 && !args.cluster) {
     moments = new_empty(q, {queries * args.splits * instance.floats}, ScalarType::Float);
     args.moments = data_of<float>(moments);
   }

@@ -7,6 +7,7 @@
 namespace nearfield::lla {
 
 constexpr int kMaxSplits = 32;
+constexpr int kMaxCluster = 8;  // what every GPU with clusters can place
 
 struct StepArgs {
   int64_t batch, m, n, heads, kv_heads;
@@ -23,7 +24,8 @@ struct StepArgs {
   void* o;  // [B, m, Hq, dv] contiguous
 
   int splits;      // of the visible keys of a query, 1 to kMaxSplits
-  float* moments;  // splits > 1: [B, Hk, splits, G m] x Moments::kFloats
+  bool cluster;    // they are a thread-block cluster, at most kMaxCluster, and need no memory
+  float* moments;  // splits > 1, no cluster: [B, Hq, m, splits] x Moments::kFloats
 };
 
 // What a split knows of its keys, in units of the inputs: sums of w, w k', w v, w k' k'^T, w k' v^T with

@@ -20,6 +20,7 @@
 #include <cute/tensor.hpp>
 
 #include "lla/step_answer.cuh"
+#include "lla/step_cluster_sm90.cuh"
 #include "nearfield/mma.cuh"
 #include "nearfield/softmax.cuh"
 #include "nearfield/tma.h"
@@ -63,12 +64,15 @@ struct StepTraits {
     union {
       alignas(1024) uint16_t stage[kStages][kTile];
       System<kD> system;
+      typename ClusterShared<kD, kDv>::Chunks chunk;
     };
     // Row 0 of 8; the others are zero. Row 0 is not swizzled.
     alignas(1024) Raw q[kKeyImages][8 * 64];
     alignas(1024) Half weights[2][8 * 64];  // square roots, of even and odd tiles
     uint64_t full[kStages];
-    float delta[kD], key_sum[kD], value_sum[kDv];
+    ClusterShared<kD, kDv> cluster;
+    StepQuery<kD> query;
+    alignas(8) float delta[kD], key_sum[kD], value_sum[kDv];
     float largest[3][kStepWarps<kD>];  // per warp: score, |k|, |v|
     float sum[4];                      // of the weights of 16 keys of every tile
     int argmax;
@@ -116,7 +120,8 @@ __global__ void __launch_bounds__(kStepThreads<kD>, (StepTraits<Tag, kD, kDv>::k
 
   const StepWork work(args);
   const int num_tiles = work.num_tiles;
-  if (num_tiles == 0) return work.answer_without_keys<Tag, kD, kDv>(args);
+  if (num_tiles == 0 && !args.cluster)
+    return args.splits == 1 ? work.answer_without_keys<Tag>(args) : work.record_no_keys<kD, kDv>(args);
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = warp / 4;
   // The thread's pieces: one of the 8 of a row, in rows first_row + 4 r of the images of its warpgroup. Their
@@ -154,6 +159,7 @@ __global__ void __launch_bounds__(kStepThreads<kD>, (StepTraits<Tag, kD, kDv>::k
     for (int tile = 0; tile < kStages; ++tile) load(tile);
     s.argmax = kStepTile;
   }
+  load_query<Tag>(args, work.b, work.i, work.h, s.query);
   const auto* q = static_cast<const uint16_t*>(args.q.data) + work.b * args.q.batch_stride +
                   work.i * args.q.row_stride + work.h * args.q.head_stride;
   auto* sQ = reinterpret_cast<uint16_t*>(s.q);
@@ -385,7 +391,7 @@ __global__ void __launch_bounds__(kStepThreads<kD>, (StepTraits<Tag, kD, kDv>::k
     for (int e = 0; e < 8; ++e) s.delta[64 * group + 8 * piece + e] = c0[e];
   }
   __syncthreads();
-  const float l = total_weight();
+  float top = units.top, l = total_weight();
 #pragma unroll
   for (int e = 0; e < 4; ++e) {
 #pragma unroll
@@ -393,7 +399,15 @@ __global__ void __launch_bounds__(kStepThreads<kD>, (StepTraits<Tag, kD, kDv>::k
 #pragma unroll
     for (int n = 0; n < kDv / 8; ++n) sums.key_value(n)[e] *= key_unit * value_unit;
   }
-  finish_split<Tag>(args, work, units.top, l, s.delta, s.key_sum, s.value_sum, sums, step_storage);
+  const float* c = s.delta;
+  if (args.cluster) {
+    if (!add_up_cluster(work, args.splits, s.cluster, s.chunk, top, l, c, s.key_sum, s.value_sum, sums)) return;
+    if (!(top > -INFINITY)) return work.answer_without_keys<Tag>(args);
+    c = s.cluster.reference;
+  } else if (args.splits > 1) {
+    return record_split(args, top, l, c, s.key_sum, s.value_sum, sums);
+  }
+  answer<Tag>(args, work.b, work.i, work.h, s.query, top, l, c, s.key_sum, s.value_sum, sums, step_storage);
 }
 
 // ---- Launch ----
