@@ -12,7 +12,7 @@ namespace nearfield::lla {
 namespace {
 
 struct Instance {
-  bool hopper;
+  bool hopper, clusters;
   ScalarType type;
   int d, dv;
   int floats;  // of the moments of one split
@@ -33,8 +33,9 @@ const std::vector<Instance> kSteps = {
 #define USE_bwd_query_grid_sm90(dim)
 #define USE_bwd_key_sm90(dim)
 #define USE_bwd_key_grid_sm90(dim)
-#define USE_STEP(kernel, hopper, element, d, dv) \
-  {hopper, kScalarType<element>, d, dv, kernel<element, d, dv>::kFloats, &kernel<element, d, dv>::run},
+#define USE_STEP(kernel, hopper, element, d, dv)                              \
+  {hopper, kernel<element, d, dv>::kClusters, kScalarType<element>,        d, \
+   dv,     kernel<element, d, dv>::kFloats,   &kernel<element, d, dv>::run},
 #define USE_step_sm80(element, d, dv) USE_STEP(step_sm80, false, element, d, dv)
 #ifdef NEARFIELD_LLA_SM90
 #define USE_step_sm90(element, d, dv) USE_STEP(step_sm90, true, element, d, dv)
@@ -92,6 +93,9 @@ View<const void> untyped(const Tensor& t) {
 
 // Enough blocks to fill the GPU a few times over, but no split shorter than what its sums cost to merge.
 constexpr int64_t kBlocksPerSm = 3, kKeysPerSplit = 256;
+// A third block per SM would be there for some clusters only: they share a GPC, and what is left of it stays
+// empty.
+constexpr int64_t kClusterBlocksPerSm = 2;
 
 Tensor step_cuda(const Tensor& q_, const Tensor& k, const Tensor& v, std::optional<Tensor> cache_seqlens,
                  const Tensor& lam, double scale, std::optional<int64_t> window, bool absolute) {
@@ -125,10 +129,14 @@ Tensor step_cuda(const Tensor& q_, const Tensor& k, const Tensor& v, std::option
 
   const int64_t queries = args.batch * args.heads * args.m, keys = std::min(args.n, args.window);
   const int64_t wanted = kBlocksPerSm * device.num_sms / queries;
-  const int64_t splits = std::clamp<int64_t>(std::min(wanted, keys / kKeysPerSplit), 1, kMaxSplits);
+  args.splits = static_cast<int>(std::clamp<int64_t>(std::min(wanted, keys / kKeysPerSplit), 1, kMaxSplits));
   // Fewer splits, if they give every SM a block: a cluster adds up faster than a second kernel.
-  args.cluster = instance.hopper && splits > 1 && (splits <= kMaxCluster || queries * kMaxCluster >= device.num_sms);
-  args.splits = static_cast<int>(args.cluster ? std::min<int64_t>(splits, kMaxCluster) : splits);
+  args.cluster = instance.clusters && args.splits > 1 &&
+                 (args.splits <= kMaxCluster || queries * kMaxCluster >= device.num_sms);
+  if (args.cluster) {
+    const auto placed = static_cast<int>(kClusterBlocksPerSm * device.num_sms / queries);
+    args.splits = std::min(args.splits, std::clamp(placed, 2, kMaxCluster));
+  }
   Tensor moments;
   if (args.splits > 1 && !args.cluster) {
     moments = new_empty(q, {queries * args.splits * instance.floats}, ScalarType::Float);

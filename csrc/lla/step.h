@@ -7,7 +7,9 @@
 namespace nearfield::lla {
 
 constexpr int kMaxSplits = 32;
-constexpr int kMaxCluster = 8;  // what every GPU with clusters can place
+// Blocks of a cluster share a GPC: two of eight a piece on every SM fit badly into 16 or 18 SMs, five of
+// seven fit.
+constexpr int kMaxCluster = 7;
 
 struct StepArgs {
   int64_t batch, m, n, heads, kv_heads;
@@ -39,6 +41,7 @@ struct Moments {
 // Element: bf16 or fp16; kD and kDv: the smallest built that hold d and dv. Return a cudaError_t.
 template <class Element, int kD, int kDv>
 struct step_sm80 {
+  static constexpr bool kClusters = false;  // whether args.cluster may be set
   static constexpr int kFloats = Moments<kD, kDv>::kFloats;
   static int run(const StepArgs& args, void* stream);
 };
@@ -46,6 +49,7 @@ struct step_sm80 {
 // The same on Hopper, for caches without strides of 0 (a broadcast).
 template <class Element, int kD, int kDv>
 struct step_sm90 {
+  static constexpr bool kClusters = kD < 128;  // there the sums would not fit twice
   static constexpr int kFloats = Moments<kD, kDv>::kFloats;
   static int run(const StepArgs& args, void* stream);
 };

@@ -9,6 +9,7 @@
 #include <algorithm>
 
 #include "lla/step.h"
+#include "nearfield/warp_mma.cuh"
 
 namespace nearfield::lla {
 // ---- Elements and units ----
@@ -70,9 +71,10 @@ constexpr float kKeyLimit = 2048.f, kValueLimit = 16384.f;
 // One query of one head and one split of its keys. The blocks of the query heads of a key head are neighbors,
 // so that its cache is read from memory once, and those of the splits of a query, which may be a cluster.
 struct StepWork {
-  int64_t i, h, kv_head, b;
+  int i, h, kv_head, b;
+  uint32_t row;                      // of the output
   int split, begin, end, num_tiles;  // keys
-  bool possible;              // the length lies in [0, n]
+  bool possible;                     // the length lies in [0, n]
 
   __device__ __forceinline__ explicit StepWork(const StepArgs& args) {
     // 32-bit divisions: the grid fits, and a block waits for them before it can load anything.
@@ -85,9 +87,11 @@ struct StepWork {
       return remainder;
     };
     split = static_cast<int>(next(splits));
-    i = next(m);
+    i = static_cast<int>(next(m));
     const uint32_t g = next(group);
-    kv_head = next(heads), b = rest, h = kv_head * group + g;
+    kv_head = static_cast<int>(next(heads)), b = static_cast<int>(rest);
+    h = static_cast<int>(static_cast<uint32_t>(kv_head) * group + g);
+    row = (rest * m + static_cast<uint32_t>(i)) * heads * group + static_cast<uint32_t>(h);
 
     int64_t length = args.n;
     if (args.lengths != nullptr) {
@@ -110,7 +114,7 @@ struct StepWork {
   __device__ __forceinline__ void answer_without_keys(const StepArgs& args) const {
     using E = StepElement<Tag>;
     if (threadIdx.x < args.dv)
-      static_cast<typename E::type*>(args.o)[((b * args.m + i) * args.heads + h) * args.dv + threadIdx.x] =
+      static_cast<typename E::type*>(args.o)[static_cast<int64_t>(row) * args.dv + threadIdx.x] =
           E::round(possible ? 0.f : NAN);
   }
   // A split without keys tells merge_kernel only that.
@@ -190,21 +194,24 @@ __device__ __forceinline__ void move_sums(Sums<kD, kDv>& sums, const UnitChange&
 // Columns that are eliminated at once: a chunk of Sums.
 constexpr int kPanel = 8;
 
-// Shared memory of solve(). In the panels, row kD is the right-hand side, which by symmetry is a row like the others, and
-// row kD + 1 is zero.
+// Shared memory of solve(). In the panels, row kD is the right-hand side, which by symmetry is a row like the
+// others, and row kD + 1 is zero.
 template <int kD>
 struct System {
   static constexpr int kRow = kPanel + 4;  // floats: every second row of a panel falls into other banks
   static constexpr int kFactor = kPanel * (kPanel - 1) / 2 + kPanel;
-  alignas(16) float panel[(kD + 2) * kRow];    // A_P: columns whose turn it is
-  alignas(16) float reduced[(kD + 8) * kRow];  // A_P L^-T, where L D L^T is the block of A_P on the diagonal
-  alignas(16) float factor[kD / kPanel][kFactor];  // of every panel: L below its diagonal, row by row, and 1 / D
+  static constexpr int kAhead = 4;           // panels whose rows are read at once, needed or not
+  alignas(16) float panel[(kD + 2) * kRow];  // A_P: columns whose turn it is
+  // A_P L^-T, where L D L^T is the block of A_P on the diagonal
+  alignas(16) float reduced[(kD + kAhead * kPanel) * kRow];
+  // Of every panel: L below its diagonal, row by row, and 1 / D.
+  alignas(16) float factor[kD / kPanel][kFactor];
   float x[kD];  // right-hand side, then solution
 };
 
 __device__ __forceinline__ float approximate_reciprocal(float x) {
   float r;
-  asm("rcp.approx.f32 %0, %1;" : "=f"(r) : "f"(x));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
   return r;
 }
 
@@ -223,34 +230,40 @@ __device__ __forceinline__ void store_row(float* row, const float (&x)[kPanel]) 
     *reinterpret_cast<float4*>(row + at) = {x[at], x[at + 1], x[at + 2], x[at + 3]};
 }
 
-// x = A^-1 x for a symmetric positive definite A, spread over the block like Sums::key_key. Gauss-Jordan elimination by
-// blocks, with the matrix in registers: per panel P
+// x = A^-1 x for a symmetric positive definite A, spread over the block like Sums::key_key. Gauss-Jordan
+// elimination by blocks, with the matrix in registers: per panel P
 //
 //   A_PP = L D L^T, by every thread for itself: no messages between its eight pivots
 //   A_i -= (A_iP L^-T) D^-1 (L^-1 A_P) for all other rows i, above the panel as well as below
 //
-// where L^-1 A_P is, by symmetry, the transpose of A_iP L^-T from the rows below the panel. So what is left of row i in P at
-// the end is A_PP and its right-hand side: the panels are solved side by side, and there is no substitution backwards. The
-// forward error for a positive definite A is that of Cholesky (Higham, Accuracy and Stability, section 14.4). The chunks of
-// columns move down a place with every panel, so that the loop can stay one: unrolled, it would be fetched from memory at
-// about the speed at which it runs. NaN if a pivot is not positive.
+// where L^-1 A_P is, by symmetry, the transpose of A_iP L^-T from the rows below the panel. So what is left
+// of row i in P at the end is A_PP and its right-hand side: the panels are solved side by side, and there is
+// no substitution backwards. The forward error for a positive definite A is that of Cholesky (Higham,
+// Accuracy and Stability, section 14.4). The products of a panel are the tensor cores', as three of tf32
+// numbers. The chunks of columns move down a place with every panel, so that the loop can stay one: unrolled,
+// it would be fetched from memory at about the speed at which it runs. NaN if a pivot is not positive.
 template <int kD, int kDv>
 __device__ __forceinline__ void solve(Sums<kD, kDv>& a, System<kD>& s) {
   using S = Sums<kD, kDv>;
-  constexpr int kRow = System<kD>::kRow, kPanels = kD / kPanel;
+  using F = Fragments<float>;
+  static_assert(kPanel == F::kDepth);
+  constexpr int kRow = System<kD>::kRow, kPanels = kD / kPanel, kAhead = System<kD>::kAhead;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row[2] = {S::row(0), S::row(2)};
-  // Half of a warp reduces its rows of a panel, the other half the right-hand side.
-  const int own = lane < 16 ? 16 * warp + lane : kD;
+  // Half of a warp reduces its rows of a panel, the other half the right-hand side, each warp into a row of
+  // its own.
+  const int own = lane < 16 ? 16 * warp + lane : kD, target = lane < 16 ? own : kD + warp;
   if (threadIdx.x < kPanel) s.panel[(kD + 1) * kRow + threadIdx.x] = 0.f;
   __syncthreads();
-  float b[2] = {s.x[row[0]], s.x[row[1]]};  // every lane of a row keeps its own copy
+  float b[4];  // a chunk of equal columns
+#pragma unroll
+  for (int e = 0; e < 4; ++e) b[e] = s.x[row[e / 2]];
 #pragma unroll 1
   for (int n = 0; n < kPanels; ++n) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       *reinterpret_cast<float2*>(s.panel + row[h] * kRow + S::column(0, 0)) = {a.key_key(0)[2 * h],
-                                                                              a.key_key(0)[2 * h + 1]};
-      if (lane % 4 == 0 && row[h] / kPanel == n) s.panel[kD * kRow + row[h] % kPanel] = b[h];
+                                                                               a.key_key(0)[2 * h + 1]};
+      if (lane % 4 == 0 && row[h] / kPanel == n) s.panel[kD * kRow + row[h] % kPanel] = b[2 * h];
     }
     __syncthreads();
     float l[kPanel][kPanel], u[kPanel], inverse[kPanel];
@@ -275,7 +288,7 @@ __device__ __forceinline__ void solve(Sums<kD, kDv>& a, System<kD>& s) {
 #pragma unroll
       for (int i = j + 1; i < kPanel; ++i) l[i][j] = share[i];
     }
-    if (lane < 16 || threadIdx.x == 16) store_row(s.reduced + own * kRow, u);
+    store_row(s.reduced + target * kRow, u);
     if (threadIdx.x == 0) {
       int at = 0;
 #pragma unroll
@@ -286,45 +299,31 @@ __device__ __forceinline__ void solve(Sums<kD, kDv>& a, System<kD>& s) {
       }
     }
     __syncthreads();
-    float m[2][kPanel];
-    load_row<kPanel>(u, s.reduced + kD * kRow);
+    // Minus A_iP L^-T D^-1, times L^-1 of the right-hand side and of the columns that are left.
+    typename F::A left;
+    const float* mine = s.reduced + (16 * warp + lane / 4) * kRow + lane % 4;
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      load_row<kPanel>(m[h], s.reduced + row[h] * kRow);
+    for (int i = 0; i < 4; ++i)
+      left.word[i] = mine[i % 2 * 8 * kRow + i / 2 * 4] *
+                     -s.factor[n][System<kD>::kFactor - kPanel + lane % 4 + i / 2 * 4];
+    typename F::B right[1];
+    F::right_transposed(right, s.reduced + kD * kRow, 0);
+    F::multiply(b, left, right[0]);
 #pragma unroll
-      for (int j = 0; j < kPanel; ++j) {
-        m[h][j] *= inverse[j];
-        b[h] -= m[h][j] * u[j];
-      }
-    }
-    // The rows of a chunk's columns are on their way while the one before is worked on; behind the last are some that
-    // nobody uses.
-    float next[2][kPanel];
-    const auto fetch = [&](int c) {
+    for (int first = 0; first < kPanels; first += kAhead) {
+      if (n + first >= kPanels) continue;
 #pragma unroll
-      for (int e = 0; e < 2; ++e) load_row<kPanel>(next[e], s.reduced + (n * kPanel + S::column(c, e)) * kRow);
-    };
-    fetch(1);
+      for (int c = first > 0 ? first : 1; c < first + kAhead; ++c) {
+        F::right_transposed(right, s.reduced + (n + c) * kPanel * kRow, kRow);
 #pragma unroll
-    for (int c = 1; c < kPanels; ++c) {
-      float x[2][kPanel];
-#pragma unroll
-      for (int j = 0; j < kPanel; ++j) x[0][j] = next[0][j], x[1][j] = next[1][j];
-      if (c + 1 < kPanels) fetch(c + 1);
-      if (n + c < kPanels) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          float left = a.key_key(c)[e];
-#pragma unroll
-          for (int j = 0; j < kPanel; ++j) left -= m[e / 2][j] * x[e % 2][j];
-          a.key_key(c - 1)[e] = left;
-        }
+        for (int e = 0; e < 4; ++e) a.key_key(c - 1)[e] = a.key_key(c)[e];
+        F::multiply(a.key_key(c - 1), left, right[0]);
       }
     }
   }
 #pragma unroll
   for (int h = 0; h < 2; ++h)
-    if (lane % 4 == 0) s.x[row[h]] = b[h];
+    if (lane % 4 == 0) s.x[row[h]] = b[2 * h];
   __syncthreads();
   if (threadIdx.x < kPanels) {  // x_P = L^-T D^-1 L^-1 b_P
     const float* factor = s.factor[threadIdx.x];
@@ -346,35 +345,41 @@ __device__ __forceinline__ void solve(Sums<kD, kDv>& a, System<kD>& s) {
   __syncthreads();
 }
 
-// What the answer needs of the query: read ahead, because a block would wait for memory where it has nothing else to do.
-// `lam` without the factor of the absolute ridge; one in features that are not there.
+// What the answer needs of the query.
 template <int kD>
 struct StepQuery {
-  float q[kD], lam[kD];
+  float q[kD], lam[kD];  // lam without the factor of the absolute ridge, one in features that are not there
 };
 
-template <class Tag, int kD>
-__device__ __forceinline__ void load_query(const StepArgs& args, int64_t b, int64_t i, int64_t h,
-                                           StepQuery<kD>& query) {
+// A thread's feature of the query and its ridge, read before the tiles are asked for: behind tens of KB of
+// tiles per block this little would arrive last, and everything waits for it.
+template <class Tag>
+struct QueryFeature {
   using E = StepElement<Tag>;
-  const int c = threadIdx.x;
-  if (c >= kD) return;
-  const Ridge<float>& r = args.ridge;
-  const auto* q = static_cast<const typename E::type*>(args.q.data) + b * args.q.batch_stride +
-                  i * args.q.row_stride + h * args.q.head_stride;
-  const auto* lam = r.data + b * r.stride[0] + i * r.stride[1] + h * r.stride[2];
-  const bool inside = c < args.d;
-  query.q[c] = inside ? E::widen(q[c]) : 0.f;
-  query.lam[c] = inside ? lam[r.channels == 1 ? 0 : c * r.stride[3]] : 1.f;
-}
+  typename E::type q;
+  float lam;
+
+  __device__ __forceinline__ QueryFeature(const StepArgs& args, int64_t b, int64_t i, int64_t h) {
+    const Ridge<float>& r = args.ridge;
+    const int c = min(static_cast<int>(threadIdx.x), args.d - 1);
+    q = static_cast<const typename E::type*>(
+        args.q.data)[b * args.q.batch_stride + i * args.q.row_stride + h * args.q.head_stride + c];
+    lam =
+        r.data[b * r.stride[0] + i * r.stride[1] + h * r.stride[2] + (r.channels == 1 ? 0 : c * r.stride[3])];
+    if (static_cast<int>(threadIdx.x) >= args.d) q = E::round(0.f), lam = 1.f;
+  }
+  template <int kD>
+  __device__ __forceinline__ void put(StepQuery<kD>& query) const {
+    if (threadIdx.x < kD) query.q[threadIdx.x] = E::widen(q), query.lam[threadIdx.x] = lam;
+  }
+};
 
 // From the sums, in units of the inputs and with w relative to 2^top, to the output. key_sum and value_sum
 // (shared memory) are sum w k' and sum w v; `scratch` is shared memory that the block may overwrite.
 template <class Tag, int kD, int kDv>
-__device__ __forceinline__ void answer(const StepArgs& args, int64_t b, int64_t i, int64_t h,
-                                       const StepQuery<kD>& query, float top, float l, const float* c,
-                                       const float* key_sum, const float* value_sum, Sums<kD, kDv>& sums,
-                                       unsigned char* scratch) {
+__device__ __forceinline__ void answer(const StepArgs& args, uint32_t output_row, const StepQuery<kD>& query,
+                                       float top, float l, const float* c, const float* key_sum,
+                                       const float* value_sum, Sums<kD, kDv>& sums, unsigned char* scratch) {
   using S = Sums<kD, kDv>;
   using E = StepElement<Tag>;
   constexpr int kWarps = kStepWarps<kD>, kThreads = kStepThreads<kD>;
@@ -400,7 +405,8 @@ __device__ __forceinline__ void answer(const StepArgs& args, int64_t b, int64_t 
       }
     }
   }
-  if (thread < kD) system.x[thread] = thread < args.d ? query.q[thread] - c[thread] - key_sum[thread] * r : 0.f;
+  if (thread < kD)
+    system.x[thread] = thread < args.d ? query.q[thread] - c[thread] - key_sum[thread] * r : 0.f;
   solve(sums, system);
 
   // o = vbar (1 - kbar'.x) + sum_r x_r (sum w k'_r v) / l
@@ -428,14 +434,14 @@ __device__ __forceinline__ void answer(const StepArgs& args, int64_t b, int64_t 
   float sum = value_sum[thread] * (1.f - slope);
 #pragma unroll
   for (int w = 0; w < kWarps; ++w) sum += parts[w * kDv + thread];
-  static_cast<typename E::type*>(args.o)[((b * args.m + i) * args.heads + h) * args.dv + thread] =
+  static_cast<typename E::type*>(args.o)[static_cast<int64_t>(output_row) * args.dv + thread] =
       E::round(sum * r);
 }
 
 // ---- Splits ----
 
-// What a split leaves for merge_kernel, with everything in units of the inputs. c, key_sum and value_sum are in
-// shared memory.
+// What a split leaves for merge_kernel, with everything in units of the inputs. c, key_sum and value_sum are
+// in shared memory.
 template <int kD, int kDv>
 __device__ __forceinline__ void record_split(const StepArgs& args, float top, float l, const float* c,
                                              const float* key_sum, const float* value_sum,
@@ -495,10 +501,10 @@ __global__ void __launch_bounds__(kMergeGroups<kD, kDv>* kStepThreads<kD>)
   __shared__ float sTop[kMaxSplits], sSum[kMaxSplits], sFactor[kMaxSplits];
   const int splits = args.splits;
   const auto m = static_cast<uint32_t>(args.m), heads = static_cast<uint32_t>(args.heads);
-  const uint32_t head = blockIdx.x / m;
-  const int64_t i = blockIdx.x % m, h = head % heads, b = head / heads;
-  load_query<Tag>(args, b, i, h, sQuery);
-  const float* first = args.moments + ((b * args.heads + h) * args.m + i) * splits * Record::kFloats;
+  const uint32_t head = blockIdx.x / m, i = blockIdx.x % m, h = head % heads, b = head / heads;
+  const uint32_t row = (b * m + i) * heads + h;
+  QueryFeature<Tag>(args, b, i, h).put(sQuery);
+  const float* first = args.moments + static_cast<int64_t>(blockIdx.x) * splits * Record::kFloats;
   for (int s = threadIdx.x; s < splits; s += kGroups * kThreads) {
     sTop[s] = first[s * Record::kFloats + Record::kTop];
     sSum[s] = first[s * Record::kFloats + Record::kSum];
@@ -510,7 +516,7 @@ __global__ void __launch_bounds__(kMergeGroups<kD, kDv>* kStepThreads<kD>)
   const float top = sTop[best];
   if (!(top > -INFINITY)) {  // no visible key; an impossible length has left NaN
     if (threadIdx.x < args.dv)
-      static_cast<typename E::type*>(args.o)[((b * args.m + i) * args.heads + h) * args.dv + threadIdx.x] =
+      static_cast<typename E::type*>(args.o)[static_cast<int64_t>(row) * args.dv + threadIdx.x] =
           E::round(isnan(top) ? NAN : 0.f);
     return;
   }
@@ -520,7 +526,8 @@ __global__ void __launch_bounds__(kMergeGroups<kD, kDv>* kStepThreads<kD>)
   for (int at = threadIdx.x; at < splits * kSmall; at += kGroups * kThreads) {
     const int s = at / kSmall, c = at % kSmall;
     // A split without keys has only said so.
-    if (sSum[s] != 0.f) shared.small[s][c] = first[s * Record::kFloats + Record::kC + c] - (c < kD ? c_best[c] : 0.f);
+    if (sSum[s] != 0.f)
+      shared.small[s][c] = first[s * Record::kFloats + Record::kC + c] - (c < kD ? c_best[c] : 0.f);
   }
   __syncthreads();
 
@@ -581,7 +588,7 @@ __global__ void __launch_bounds__(kMergeGroups<kD, kDv>* kStepThreads<kD>)
 #pragma unroll
     for (int x = 0; x < Storage::kFloats; ++x) sums.x[x / 4][x % 4] += shared.others[other][x][thread];
   }
-  answer<Tag>(args, b, i, h, sQuery, top, l, sC, sKeySum, sValueSum, sums, storage);
+  answer<Tag>(args, row, sQuery, top, l, sC, sKeySum, sValueSum, sums, storage);
 }
 
 // The blocks of both kernels, one after the other.

@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kStepThreads<kD>, StepShape<kD, kDv>::kBlocks)
   };
 #pragma unroll
   for (int s = 0; s < kStepStages - 1; ++s) fetch(s);
-  if (args.splits == 1) load_query<Tag>(args, b, work.i, work.h, sQuery);
+  if (args.splits == 1) QueryFeature<Tag>(args, b, work.i, work.h).put(sQuery);
 
   float q[8], c0[8];  // of this thread's key chunk; q times scale log2(e)
 #pragma unroll
@@ -334,7 +334,7 @@ __global__ void __launch_bounds__(kStepThreads<kD>, StepShape<kD, kDv>::kBlocks)
   }
   __syncthreads();
   if (args.splits > 1) return record_split(args, units.top, l, sDelta, sKeySum, sValueSum, sums);
-  answer<Tag>(args, work.b, work.i, work.h, sQuery, units.top, l, sDelta, sKeySum, sValueSum, sums, storage);
+  answer<Tag>(args, work.row, sQuery, units.top, l, sDelta, sKeySum, sValueSum, sums, storage);
 }
 
 template <class Tag, int kD, int kDv>
