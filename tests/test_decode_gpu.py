@@ -432,6 +432,7 @@ LLA_CASES = [
     Case(B=1, m=2, n=2000, Hq=2, Hk=2, d=32, dv=104, window=1000),
     Case(B=2, m=8, n=300, Hq=2, Hk=2, d=64, dv=64, window=33),
     Case(B=3, m=1, n=2500, Hq=8, Hk=8, d=64, dv=64),
+    Case(B=1, m=2, n=20000, Hq=2, Hk=2, d=64, dv=64),
     Case(B=5, m=1, n=2100, Hq=4, Hk=2, d=128, dv=128),
 ]
 
@@ -511,7 +512,7 @@ def test_lla_step_lengths(
         check_lla(f"o[{b}]", got[b : b + 1], *part, 1.0, L2_16BIT[1.0], window=window)
 
 
-@pytest.mark.parametrize("n", [40, 1300, 3000])
+@pytest.mark.parametrize("n", [40, 1300, 15000])
 @pytest.mark.parametrize("d", [32, 64])
 def test_lla_step_impossible_length(d: int, n: int) -> None:
     case = Case(B=3, m=1, n=n, d=d, dv=d)
@@ -559,7 +560,7 @@ def test_lla_step_cache_beyond_32_bits() -> None:
     check_lla("o", got, q, k[:, -300:], v[:, -300:], 1.0, L2_16BIT[1.0])
 
 
-@pytest.mark.parametrize("n", [100, 1300, 3000], ids=["whole", "cluster", "split"])
+@pytest.mark.parametrize("n", [100, 1300, 15000], ids=["whole", "cluster", "split"])
 def test_lla_step_graph_and_side_stream(n: int) -> None:
     q, k, v = (t.cuda() for t in draw(Case(B=2, m=1, n=n, d=64, dv=64)).cast(torch.bfloat16)[:3])
     lengths, lam = torch.tensor([n, n], device="cuda"), torch.tensor(0.5, device="cuda")

@@ -93,9 +93,23 @@ View<const void> untyped(const Tensor& t) {
 
 // Enough blocks to fill the GPU a few times over, but no split shorter than what its sums cost to merge.
 constexpr int64_t kBlocksPerSm = 3, kKeysPerSplit = 256;
-// A third block per SM would be there for some clusters only: they share a GPC, and what is left of it stays
-// empty.
-constexpr int64_t kClusterBlocksPerSm = 2;
+// Clusters want fewer: all of a cluster share a GPC, so a third block per SM is there for some of them only.
+// A cluster is worth SMs without work up to so many keys per block; a second kernel costs as much as reading
+// them.
+constexpr int64_t kClusterBlocksPer4Sms = 7, kKeysPerClusterBlock = 2048;
+
+// Into how many splits the keys of a query go, and whether they are a cluster.
+void choose_splits(StepArgs& args, const Instance& instance, int num_sms) {
+  const int64_t queries = args.batch * args.heads * args.m, keys = std::min(args.n, args.window);
+  const int64_t wanted = std::min(kBlocksPerSm * num_sms / queries, keys / kKeysPerSplit);
+  int64_t splits = std::clamp<int64_t>(wanted, 1, kMaxSplits);
+  if (instance.clusters && (splits <= kMaxCluster || queries * kMaxCluster >= num_sms ||
+                            keys <= kMaxCluster * kKeysPerClusterBlock)) {
+    splits = std::min({splits, kClusterBlocksPer4Sms * num_sms / (4 * queries), int64_t{kMaxCluster}});
+    args.cluster = splits > 1;
+  }
+  args.splits = static_cast<int>(std::max<int64_t>(splits, 1));
+}
 
 Tensor step_cuda(const Tensor& q_, const Tensor& k, const Tensor& v, std::optional<Tensor> cache_seqlens,
                  const Tensor& lam, double scale, std::optional<int64_t> window, bool absolute) {
@@ -127,19 +141,10 @@ Tensor step_cuda(const Tensor& q_, const Tensor& k, const Tensor& v, std::option
   args.window = window_or_all(window, args.n);
   args.o = o.mutable_data_ptr();
 
-  const int64_t queries = args.batch * args.heads * args.m, keys = std::min(args.n, args.window);
-  const int64_t wanted = kBlocksPerSm * device.num_sms / queries;
-  args.splits = static_cast<int>(std::clamp<int64_t>(std::min(wanted, keys / kKeysPerSplit), 1, kMaxSplits));
-  // Fewer splits, if they give every SM a block: a cluster adds up faster than a second kernel.
-  args.cluster = instance.clusters && args.splits > 1 &&
-                 (args.splits <= kMaxCluster || queries * kMaxCluster >= device.num_sms);
-  if (args.cluster) {
-    const auto placed = static_cast<int>(kClusterBlocksPerSm * device.num_sms / queries);
-    args.splits = std::min(args.splits, std::clamp(placed, 2, kMaxCluster));
-  }
+  choose_splits(args, instance, device.num_sms);
   Tensor moments;
   if (args.splits > 1 && !args.cluster) {
-    moments = new_empty(q, {queries * args.splits * instance.floats}, ScalarType::Float);
+    moments = new_empty(q, {s[0], s[1], s[2], args.splits, instance.floats}, ScalarType::Float);
     args.moments = data_of<float>(moments);
   }
   const int error = instance.run(args, current_stream(q));
