@@ -7,8 +7,8 @@
 namespace nearfield::lla {
 
 constexpr int kMaxSplits = 32;
-// A cluster stays within a GPC of 16 or 18 SMs. With two blocks per SM clusters of eight leave SMs empty there
-// and put a third block on others; clusters of seven do not.
+// A cluster stays within a GPC of 16 or 18 SMs. With two blocks per SM clusters of eight leave SMs empty
+// there and put a third block on others; clusters of seven do not.
 constexpr int kMaxCluster = 7;
 
 struct StepArgs {
