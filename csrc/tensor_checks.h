@@ -1,4 +1,4 @@
-// What every register.cpp needs from Torch: shape checks that name the argument, strided views,
+// What every register.cpp needs from Torch: shape checks that name the argument, strided views, memory,
 // dispatch on the element type, and the current CUDA stream. The user-facing checks (ValueError) are in
 // each family's op.py; these keep a direct call of torch.ops.nearfield.* from touching foreign memory.
 #pragma once
@@ -12,6 +12,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <initializer_list>
@@ -39,6 +40,25 @@ inline std::string shape_text(const int64_t* sizes, size_t n) {
 
 inline std::vector<int64_t> shape_of(const Tensor& t) {
   return {t.sizes().data(), t.sizes().data() + t.dim()};
+}
+
+// Memory on the device of `like`, dense and not filled, by default in its dtype. torch::stable::new_empty
+// looks its operator up by name and boxes the arguments, which a call on a GPU with a dozen results and
+// buffers feels; the short way does not fill memory on the CPU where torch.utils.deterministic asks for it.
+inline Tensor allocate(const Tensor& like, const std::vector<int64_t>& shape,
+                       std::optional<ScalarType> dtype = {}) {
+  if (!like.is_cuda()) return torch::stable::new_empty(like, shape, dtype);
+  std::vector<int64_t> strides(shape.size(), 1);
+  for (size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(shape[i], 1);
+  const ScalarType type = dtype.value_or(like.scalar_type());
+  int32_t device_type;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  AtenTensorHandle memory;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
+                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
+                               device_type, like.get_device_index(), &memory));
+  return Tensor(memory);
 }
 
 // Checks the shape of `t`; -1 accepts any size in that place.

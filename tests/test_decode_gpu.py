@@ -431,6 +431,9 @@ LLA_CASES = [
     Case(B=1, m=1, n=600, Hq=2, Hk=2, d=96, dv=72),
     Case(B=1, m=2, n=2000, Hq=2, Hk=2, d=32, dv=104, window=1000),
     Case(B=2, m=8, n=300, Hq=2, Hk=2, d=64, dv=64, window=33),
+    Case(B=3, m=1, n=2500, Hq=8, Hk=8, d=64, dv=64),
+    Case(B=1, m=2, n=20000, Hq=2, Hk=2, d=64, dv=64),
+    Case(B=5, m=1, n=2100, Hq=4, Hk=2, d=128, dv=128),
 ]
 
 
@@ -489,10 +492,13 @@ def test_lla_step_magnitudes(outlier: int | None, dtype: torch.dtype, factor: fl
 @LLA_DTYPES
 @pytest.mark.parametrize("window", [None, 300])
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=name_of)
-def test_lla_step_lengths(index_dtype: torch.dtype, window: int | None, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("n, m", [(1100, 3), (2600, 1)], ids=["clusters of 4", "clusters of 8"])
+def test_lla_step_lengths(
+    n: int, m: int, index_dtype: torch.dtype, window: int | None, dtype: torch.dtype
+) -> None:
     """Rubbish behind the filled length is not read; short sequences leave splits without keys."""
-    lengths = [1100, 3, 0, 64, 1, 700]
-    case = Case(B=6, m=3, n=1100, Hq=4, Hk=2, d=64, dv=64)
+    lengths = [n, 3, 0, 64, 1, 700]
+    case = Case(B=6, m=m, n=n, Hq=4, Hk=2, d=64, dv=64)
     q, k, v = (t.cuda() for t in draw(case).cast(dtype)[:3])
     for b, length in enumerate(lengths):
         k[b, length:], v[b, length:] = NAN, NAN
@@ -506,10 +512,13 @@ def test_lla_step_lengths(index_dtype: torch.dtype, window: int | None, dtype: t
         check_lla(f"o[{b}]", got[b : b + 1], *part, 1.0, L2_16BIT[1.0], window=window)
 
 
-def test_lla_step_impossible_length() -> None:
-    q, k, v = (t.cuda() for t in draw(Case(B=3, m=1, n=40, d=32, dv=32)).cast(torch.bfloat16)[:3])
-    for wrong in (41, -1, 1 << 40):
-        lengths = torch.tensor([40, wrong, 40], device="cuda")
+@pytest.mark.parametrize("n", [40, 1300, 15000])
+@pytest.mark.parametrize("d", [32, 64])
+def test_lla_step_impossible_length(d: int, n: int) -> None:
+    case = Case(B=3, m=1, n=n, d=d, dv=d)
+    q, k, v = (t.cuda() for t in draw(case).cast(torch.bfloat16)[:3])
+    for wrong in (n + 1, -1, 1 << 40):
+        lengths = torch.tensor([n, wrong, n], device="cuda")
         got = local_linear_attention_step(q, k, v, lam=1.0, cache_seqlens=lengths)
         assert got[1].isnan().all()
         assert torch.equal(got[[0, 2]], local_linear_attention_step(q, k, v, lam=1.0)[[0, 2]])
@@ -551,7 +560,7 @@ def test_lla_step_cache_beyond_32_bits() -> None:
     check_lla("o", got, q, k[:, -300:], v[:, -300:], 1.0, L2_16BIT[1.0])
 
 
-@pytest.mark.parametrize("n", [100, 3000], ids=["whole", "split"])
+@pytest.mark.parametrize("n", [100, 1300, 15000], ids=["whole", "cluster", "split"])
 def test_lla_step_graph_and_side_stream(n: int) -> None:
     q, k, v = (t.cuda() for t in draw(Case(B=2, m=1, n=n, d=64, dv=64)).cast(torch.bfloat16)[:3])
     lengths, lam = torch.tensor([n, n], device="cuda"), torch.tensor(0.5, device="cuda")

@@ -26,26 +26,9 @@ struct ChannelRows {
   __device__ __forceinline__ static float2 exp2_of_gap(float2 to, float2 from) {
     return {exp2f(to.x - from.x), exp2f(to.y - from.y)};
   }
-  __device__ __forceinline__ static float2 widened(uint32_t pair) {
-    if constexpr (std::is_same_v<Element, cutlass::bfloat16_t>) {  // the upper halves of floats
-      return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
-    } else {
-      const auto& two = reinterpret_cast<const cutlass::Array<Element, 2>&>(pair);
-      return {static_cast<float>(two[0]), static_cast<float>(two[1])};
-    }
-  }
-  // Rounded, or what that lost.
-  template <bool kLow = false>
-  __device__ __forceinline__ static uint32_t pack(float2 x) {
-    cutlass::NumericArrayConverter<Element, float, 2> convert;
-    auto pair = convert(cutlass::Array<float, 2>{x.x, x.y});
-    if constexpr (kLow)
-      pair = convert(
-          cutlass::Array<float, 2>{x.x - static_cast<float>(pair[0]), x.y - static_cast<float>(pair[1])});
-    return reinterpret_cast<const uint32_t&>(pair);
-  }
-  __device__ __forceinline__ float2 k_of(int i) const { return widened(k[i]); }
-  __device__ __forceinline__ float2 q_of(int i) const { return widened(pair_at(q_rows, i)); }
+  __device__ __forceinline__ static uint32_t packed(float2 x) { return pack<Element>(x.x, x.y); }
+  __device__ __forceinline__ float2 k_of(int i) const { return unpack<Element>(k[i]); }
+  __device__ __forceinline__ float2 q_of(int i) const { return unpack<Element>(pair_at(q_rows, i)); }
 
   __device__ __forceinline__ void load(const Element* keys, const Element* queries, const float* G,
                                        int first_row) {
@@ -65,8 +48,8 @@ struct ChannelRows {
     CUTE_UNROLL
     for (int i = 0; i < kLevelBlock; ++i) {
       const int at = i * kTileRow<Element> + 2 * lane();
-      *reinterpret_cast<uint32_t*>(to_k + at) = pack(k_of(i) * e);
-      *reinterpret_cast<uint32_t*>(to_q + at) = pack(q_of(i) * e);
+      *reinterpret_cast<uint32_t*>(to_k + at) = packed(k_of(i) * e);
+      *reinterpret_cast<uint32_t*>(to_q + at) = packed(q_of(i) * e);
       e = e * decay[i];
     }
   }
@@ -77,8 +60,8 @@ struct ChannelRows {
     CUTE_UNROLL
     for (int i = 0; i < kLevelBlock; ++i) {
       const int row = kLevelBlock * block + i;
-      const float2 x = widened(pair_at(keys, row)) * exp2_of_gap(to, sum_at(G, row));
-      *reinterpret_cast<uint32_t*>(rows + i * kTileRow<Element> + 2 * lane()) = pack(x);
+      const float2 x = unpack<Element>(pair_at(keys, row)) * exp2_of_gap(to, sum_at(G, row));
+      *reinterpret_cast<uint32_t*>(rows + i * kTileRow<Element> + 2 * lane()) = packed(x);
     }
   }
 
@@ -87,7 +70,8 @@ struct ChannelRows {
   __device__ __forceinline__ void emit(Element* Kh, Element* Qh, Element* Kt, const float* G,
                                        const float* k_norm, const float* q_norm, float scale) const {
     const auto store = [&](Element* tile, int i, float2 x, auto low) {
-      *reinterpret_cast<uint32_t*>(tile + (first + i) * kTile + 2 * lane()) = pack<decltype(low)::value>(x);
+      *reinterpret_cast<uint32_t*>(tile + (first + i) * kTile + 2 * lane()) =
+          low ? pack_low<Element>(x.x, x.y, packed(x)) : packed(x);
     };
     using Low = std::integral_constant<bool, kLow>;
     float2 e = exp2_of_gap(sum_at(G, first), {0.f, 0.f});

@@ -8,7 +8,6 @@
 namespace nearfield::delta {
 
 using torch::stable::contiguous;
-using torch::stable::new_empty;
 using torch::stable::new_zeros;
 using OptTensor = std::optional<Tensor>;
 
@@ -161,18 +160,18 @@ DeltaInputs<In, F> kernel_inputs(const Inputs& x, const Options& options) {
 // Rows past the last packed sequence are not written by the kernels; they must be zero.
 inline Tensor token_rows(const Tensor& like, const Inputs& x, const std::vector<int64_t>& shape,
                          ScalarType dtype) {
-  return defined(x.cu_seqlens) ? new_zeros(like, shape, dtype) : new_empty(like, shape, dtype);
+  return defined(x.cu_seqlens) ? new_zeros(like, shape, dtype) : allocate(like, shape, dtype);
 }
 
 // The states after every so many whole chunks, to be written by a kernel; rows without a chunk stay zero.
 inline Tensor kept_states(const char* op, const Inputs& x, bool v_first, int64_t every) {
   STD_TORCH_CHECK(every >= 0, op, ": states_every is ", every, " chunks, expected at least 0");
   auto shape = x.state_shape(v_first);
-  if (every == 0) return new_empty(x.q, {0}, state_dtype(x.q));
+  if (every == 0) return allocate(x.q, {0}, state_dtype(x.q));
   shape[0] = x.T / (every * kChunk);
   shape.insert(shape.begin(), x.B);
   return defined(x.cu_seqlens) ? new_zeros(x.q, shape, state_dtype(x.q))
-                               : new_empty(x.q, shape, state_dtype(x.q));
+                               : allocate(x.q, shape, state_dtype(x.q));
 }
 
 // What delta_fwd_kept left for this call, not empty.
@@ -269,9 +268,9 @@ inline Inputs commit_inputs(const char* op, const Tensor& k, const Tensor& u, co
 inline PendingTensors new_pending(const Inputs& x) {
   const ScalarType dtype = state_dtype(x.q);
   PendingTensors p;
-  p.k = new_empty(x.q, {x.B, x.T, x.H, x.K}, dtype);
-  p.u = new_empty(x.q, {x.B, x.T, x.HV, x.V}, dtype);
-  p.g = new_empty(x.q, {x.B, x.T, x.HV, x.gate_dim()}, dtype);
+  p.k = allocate(x.q, {x.B, x.T, x.H, x.K}, dtype);
+  p.u = allocate(x.q, {x.B, x.T, x.HV, x.V}, dtype);
+  p.g = allocate(x.q, {x.B, x.T, x.HV, x.gate_dim()}, dtype);
   p.tokens = x.T;
   return p;
 }

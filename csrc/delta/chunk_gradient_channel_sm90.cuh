@@ -2,15 +2,15 @@
 // channels:
 //   dq_i += sum_j dP_ij k_j e^{G_i - G_j},  dk_i += beta_i sum_j dA_ij k_j e^{G_i - G_j},  dk_j += sum_i (..)
 //   e^{..}
-// Rows are taken in four blocks of 16, one per warp (and 64 channels per warpgroup), anchored at their first
-// rows, so that no exponent is positive:
+// Rows are taken in four blocks of 16, channels in four groups of 32, one of the 16 warps for each block and
+// group. Blocks are anchored at their first rows, so that no exponent is positive:
 //   * blocks I > J: products of k_j e^{G_(first of J + 1) - G_j} with k_i, q_i e^{G_i - G_(first of I)}; what
 //   lies
 //     between the two anchors is multiplied to the accumulators block after block (Horner).
 //   * within a block: pair by pair in float32, a lane per channel, decays multiplied up from row to row.
 // dg is the sum over pairs of README.md, grouped by these blocks. A warp keeps what belongs to its rows and
 // channels to itself; accumulators turn into a column per lane through its own piece of shared memory.
-// Memory: dO, Y -> dS -> scaled K -> dk; S -> dA, dP, scaled Q -> dq; V' -> sums.
+// Memory: dO, Y -> scaled K -> dk; S -> scaled Q -> dq; dS -> dg.
 #pragma once
 
 #include "delta/chunk_gradient_sm90.cuh"
@@ -18,6 +18,7 @@
 namespace nearfield::delta {
 
 constexpr int kBlockRows = 16, kBlocks = kRows / kBlockRows;
+constexpr int kGroupColumns = 32, kGroupPieces = kGroupColumns / 8;
 
 // ---- Layouts and storage ----
 
@@ -27,7 +28,10 @@ struct ChunkGradientChannelTraits : ChunkGradientTraits<Tag, kKeyDim_> {
   using typename Base::Element;
   static constexpr int kKeyDim = kKeyDim_;
   static constexpr int kTile = Base::kTile, kImages = Base::kImages;
-  static constexpr int kParked = kBlockRows * kImageColumns;  // floats of a warp's rows and channels
+  static constexpr int kGroups = kKeyDim / kGroupColumns, kWarps = kBlocks * kGroups;
+  static constexpr int kThreads = 32 * kWarps;
+  static_assert(kWarps == rate_parts_of(true) && kBlocks == bias_parts_of(true));
+  static constexpr int kParked = kBlockRows * kGroupColumns;  // floats of a warp's rows and channels
   // Floats in a row of G: rows that follow each other begin 8 banks apart, so that the channels of a quad of
   // eight rows are in different banks.
   static constexpr int kGateRow = kKeyDim + 8;
@@ -36,103 +40,216 @@ struct ChunkGradientChannelTraits : ChunkGradientTraits<Tag, kKeyDim_> {
     // Per channel: of q dq + k dk through the entering state over blocks 1, 2, 3; of k dk through the leaving
     // state over blocks 0, 1, 2; over pairs of blocks 0 and (2, 3), 0 and 3, 1 and 3; e^{G_C} S . dS.
     float enter[3][kKeyDim], leave[3][kKeyDim], pairs[3][kKeyDim], through[kKeyDim];
-    float k_row[2][kRows], k_diagonal[2][kRows];  // k . dk as a reader, without beta
+    // k . dk as a reader, without beta, from other blocks and the own one: in rows that do not divide by
+    // beta.
+    float k_row[kGroups][kRows], k_diagonal[kGroups][kRows];
     float y_vnew[kRows], y_v[kRows];
-    float q_dq[2][kRows], k_dk[2][kRows];
+    float q_dq[kGroups][kRows], k_dk[kGroups][kRows];
   };
   struct Storage {
     alignas(1024) Element q[kTile];  // in the end dq on the way out, as dk in K
     alignas(1024) Element k[kTile];
-    union {
-      alignas(1024) Element v_new[kTile];
-      struct {
-        alignas(1024) float2 diagonal[kBlocks][kBlockRows][kBlockRows];  // (dA, dP)
-        Sums sums;
-      };
-    };
+    alignas(1024) Element v_new[kTile];
     union {
       struct {
         alignas(1024) Element dout[kTile];
         alignas(1024) Element y[kTile];
       };
-      alignas(1024) Element d_state[kImages * kTile];
       struct {
         alignas(1024) Element k_source[kTile];  // to the first row of the next block
         alignas(1024) Element k_reader[kTile];  // from the first row of the block, times beta
       };
-      float parked_dk[8][kParked];
+      float parked_dk[kWarps][kParked];
     };
     union {
       alignas(1024) Element state[kImages * kTile];
-      struct {
-        alignas(1024) Element dA[kImage];
-        alignas(1024) Element dP[kImage];
-        alignas(1024) Element q_reader[kTile];
-      };
-      float parked_dq[8][kParked];
+      alignas(1024) Element q_reader[kTile];
+      float parked_dq[kWarps][kParked];
     };
+    union {
+      alignas(1024) Element d_state[kImages * kTile];
+      float dg[kWarps][kParked];
+    };
+    alignas(1024) Element dA[kImage];  // below the diagonal blocks
+    alignas(1024) Element dP[kImage];
+    alignas(128) float2 diagonal[kBlocks][kBlockRows][kBlockRows];  // (dA, dP)
     alignas(128) float G[kRows * kGateRow];
     alignas(8) float steps[2][kKeyDim];  // e^{G_32 - G_16}, e^{G_48 - G_32}
-    float beta[kRows], k_norm[kRows], q_norm[kRows];
+    Sums sums;
+    alignas(16) float beta[kRows], k_norm[kRows], q_norm[kRows];
     GradientPlace place;
     uint64_t qk_here, values_here, state_here, d_state_here;
   };
-  static_assert(sizeof(Sums) + sizeof(float2) * kRows * kBlockRows <= kTile * sizeof(Element));
   static_assert(sizeof(Storage) <= 227 * 1024, "a Hopper CTA has 227 KB of shared memory");
+};
+
+// What a warp owns: rows 16 block and following, channels 32 group and following.
+struct OwnPart {
+  int block, group;
+
+  __device__ __forceinline__ OwnPart() {
+    const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
+    group = warp / kBlocks;
+    block = (warp + group) % kBlocks;  // blocks differ in work, and a scheduler has every fourth warp
+  }
+  __device__ __forceinline__ int index() const { return kBlocks * group + block; }
+  __device__ __forceinline__ int first_row() const { return kBlockRows * block; }
+  __device__ __forceinline__ int first_channel() const { return kGroupColumns * group; }
+  // The image with its channels, and the first piece there.
+  template <class Element>
+  __device__ __forceinline__ Element* image(Element* images) const {
+    return images + group / 2 * kImage;
+  }
+  __device__ __forceinline__ int first_piece() const { return group % 2 * kGroupPieces; }
 };
 
 // ---- Steps ----
 
-// Calls f(index in a (64, 64) accumulator, h, that element of the image and the next); h: the row is
-// 16 warp + 8 h + lane / 4.
-template <class Element, class F>
-__device__ __forceinline__ void for_elements(Element* image, int warp, const F& f) {
-  CUTE_UNROLL
-  for (int j = 0; j < 8; j += 2) {
-    uint32_t words[4];
-    SM75_U32x4_LDSM_N::copy(matrices_at<true>(image, 16 * warp, j), words[0], words[1], words[2], words[3]);
+// Of the part: row first_row + lane / 4 + 8 h, channels 8 n + 2 (lane % 4) and the next at 4 n + 2 h.
+__device__ __forceinline__ auto part_accumulator() {
+  Tensor acc = make_tensor<float>(Int<4 * kGroupPieces>{});
+  clear(acc);
+  return acc;
+}
+
+// dA = -tril(Y V'^T, -1) and dP = s tril(dO V'^T): the warp takes the columns of one block.
+template <class Storage>
+__device__ __forceinline__ void score_gradients(Storage& s, const OwnPart& part, int value_images,
+                                                float scale) {
+  using Element = std::remove_reference_t<decltype(s.q[0])>;
+  const int lane = threadIdx.x % 32, columns = part.group;
+  if (columns > part.block) return;
+  float dA[2][4] = {}, dP[2][4] = {};
+  CUTE_NO_UNROLL
+  for (int v = 0; v < value_images; ++v) {
     CUTE_UNROLL
-    for (int w = 0; w < 4; ++w) f(4 * (j + w / 2) + 2 * (w % 2), w % 2, unpack<Element>(words[w]));
+    for (int piece = 0; piece < 8; piece += 2) {
+      uint32_t y[4], d[4], b[4];
+      const auto at = [&](Element* images) -> auto& {
+        return matrices_at<true>(images + v * kImage, part.first_row(), piece);
+      };
+      SM75_U32x4_LDSM_N::copy(at(s.y), y[0], y[1], y[2], y[3]);
+      SM75_U32x4_LDSM_N::copy(at(s.dout), d[0], d[1], d[2], d[3]);
+      SM75_U32x4_LDSM_N::copy(matrices_at<false>(s.v_new + v * kImage, kBlockRows * columns, piece), b[0],
+                              b[1], b[2], b[3]);
+      CUTE_UNROLL
+      for (int n = 0; n < 2; ++n) {
+        warp_mma<Element>(dA[n], y, b[2 * n], b[2 * n + 1]);
+        warp_mma<Element>(dP[n], d, b[2 * n], b[2 * n + 1]);
+      }
+    }
+  }
+  if (columns == part.block && has_diagonal()) {
+    CUTE_UNROLL
+    for (int h = 0; h < 2; ++h)
+      s.sums.y_vnew[part.first_row() + lane / 4 + 8 * h] = lane & 4 ? dA[h][2 * h + 1] : dA[h][2 * h];
+  }
+  CUTE_UNROLL
+  for (int n = 0; n < 2; ++n) {
+    CUTE_UNROLL
+    for (int x = 0; x < 4; ++x) dA[n][x] *= -1.f, dP[n][x] *= scale;
+  }
+  if (columns == part.block) {
+    CUTE_UNROLL
+    for (int x = 0; x < 4; ++x) {
+      const int n = x / 2, h = x % 2, i = lane / 4 + 8 * h, j = 8 * n + lane % 4 * 2;
+      *reinterpret_cast<float4*>(&s.diagonal[part.block][i][j]) =
+          float4{i > j ? dA[n][2 * h] : 0.f, i >= j ? dP[n][2 * h] : 0.f, i > j + 1 ? dA[n][2 * h + 1] : 0.f,
+                 i >= j + 1 ? dP[n][2 * h + 1] : 0.f};
+    }
+    return;
+  }
+  const auto store = [&](Element* image, const float (&c)[2][4]) {
+    uint32_t words[4];
+    CUTE_UNROLL
+    for (int x = 0; x < 4; ++x) words[x] = pack<Element>(c[x / 2][x % 2 * 2], c[x / 2][x % 2 * 2 + 1]);
+    store_rows<2>(image, part.block, words, 2 * columns);
+  };
+  store(s.dA, dA);
+  store(s.dP, dP);
+}
+
+// acc += the part's rows of `left` [64][values] times its channels of a state [values][channels], for each
+// of several.
+template <int kProducts, class Element, class Acc>
+__device__ __forceinline__ void through_state(const OwnPart& part, int value_images, Element* states,
+                                              Element* const (&left)[kProducts],
+                                              Acc* const (&acc)[kProducts]) {
+  CUTE_NO_UNROLL
+  for (int v = 0; v < value_images; ++v) {
+    Element* state = part.image(states + 2 * v * kImage);
+    CUTE_UNROLL
+    for (int piece = 0; piece < 8; piece += 2) {
+      uint32_t a[kProducts][4];
+      CUTE_UNROLL
+      for (int p = 0; p < kProducts; ++p)
+        SM75_U32x4_LDSM_N::copy(matrices_at<true>(left[p] + v * kImage, part.first_row(), piece), a[p][0],
+                                a[p][1], a[p][2], a[p][3]);
+      CUTE_UNROLL
+      for (int n = 0; n < kGroupPieces; n += 2) {
+        uint32_t b[4];
+        SM75_U16x8_LDSM_T::copy(matrices_at<true>(state, 8 * piece, part.first_piece() + n), b[0], b[1], b[2],
+                                b[3]);
+        CUTE_UNROLL
+        for (int p = 0; p < kProducts; ++p) {
+          CUTE_UNROLL
+          for (int x = 0; x < 2; ++x) {
+            float (&c)[4] = *reinterpret_cast<float (*)[4]>(&(*acc[p])(4 * (n + x)));
+            warp_mma<Element>(c, a[p], b[2 * x], b[2 * x + 1]);
+          }
+        }
+      }
+    }
   }
 }
 
-// Where a warp keeps row `row` (of 16) and channel `column` (of 64): banks differ for eight columns of four
-// rows as well as for 32 columns of a row.
+// Calls f(index in an accumulator of the part, h, that element of the image and the next).
+template <class Element, class F>
+__device__ __forceinline__ void for_elements(Element* images, const OwnPart& part, const F& f) {
+  CUTE_UNROLL
+  for (int n = 0; n < kGroupPieces; n += 2) {
+    uint32_t words[4];
+    SM75_U32x4_LDSM_N::copy(matrices_at<true>(part.image(images), part.first_row(), part.first_piece() + n),
+                            words[0], words[1], words[2], words[3]);
+    CUTE_UNROLL
+    for (int w = 0; w < 4; ++w) f(4 * (n + w / 2) + 2 * (w % 2), w % 2, unpack<Element>(words[w]));
+  }
+}
+
+// Where a warp keeps row `row` and channel `column` of its part: banks differ for eight columns of four rows
+// as well as for the columns of a row.
 __device__ __forceinline__ float& parked_at(float* parked, int row, int column) {
-  return parked[row * kImageColumns + (column ^ (row & 3) << 3)];
+  return parked[row * kGroupColumns + (column ^ (row & 3) << 3)];
 }
 // Calls f(index in the accumulator, the two neighbours there) for the warp's part.
 template <class F>
 __device__ __forceinline__ void for_parked(float* parked, const F& f) {
   const int lane = threadIdx.x % 32;
   CUTE_UNROLL
-  for (int x = 0; x < 16; ++x)
+  for (int x = 0; x < 2 * kGroupPieces; ++x)
     f(2 * x,
       *reinterpret_cast<float2*>(&parked_at(parked, 8 * (x % 2) + lane / 4, 8 * (x / 2) + 2 * (lane % 4))));
 }
 
-// One piece of 8 channels of a row times 2^exponent and a factor.
+// One piece of 8 channels of a row times a factor and decays.
 template <class Element>
-__device__ __forceinline__ uint4 scaled_piece(const uint4& piece, float factor, const float (&to)[8],
-                                              const float (&from)[8]) {
+__device__ __forceinline__ uint4 scaled_piece(const uint4& piece, float factor, const float (&decay)[8]) {
   const uint32_t in[4] = {piece.x, piece.y, piece.z, piece.w};
   uint32_t out[4];
   CUTE_UNROLL
   for (int i = 0; i < 4; ++i) {
     const float2 x = unpack<Element>(in[i]);
-    out[i] = pack<Element>(factor * x.x * exp2_fast(to[2 * i] - from[2 * i]),
-                           factor * x.y * exp2_fast(to[2 * i + 1] - from[2 * i + 1]));
+    out[i] = pack<Element>(factor * x.x * decay[2 * i], factor * x.y * decay[2 * i + 1]);
   }
   return {out[0], out[1], out[2], out[3]};
 }
 
 // The operands of the pairs of different blocks, and the decays from block to block. All threads, a piece of
-// four rows each.
+// two rows each.
 template <class Traits>
 __device__ __forceinline__ void scale_blocks(typename Traits::Storage& s) {
   using Element = typename Traits::Element;
-  static_assert(Traits::kThreads == 2 * Traits::kKeyDim);
-  {
+  if (threadIdx.x < 2 * Traits::kKeyDim) {
     const int to = threadIdx.x / Traits::kKeyDim, channel = threadIdx.x % Traits::kKeyDim;
     const float* from = s.G + (to + 1) * kBlockRows * Traits::kGateRow + channel;
     s.steps[to][channel] = exp2_fast(from[kBlockRows * Traits::kGateRow] - from[0]);
@@ -143,38 +260,42 @@ __device__ __forceinline__ void scale_blocks(typename Traits::Storage& s) {
     const float4 a = from[0], b = from[1];
     g[0] = a.x, g[1] = a.y, g[2] = a.z, g[3] = a.w, g[4] = b.x, g[5] = b.y, g[6] = b.z, g[7] = b.w;
   };
+  constexpr int kAtOnce = Traits::kThreads / 16;
   CUTE_NO_UNROLL
-  for (int block = 0; block < kBlocks; ++block) {
-    const int row = kBlockRows * block + threadIdx.x / 16;
+  for (int row = threadIdx.x / 16; row < kRows; row += kAtOnce) {
+    const int block = row / kBlockRows;
     const auto at = [&](Element* images) -> uint4& {
       return *reinterpret_cast<uint4*>(image_piece(images + offset, row, piece % 8));
     };
-    float here[8], anchor[8];
+    float here[8], anchor[8], decay[8];
     gates(row, here);
     const float k_norm = s.k_norm[row];
     const uint4 k = at(s.k);
     if (block < kBlocks - 1) {
       gates(kBlockRows * (block + 1), anchor);
-      at(s.k_source) = scaled_piece<Element>(k, k_norm, anchor, here);
+      CUTE_UNROLL
+      for (int c = 0; c < 8; ++c) decay[c] = exp2_fast(anchor[c] - here[c]);
+      at(s.k_source) = scaled_piece<Element>(k, k_norm, decay);
     }
     if (block > 0) {
       gates(kBlockRows * block, anchor);
-      at(s.k_reader) = scaled_piece<Element>(k, k_norm * s.beta[row], here, anchor);
-      at(s.q_reader) = scaled_piece<Element>(at(s.q), s.q_norm[row], here, anchor);
+      CUTE_UNROLL
+      for (int c = 0; c < 8; ++c) decay[c] = exp2_fast(here[c] - anchor[c]);
+      at(s.k_reader) = scaled_piece<Element>(k, k_norm * s.beta[row], decay);
+      at(s.q_reader) = scaled_piece<Element>(at(s.q), s.q_norm[row], decay);
     }
   }
 }
 
-// Pairs of different blocks; the warp has block `warp` and the channels of warpgroup wg. dk_row (without
-// beta) and dk_column: as reader and as source.
+// Pairs of different blocks. dk_row (without beta) and dk_column: as reader and as source.
 template <class Traits, class Acc>
-__device__ __forceinline__ void cross_blocks(typename Traits::Storage& s, int wg, int warp, Acc& dq,
+__device__ __forceinline__ void cross_blocks(typename Traits::Storage& s, const OwnPart& part, Acc& dq,
                                              Acc& dk_row, Acc& dk_column) {
   using Element = typename Traits::Element;
-  const int lane = threadIdx.x % 32, row0 = kBlockRows * warp + lane / 4;
-  Element* k_source = s.k_source + wg * kImage;
-  Element *k_reader = s.k_reader + wg * kImage, *q_reader = s.q_reader + wg * kImage;
-  const int channels = 64 * wg + 2 * (lane % 4);  // of this lane in piece 0
+  const int lane = threadIdx.x % 32, block = part.block, row0 = part.first_row() + lane / 4;
+  Element* k_source = part.image(s.k_source);
+  Element *k_reader = part.image(s.k_reader), *q_reader = part.image(s.q_reader);
+  const int channels = part.first_channel() + 2 * (lane % 4);  // of this lane in piece 0
   const auto gate = [&](int row, int n) {
     return *reinterpret_cast<const float2*>(&s.G[row * Traits::kGateRow + channels + 8 * n]);
   };
@@ -188,46 +309,49 @@ __device__ __forceinline__ void cross_blocks(typename Traits::Storage& s, int wg
   const auto scale = [](float (&c)[4], const float2& by) {
     c[0] *= by.x, c[1] *= by.y, c[2] *= by.x, c[3] *= by.y;
   };
-  CUTE_UNROLL
-  for (int pair = 0; pair < 4; ++pair) {  // of pieces of 8 channels
+  if (block > 0) {
     // This block reads: sources in blocks J before, at the anchor of block J + 1.
-    float to_q[2][4] = {}, to_k[2][4] = {};
-    for (int J = 0; J < warp; ++J) {
+    float to_q[kGroupPieces][4] = {}, to_k[kGroupPieces][4] = {};
+    CUTE_NO_UNROLL
+    for (int J = 0; J < block; ++J) {
       if (J > 0) {
         CUTE_UNROLL
-        for (int n = 0; n < 2; ++n) {
-          const float2 decay = step(J, 2 * pair + n);
+        for (int n = 0; n < kGroupPieces; ++n) {
+          const float2 decay = step(J, n);
           scale(to_q[n], decay);
           scale(to_k[n], decay);
         }
       }
-      uint32_t a[4], p[4], b[4];
-      SM75_U32x4_LDSM_N::copy(matrices_at<true>(s.dA, kBlockRows * warp, 2 * J), a[0], a[1], a[2], a[3]);
-      SM75_U32x4_LDSM_N::copy(matrices_at<true>(s.dP, kBlockRows * warp, 2 * J), p[0], p[1], p[2], p[3]);
-      SM75_U16x8_LDSM_T::copy(matrices_at<true>(k_source, kBlockRows * J, 2 * pair), b[0], b[1], b[2], b[3]);
+      uint32_t a[4], p[4];
+      SM75_U32x4_LDSM_N::copy(matrices_at<true>(s.dA, part.first_row(), 2 * J), a[0], a[1], a[2], a[3]);
+      SM75_U32x4_LDSM_N::copy(matrices_at<true>(s.dP, part.first_row(), 2 * J), p[0], p[1], p[2], p[3]);
       CUTE_UNROLL
-      for (int n = 0; n < 2; ++n) {
-        warp_mma<Element>(to_q[n], p, b[2 * n], b[2 * n + 1]);
-        warp_mma<Element>(to_k[n], a, b[2 * n], b[2 * n + 1]);
+      for (int n = 0; n < kGroupPieces; n += 2) {
+        uint32_t b[4];
+        SM75_U16x8_LDSM_T::copy(matrices_at<true>(k_source, kBlockRows * J, part.first_piece() + n), b[0],
+                                b[1], b[2], b[3]);
+        CUTE_UNROLL
+        for (int x = 0; x < 2; ++x) {
+          warp_mma<Element>(to_q[n + x], p, b[2 * x], b[2 * x + 1]);
+          warp_mma<Element>(to_k[n + x], a, b[2 * x], b[2 * x + 1]);
+        }
       }
     }
-    if (warp > 0) {
-      CUTE_UNROLL
-      for (int x = 0; x < 4; ++x) {
-        const int n = x / 2, h = x % 2, at = 4 * (2 * pair + n) + 2 * h;
-        const float2 decay = between(row0 + 8 * h, kBlockRows * warp, 2 * pair + n);
-        dq(at) += decay.x * to_q[n][2 * h], dq(at + 1) += decay.y * to_q[n][2 * h + 1];
-        dk_row(at) += decay.x * to_k[n][2 * h], dk_row(at + 1) += decay.y * to_k[n][2 * h + 1];
-      }
+    CUTE_UNROLL
+    for (int x = 0; x < 2 * kGroupPieces; ++x) {
+      const int n = x / 2, h = x % 2, at = 4 * n + 2 * h;
+      const float2 decay = between(row0 + 8 * h, part.first_row(), n);
+      dq(at) += decay.x * to_q[n][2 * h], dq(at + 1) += decay.y * to_q[n][2 * h + 1];
+      dk_row(at) += decay.x * to_k[n][2 * h], dk_row(at + 1) += decay.y * to_k[n][2 * h + 1];
     }
   }
-  if (warp == kBlocks - 1) return;
+  if (block == kBlocks - 1) return;
   CUTE_UNROLL
-  for (int pair = 0; pair < 4; ++pair) {
+  for (int pair = 0; pair < kGroupPieces / 2; ++pair) {
     // This block is read: by blocks I behind. far: not by the next block; last: by block 3, if that is not
     // far.
     float sum[2][4] = {}, far[2][4] = {}, last[2][4] = {};
-    for (int I = kBlocks - 1; I > warp; --I) {
+    for (int I = kBlocks - 1; I > block; --I) {
       if (I < kBlocks - 1) {
         CUTE_UNROLL
         for (int n = 0; n < 2; ++n) {
@@ -236,16 +360,18 @@ __device__ __forceinline__ void cross_blocks(typename Traits::Storage& s, int wg
           scale(last[n], decay);
           CUTE_UNROLL
           for (int x = 0; x < 4; ++x) {
-            if (I == warp + 1) far[n][x] = sum[n][x];
+            if (I == block + 1) far[n][x] = sum[n][x];
             if (I == 2) last[n][x] = sum[n][x];
           }
         }
       }
       uint32_t a[4], p[4], k[4], q[4];
-      SM75_U16x8_LDSM_T::copy(matrices_at<false>(s.dA, kBlockRows * I, 2 * warp), a[0], a[1], a[2], a[3]);
-      SM75_U16x8_LDSM_T::copy(matrices_at<false>(s.dP, kBlockRows * I, 2 * warp), p[0], p[1], p[2], p[3]);
-      SM75_U16x8_LDSM_T::copy(matrices_at<true>(k_reader, kBlockRows * I, 2 * pair), k[0], k[1], k[2], k[3]);
-      SM75_U16x8_LDSM_T::copy(matrices_at<true>(q_reader, kBlockRows * I, 2 * pair), q[0], q[1], q[2], q[3]);
+      SM75_U16x8_LDSM_T::copy(matrices_at<false>(s.dA, kBlockRows * I, 2 * block), a[0], a[1], a[2], a[3]);
+      SM75_U16x8_LDSM_T::copy(matrices_at<false>(s.dP, kBlockRows * I, 2 * block), p[0], p[1], p[2], p[3]);
+      SM75_U16x8_LDSM_T::copy(matrices_at<true>(k_reader, kBlockRows * I, part.first_piece() + 2 * pair),
+                              k[0], k[1], k[2], k[3]);
+      SM75_U16x8_LDSM_T::copy(matrices_at<true>(q_reader, kBlockRows * I, part.first_piece() + 2 * pair),
+                              q[0], q[1], q[2], q[3]);
       CUTE_UNROLL
       for (int n = 0; n < 2; ++n) {
         warp_mma<Element>(sum[n], a, k[2 * n], k[2 * n + 1]);
@@ -253,144 +379,164 @@ __device__ __forceinline__ void cross_blocks(typename Traits::Storage& s, int wg
       }
     }
     uint32_t words[4];
-    SM75_U32x4_LDSM_N::copy(matrices_at<true>(s.k + wg * kImage, kBlockRows * warp, 2 * pair), words[0],
-                            words[1], words[2], words[3]);
-    float far_sum[2][2] = {}, last_sum[2][2] = {};
+    SM75_U32x4_LDSM_N::copy(
+        matrices_at<true>(part.image(s.k), part.first_row(), part.first_piece() + 2 * pair), words[0],
+        words[1], words[2], words[3]);
+    float sums[4 * 2] = {};  // far and last, of both pieces
     CUTE_UNROLL
     for (int x = 0; x < 4; ++x) {
       const int n = x / 2, h = x % 2, at = 4 * (2 * pair + n) + 2 * h;
-      const float2 decay = between(kBlockRows * (warp + 1), row0 + 8 * h, 2 * pair + n);
-      const float2 k = unpack<Element>(words[x]);
+      const float2 decay = between(part.first_row() + kBlockRows, row0 + 8 * h, 2 * pair + n);
+      float2 k = unpack<Element>(words[x]);
       const float norm = s.k_norm[row0 + 8 * h];
       dk_column(at) += decay.x * sum[n][2 * h], dk_column(at + 1) += decay.y * sum[n][2 * h + 1];
-      far_sum[n][0] += norm * k.x * decay.x * far[n][2 * h];
-      far_sum[n][1] += norm * k.y * decay.y * far[n][2 * h + 1];
-      last_sum[n][0] += norm * k.x * decay.x * last[n][2 * h];
-      last_sum[n][1] += norm * k.y * decay.y * last[n][2 * h + 1];
+      k.x *= norm * decay.x, k.y *= norm * decay.y;
+      sums[2 * n] += k.x * far[n][2 * h], sums[2 * n + 1] += k.y * far[n][2 * h + 1];
+      sums[4 + 2 * n] += k.x * last[n][2 * h], sums[5 + 2 * n] += k.y * last[n][2 * h + 1];
     }
-    CUTE_UNROLL
-    for (int x = 0; x < 4; ++x) {
-      const int n = x / 2, e = x % 2, channel = 64 * wg + 8 * (2 * pair + n) + 2 * (lane % 4) + e;
-      CUTE_UNROLL
-      for (int lanes = 4; lanes <= 16; lanes *= 2) {
-        far_sum[n][e] += __shfl_xor_sync(0xffffffffu, far_sum[n][e], lanes);
-        last_sum[n][e] += __shfl_xor_sync(0xffffffffu, last_sum[n][e], lanes);
-      }
-      if (lane >= 4) continue;
-      if (warp == 0) s.sums.pairs[0][channel] = far_sum[n][e], s.sums.pairs[1][channel] = last_sum[n][e];
-      if (warp == 1) s.sums.pairs[2][channel] = far_sum[n][e];
-    }
+    if (block > 1) continue;
+    const float2 passing = sum_over_rows(sums);
+    const int which = lane / 8;
+    if ((lane & 4) == 0 && (block == 0 || which < 2))
+      *reinterpret_cast<float2*>(
+          &s.sums.pairs[block == 0 ? which / 2 : 2][channels + 8 * (2 * pair + which % 2)]) = passing;
   }
 }
 
-// e^{G_C} S . dS per channel: a warp has 16 channels, a lane 8 of them and every 16th value.
+// e^{G_C} S . dS per channel: a warp has 8 channels, whose products with themselves are the diagonal of one
+// by mma.sync.
 template <class Element>
 __device__ __forceinline__ void state_dots(Element* state, Element* d_state, int value_images,
-                                           const float* G_end, float& out) {
-  const int lane = threadIdx.x % 32, piece = 2 * (threadIdx.x / 32) + lane / 16;
-  float sum[8] = {};
+                                           const float* G_end, float* out) {
+  const int lane = threadIdx.x % 32, piece = threadIdx.x / 32;
+  float sum[4] = {};
+  CUTE_NO_UNROLL
   for (int v = 0; v < value_images; ++v) {
     CUTE_UNROLL
-    for (int x = 0; x < 4; ++x) {
-      const auto at = [&](Element* images) {
-        return *reinterpret_cast<const uint4*>(
-            image_piece(images + (2 * v + piece / 8) * kImage, lane % 16 + 16 * x, piece % 8));
+    for (int x = 0; x < kRows; x += 32) {
+      const auto load = [&](Element* images, uint32_t (&to)[4]) {
+        Element* from = image_piece(images + (2 * v + piece / 8) * kImage, x + lane, piece % 8);
+        SM75_U16x8_LDSM_T::copy(*reinterpret_cast<const uint128_t*>(from), to[0], to[1], to[2], to[3]);
       };
-      const uint4 a = at(state), b = at(d_state);
-      const uint32_t left[4] = {a.x, a.y, a.z, a.w}, right[4] = {b.x, b.y, b.z, b.w};
-      CUTE_UNROLL
-      for (int w = 0; w < 4; ++w) {
-        const float2 y = unpack<Element>(left[w]), z = unpack<Element>(right[w]);
-        sum[2 * w] += y.x * z.x;
-        sum[2 * w + 1] += y.y * z.y;
-      }
+      uint32_t a[4], b[4];
+      load(state, a);
+      load(d_state, b);
+      warp_mma<Element>(sum, {a[0], 0, a[1], 0}, b[0], b[1]);
+      warp_mma<Element>(sum, {a[2], 0, a[3], 0}, b[2], b[3]);
     }
   }
-  CUTE_UNROLL
-  for (int step = 8, left = 4; step >= 2; step /= 2, left /= 2) {
-    const bool upper = lane & step;
-    CUTE_UNROLL
-    for (int x = 0; x < left; ++x) {
-      const float give = upper ? sum[x] : sum[x + left], keep = upper ? sum[x + left] : sum[x];
-      sum[x] = keep + __shfl_xor_sync(0xffffffffu, give, step);
-    }
-  }
-  sum[0] += __shfl_xor_sync(0xffffffffu, sum[0], 1);
-  const int channel = 8 * piece + (lane >> 3 & 1) * 4 + (lane >> 2 & 1) * 2 + (lane >> 1 & 1);
-  out = sum[0] * exp2_fast(G_end[channel]);
-}
-__device__ __forceinline__ int channel_of_state_dots() {
-  const int lane = threadIdx.x % 32;
-  return 16 * (threadIdx.x / 32) + lane / 16 * 8 + (lane >> 3 & 1) * 4 + (lane >> 2 & 1) * 2 +
-         (lane >> 1 & 1);
+  const int channel = 8 * piece + lane / 4;
+  if (has_diagonal()) out[channel] = (lane & 4 ? sum[1] : sum[0]) * exp2_fast(G_end[channel]);
 }
 
-// The pairs within a block of one channel, and dg with everything else of it (`others` of token t: row 16
-// block + t). k, q: column of the block in their images; gradients are added to the parked ones.
-struct BlockColumn {
-  int column;            // of the warpgroup's 64
-  const float* G;        // this channel, first row of the block
-  int stride;            // between rows of G
-  uint32_t no_division;  // rows whose dbeta needs k . dk
-};
-template <class Storage>
-__device__ __forceinline__ void pairs_in_block(Storage& s, int wg, int block, const BlockColumn& z,
-                                               float (&dg)[kBlockRows]) {
-  using Element = std::remove_reference_t<decltype(s.q[0])>;
-  const int lane = threadIdx.x % 32, part = 4 * wg + block, first = kBlockRows * block;
-  float k[kBlockRows], decay[kBlockRows], dk[kBlockRows] = {};
+// The pairs within a block, a lane per channel: what they give is added to the parked dq and dk and to dg.
+// From the last row to the first, so that dk_j has what reaches it from rows from i on when row i asks for
+// it:
+//   dg_i += sum_{j < i} k_j sum_{m >= i} e^{G_m - G_j} (beta_m dA_mj k_m + dP_mj q_m)
+// and k . dk as a reader where dbeta needs it.
+template <class Traits>
+__device__ __forceinline__ void pairs_in_block(typename Traits::Storage& s, const OwnPart& part,
+                                               bool dbeta_needs_k) {
+  using Element = typename Traits::Element;
+  const int lane = threadIdx.x % 32, first = part.first_row();
+  const float* G = s.G + first * Traits::kGateRow + part.first_channel() + lane;
+  float *parked_q = s.parked_dq[part.index()], *parked_k = s.parked_dk[part.index()];
+  float* parked_g = s.dg[part.index()];
   const auto value = [&](Element* images, int i) {
-    return static_cast<float>(image_piece(images + wg * kImage, first + i, z.column / 8)[z.column % 8]);
+    return static_cast<float>(
+        image_piece(part.image(images), first + i, part.first_piece() + lane / 8)[lane % 8]);
   };
-  float before = z.G[0];
+  // dq and dg take the places of q and the decays.
+  float k[kBlockRows], q[kBlockRows], decay[kBlockRows], dk[kBlockRows] = {}, k_dk[kBlockRows];
+  float before = G[0];
   CUTE_UNROLL
   for (int i = 0; i < kBlockRows; ++i) {
     k[i] = s.k_norm[first + i] * value(s.k, i);
-    const float here = z.G[i * z.stride];
+    q[i] = s.q_norm[first + i] * value(s.q, i);
+    const float here = G[i * Traits::kGateRow];
     decay[i] = exp2_fast(here - before);
     before = here;
-    dg[i] = 0.f;
   }
-  const auto four_rows = [&](auto group) {  // a loop: code that is only run once has to be fetched each time
-    constexpr int kFirst = 4 * decltype(group)::value, kColumns = kFirst + 4;
-    CUTE_NO_UNROLL
-    for (int i = kFirst; i < kColumns; ++i) {
-      const float q = s.q_norm[first + i] * value(s.q, i), k_i = s.k_norm[first + i] * value(s.k, i);
-      const float beta = s.beta[first + i], beta_k = beta * k_i;
-      float dq = 0.f, dk_row = 0.f, e = 1.f, pair[kColumns];
-      CUTE_UNROLL
-      for (int j = kColumns - 1; j >= 0; --j) {  // dA and dP are 0 above the diagonal
-        if (j < kColumns - 1) e = j < kFirst || j < i ? e * decay[j + 1] : 1.f;
-        const float2 d = s.diagonal[block][i][j];
-        const float source = e * k[j], reader = d.x * beta_k + d.y * q;
-        dq += d.y * source;
-        dk_row += d.x * source;
-        dk[j] += e * reader;
-        pair[j] = source * reader;
-      }
-      float sum = 0.f;
-      CUTE_UNROLL
-      for (int j = 0; j < kColumns; ++j) {
-        if (j >= kFirst) dk[j] += j == i ? beta * dk_row : 0.f;
-        if (j == kColumns - 1) continue;
-        sum += pair[j];
-        dg[j + 1] += j < kFirst || j < i ? sum : 0.f;
-      }
-      parked_at(s.parked_dq[part], i, z.column) += dq;
-      if (z.no_division >> i & 1) {
-        float dot = k_i * dk_row;
-        CUTE_UNROLL
-        for (int step = 16; step >= 1; step /= 2) dot += __shfl_xor_sync(0xffffffffu, dot, step);
-        if (lane == 0) s.sums.k_diagonal[wg][first + i] += dot;
-      }
-    }
-  };
-  four_rows(Int<0>{});
-  four_rows(Int<1>{});
-  four_rows(Int<2>{});
-  four_rows(Int<3>{});
   CUTE_UNROLL
-  for (int i = 0; i < kBlockRows; ++i) parked_at(s.parked_dk[part], i, z.column) += dk[i];
+  for (int i = kBlockRows - 1; i >= 0; --i) {
+    const float beta = s.beta[first + i], beta_k = beta * k[i];
+    const float2* d = s.diagonal[part.block][i];
+    float dq = d[i].y * k[i], dk_row = 0.f, dg = 0.f, e = 1.f;
+    CUTE_UNROLL
+    for (int j = i - 1; j >= 0; --j) {
+      e *= decay[j + 1];
+      const float source = e * k[j];
+      dq += d[j].y * source;
+      dk_row += d[j].x * source;
+      dk[j] += e * (d[j].x * beta_k + d[j].y * q[i]);
+      dg += k[j] * dk[j];
+    }
+    k_dk[i] = k[i] * dk_row;
+    dk[i] += d[i].y * q[i] + beta * dk_row;
+    q[i] = dq;
+    decay[i] = dg;
+  }
+  CUTE_UNROLL
+  for (int i = 0; i < kBlockRows; ++i) {
+    parked_at(parked_q, i, lane) += q[i];
+    parked_at(parked_k, i, lane) += dk[i];
+    parked_at(parked_g, i, lane) += decay[i];
+  }
+  if (!dbeta_needs_k) return;
+  sum_over_lanes<1, 1>(k_dk);
+  if (lane % 2 == 0) s.sums.k_diagonal[part.group][first + lane / 2] = k_dk[0];
+}
+
+// dg of the part, a lane per channel, through the activation of the gate to memory.
+template <class Traits>
+__device__ __forceinline__ void finish_gates(typename Traits::Storage& s, const OwnPart& part,
+                                             const ChunkGradientArgs& args, const GradientPlace& z) {
+  const InputsSm90& in = args.in;
+  const int lane = threadIdx.x % 32, channel = part.first_channel() + lane;
+  const int rows = min(z.valid - part.first_row(), kBlockRows);  // may be negative
+  const bool inside = channel < in.key_dim;
+  float* dg = s.dg[part.index()];
+  const int64_t stride = z.row * in.key_dim;
+  float* out = args.dg + z.first_row * in.key_dim + part.first_row() * stride + channel;
+  if (in.gate == Gate::kLog) {
+    CUTE_UNROLL
+    for (int t = 0; t < kBlockRows; ++t)
+      if (t < rows && inside) out[t * stride] = parked_at(dg, t, lane);
+    return;
+  }
+  const float rate = in.A_log != nullptr ? expf(in.A_log[z.head]) : 1.f;
+  const float bias = in.dt_bias != nullptr && inside ? in.dt_bias[z.head * in.key_dim + channel] : 0.f;
+  const float* g = in.g + z.token_head(in, part.first_row()) * in.key_dim + channel;
+  const int64_t g_stride = in.value_heads * in.key_dim;
+  constexpr int kAtOnce = 4;
+  float d_rate = 0.f, d_bias = 0.f;
+  CUTE_NO_UNROLL
+  for (int first = 0; first < (inside ? rows : 0); first += kAtOnce) {
+    float x[kAtOnce];
+    CUTE_UNROLL
+    for (int t = 0; t < kAtOnce; ++t) x[t] = bias + (first + t < rows ? g[(first + t) * g_stride] : 0.f);
+    CUTE_UNROLL
+    for (int t = 0; t < kAtOnce; ++t) {
+      if (first + t >= rows) break;
+      const float dg_t = parked_at(dg, first + t, lane);
+      float da;
+      if (in.gate == Gate::kSoftplus) {
+        da = -dg_t * rate * sigmoid(x[t]);
+        d_rate += dg_t * log2_decay(in, x[t], rate) * (1.f / kLog2e);
+      } else {
+        const float open = sigmoid(rate * x[t]);
+        da = dg_t * static_cast<float>(in.gate_bound) * open * (1.f - open) * rate;
+        d_rate += da * x[t];
+      }
+      d_bias += da;
+      out[(first + t) * stride] = da;
+    }
+  }
+  if (args.rate_parts == nullptr) return;
+  if (inside) args.bias_parts[z.part(in, kBlocks, part.block) * in.key_dim + channel] = d_bias;
+  CUTE_UNROLL
+  for (int step = 16; step >= 1; step /= 2) d_rate += __shfl_xor_sync(0xffffffffu, d_rate, step);
+  if (lane == 0) args.rate_parts[z.part(in, Traits::kWarps, part.index())] = d_rate;
 }
 
 // ---- Kernel and launch ----
@@ -401,14 +547,12 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
                                   const __grid_constant__ ChunkGradientArgs args) {
   using Element = typename Traits::Element;
   using Barrier = cutlass::arch::ClusterTransactionBarrier;
-  using Features = LayoutByFeature<Element, kImageColumns>;
-  using ByRow = LayoutByRow<Element, kImageColumns>;
-  constexpr int kKeyDim = Traits::kKeyDim;
+  constexpr int kKeyDim = Traits::kKeyDim, kGateRow = Traits::kGateRow;
   auto& s = shared_storage<typename Traits::Storage>();
   const InputsSm90& in = args.in;
   wait_for_end_of_walk();
-  const int wg = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
-  const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32, quad = lane % 4;
+  const OwnPart part;
+  const int lane = threadIdx.x % 32, quad = lane % 4;
 
   if (threadIdx.x == 0) {
     for (uint64_t* barrier : {&s.qk_here, &s.values_here, &s.state_here, &s.d_state_here})
@@ -420,43 +564,48 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   const GradientPlace& z = s.place;
   if (!z.inside) {
     if (args.rate_parts == nullptr) return;
-    if (lane == 0) args.rate_parts[z.part(in, 8, 4 * wg + warp)] = 0.f;
-    const int64_t part = z.part(in, 4, warp) * in.key_dim;
-    for (int c = 64 * wg + lane; c < min(64 * wg + 64, static_cast<int>(in.key_dim)); c += 32)
-      args.bias_parts[part + c] = 0.f;
+    if (lane == 0) args.rate_parts[z.part(in, Traits::kWarps, part.index())] = 0.f;
+    const int channel = part.first_channel() + lane;
+    if (channel < in.key_dim) args.bias_parts[z.part(in, kBlocks, part.block) * in.key_dim + channel] = 0.f;
     return;
   }
   const int value_images = z.value_images;
   const ChunkRows& rows = args.rows[z.chunk];
-  constexpr int kGateRow = Traits::kGateRow;
 
+  // Each warp that loads waits for something else.
+  const int warp = threadIdx.x / 32;
+  constexpr int kLoaders = Traits::kWarps / 2;  // of G
   if (threadIdx.x == 0) {
     const int head_k = static_cast<int>(z.head_k);
-    Barrier::arrive_and_expect_tx(&s.qk_here, 2 * Traits::kTile * 2 + Traits::kTile * 4);
+    Barrier::arrive_and_expect_tx(&s.qk_here, 2 * Traits::kTile * 2 + Traits::kTile * 4 + 3 * kRows * 4);
     load_tokens<kKeyDim>(maps.k, &s.qk_here, s.k, 0, z.token, head_k, z.sequence.batch);
     load_tokens<kKeyDim>(maps.q, &s.qk_here, s.q, 0, z.token, head_k, z.sequence.batch);
-    load_values(s, maps, args, z);
-  }
-  if (threadIdx.x / 32 == 1) {
-    for (int row = lane; row < kRows; row += 32) {
-      const float* from = args.G + (z.chunk * kRows + row) * kKeyDim;
-      copy_in(s.G + row * kGateRow, from, kKeyDim * 4, &s.qk_here);
+    copy_in(s.beta, rows.beta, kRows * 4, &s.qk_here);
+    copy_in(s.k_norm, rows.k_norm, kRows * 4, &s.qk_here);
+    copy_in(s.q_norm, rows.q_norm, kRows * 4, &s.qk_here);
+  } else if (warp == 1) {
+    if (lane == 0) load_values(s, maps, args, z);
+  } else if (warp == 2) {
+    wait_for_walk(args, z);
+    if (lane == 0) {
+      load_y(s, args, z);
+      load_states(s.d_state, args.d_states, &s.d_state_here, z);
+    }
+  } else if (warp >= kLoaders && lane == 0) {  // a warp issues copies one by one, and slowly
+    CUTE_UNROLL
+    for (int i = 0; i < kRows / kLoaders; ++i) {
+      const int row = warp % kLoaders + kLoaders * i;
+      copy_in(s.G + row * kGateRow, args.G + (z.chunk * kRows + row) * kKeyDim, kKeyDim * 4, &s.qk_here);
     }
   }
-  if (threadIdx.x < kRows) {
-    s.beta[threadIdx.x] = rows.beta[threadIdx.x];
-    s.k_norm[threadIdx.x] = rows.k_norm[threadIdx.x];
-    s.q_norm[threadIdx.x] = rows.q_norm[threadIdx.x];
-  }
-  const Element* v = z.value_row<Element>(in, rows, threadIdx.x / 4);
-  __syncthreads();
+  __syncwarp();
   Barrier::wait(&s.qk_here, 0);
   Barrier::wait(&s.values_here, 0);
   asm volatile("" ::: "memory");
   clear_tail(s, z.valid);
 
   // This thread's rows of every accumulator, its columns of a piece of 8 channels, and their gates.
-  const int row0 = kBlockRows * warp + lane / 4;
+  const int row0 = part.first_row() + lane / 4;
   float beta[2], q_norm[2], k_norm[2];
   CUTE_UNROLL
   for (int h = 0; h < 2; ++h) {
@@ -465,139 +614,92 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     k_norm[h] = s.k_norm[row0 + 8 * h];
   }
   const auto gate = [&](int row, int n) {
-    return *reinterpret_cast<const float2*>(&s.G[row * kGateRow + 64 * wg + 8 * n + 2 * quad]);
+    return *reinterpret_cast<const float2*>(&s.G[row * kGateRow + part.first_channel() + 8 * n + 2 * quad]);
   };
-  typename Traits::MmaRows mma_rows;
-  typename Traits::MmaFeatures mma_features;
-  const auto accumulator = [&] {
-    return partition_fragment_C(mma_rows, cute::Shape<Int<kRows>, Int<kRows>>{});
-  };
+  const bool dbeta_needs_k =  // in some row of the block
+      __any_sync(0xffffffffu, fabsf(s.beta[part.first_row() + lane % kBlockRows]) < kLeastDivisor);
+  const float scale = static_cast<float>(in.scale);
 
-  // 1. First warpgroup: dA = -tril(Y V'^T, -1). Second: dP = s tril(dO V'^T). (rows i, rows j)
-  uint32_t weights[16];
-  float diagonal[8], y_vnew[2], y_v;  // of the diagonal block: index 4 (column / 8) + 2 h + e
-  {
-    Tensor product = accumulator();
-    Element* left = wg == 0 ? s.y : s.dout;
-    multiply<true, ByRow>(mma_rows, left, s.v_new, product);
-    if (value_images == 2) multiply<false, ByRow>(mma_rows, left + kImage, s.v_new + kImage, product);
-    y_v = dot_with_v(s.y, v, z.values(in));
-    warpgroup_wait<0>();
-    diagonal_of(product, warp, y_vnew);
-    const float factor = wg == 0 ? -1.f : static_cast<float>(in.scale);
-    CUTE_UNROLL
-    for (int n = 0; n < 8; ++n) {
-      CUTE_UNROLL
-      for (int x = 0; x < 4; ++x) {
-        const int i = row0 + 8 * (x / 2), j = 8 * n + 2 * quad + x % 2, at = 4 * n + x;
-        product(at) = i > j || (wg == 1 && i == j) ? factor * product(at) : 0.f;
-        if (n / 2 == warp) diagonal[4 * (n % 2) + x] = product(at);
-      }
-      weights[2 * n] = pack<Element>(product(4 * n), product(4 * n + 1));
-      weights[2 * n + 1] = pack<Element>(product(4 * n + 2), product(4 * n + 3));
-    }
+  // 1. dA and dP.
+  score_gradients(s, part, value_images, scale);
+  if (threadIdx.x < 4 * kRows) {
+    const int row = threadIdx.x / 4;
+    const bool asked = fabsf(s.beta[row]) < kLeastDivisor;
+    const float y_v = dot_with_v(s.y, asked ? z.value_row<Element>(in, rows, row) : nullptr, z.values(in));
+    if (threadIdx.x % 4 == 0) s.sums.y_v[row] = y_v;
   }
 
   // 2. Through the entering state: dq = s e^G dO S^T, dk = -e^G Y S^T (without beta).
+  Tensor dq = part_accumulator(), dk_row = part_accumulator(), dk_column = part_accumulator();
   Barrier::wait(&s.state_here, 0);
   asm volatile("" ::: "memory");
-  Tensor dq = accumulator(), dk_row = accumulator(), dk_column = accumulator();  // (rows, channels)
-  const auto through_state = [&](Element* left, Element* state_images, auto& acc) {
-    multiply<true, Features>(mma_features, left, state_images + wg * kImage, acc);
-    if (value_images == 2)
-      multiply<false, Features>(mma_features, left + kImage, state_images + (2 + wg) * kImage, acc);
-  };
-  through_state(s.dout, s.state, dq);
-  through_state(s.y, s.state, dk_row);
-  warpgroup_wait<0>();
-  __syncthreads();  // dO and Y are free
-  if (threadIdx.x == 0) load_states(s.d_state, args.d_states, &s.d_state_here, z);
-  Element *q_image = s.q + wg * kImage, *k_image = s.k + wg * kImage;
-  float2 enter, leave;
+  through_state<2>(part, value_images, s.state, {s.dout, s.y}, {&dq, &dk_row});
+  const int sum_channel = part.first_channel() + column_after_sum<2 * kGroupPieces>();
   {
-    const float scale = static_cast<float>(in.scale);
     CUTE_UNROLL
-    for (int x = 0; x < 16; ++x) {
+    for (int x = 0; x < 2 * kGroupPieces; ++x) {
       const float2 g = gate(row0 + 8 * (x % 2), x / 2);
       const float first = exp2_fast(g.x), second = exp2_fast(g.y);
       dq(2 * x) *= scale * first, dq(2 * x + 1) *= scale * second;
       dk_row(2 * x) *= -first, dk_row(2 * x + 1) *= -second;
     }
-    float column[16] = {};
-    for_elements(q_image, warp, [&](int at, int h, float2 q) {
+    float column[2 * kGroupPieces] = {};
+    for_elements(s.q, part, [&](int at, int h, float2 q) {
       column[at / 4 * 2] += q_norm[h] * q.x * dq(at);
       column[at / 4 * 2 + 1] += q_norm[h] * q.y * dq(at + 1);
     });
-    for_elements(k_image, warp, [&](int at, int h, float2 k) {
+    for_elements(s.k, part, [&](int at, int h, float2 k) {
       column[at / 4 * 2] += beta[h] * k_norm[h] * k.x * dk_row(at);
       column[at / 4 * 2 + 1] += beta[h] * k_norm[h] * k.y * dk_row(at + 1);
     });
-    enter = sum_over_lanes(column);
+    const float2 enter = sum_over_rows(column);
+    if (part.block > 0) *reinterpret_cast<float2*>(&s.sums.enter[part.block - 1][sum_channel]) = enter;
   }
 
   // 3. Through the leaving state: dk = e^{G_C - G} V' dS^T.
   Barrier::wait(&s.d_state_here, 0);
   asm volatile("" ::: "memory");
-  float through;
-  through_state(s.v_new, s.d_state, dk_column);
-  state_dots(s.state, s.d_state, value_images, s.G + (kRows - 1) * kGateRow, through);
-  warpgroup_wait<0>();
+  through_state<1>(part, value_images, s.d_state, {s.v_new}, {&dk_column});
+  state_dots(s.state, s.d_state, value_images, s.G + (kRows - 1) * kGateRow, s.sums.through);
   {
     CUTE_UNROLL
-    for (int x = 0; x < 16; ++x) {
+    for (int x = 0; x < 2 * kGroupPieces; ++x) {
       const float2 g = gate(row0 + 8 * (x % 2), x / 2), end = gate(kRows - 1, x / 2);
       dk_column(2 * x) *= exp2_fast(end.x - g.x), dk_column(2 * x + 1) *= exp2_fast(end.y - g.y);
     }
-    float column[16] = {};
-    for_elements(k_image, warp, [&](int at, int h, float2 k) {
+    float column[2 * kGroupPieces] = {};
+    for_elements(s.k, part, [&](int at, int h, float2 k) {
       column[at / 4 * 2] += k_norm[h] * k.x * dk_column(at);
       column[at / 4 * 2 + 1] += k_norm[h] * k.y * dk_column(at + 1);
     });
-    leave = sum_over_lanes(column);
+    const float2 leave = sum_over_rows(column);
+    if (part.block < kBlocks - 1) *reinterpret_cast<float2*>(&s.sums.leave[part.block][sum_channel]) = leave;
   }
-  __syncthreads();  // S, dS and V' are free
+  __syncthreads();  // dO, Y, S and dS are free
 
   // 4. Pairs of different blocks.
-  store_rows(wg == 0 ? s.dA : s.dP, warp, weights);
-  CUTE_UNROLL
-  for (int x = 0; x < 8; ++x) {
-    float2& pair = s.diagonal[warp][8 * (x / 2 % 2) + lane / 4][8 * (x / 4) + 2 * quad + x % 2];
-    (wg == 0 ? pair.x : pair.y) = diagonal[x];
-  }
-  {
-    const int channel = 64 * wg + column_after_sum();
-    if (warp > 0) *reinterpret_cast<float2*>(&s.sums.enter[warp - 1][channel]) = enter;
-    if (warp < 3) *reinterpret_cast<float2*>(&s.sums.leave[warp][channel]) = leave;
-    if (lane % 2 == 0) s.sums.through[channel_of_state_dots()] = through;
-    if (wg == 0 && has_diagonal()) {
-      s.sums.y_vnew[row0] = y_vnew[0];
-      s.sums.y_vnew[row0 + 8] = y_vnew[1];
-    }
-    if (threadIdx.x % 4 == 0) s.sums.y_v[threadIdx.x / 4] = y_v;
-    if (threadIdx.x < 2 * kRows) s.sums.k_diagonal[threadIdx.x / kRows][threadIdx.x % kRows] = 0.f;
-  }
   scale_blocks<Traits>(s);
   __syncthreads();
-  cross_blocks<Traits>(s, wg, warp, dq, dk_row, dk_column);
-  {
+  cross_blocks<Traits>(s, part, dq, dk_row, dk_column);
+  if (dbeta_needs_k) {
     float dot[2];
-    row_dots(k_image, warp, dk_row, dot);
+    row_dots(part.image(s.k), part.block, dk_row, dot, part.first_piece());
     if (quad == 0) {
       CUTE_UNROLL
-      for (int h = 0; h < 2; ++h) s.sums.k_row[wg][row0 + 8 * h] = k_norm[h] * dot[h];
+      for (int h = 0; h < 2; ++h) s.sums.k_row[part.group][row0 + 8 * h] = k_norm[h] * dot[h];
     }
   }
   __syncthreads();  // the operands are free, the sums complete
 
   // 5. A lane per channel from here. What dg_t has from other blocks: readers from t on, sources before t,
   // and what passes the whole block.
-  float *parked_q = s.parked_dq[4 * wg + warp], *parked_k = s.parked_dk[4 * wg + warp];
-  for_elements(q_image, warp, [&](int at, int h, float2 q) {
+  float *parked_q = s.parked_dq[part.index()], *parked_k = s.parked_dk[part.index()];
+  for_elements(s.q, part, [&](int at, int h, float2 q) {
     float2& reader =
         *reinterpret_cast<float2*>(&parked_at(parked_q, 8 * h + lane / 4, 8 * (at / 4) + 2 * quad));
     reader = float2{q_norm[h] * q.x * dq(at), q_norm[h] * q.y * dq(at + 1)};
   });
-  for_elements(k_image, warp, [&](int at, int h, float2 k) {
+  for_elements(s.k, part, [&](int at, int h, float2 k) {
     const int row = 8 * h + lane / 4, column = 8 * (at / 4) + 2 * quad;
     float2& reader = *reinterpret_cast<float2*>(&parked_at(parked_q, row, column));
     float2& source = *reinterpret_cast<float2*>(&parked_at(parked_k, row, column));
@@ -608,34 +710,27 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     dk_row(at + 1) = beta[h] * dk_row(at + 1) + dk_column(at + 1);
   });
   __syncwarp();
-  // In dg, and in g.
-  const int64_t dg_stride = z.row * in.key_dim, g_stride = in.value_heads * in.key_dim;
-  float* dg_block = args.dg + z.first_row * in.key_dim + kBlockRows * warp * dg_stride + 64 * wg;
-  const float* g_block = in.g + z.token_head(in, kBlockRows * warp) * in.key_dim + 64 * wg;
-  const int block_rows = z.valid - kBlockRows * warp;  // may be negative
-  CUTE_NO_UNROLL
-  for (int e = 0; e < 2; ++e) {
-    const int column = lane + 32 * e, channel = 64 * wg + column;
+  {
+    const int channel = part.first_channel() + lane;
     float whole = s.sums.through[channel];
     CUTE_UNROLL
-    for (int b = 0; b < 3; ++b) {
-      if (b + 1 > warp) whole += s.sums.enter[b][channel];
-      if (b < warp) whole += s.sums.leave[b][channel];
+    for (int b = 0; b < kBlocks - 1; ++b) {
+      if (b + 1 > part.block) whole += s.sums.enter[b][channel];
+      if (b < part.block) whole += s.sums.leave[b][channel];
     }
-    if (warp == 1) whole += s.sums.pairs[0][channel];
-    if (warp == 2) whole += s.sums.pairs[1][channel] + s.sums.pairs[2][channel];
+    if (part.block == 1) whole += s.sums.pairs[0][channel];
+    if (part.block == 2) whole += s.sums.pairs[1][channel] + s.sums.pairs[2][channel];
     float others[kBlockRows], sum = 0.f;
     CUTE_UNROLL
     for (int t = 0; t < kBlockRows; ++t) {
       others[t] = sum;
-      sum += parked_at(parked_k, t, column);
+      sum += parked_at(parked_k, t, lane);
     }
     sum = 0.f;
     CUTE_UNROLL
     for (int t = kBlockRows - 1; t >= 0; --t) {
-      sum += parked_at(parked_q, t, column);
-      // dg waits at its place until the pairs of the block are known
-      if (t < block_rows && channel < in.key_dim) dg_block[column + t * dg_stride] = others[t] + sum + whole;
+      sum += parked_at(parked_q, t, lane);
+      parked_at(s.dg[part.index()], t, lane) = others[t] + sum + whole;
     }
   }
   __syncwarp();
@@ -644,44 +739,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   __syncwarp();
 
   // 6. Pairs within the block; the gate's gradient through its activation.
-  {
-    const float rate = in.A_log != nullptr ? expf(in.A_log[z.head]) : 1.f;
-    const uint32_t no_division = __ballot_sync(
-        0xffffffffu, lane < kBlockRows && fabsf(s.beta[kBlockRows * warp + lane % 16]) < kLeastDivisor);
-    float d_rate = 0.f;
-    CUTE_NO_UNROLL
-    for (int e = 0; e < 2; ++e) {
-      const int column = lane + 32 * e, channel = 64 * wg + column;
-      float dg[kBlockRows], d_bias = 0.f;
-      pairs_in_block(s, wg, warp,
-                     {column, s.G + kBlockRows * warp * kGateRow + channel, kGateRow, no_division}, dg);
-      if (channel >= in.key_dim) continue;
-      const float bias = in.dt_bias != nullptr ? in.dt_bias[z.head * in.key_dim + channel] : 0.f;
-      CUTE_UNROLL
-      for (int t = 0; t < kBlockRows; ++t)
-        if (t < block_rows) dg_block[column + t * dg_stride] += dg[t];
-      CUTE_NO_UNROLL
-      for (int t = 0; t < (in.gate == Gate::kLog ? 0 : min(block_rows, kBlockRows)); ++t) {
-        float& out = dg_block[column + t * dg_stride];
-        const float dg_t = out, x = g_block[column + t * g_stride] + bias;
-        if (in.gate == Gate::kSoftplus) {
-          out = -dg_t * rate * sigmoid(x);
-          d_rate += dg_t * log2_decay(in, x, rate) * (1.f / kLog2e);
-        } else {
-          const float open = sigmoid(rate * x);
-          out = dg_t * static_cast<float>(in.gate_bound) * open * (1.f - open) * rate;
-          d_rate += out * x;
-        }
-        d_bias += out;
-      }
-      if (args.rate_parts != nullptr) args.bias_parts[z.part(in, 4, warp) * in.key_dim + channel] = d_bias;
-    }
-    if (args.rate_parts != nullptr) {
-      CUTE_UNROLL
-      for (int step = 16; step >= 1; step /= 2) d_rate += __shfl_xor_sync(0xffffffffu, d_rate, step);
-      if (lane == 0) args.rate_parts[z.part(in, 8, 4 * wg + warp)] = d_rate;
-    }
-  }
+  pairs_in_block<Traits>(s, part, dbeta_needs_k);
+  finish_gates<Traits>(s, part, args, z);
   __syncwarp();
   for_parked(parked_q, [&](int at, float2& x) { dq(at) = x.x, dq(at + 1) = x.y; });
   for_parked(parked_k, [&](int at, float2& x) { dk_row(at) = x.x, dk_row(at + 1) = x.y; });
@@ -689,16 +748,21 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   if (threadIdx.x < z.valid) {
     const int i = threadIdx.x;
     const float beta_i = s.beta[i];
-    float dbeta = fabsf(beta_i) >= kLeastDivisor ? s.sums.y_vnew[i] / beta_i
-                                                 : s.sums.y_v[i] + s.sums.k_row[0][i] + s.sums.k_row[1][i] +
-                                                       s.sums.k_diagonal[0][i] + s.sums.k_diagonal[1][i];
+    float dbeta;
+    if (fabsf(beta_i) >= kLeastDivisor) {
+      dbeta = s.sums.y_vnew[i] / beta_i;
+    } else {
+      dbeta = s.sums.y_v[i];
+      CUTE_UNROLL
+      for (int g = 0; g < Traits::kGroups; ++g) dbeta += s.sums.k_row[g][i] + s.sums.k_diagonal[g][i];
+    }
     if (in.beta_activation != BetaActivation::kNone)
       dbeta *= beta_i * (1.f - beta_i / (in.beta_activation == BetaActivation::kSigmoid2 ? 2.f : 1.f));
     args.dbeta[z.first_row + i * z.row] = dbeta;
   }
   scale_rows(dq, q_norm[0], q_norm[1]);
   scale_rows(dk_row, k_norm[0], k_norm[1]);
-  finish_rows(args, z, s.sums, q_image, k_image, dq, dk_row, q_norm, k_norm);
+  finish_rows(args, z, s.sums, part.block, part.image(s.q), part.image(s.k), dq, dk_row, q_norm, k_norm);
 }
 
 template <class Tag, int kKeyDim>

@@ -166,17 +166,18 @@ __device__ __forceinline__ void load_states(Element* to, const void* states, uin
   copy_in(to, static_cast<const char*>(states) + 2 * z.first_image * kImageBytes, bytes, barrier);
 }
 
-// One thread: what the walk leaves of a chunk is in memory, for loads of the copy engine.
+// One warp: what the walk leaves of a chunk is in memory, for loads of the copy engine. The flags are asked
+// for side by side: each takes as long as a read of memory.
 __device__ __forceinline__ void wait_for_walk(const ChunkGradientArgs& args, const GradientPlace& z) {
-  for (int v = 0; v < z.value_images; ++v) {
-    for (int there = 0; there == 0;) {
-      asm volatile("ld.acquire.gpu.global.s32 %0, [%1];"
-                   : "=r"(there)
-                   : "l"(args.announced + z.first_image + v)
-                   : "memory");
-      if (there == 0) __nanosleep(100);
-    }
+  const int v = threadIdx.x % 32;
+  for (int there = v >= z.value_images; there == 0;) {
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];"
+                 : "=r"(there)
+                 : "l"(args.announced + z.first_image + v)
+                 : "memory");
+    if (there == 0) __nanosleep(100);
   }
+  __syncwarp();
   asm volatile("fence.proxy.async;" ::: "memory");
 }
 
@@ -185,7 +186,7 @@ __device__ __forceinline__ void wait_for_end_of_walk() {
   if (blockIdx.x == gridDim.x - 1) asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
-// One thread: V', dO and S, then Y.
+// One thread: V', dO and S. Y arrives at the barrier of V' and dO, too.
 template <class Storage>
 __device__ __forceinline__ void load_values(Storage& s, const ChunkGradientMaps& maps,
                                             const ChunkGradientArgs& args, const GradientPlace& z) {
@@ -193,16 +194,17 @@ __device__ __forceinline__ void load_values(Storage& s, const ChunkGradientMaps&
   const int head = static_cast<int>(z.head), first = static_cast<int>(z.block * kValueBlock);
   const int bytes = z.value_images * kImageBytes;
   Barrier::arrive_and_expect_tx(&s.values_here, 3 * bytes);
-  const auto load = [&](auto* images, const void* from) {
-    copy_in(images, static_cast<const char*>(from) + z.first_image * kImageBytes, bytes, &s.values_here);
-  };
-  load(s.v_new, args.v_new);
+  copy_in(s.v_new, static_cast<const char*>(args.v_new) + z.first_image * kImageBytes, bytes, &s.values_here);
   for (int v = 0; v < z.value_images; ++v)
     load_tokens<64>(maps.dout, &s.values_here, s.dout + v * kImage, first + 64 * v, z.token, head,
                     z.sequence.batch);
   load_states(s.state, args.states, &s.state_here, z);
-  wait_for_walk(args, z);
-  load(s.y, args.y);
+}
+// One thread, behind wait_for_walk.
+template <class Storage>
+__device__ __forceinline__ void load_y(Storage& s, const ChunkGradientArgs& args, const GradientPlace& z) {
+  copy_in(s.y, static_cast<const char*>(args.y) + z.first_image * kImageBytes, z.value_images * kImageBytes,
+          &s.values_here);
 }
 // Rows past the end are the next sequence, or padding that may hold NaN. All threads.
 template <class Storage>
@@ -228,15 +230,21 @@ __device__ __forceinline__ void multiply(Mma& mma, Element* a, Element* b, Acc& 
   issue_gemm<kZeroInit>(mma, thread_mma.partition_fragment_A(sA), thread_mma.partition_fragment_B(sB), acc);
 }
 
-// The rows of a (64, 64) accumulator times those of an image, summed over the columns: for rows
-// 16 warp + lane / 4 and + 8, in every lane of a quad.
+// Of a (64, 8 pieces) accumulator: the product of 64 rows with all columns of an image, or some of them.
+template <class Acc>
+constexpr int kPiecesOf = decltype(size(std::declval<Acc>()))::value / 4;
+
+// The rows of an accumulator times those of an image, summed over the columns: for rows 16 warp + lane / 4
+// and + 8, in every lane of a quad.
 template <class Element, class Acc>
-__device__ __forceinline__ void row_dots(Element* image, int warp, const Acc& acc, float (&sum)[2]) {
+__device__ __forceinline__ void row_dots(Element* image, int warp, const Acc& acc, float (&sum)[2],
+                                         int first_piece = 0) {
   sum[0] = sum[1] = 0.f;
   CUTE_UNROLL
-  for (int j = 0; j < 8; j += 2) {
+  for (int j = 0; j < kPiecesOf<Acc>; j += 2) {
     uint32_t words[4];
-    SM75_U32x4_LDSM_N::copy(matrices_at<true>(image, 16 * warp, j), words[0], words[1], words[2], words[3]);
+    SM75_U32x4_LDSM_N::copy(matrices_at<true>(image, 16 * warp, first_piece + j), words[0], words[1],
+                            words[2], words[3]);
     CUTE_UNROLL
     for (int w = 0; w < 4; ++w) {
       const float2 x = unpack<Element>(words[w]);
@@ -259,11 +267,13 @@ __device__ __forceinline__ void scale_rows(Acc& acc, float first, float second) 
 
 // acc -= factor of the row times the row of the image.
 template <class Element, class Acc>
-__device__ __forceinline__ void subtract_rows(Element* image, int warp, const float (&factor)[2], Acc& acc) {
+__device__ __forceinline__ void subtract_rows(Element* image, int warp, const float (&factor)[2], Acc& acc,
+                                              int first_piece) {
   CUTE_UNROLL
-  for (int j = 0; j < 8; j += 2) {
+  for (int j = 0; j < kPiecesOf<Acc>; j += 2) {
     uint32_t words[4];
-    SM75_U32x4_LDSM_N::copy(matrices_at<true>(image, 16 * warp, j), words[0], words[1], words[2], words[3]);
+    SM75_U32x4_LDSM_N::copy(matrices_at<true>(image, 16 * warp, first_piece + j), words[0], words[1],
+                            words[2], words[3]);
     CUTE_UNROLL
     for (int w = 0; w < 4; ++w) {
       const float2 x = unpack<Element>(words[w]);
@@ -330,25 +340,32 @@ __device__ __forceinline__ float dot_with_v(Element* y, const Element* v, int co
   return sum + __shfl_xor_sync(kAll, sum, 2);
 }
 
-// Eight lanes (lane / 4) share 16 columns, 8 n + 2 (lane % 4) and the next, n < 8; their sums end with n =
-// lane / 4 with its bits reversed.
-__device__ __forceinline__ float2 sum_over_lanes(float (&column)[16]) {
-  const int lane = threadIdx.x % 32;
+// kCount sums over the lanes that differ in bits from kLowest on: each step halves those of a lane, until it
+// has kKept of them, from number kCount / 32 * lane on, rounded down to a multiple of kKept.
+template <int kKept, int kLowest, int kStep = 16, int kCount>
+__device__ __forceinline__ void sum_over_lanes(float (&x)[kCount]) {
+  constexpr int kLeft = kCount * kStep / 32;
   CUTE_UNROLL
-  for (int step = 16, left = 8; step >= 4; step /= 2, left /= 2) {  // each step halves the columns of a lane
-    const bool upper = lane & step;
-    CUTE_UNROLL
-    for (int x = 0; x < left; ++x) {
-      const float give = upper ? column[x] : column[x + left];
-      const float keep = upper ? column[x + left] : column[x];
-      column[x] = keep + __shfl_xor_sync(0xffffffffu, give, step);
-    }
+  for (int i = 0; i < (kLeft < kKept ? kKept : 0); ++i) x[i] += __shfl_xor_sync(0xffffffffu, x[i], kStep);
+  const bool upper = threadIdx.x & kStep;
+  CUTE_UNROLL
+  for (int i = 0; i < (kLeft < kKept ? 0 : kLeft); ++i) {
+    const float give = upper ? x[i] : x[i + kLeft], keep = upper ? x[i + kLeft] : x[i];
+    x[i] = keep + __shfl_xor_sync(0xffffffffu, give, kStep);
   }
+  if constexpr (kStep > kLowest) sum_over_lanes<kKept, kLowest, kStep / 2>(x);
+}
+// Eight lanes (lane / 4) share columns 8 n + 2 (lane % 4) and the next, n < 8 or n < 4; their sums end in
+// lanes with n = lane / 4, or n = lane / 8.
+template <int kColumns>
+__device__ __forceinline__ float2 sum_over_rows(float (&column)[kColumns]) {
+  sum_over_lanes<2, 4>(column);
   return {column[0], column[1]};
 }
+template <int kColumns = 16>
 __device__ __forceinline__ int column_after_sum() {
   const int lane = threadIdx.x % 32;
-  return 8 * ((lane >> 4 & 1) * 4 + (lane >> 3 & 1) * 2 + (lane >> 2 & 1)) + 2 * (lane % 4);
+  return 8 * (lane / (64 / kColumns)) + 2 * (lane % 4);
 }
 
 // Sum over rows i >= t and columns j < t of a strictly lower (64, 64) accumulator, over this warp's 16 rows:
@@ -377,25 +394,26 @@ __device__ __forceinline__ float2 pair_sums(const Acc& m, int warp) {
       before[h] += __shfl_sync(kAll, sum, 3, 4);
     }
   }
-  return sum_over_lanes(column);
+  return sum_over_rows(column);
 }
 
-// A warp's 16 rows of a (64, 64) accumulator, rounded, to rows of `out` that are `stride` elements apart.
+// A warp's 16 rows of an accumulator, rounded, to rows of `out` that are `stride` elements apart.
 template <class Element, class Acc>
-__device__ __forceinline__ void store_gradient(Element* image, int warp, const Acc& acc, Element* out,
-                                               int64_t stride, int valid, int columns) {
-  uint32_t words[16];
+__device__ __forceinline__ void store_gradient(Element* image, int warp, int first_piece, const Acc& acc,
+                                               Element* out, int64_t stride, int valid, int columns) {
+  constexpr int kPieces = kPiecesOf<Acc>, kAtOnce = 32 / kPieces;
+  uint32_t words[2 * kPieces];
   CUTE_UNROLL
-  for (int x = 0; x < 16; ++x) words[x] = pack<Element>(acc(2 * x), acc(2 * x + 1));
-  store_rows(image, warp, words);
+  for (int x = 0; x < 2 * kPieces; ++x) words[x] = pack<Element>(acc(2 * x), acc(2 * x + 1));
+  store_rows<kPieces>(image, warp, words, first_piece);
   __syncwarp();
-  const int lane = threadIdx.x % 32, piece = lane % 8;
+  const int lane = threadIdx.x % 32, piece = lane % kPieces;
   CUTE_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    const int row = 16 * warp + 4 * i + lane / 8;
+  for (int i = 0; i < 16; i += kAtOnce) {
+    const int row = 16 * warp + i + lane / kPieces;
     if (row < valid && piece * 8 < columns) {
       *reinterpret_cast<uint4*>(out + row * stride + piece * 8) =
-          *reinterpret_cast<const uint4*>(image_piece(image, row, piece));
+          *reinterpret_cast<const uint4*>(image_piece(image, row, first_piece + piece));
     }
   }
 }
@@ -408,7 +426,7 @@ __device__ __forceinline__ void store_head_gradient(int warp, const Acc& acc, fl
   for (int h = 0; h < 2; ++h) {
     const int row = 16 * warp + 8 * h + lane / 4;
     CUTE_UNROLL
-    for (int n = 0; n < 8; ++n) {
+    for (int n = 0; n < kPiecesOf<Acc>; ++n) {
       const int column = 8 * n + 2 * (lane % 4);
       if (row < valid && column < columns)
         *reinterpret_cast<float2*>(out + row * stride + column) =
@@ -417,15 +435,17 @@ __device__ __forceinline__ void store_head_gradient(int warp, const Acc& acc, fl
   }
 }
 
-// dq and dk of this warpgroup's 64 features, times the factors of the norms, to where they belong. q and k:
-// their images, overwritten. All threads.
+// dq and dk of this warpgroup's features, times the factors of the norms, to where they belong. A warp has
+// rows 16 warp and following. q and k: the images with these features, overwritten. All threads.
 template <class Element, class Sums, class Acc>
 __device__ __forceinline__ void finish_rows(const ChunkGradientArgs& args, const GradientPlace& z, Sums& sums,
-                                            Element* q, Element* k, Acc& dq, Acc& dk,
+                                            int warp, Element* q, Element* k, Acc& dq, Acc& dk,
                                             const float (&q_norm)[2], const float (&k_norm)[2]) {
   const InputsSm90& in = args.in;
-  const int wg = threadIdx.x / 128, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
-  const int row0 = 16 * warp + lane / 4, first_key = wg * kImageColumns;
+  const int wg = threadIdx.x / 128, lane = threadIdx.x % 32;
+  constexpr int kColumns = 8 * kPiecesOf<Acc>, kGroups = static_cast<int>(std::extent_v<decltype(sums.q_dq)>);
+  const int row0 = 16 * warp + lane / 4, first_key = wg * kColumns;
+  const int first_piece = first_key % kImageColumns / 8;
   const int columns = static_cast<int>(in.key_dim) - first_key;
   if (args.dq_heads != nullptr) {
     const int64_t out = z.first_row * in.key_dim + first_key, stride = z.row * in.key_dim;
@@ -435,8 +455,8 @@ __device__ __forceinline__ void finish_rows(const ChunkGradientArgs& args, const
   }
   if (in.qk_l2norm) {  // dx = z - x rstd^2 (x . z), where z = rstd dy
     float q_dot[2], k_dot[2];
-    row_dots(q, warp, dq, q_dot);
-    row_dots(k, warp, dk, k_dot);
+    row_dots(q, warp, dq, q_dot, first_piece);
+    row_dots(k, warp, dk, k_dot, first_piece);
     if (lane % 4 == 0) {
       CUTE_UNROLL
       for (int h = 0; h < 2; ++h) {
@@ -449,17 +469,20 @@ __device__ __forceinline__ void finish_rows(const ChunkGradientArgs& args, const
     CUTE_UNROLL
     for (int h = 0; h < 2; ++h) {
       const int i = row0 + 8 * h;
-      along[0][h] = q_norm[h] * q_norm[h] * (sums.q_dq[0][i] + sums.q_dq[1][i]);
-      along[1][h] = k_norm[h] * k_norm[h] * (sums.k_dk[0][i] + sums.k_dk[1][i]);
+      float of_q = 0.f, of_k = 0.f;
+      CUTE_UNROLL
+      for (int g = 0; g < kGroups; ++g) of_q += sums.q_dq[g][i], of_k += sums.k_dk[g][i];
+      along[0][h] = q_norm[h] * q_norm[h] * of_q;
+      along[1][h] = k_norm[h] * k_norm[h] * of_k;
     }
-    subtract_rows(q, warp, along[0], dq);
-    subtract_rows(k, warp, along[1], dk);
+    subtract_rows(q, warp, along[0], dq, first_piece);
+    subtract_rows(k, warp, along[1], dk, first_piece);
   }
   cutlass::arch::NamedBarrier::sync(128, 1 + wg);  // Q and K have been read
   // one block, and as many value heads as key heads
   const int64_t out = z.first_row * in.key_dim + first_key, stride = z.row * in.key_dim;
-  store_gradient(q, warp, dq, static_cast<Element*>(args.dq) + out, stride, z.valid, columns);
-  store_gradient(k, warp, dk, static_cast<Element*>(args.dk) + out, stride, z.valid, columns);
+  store_gradient(q, warp, first_piece, dq, static_cast<Element*>(args.dq) + out, stride, z.valid, columns);
+  store_gradient(k, warp, first_piece, dk, static_cast<Element*>(args.dk) + out, stride, z.valid, columns);
 }
 
 // One warp, two tokens per lane: dbeta from the sums, and through the activation.
@@ -595,6 +618,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
     copy_in(s.G, rows.G, kRows * 4, &s.qk_here);
     copy_in(s.k_norm, rows.k_norm, kRows * 4, &s.qk_here);
     load_values(s, maps, args, z);
+  }
+  if (threadIdx.x / 32 == 1) {
+    wait_for_walk(args, z);
+    if (lane == 0) load_y(s, args, z);
   }
   // This thread's rows of every accumulator: 16 warp + lane / 4 and + 8.
   const int row0 = 16 * warp + lane / 4;
@@ -775,7 +802,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
   scale_rows(dq, q_norm[0], q_norm[1]);
   scale_rows(dk, k_norm[0], k_norm[1]);
 
-  finish_rows(args, z, s.sums, q_image, k_image, dq, dk, q_norm, k_norm);
+  finish_rows(args, z, s.sums, warp, q_image, k_image, dq, dk, q_norm, k_norm);
 }
 
 template <class Traits, class Kernel>

@@ -13,6 +13,7 @@
 
 #include "delta/sm90.h"
 #include "nearfield/mma.cuh"
+#include "nearfield/pairs.cuh"
 #include "nearfield/pipeline.cuh"
 #include "nearfield/tma.h"
 
@@ -58,25 +59,6 @@ __device__ __forceinline__ uint128_t& matrices_at(Element* image, int row, int p
   return *reinterpret_cast<uint128_t*>(image_piece(image, row + 8 * down + lane % 8, piece + right));
 }
 
-template <class Element>
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-  cutlass::NumericArrayConverter<Element, float, 2> convert;
-  const auto pair = convert(cutlass::Array<float, 2>{low, high});
-  return reinterpret_cast<const uint32_t&>(pair);
-}
-template <class Element>
-__device__ __forceinline__ float2 unpack(uint32_t word) {
-  const auto* pair = reinterpret_cast<const Element*>(&word);
-  return {static_cast<float>(pair[0]), static_cast<float>(pair[1])};
-}
-
-// What rounding a and b into `high` lost, rounded.
-template <class Element>
-__device__ __forceinline__ uint32_t pack_low(float a, float b, uint32_t high) {
-  const float2 rounded = unpack<Element>(high);
-  return pack<Element>(a - rounded.x, b - rounded.y);
-}
-
 // A warp's 16 columns of a [64 rows of the image] tile whose transpose it holds as a (64, 64) accumulator:
 // word 2 j + i of `words` has columns 8 i + lane / 4 and rows 8 j + 2 (lane % 4) and the next.
 template <class Element>
@@ -95,14 +77,15 @@ __device__ __forceinline__ void load_transposed(Element* image, int warp, uint32
                             words[2 * j + 2], words[2 * j + 3]);
   }
 }
-// A warp's 16 rows of an image, in accumulator order: word 2 j + i has rows 8 i + lane / 4, columns 8 j + 2
-// (lane % 4).
-template <class Element>
-__device__ __forceinline__ void store_rows(Element* image, int warp, const uint32_t* words) {
+// A warp's 16 rows of pieces of an image, in accumulator order: word 2 j + i has rows 8 i + lane / 4, columns
+// 8 j + 2 (lane % 4) behind the first piece.
+template <int kPieces = 8, class Element>
+__device__ __forceinline__ void store_rows(Element* image, int warp, const uint32_t* words,
+                                           int first_piece = 0) {
   CUTE_UNROLL
-  for (int j = 0; j < 8; j += 2) {
+  for (int j = 0; j < kPieces; j += 2) {
     SM90_U32x4_STSM_N::copy(words[2 * j], words[2 * j + 1], words[2 * j + 2], words[2 * j + 3],
-                            matrices_at<true>(image, 16 * warp, j));
+                            matrices_at<true>(image, 16 * warp, first_piece + j));
   }
 }
 

@@ -97,16 +97,16 @@ Results forward(Tensor q, Tensor k, Tensor v, Tensor beta, OptTensor g, OptTenso
   const bool portable = choose_backend(request, x).portable;
   keep = keep && keeps_for_backward(request, x);
   Tensor states = kept_states(op, x, state_v_first, states_every);
-  Tensor kept = new_empty(q, {0}, ScalarType::Byte);
+  Tensor kept = allocate(q, {0}, ScalarType::Byte);
   Tensor o = token_rows(q, x, {x.B, x.T, x.HV, x.V}, q.scalar_type());
   const std::vector<int64_t> state_shape = x.state_shape(state_v_first);
   if (x.N == 0 || x.T == 0) {
-    if (!output_final_state) return {o, new_empty(q, {0}, ScalarType::Float), states, kept};
+    if (!output_final_state) return {o, allocate(q, {0}, ScalarType::Float), states, kept};
     if (!defined(initial_state)) return {o, new_zeros(q, state_shape, ScalarType::Float), states, kept};
     return {o, torch::stable::clone(*x.initial_state), states, kept};
   }
   Tensor final_state =
-      new_empty(q, output_final_state ? state_shape : std::vector<int64_t>{0}, ScalarType::Float);
+      allocate(q, output_final_state ? state_shape : std::vector<int64_t>{0}, ScalarType::Float);
   if (portable) {
     const auto floats = [](bool wanted, const Tensor& t) {
       return wanted ? static_cast<float*>(t.mutable_data_ptr()) : nullptr;
@@ -124,7 +124,7 @@ Results forward(Tensor q, Tensor k, Tensor v, Tensor beta, OptTensor g, OptTenso
   Scratch scratch;
   void *entering = nullptr, *v_new = nullptr;
   if (keep) {
-    kept = new_empty(q, {KeptSm90(in, nullptr).bytes}, ScalarType::Byte);
+    kept = allocate(q, {KeptSm90(in, nullptr).bytes}, ScalarType::Byte);
     const KeptSm90 parts(in, kept.mutable_data_ptr());
     scratch.chunks = parts.chunks, entering = parts.states, v_new = parts.v_new;
   } else {

@@ -106,7 +106,7 @@ struct PortableCall {
   }
 
   void* bytes(int64_t n) {
-    memory.push_back(new_empty(x.q, {n}, ScalarType::Byte));
+    memory.push_back(allocate(x.q, {n}, ScalarType::Byte));
     return memory.back().mutable_data_ptr();
   }
   float* floats(int64_t n) { return static_cast<float*>(bytes(n * 4)); }

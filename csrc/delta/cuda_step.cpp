@@ -108,7 +108,7 @@ Tensor run_step(const char* op, const Inputs& x, const Options& options, const T
   StepArgs args{};
   args.out_type = element_of(op, "q", x.q);
   const Instance& instance = pick(op, state, x, options.state_v_first);
-  Tensor o = new_empty(x.q, {x.B, x.T, x.HV, x.V}, x.q.scalar_type());
+  Tensor o = allocate(x.q, {x.B, x.T, x.HV, x.V}, x.q.scalar_type());
   if (x.B == 0) return o;
   STD_TORCH_CHECK(defined(read_idx) || state.sizes()[0] >= x.B, op, ": state has ", state.sizes()[0],
                   " slots, but without read_idx ", x.B, " rows need ", x.B);

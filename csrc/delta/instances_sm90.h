@@ -115,7 +115,7 @@ inline Tensor loadable(const Tensor& t) {
   bool fits = reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0 && t.stride(last) == 1;
   for (int64_t i = 0; i < last; ++i) fits &= t.size(i) == 1 || (t.stride(i) > 0 && t.stride(i) % 8 == 0);
   if (fits) return t;
-  Tensor copy = new_empty(t, shape_of(t));
+  Tensor copy = allocate(t, shape_of(t));
   return torch::stable::copy_(copy, t);
 }
 
@@ -131,7 +131,7 @@ struct Scratch {
   std::vector<Tensor> memory;
 
   void* bytes(const Tensor& like, int64_t n) {
-    memory.push_back(new_empty(like, {n}, ScalarType::Byte));
+    memory.push_back(allocate(like, {n}, ScalarType::Byte));
     return memory.back().mutable_data_ptr();
   }
 };

@@ -207,12 +207,8 @@ struct Columns {
       if (kBlockRows * block + i >= valid) k[i] = q[i] = 0;
   }
 
-  __device__ __forceinline__ float2 k_of(int i) const { return widened(k[i]); }
-  __device__ __forceinline__ float2 q_of(int i) const { return widened(q[i]); }
-  static __device__ __forceinline__ float2 widened(uint32_t pair) {
-    if constexpr (std::is_same_v<Element, cutlass::half_t>) return unpack<Element>(pair);
-    return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};  // the upper halves of floats
-  }
+  __device__ __forceinline__ float2 k_of(int i) const { return unpack<Element>(k[i]); }
+  __device__ __forceinline__ float2 q_of(int i) const { return unpack<Element>(q[i]); }
 };
 
 // A warp: k . k, q . q and q . k of its rows over its channels, from the diagonals of products.

@@ -26,7 +26,7 @@ std::tuple<Tensor, Tensor, Tensor> delta_fwd_states_cpu(Tensor q, Tensor k, Tens
   const ScalarType dtype = state_dtype(q);
   Tensor o = token_rows(q, x, {x.B, x.T, x.HV, x.V}, q.scalar_type());
   Tensor final_state =
-      new_empty(q, output_final_state ? x.state_shape(state_v_first) : std::vector<int64_t>{0}, dtype);
+      allocate(q, output_final_state ? x.state_shape(state_v_first) : std::vector<int64_t>{0}, dtype);
   dispatch_cpu_dtype("delta_fwd", "q", q.scalar_type(), [&](auto element) {
     using In = decltype(element);
     using F = compute_t<In>;
@@ -61,7 +61,7 @@ std::tuple<Tensor, Tensor, Tensor> delta_fwd_kept_cpu(Tensor q, Tensor k, Tensor
   const auto [o, final_state] =
       delta_fwd_cpu(q, k, v, beta, g, initial_state, A_log, dt_bias, cu_seqlens, scale, qk_l2norm,
                     beta_activation, gate, gate_bound, state_v_first, output_final_state, backend);
-  return {o, final_state, new_empty(q, {0}, ScalarType::Byte)};
+  return {o, final_state, allocate(q, {0}, ScalarType::Byte)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> delta_bwd_cpu(
@@ -77,7 +77,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> delta
   const ScalarType dtype = state_dtype(q);
   check_output_gradients(op, x, options, d_o, d_final);
   const auto absent_or = [&](bool present, const std::vector<int64_t>& shape) {
-    return new_empty(q, present ? shape : std::vector<int64_t>{0}, dtype);
+    return allocate(q, present ? shape : std::vector<int64_t>{0}, dtype);
   };
   Tensor dq = token_rows(q, x, {x.B, x.T, x.H, x.K}, q.scalar_type());
   Tensor dk = token_rows(q, x, {x.B, x.T, x.H, x.K}, q.scalar_type());
@@ -87,10 +87,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> delta
   Tensor d_initial = absent_or(defined(initial_state), x.state_shape(state_v_first));
   Tensor dA_log = absent_or(defined(A_log), {x.HV});
   Tensor ddt_bias = absent_or(defined(dt_bias), {x.channel_gate ? x.HV * x.K : x.HV});
-  const Tensor dq_heads = new_empty(q, {x.B, x.T, x.HV, x.K}, dtype);
-  const Tensor dk_heads = new_empty(q, {x.B, x.T, x.HV, x.K}, dtype);
-  const Tensor A_parts = new_empty(q, {x.N, x.HV}, ScalarType::Double);
-  const Tensor dt_parts = new_empty(q, {x.N, x.HV, x.channel_gate ? x.K : 1}, ScalarType::Double);
+  const Tensor dq_heads = allocate(q, {x.B, x.T, x.HV, x.K}, dtype);
+  const Tensor dk_heads = allocate(q, {x.B, x.T, x.HV, x.K}, dtype);
+  const Tensor A_parts = allocate(q, {x.N, x.HV}, ScalarType::Double);
+  const Tensor dt_parts = allocate(q, {x.N, x.HV, x.channel_gate ? x.K : 1}, ScalarType::Double);
   dispatch_cpu_dtype(op, "q", q.scalar_type(), [&](auto element) {
     using In = decltype(element);
     using F = compute_t<In>;
@@ -160,7 +160,7 @@ Tensor run_step(const char* op, const Inputs& x, const Options& options, const T
       STD_TORCH_CHECK(0 <= a && a <= pending.tokens, op, ": accepted has ", a, ", but there are ",
                       pending.tokens, " pending tokens");
   }
-  Tensor o = new_empty(x.q, {x.B, x.T, x.HV, x.V}, x.q.scalar_type());
+  Tensor o = allocate(x.q, {x.B, x.T, x.HV, x.V}, x.q.scalar_type());
   dispatch_cpu_dtype(op, "q", x.q.scalar_type(), [&](auto element) {
     using In = decltype(element);
     using F = compute_t<In>;

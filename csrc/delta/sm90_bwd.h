@@ -84,7 +84,7 @@ struct ChunkGradientArgs {
   // latter; or both null.
   float *rate_parts, *bias_parts;
 };
-constexpr int64_t rate_parts_of(bool channel_gate) { return channel_gate ? 8 : 1; }
+constexpr int64_t rate_parts_of(bool channel_gate) { return channel_gate ? 16 : 1; }
 constexpr int64_t bias_parts_of(bool channel_gate) { return channel_gate ? 4 : 1; }
 
 // All gradients of a chunk but dv, for all chunks at once. A gate per head, or none.

@@ -15,11 +15,9 @@ namespace nearfield::delta {
 template <class Element>
 class ChunkSolver {
   static constexpr int kRow = 72;  // floats in a row of Abar: a fragment's loads fall into different banks
-  static constexpr int kFactorRow = TriangularScratch::kRow;
-  using Factor = cutlass::bfloat16_t[2][16 * kFactorRow];  // high and low half
   alignas(16) float Abar_[kTile * kRow];
   alignas(16) Element Z_[2][kTileShared<Element>];  // high and low half
-  alignas(16) Factor T_[4], U_[4];                  // T_JJ^T and U_JJ^T
+  SplitBlock T_[4], U_[4];                          // T_JJ^T and U_JJ^T
 
   __device__ __forceinline__ static int lane() { return static_cast<int>(threadIdx.x) % 32; }
   __device__ __forceinline__ static int warp() { return static_cast<int>(threadIdx.x) / 32; }
@@ -39,7 +37,7 @@ class ChunkSolver {
     clear_above(J);
     __syncthreads();
     SplitFragment left[3];  // T_JJ^T, then (diag(beta) Z_MJ)^T
-    left[0] = load<false>(T_[J]);
+    left[0] = T_[J].load<false>();
     CUTE_UNROLL
     for (int d = 1; d < 4; ++d) {
       if (J + d >= 4) continue;
@@ -47,7 +45,7 @@ class ChunkSolver {
       float x[2][4] = {}, z[2][4] = {};
       CUTE_UNROLL
       for (int e = 0; e < d; ++e) split_mma(x, left[e], load_Abar(I, J + e));
-      split_mma(z, split(x, -1.f), load<true>(U_[I]));
+      split_mma(z, split(x, -1.f), U_[I].load<true>());
       store(z, I, J);
       CUTE_UNROLL
       for (int n = 0; n < 2; ++n) {
@@ -99,20 +97,14 @@ class ChunkSolver {
       sum += w[i] * w[i];
     }
     const float own = beta(first + j);
-    Factor& factor = second ? U_[J] : T_[J];
+    SplitBlock& factor = second ? U_[J] : T_[J];
     uint32_t high[8], low[8];
     CUTE_UNROLL
     for (int i = 0; i < 16; i += 2) {
       const auto entry = [&](int m) { return (second ? z[m] * own : w[m]) + (m == j ? 1.f : 0.f); };
       split_pair(entry(i), entry(i + 1), high[i / 2], low[i / 2]);
     }
-    CUTE_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      *reinterpret_cast<uint4*>(&factor[0][j * kFactorRow + 8 * i]) = {high[4 * i], high[4 * i + 1],
-                                                                       high[4 * i + 2], high[4 * i + 3]};
-      *reinterpret_cast<uint4*>(&factor[1][j * kFactorRow + 8 * i]) = {low[4 * i], low[4 * i + 1],
-                                                                       low[4 * i + 2], low[4 * i + 3]};
-    }
+    factor.store_row(j, high, low);
     Element* to = &Z_[second][first * kTileRow<Element> + first + j];
     CUTE_UNROLL
     for (int i = 0; i < 16; ++i)
@@ -128,23 +120,6 @@ class ChunkSolver {
     }
   }
 
-  // As the left operand, or as the right one.
-  template <bool kRight>
-  __device__ __forceinline__ static SplitFragment load(const Factor& factor) {
-    const int at = (8 * (lane() / 8 % 2) + lane() % 8) * kFactorRow + 8 * (lane() / 16);
-    SplitFragment f;
-    CUTE_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      uint32_t (&r)[4] = half == 0 ? f.high : f.low;
-      const auto& source = *reinterpret_cast<const cute::uint128_t*>(&factor[half][at]);
-      if constexpr (kRight) {
-        cute::SM75_U16x8_LDSM_T::copy(source, r[0], r[1], r[2], r[3]);
-      } else {
-        cute::SM75_U32x4_LDSM_N::copy(source, r[0], r[1], r[2], r[3]);
-      }
-    }
-    return f;
-  }
   // Abar_IM^T as the right operand.
   __device__ __forceinline__ SplitFragment load_Abar(int I, int M) const {
     SplitFragment f;
@@ -165,16 +140,11 @@ class ChunkSolver {
     for (int n = 0; n < 2; ++n) {
       CUTE_UNROLL
       for (int h = 0; h < 2; ++h) {
-        const auto word = [&](float x, float y) {
-          cutlass::NumericArrayConverter<Element, float, 2> convert;
-          const auto pair = convert(cutlass::Array<float, 2>{x, y});
-          return reinterpret_cast<const uint32_t&>(pair);
-        };
         const float x = z[n][2 * h], y = z[n][2 * h + 1];
+        const uint32_t high = pack<Element>(x, y);
         const int at = (16 * I + 8 * n + lane() / 4) * kTileRow<Element> + 16 * J + 8 * h + lane() % 4 * 2;
-        *reinterpret_cast<uint32_t*>(&Z_[0][at]) = transposed(word(x, y));
-        *reinterpret_cast<uint32_t*>(&Z_[1][at]) =
-            transposed(word(x - static_cast<float>(Element(x)), y - static_cast<float>(Element(y))));
+        *reinterpret_cast<uint32_t*>(&Z_[0][at]) = transposed(high);
+        *reinterpret_cast<uint32_t*>(&Z_[1][at]) = transposed(pack_low<Element>(x, y, high));
       }
     }
   }

@@ -54,11 +54,7 @@ struct TileFragments : Fragments<Element> {
     CUTE_UNROLL
     for (int i = 0; i < 4; ++i) {
       const float* from = &c.tile[0][column / 8 + i / 2][i % 2 * 2];
-      cutlass::NumericArrayConverter<Element, float, 2> convert;
-      const auto high = convert(cutlass::Array<float, 2>{from[0], from[1]});
-      const auto low = convert(cutlass::Array<float, 2>{from[0] - static_cast<float>(high[0]),
-                                                        from[1] - static_cast<float>(high[1])});
-      a.word[i] = reinterpret_cast<const uint32_t&>(low);
+      a.word[i] = pack_low<Element>(from[0], from[1], pack<Element>(from[0], from[1]));
     }
     return a;
   }
@@ -295,18 +291,12 @@ __device__ __forceinline__ float beta_of(const InputsSm80& in, float raw) {
 
 constexpr int kPortableShared = 99 * 1024;  // what CTAs of 8.6, 8.9 and 12.0 have
 
-// Of the current device, in bytes.
-struct SharedLimits {
-  int per_cta, per_sm, sms;
-};
-inline SharedLimits shared_limits() {
-  int device = 0;
-  SharedLimits limits{kPortableShared, kPortableShared, 1};
+// Bytes that a CTA can have on the current device.
+inline int largest_shared() {
+  int device = 0, bytes = kPortableShared;
   cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&limits.per_cta, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  cudaDeviceGetAttribute(&limits.per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
-  cudaDeviceGetAttribute(&limits.sms, cudaDevAttrMultiProcessorCount, device);
-  return limits;
+  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return bytes;
 }
 
 template <class Kernel>

@@ -226,7 +226,7 @@ int walk_sm80<Tag, kKeyDim>::run(const WalkSm80Args& args, void* stream) {
         constexpr int kValueWarps = decltype(warps_of_values)::value;
         using Walk = WalkInPlace<Element, kKeyDim, kValueWarps>;
         WalkSm80Args a = args;
-        a.stages = Walk::plan_stages(shared_limits().per_cta);
+        a.stages = Walk::plan_stages(largest_shared());
         return launch(&walk_in_place_kernel<Element, kKeyDim, kValueWarps>, a, Walk::kWarps,
                       Walk::bytes(a.stages));
       };

@@ -78,12 +78,8 @@ struct ValueRows {
       for (int m = 0; m < 8; ++m) {
         uint32_t word[2];
         CUTE_UNROLL
-        for (int half = 0; half < 2; ++half) {
-          cutlass::NumericArrayConverter<Element, float, 2> convert;
-          const auto pair =
-              convert(cutlass::Array<float, 2>{x.tile[0][m][2 * half], x.tile[0][m][2 * half + 1]});
-          word[half] = transposed(reinterpret_cast<const uint32_t&>(pair));
-        }
+        for (int half = 0; half < 2; ++half)
+          word[half] = transposed(pack<Element>(x.tile[0][m][2 * half], x.tile[0][m][2 * half + 1]));
         if (8 * m + lane() / 4 >= rows) continue;
         if (whole) {
           *reinterpret_cast<uint2*>(to + 8 * m * stride) = {word[0], word[1]};

@@ -100,7 +100,7 @@ int with_ends(ScalarType dtype, const F& f) {
 // The tensor itself if the copy engine can read it, else a copy.
 Tensor loadable(const Tensor& t) {
   if (is_loadable(t)) return t;
-  Tensor copy = torch::stable::new_empty(t, shape_of(t));
+  Tensor copy = allocate(t, shape_of(t));
   return torch::stable::copy_(copy, t);
 }
 
@@ -149,9 +149,9 @@ std::tuple<Tensor, Tensor> forward(const char* op, const Call& call, Tensor q, T
 
   auto shape = shape_of(q);
   shape.back() = p.dim_v;
-  Tensor out = torch::stable::new_empty(q, shape, out_dtype);
+  Tensor out = allocate(q, shape, out_dtype);
   shape.pop_back();
-  Tensor lse = torch::stable::new_empty(q, shape, ScalarType::Float);
+  Tensor lse = allocate(q, shape, ScalarType::Float);
   if (lse.numel() == 0) return {out, lse};
 
   const auto input = plan.portable ? readable : loadable;
@@ -174,7 +174,7 @@ std::tuple<Tensor, Tensor> forward(const char* op, const Call& call, Tensor q, T
   args.lse = tokens_of<float>(lse, p.rank, false);
   args.descale = descale;
   args.out_is_fp16 = out_dtype == ScalarType::Half;
-  Tensor next_work = torch::stable::new_empty(q, {1}, ScalarType::Int);
+  Tensor next_work = allocate(q, {1}, ScalarType::Int);
   args.next_work = static_cast<int*>(next_work.data_ptr());
   args.num_sms = device.num_sms;
   void* stream = current_stream(q);
@@ -243,13 +243,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cuda(
       plan_backward({op, dtype, device.capability, backend}, call, deterministic, bias_gradient);
   const bool with_additional = p.additional > 0;
 
-  Tensor dq = torch::stable::new_empty(q, shape_of(q)), dk = torch::stable::new_empty(q, shape_of(k));
-  Tensor dv = torch::stable::new_empty(q, shape_of(v));
-  Tensor add_dk = torch::stable::new_empty(q, with_additional ? shape_of(*additional_k) : Ints{0});
-  Tensor add_dv = torch::stable::new_empty(q, with_additional ? shape_of(*additional_v) : Ints{0});
+  Tensor dq = allocate(q, shape_of(q)), dk = allocate(q, shape_of(k));
+  Tensor dv = allocate(q, shape_of(v));
+  Tensor add_dk = allocate(q, with_additional ? shape_of(*additional_k) : Ints{0});
+  Tensor add_dv = allocate(q, with_additional ? shape_of(*additional_v) : Ints{0});
   Tensor dbias = torch::stable::new_zeros(q, {plan.bias_parts, plan.bias_elements}, ScalarType::Float);
   const auto summed_bias = [&] {
-    if (plan.bias_parts == 0) return torch::stable::new_empty(q, {0}, ScalarType::Float);
+    if (plan.bias_parts == 0) return allocate(q, {0}, ScalarType::Float);
     return torch::stable::reshape(torch::stable::sum(dbias, Ints{0}), shape_of(*bias));
   };
   if (lse.numel() == 0) return {dq, dk, dv, add_dk, add_dv, summed_bias()};
@@ -262,7 +262,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cuda(
   dout = input(torch::stable::contiguous(dout));
   lse = torch::stable::contiguous(lse);
   if (defined(dlse)) dlse = torch::stable::contiguous(*dlse);
-  Tensor stats = torch::stable::new_empty(q, {plan.stats_rows * 2}, ScalarType::Float);
+  Tensor stats = allocate(q, {plan.stats_rows * 2}, ScalarType::Float);
 
   BwdSm80Args args{};
   args.scale = static_cast<float>(scale);
@@ -275,7 +275,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cuda(
   args.dk = tokens_of<void>(dk, p.rank);
   args.dv = tokens_of<void>(dv, p.rank);
   args.dq_out = tokens_of<void>(dq, p.rank);
-  Tensor next_work = torch::stable::new_empty(q, {1}, ScalarType::Int);
+  Tensor next_work = allocate(q, {1}, ScalarType::Int);
   args.next_work = static_cast<int*>(next_work.data_ptr());
   args.num_sms = device.num_sms;
   if (with_additional) {
@@ -290,7 +290,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cuda(
   }
   Tensor buffer;
   if (plan.dq_elements > 0) {
-    buffer = torch::stable::new_empty(q, {plan.dq_elements}, ScalarType::Float);
+    buffer = allocate(q, {plan.dq_elements}, ScalarType::Float);
     args.dq = static_cast<float*>(buffer.data_ptr());
   }
 

@@ -23,9 +23,9 @@ std::tuple<Tensor, Tensor> fwd_cpu(Tensor q, Tensor k, Tensor v, OptionalTensor 
   const Problem& p = call.whole;
   auto shape = shape_of(q);
   shape.back() = p.dim_v;
-  Tensor out = torch::stable::new_empty(q, shape);
+  Tensor out = allocate(q, shape);
   shape.pop_back();
-  Tensor lse = torch::stable::new_empty(q, shape, statistics_dtype(q));
+  Tensor lse = allocate(q, shape, statistics_dtype(q));
   dispatch_cpu_dtype(op, "q", q.scalar_type(), [&](auto element) {
     using T = decltype(element);
     q = readable(q), k = readable(k), v = readable(v);
@@ -51,7 +51,7 @@ std::tuple<Tensor, Tensor> fwd_cpu(Tensor q, Tensor k, Tensor v, OptionalTensor 
 
 // The tensor [B, X.., H, features] of a type in which the CPU computes, times its factors.
 Tensor dequantized(const Tensor& t, const OptionalTensor& descale) {
-  Tensor wide = torch::stable::new_empty(t, shape_of(t), ScalarType::Float);
+  Tensor wide = allocate(t, shape_of(t), ScalarType::Float);
   torch::stable::copy_(wide, t);
   if (!defined(descale)) return wide;
   const Tokens<const float> factor = descale_of(descale);
@@ -75,10 +75,10 @@ std::tuple<Tensor, Tensor> fwd_8bit_cpu(Tensor q, Tensor k, Tensor v, OptionalTe
   check_8bit(op, call, q, q_descale, k_descale, v_descale, out_dtype);
   auto shape = shape_of(q);
   shape.back() = call.whole.dim_v;
-  Tensor out = torch::stable::new_empty(q, shape, out_dtype);
+  Tensor out = allocate(q, shape, out_dtype);
   if (out.numel() == 0) {
     shape.pop_back();
-    return {out, torch::stable::new_empty(q, shape, ScalarType::Float)};
+    return {out, allocate(q, shape, ScalarType::Float)};
   }
   const auto [wide, lse] =
       fwd_cpu(dequantized(q, q_descale), dequantized(k, k_descale), dequantized(v, v_descale), {}, {},
@@ -99,19 +99,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cpu(
   const Problem& p = call.whole;
   check_gradients(op, p, q, dout, dlse, out, lse);
   const bool with_additional = defined(additional_k);
-  Tensor dq = torch::stable::new_empty(q, shape_of(q));
-  Tensor dk = torch::stable::new_empty(q, shape_of(k));
-  Tensor dv = torch::stable::new_empty(q, shape_of(v));
-  Tensor add_dk = torch::stable::new_empty(q, with_additional ? shape_of(*additional_k) : Ints{0});
-  Tensor add_dv = torch::stable::new_empty(q, with_additional ? shape_of(*additional_v) : Ints{0});
+  Tensor dq = allocate(q, shape_of(q));
+  Tensor dk = allocate(q, shape_of(k));
+  Tensor dv = allocate(q, shape_of(v));
+  Tensor add_dk = allocate(q, with_additional ? shape_of(*additional_k) : Ints{0});
+  Tensor add_dv = allocate(q, with_additional ? shape_of(*additional_v) : Ints{0});
   const BwdWorkspace workspace = bwd_cpu_workspace(p, call.groups);
   const auto stat = statistics_dtype(q);
-  Tensor delta = torch::stable::new_empty(q, shape_of(lse), stat);
-  Tensor partial = torch::stable::new_empty(q, {workspace.partial}, stat);
+  Tensor delta = allocate(q, shape_of(lse), stat);
+  Tensor partial = allocate(q, {workspace.partial}, stat);
   bias_gradient &= call.biased;
   const int64_t elements = bias_gradient ? bias->numel() : 0;
   const int parts = bias_parts(elements, kCpuBiasParts);
-  Tensor dbias = torch::stable::new_empty(q, bias_gradient ? shape_of(*bias) : Ints{0}, stat);
+  Tensor dbias = allocate(q, bias_gradient ? shape_of(*bias) : Ints{0}, stat);
   Tensor dbias_parts = torch::stable::new_zeros(q, {parts, elements}, stat);
   dispatch_cpu_dtype(op, "q", q.scalar_type(), [&](auto element) {
     using T = decltype(element);

@@ -6,8 +6,6 @@
 
 namespace nearfield::lla {
 
-using torch::stable::new_empty;
-
 // The kernels read any strides, as long as the last dimension is dense.
 inline Tensor dense_rows(const Tensor& t) {
   return t.sizes().back() > 1 && t.strides().back() != 1 ? torch::stable::contiguous(t) : t;

@@ -154,7 +154,7 @@ class Operands {
     args_.batch = static_cast<int>(like.sizes()[0]);
     args_.head_dim = plan.head_dim;
     heads_ = like.sizes()[2];
-    largest_ = new_empty(like, {kMost, args_.batch * heads_}, ScalarType::Float);
+    largest_ = allocate(like, {kMost, args_.batch * heads_}, ScalarType::Float);
     args_.clear = data_of<float>(largest_);  // all at once
     args_.clear_count = static_cast<int>(kMost * args_.batch * heads_);
     if (like.scalar_type() == ScalarType::Float) float_rows_ = portable_of(plan, ScalarType::Float).operands;
@@ -166,8 +166,8 @@ class Operands {
     const auto size = t.sizes();
     const int64_t tiles = (size[1] + rows_of_block - 1) / rows_of_block * (rows_of_block / kTileRows);
     float* largest = data_of<float>(largest_) + memory_.size() * args_.batch * heads_;
-    memory_.push_back(new_empty(like_, {size[0], size[2], tiles * kTileRows, args_.head_dim},
-                                float_rows_ ? ScalarType::Float : ScalarType::Half));
+    memory_.push_back(allocate(like_, {size[0], size[2], tiles * kTileRows, args_.head_dim},
+                               float_rows_ ? ScalarType::Float : ScalarType::Half));
     return {memory_.back().mutable_data_ptr(), largest, static_cast<int>(tiles), least_unit};
   }
 
@@ -251,7 +251,7 @@ void run_forward(const char* op, FwdSm80Args& args, const Plan& plan, const Tens
   if (!plan.portable && args.grid.given())
     return check_launch(op, instance_of(kForwardOnGrid, plan).run(args, args.grid, stream));
   if (!plan.portable) return check_launch(op, instance_of(kForward, plan).run(args, stream));
-  const Tensor scratch = new_empty(q, {solver_scratch(args.problem, plan.head_dim)}, ScalarType::Float);
+  const Tensor scratch = allocate(q, {solver_scratch(args.problem, plan.head_dim)}, ScalarType::Float);
   args.scratch = data_of<float>(scratch);
   args.type = element_of(q.scalar_type());
   check_launch(op, portable_of(plan, q.scalar_type()).fwd(args, stream));
@@ -270,12 +270,12 @@ Fwd fwd_cuda(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor&
   const Plan plan = plan_of(op, q_, v_, backend);
   const Tensor q = dense_rows(q_), k = dense_rows(k_), v = dense_rows(v_);
   const auto s = q.sizes();
-  Fwd out{new_empty(q, {s[0], s[1], s[2], v.sizes()[3]}),
-          new_empty(q, {s[0], s[1], s[2], s[3]}, ScalarType::Float),
-          new_empty(q, {s[0], s[1], s[2], s[3]}, ScalarType::Float),
-          new_empty(q, {s[0], s[1], s[2]}, ScalarType::Float),
-          new_empty(q, {s[0], s[1], s[2]}, ScalarType::Int),
-          new_empty(q, {s[0], s[1], s[2]}, ScalarType::Float)};
+  Fwd out{allocate(q, {s[0], s[1], s[2], v.sizes()[3]}),
+          allocate(q, {s[0], s[1], s[2], s[3]}, ScalarType::Float),
+          allocate(q, {s[0], s[1], s[2], s[3]}, ScalarType::Float),
+          allocate(q, {s[0], s[1], s[2]}, ScalarType::Float),
+          allocate(q, {s[0], s[1], s[2]}, ScalarType::Int),
+          allocate(q, {s[0], s[1], s[2]}, ScalarType::Float)};
   auto& [o, x, kbar, lse, iterations, ratio] = out;
   if (nothing_to_do(q, k)) {
     for (Tensor* t : {&o, &x, &kbar, &iterations, &ratio}) torch::stable::zero_(*t);
@@ -316,9 +316,9 @@ ProbeFwd probe_fwd_cuda(const Tensor& q_, const Tensor& x_, const Tensor& k_, co
   const Tensor q = dense_rows(q_), x = dense_rows(x_), k = dense_rows(k_), v = dense_rows(v_);
   const auto s = q.sizes();
   check_slope(op, x, q);
-  ProbeFwd out{new_empty(q, {s[0], s[1], s[2], v.sizes()[3]}),
-               new_empty(q, {s[0], s[1], s[2], s[3]}, ScalarType::Float),
-               new_empty(q, {s[0], s[1], s[2]}, ScalarType::Float)};
+  ProbeFwd out{allocate(q, {s[0], s[1], s[2], v.sizes()[3]}),
+               allocate(q, {s[0], s[1], s[2], s[3]}, ScalarType::Float),
+               allocate(q, {s[0], s[1], s[2]}, ScalarType::Float)};
   auto& [o, kbar, lse] = out;
   if (nothing_to_do(q, k)) {
     for (Tensor* t : {&o, &kbar}) torch::stable::zero_(*t);
@@ -366,10 +366,10 @@ std::array<Tensor, 5> backward(const char* op, const Tensor& d_o_, const Tensor&
   const Tensor kbar = torch::stable::contiguous(kbar_), lse = torch::stable::contiguous(lse_);
   const auto s = q.sizes();
   const auto dtype = q.scalar_type();
-  std::array<Tensor, 5> out{new_empty(q, shape_of(q)),
-                            new_empty(q, lam ? std::vector<int64_t>{0} : shape_of(q), ScalarType::Float),
-                            new_empty(q, shape_of(k)), new_empty(q, shape_of(v)),
-                            new_empty(q, lam ? shape_of(*lam) : std::vector<int64_t>{0}, ScalarType::Float)};
+  std::array<Tensor, 5> out{allocate(q, shape_of(q)),
+                            allocate(q, lam ? std::vector<int64_t>{0} : shape_of(q), ScalarType::Float),
+                            allocate(q, shape_of(k)), allocate(q, shape_of(v)),
+                            allocate(q, lam ? shape_of(*lam) : std::vector<int64_t>{0}, ScalarType::Float)};
   auto& [dq, dx, dk, dv, dlam] = out;
   if (nothing_to_do(q, k)) {
     for (Tensor& t : out) torch::stable::zero_(t);
@@ -390,16 +390,16 @@ std::array<Tensor, 5> backward(const char* op, const Tensor& d_o_, const Tensor&
   args.x = view_of<float>(x);
   args.kbar = static_cast<const float*>(kbar.const_data_ptr());
   args.lse = static_cast<const float*>(lse.const_data_ptr());
-  const Tensor minus_y = new_empty(q, shape_of(q), ScalarType::Float);
-  const Tensor row_sums = new_empty(q, {s[0], s[1], s[2], 3}, ScalarType::Float);
+  const Tensor minus_y = allocate(q, shape_of(q), ScalarType::Float);
+  const Tensor row_sums = allocate(q, {s[0], s[1], s[2], 3}, ScalarType::Float);
   args.minus_y = data_of<float>(minus_y);
   args.row_sums = reinterpret_cast<RowSums*>(data_of<float>(row_sums));
   args.dq = dq.mutable_data_ptr();
   args.dx = lam ? nullptr : data_of<float>(dx);
   args.dlam = lam ? data_of<float>(dlam) : nullptr;
   const Tensor scratch =
-      new_empty(q, {plan.portable ? solver_scratch(args.problem, plan.head_dim) : 0}, ScalarType::Float);
-  const Tensor d_lse = new_empty(q, {plan.portable ? s[0] * s[1] * s[2] : 0}, ScalarType::Float);
+      allocate(q, {plan.portable ? solver_scratch(args.problem, plan.head_dim) : 0}, ScalarType::Float);
+  const Tensor d_lse = allocate(q, {plan.portable ? s[0] * s[1] * s[2] : 0}, ScalarType::Float);
   args.x_tiles = operands.reserve(x, 2 * kTileRows);
   args.minus_y_tiles = operands.reserve(minus_y, 2 * kTileRows, 1.f);
   if (plan.portable) {
@@ -416,7 +416,7 @@ std::array<Tensor, 5> backward(const char* op, const Tensor& d_o_, const Tensor&
                                   : instance_of(kBackwardOfQueries, plan).run(args, stream));
   }
 
-  const Tensor pair_rows = new_empty(
+  const Tensor pair_rows = allocate(
       q, {s[0], s[2], int64_t{args.problem.q.tiles_per_head} * kTileRows, sizeof(PairRow) / sizeof(float)},
       ScalarType::Float);
   args.pair_rows = reinterpret_cast<PairRow*>(data_of<float>(pair_rows));

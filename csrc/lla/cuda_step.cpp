@@ -12,7 +12,7 @@ namespace nearfield::lla {
 namespace {
 
 struct Instance {
-  bool hopper;
+  bool hopper, clusters;
   ScalarType type;
   int d, dv;
   int floats;  // of the moments of one split
@@ -33,8 +33,9 @@ const std::vector<Instance> kSteps = {
 #define USE_bwd_query_grid_sm90(dim)
 #define USE_bwd_key_sm90(dim)
 #define USE_bwd_key_grid_sm90(dim)
-#define USE_STEP(kernel, hopper, element, d, dv) \
-  {hopper, kScalarType<element>, d, dv, kernel<element, d, dv>::kFloats, &kernel<element, d, dv>::run},
+#define USE_STEP(kernel, hopper, element, d, dv)                              \
+  {hopper, kernel<element, d, dv>::kClusters, kScalarType<element>,        d, \
+   dv,     kernel<element, d, dv>::kFloats,   &kernel<element, d, dv>::run},
 #define USE_step_sm80(element, d, dv) USE_STEP(step_sm80, false, element, d, dv)
 #ifdef NEARFIELD_LLA_SM90
 #define USE_step_sm90(element, d, dv) USE_STEP(step_sm90, true, element, d, dv)
@@ -92,6 +93,23 @@ View<const void> untyped(const Tensor& t) {
 
 // Enough blocks to fill the GPU a few times over, but no split shorter than what its sums cost to merge.
 constexpr int64_t kBlocksPerSm = 3, kKeysPerSplit = 256;
+// Clusters want fewer: all of a cluster share a GPC, so a third block per SM is there for some of them only.
+// A cluster is worth SMs without work up to so many keys per block; a second kernel costs as much as reading
+// them.
+constexpr int64_t kClusterBlocksPer4Sms = 7, kKeysPerClusterBlock = 2048;
+
+// Into how many splits the keys of a query go, and whether they are a cluster.
+void choose_splits(StepArgs& args, const Instance& instance, int num_sms) {
+  const int64_t queries = args.batch * args.heads * args.m, keys = std::min(args.n, args.window);
+  const int64_t wanted = std::min(kBlocksPerSm * num_sms / queries, keys / kKeysPerSplit);
+  int64_t splits = std::clamp<int64_t>(wanted, 1, kMaxSplits);
+  if (instance.clusters && (splits <= kMaxCluster || queries * kMaxCluster >= num_sms ||
+                            keys <= kMaxCluster * kKeysPerClusterBlock)) {
+    splits = std::min({splits, kClusterBlocksPer4Sms * num_sms / (4 * queries), int64_t{kMaxCluster}});
+    args.cluster = splits > 1;
+  }
+  args.splits = static_cast<int>(std::max<int64_t>(splits, 1));
+}
 
 Tensor step_cuda(const Tensor& q_, const Tensor& k, const Tensor& v, std::optional<Tensor> cache_seqlens,
                  const Tensor& lam, double scale, std::optional<int64_t> window, bool absolute) {
@@ -105,7 +123,7 @@ Tensor step_cuda(const Tensor& q_, const Tensor& k, const Tensor& v, std::option
   const Instance& instance = pick(op, q_, d, dv, device.capability == 90 && has_steps(k) && has_steps(v));
   const Tensor q = dense_rows(q_);
   const auto s = q.sizes();
-  const Tensor o = new_empty(q, {s[0], s[1], s[2], dv});
+  const Tensor o = allocate(q, {s[0], s[1], s[2], dv});
   if (o.numel() == 0) return o;
   check_alignment(op, "k_cache", k), check_alignment(op, "v_cache", v);
 
@@ -123,12 +141,10 @@ Tensor step_cuda(const Tensor& q_, const Tensor& k, const Tensor& v, std::option
   args.window = window_or_all(window, args.n);
   args.o = o.mutable_data_ptr();
 
-  const int64_t queries = args.batch * args.heads * args.m, keys = std::min(args.n, args.window);
-  const int64_t wanted = kBlocksPerSm * device.num_sms / queries;
-  args.splits = static_cast<int>(std::clamp<int64_t>(std::min(wanted, keys / kKeysPerSplit), 1, kMaxSplits));
+  choose_splits(args, instance, device.num_sms);
   Tensor moments;
-  if (args.splits > 1) {
-    moments = new_empty(q, {queries * args.splits * instance.floats}, ScalarType::Float);
+  if (args.splits > 1 && !args.cluster) {
+    moments = allocate(q, {s[0], s[1], s[2], args.splits, instance.floats}, ScalarType::Float);
     args.moments = data_of<float>(moments);
   }
   const int error = instance.run(args, current_stream(q));

@@ -64,12 +64,12 @@ Fwd fwd_cpu(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& 
     using T = decltype(tag);
     using F = acc_t<T>;
     auto& [o, x, kbar, lse, iterations, ratio] = out;
-    o = new_empty(q, {s[0], s[1], s[2], dv});
-    x = new_empty(q, {s[0], s[1], s[2], s[3]}, compute_dtype<T>);
-    kbar = new_empty(q, {s[0], s[1], s[2], s[3]}, compute_dtype<T>);
-    lse = new_empty(q, {s[0], s[1], s[2]}, compute_dtype<T>);
-    iterations = new_empty(q, {s[0], s[1], s[2]}, ScalarType::Int);
-    ratio = new_empty(q, {s[0], s[1], s[2]}, ScalarType::Float);
+    o = allocate(q, {s[0], s[1], s[2], dv});
+    x = allocate(q, {s[0], s[1], s[2], s[3]}, compute_dtype<T>);
+    kbar = allocate(q, {s[0], s[1], s[2], s[3]}, compute_dtype<T>);
+    lse = allocate(q, {s[0], s[1], s[2]}, compute_dtype<T>);
+    iterations = allocate(q, {s[0], s[1], s[2]}, ScalarType::Int);
+    ratio = allocate(q, {s[0], s[1], s[2]}, ScalarType::Float);
     blank(packing, {&o, &x, &kbar, &iterations, &ratio}, &lse);
     for_each_sequence(packing, [&](auto of) {
       run_fwd_cpu<T>({make_problem<T>(of(q), of(k), of(v), scale, is_causal, window, grid),
@@ -103,9 +103,9 @@ ProbeFwd probe_fwd_cpu(const Tensor& q_, const Tensor& x_, const Tensor& k_, con
     using T = decltype(tag);
     using F = acc_t<T>;
     auto& [o, kbar, lse] = out;
-    o = new_empty(q, {s[0], s[1], s[2], v.sizes()[3]});
-    kbar = new_empty(q, {s[0], s[1], s[2], s[3]}, compute_dtype<T>);
-    lse = new_empty(q, {s[0], s[1], s[2]}, compute_dtype<T>);
+    o = allocate(q, {s[0], s[1], s[2], v.sizes()[3]});
+    kbar = allocate(q, {s[0], s[1], s[2], s[3]}, compute_dtype<T>);
+    lse = allocate(q, {s[0], s[1], s[2]}, compute_dtype<T>);
     blank(packing, {&o, &kbar}, &lse);
     for_each_sequence(packing, [&](auto of) {
       run_probe_fwd_cpu<T>({make_problem<T>(of(q), of(k), of(v), scale, is_causal, window, grid),
@@ -138,14 +138,14 @@ std::array<Tensor, 5> backward(const char* op, const Tensor& d_o_, const Tensor&
     using T = decltype(tag);
     using F = acc_t<T>;
     auto& [dq, y, dk, dvalue, dlam] = out;
-    dq = new_empty(q, {s[0], s[1], s[2], s[3]});
-    y = new_empty(q, {s[0], s[1], s[2], s[3]}, compute_dtype<T>);
-    dk = new_empty(q, {s[0], n, kv_heads, s[3]});
-    dvalue = new_empty(q, {s[0], n, kv_heads, dv});
-    dlam = new_empty(q, {s[0], s[1], s[2], lam ? lam->sizes()[3] : 0}, compute_dtype<T>);
-    const Tensor gbar = new_empty(q, {s[0], s[1], s[2]}, compute_dtype<T>);
-    const Tensor factor = new_empty(q, {s[0], s[1], s[2]}, compute_dtype<T>);
-    const Tensor row_sum = new_empty(q, {s[0], s[1], s[2]}, compute_dtype<T>);
+    dq = allocate(q, {s[0], s[1], s[2], s[3]});
+    y = allocate(q, {s[0], s[1], s[2], s[3]}, compute_dtype<T>);
+    dk = allocate(q, {s[0], n, kv_heads, s[3]});
+    dvalue = allocate(q, {s[0], n, kv_heads, dv});
+    dlam = allocate(q, {s[0], s[1], s[2], lam ? lam->sizes()[3] : 0}, compute_dtype<T>);
+    const Tensor gbar = allocate(q, {s[0], s[1], s[2]}, compute_dtype<T>);
+    const Tensor factor = allocate(q, {s[0], s[1], s[2]}, compute_dtype<T>);
+    const Tensor row_sum = allocate(q, {s[0], s[1], s[2]}, compute_dtype<T>);
     blank(packing, {&dq, &y, &dk, &dvalue, &dlam}, nullptr);
     for_each_sequence(packing, [&](auto of) {
       run_bwd_cpu<T>({make_problem<T>(of(q), of(k), of(v), scale, is_causal, window, grid), lam != nullptr,
@@ -196,7 +196,7 @@ Tensor step_cpu(const Tensor& q_, const Tensor& k_, const Tensor& v_, std::optio
   for (int64_t b = 0; b < batch; ++b)
     STD_TORCH_CHECK(0 <= length[b] && length[b] <= size, op, ": cache_seqlens[", b, "] is ", length[b],
                     ", expected 0 to ", size, ", the size of the cache");
-  const Tensor o = new_empty(q, {q.sizes()[0], q.sizes()[1], q.sizes()[2], v.sizes()[3]});
+  const Tensor o = allocate(q, {q.sizes()[0], q.sizes()[1], q.sizes()[2], v.sizes()[3]});
   dispatch_cpu_dtype(op, "q", q.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     run_step_cpu<T>({make_problem<T>(q, k, v, scale, true, window), make_ridge<acc_t<T>>(lam, absolute),

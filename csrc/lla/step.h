@@ -7,6 +7,9 @@
 namespace nearfield::lla {
 
 constexpr int kMaxSplits = 32;
+// A cluster stays within a GPC of 16 or 18 SMs. With two blocks per SM clusters of eight leave SMs empty
+// there and put a third block on others; clusters of seven do not.
+constexpr int kMaxCluster = 7;
 
 struct StepArgs {
   int64_t batch, m, n, heads, kv_heads;
@@ -23,7 +26,8 @@ struct StepArgs {
   void* o;  // [B, m, Hq, dv] contiguous
 
   int splits;      // of the visible keys of a query, 1 to kMaxSplits
-  float* moments;  // splits > 1: [B, Hk, splits, G m] x Moments::kFloats
+  bool cluster;    // they are a thread-block cluster, at most kMaxCluster, and need no memory
+  float* moments;  // splits > 1, no cluster: [B, Hq, m, splits] x Moments::kFloats
 };
 
 // What a split knows of its keys, in units of the inputs: sums of w, w k', w v, w k' k'^T, w k' v^T with
@@ -37,6 +41,7 @@ struct Moments {
 // Element: bf16 or fp16; kD and kDv: the smallest built that hold d and dv. Return a cudaError_t.
 template <class Element, int kD, int kDv>
 struct step_sm80 {
+  static constexpr bool kClusters = false;  // whether args.cluster may be set
   static constexpr int kFloats = Moments<kD, kDv>::kFloats;
   static int run(const StepArgs& args, void* stream);
 };
@@ -44,6 +49,7 @@ struct step_sm80 {
 // The same on Hopper, for caches without strides of 0 (a broadcast).
 template <class Element, int kD, int kDv>
 struct step_sm90 {
+  static constexpr bool kClusters = kD < 128;  // there the sums would not fit twice
   static constexpr int kFloats = Moments<kD, kDv>::kFloats;
   static int run(const StepArgs& args, void* stream);
 };

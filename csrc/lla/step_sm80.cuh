@@ -60,11 +60,14 @@ __global__ void __launch_bounds__(kStepThreads<kD>, StepShape<kD, kDv>::kBlocks)
   __shared__ __align__(4) __half sWeight[kStepTile];  // square roots
   __shared__ float sLargest[3][kWarps];               // per warp: score, |k|, |v|
   __shared__ int sArgmax;
-  __shared__ float sDelta[kD], sKeySum[kD], sValueSum[kDv];
+  __shared__ float sDelta[kD], sValueSum[kDv];
+  __shared__ __align__(8) float sKeySum[kD];
+  __shared__ StepQuery<kD> sQuery;
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const StepWork work(args);
-  if (work.num_tiles == 0) return work.answer_without_keys<Tag, kD, kDv>(args);
+  if (work.num_tiles == 0)
+    return args.splits == 1 ? work.answer_without_keys<Tag>(args) : work.record_no_keys<kD, kDv>(args);
   const int64_t b = work.b;
   const int begin = work.begin, end = work.end, num_tiles = work.num_tiles;
 
@@ -105,6 +108,7 @@ __global__ void __launch_bounds__(kStepThreads<kD>, StepShape<kD, kDv>::kBlocks)
   };
 #pragma unroll
   for (int s = 0; s < kStepStages - 1; ++s) fetch(s);
+  if (args.splits == 1) QueryFeature<Tag>(args, b, work.i, work.h).put(sQuery);
 
   float q[8], c0[8];  // of this thread's key chunk; q times scale log2(e)
 #pragma unroll
@@ -329,7 +333,8 @@ __global__ void __launch_bounds__(kStepThreads<kD>, StepShape<kD, kDv>::kBlocks)
     for (int e = 0; e < 8; ++e) sDelta[8 * key_chunk + e] = c0[e];
   }
   __syncthreads();
-  finish_split<Tag>(args, work, units.top, l, sDelta, sKeySum, sValueSum, sums, storage);
+  if (args.splits > 1) return record_split(args, units.top, l, sDelta, sKeySum, sValueSum, sums);
+  answer<Tag>(args, work.row, sQuery, units.top, l, sDelta, sKeySum, sValueSum, sums, storage);
 }
 
 template <class Tag, int kD, int kDv>

@@ -20,6 +20,7 @@
 #include <cute/tensor.hpp>
 
 #include "lla/step_answer.cuh"
+#include "lla/step_cluster_sm90.cuh"
 #include "nearfield/mma.cuh"
 #include "nearfield/softmax.cuh"
 #include "nearfield/tma.h"
@@ -42,6 +43,7 @@ struct StepTraits {
   static constexpr int kTile = (kKeyImages + kValueImages) * kImage, kTileBytes = 2 * kTile;
   static constexpr int kBlocks = kD + kDv <= 128 ? 3 : kD < 128 ? 2 : 1;  // per SM
   static constexpr int kStages = kD < 128 ? 4 : 6;
+  static constexpr bool kClusters = step_sm90<Tag, kD, kDv>::kClusters;
   static_assert(kStepTile == 64 && kValueImages % kGroups == 0 && kStepThreads<kD> == 128 * kGroups);
 
   using MmaScores =
@@ -63,12 +65,15 @@ struct StepTraits {
     union {
       alignas(1024) uint16_t stage[kStages][kTile];
       System<kD> system;
+      std::conditional_t<kClusters, typename ClusterShared<kD, kDv>::Exchange, char> exchange;
     };
     // Row 0 of 8; the others are zero. Row 0 is not swizzled.
     alignas(1024) Raw q[kKeyImages][8 * 64];
     alignas(1024) Half weights[2][8 * 64];  // square roots, of even and odd tiles
     uint64_t full[kStages];
-    float delta[kD], key_sum[kD], value_sum[kDv];
+    std::conditional_t<kClusters, ClusterShared<kD, kDv>, char> cluster;
+    StepQuery<kD> query;
+    alignas(16) float delta[kD], key_sum[kD], value_sum[kDv];
     float largest[3][kStepWarps<kD>];  // per warp: score, |k|, |v|
     float sum[4];                      // of the weights of 16 keys of every tile
     int argmax;
@@ -114,9 +119,11 @@ __global__ void __launch_bounds__(kStepThreads<kD>, (StepTraits<Tag, kD, kDv>::k
   extern __shared__ __align__(1024) unsigned char step_storage[];
   auto& s = *reinterpret_cast<typename Traits::Storage*>(step_storage);
 
+  if (threadIdx.x == 0) cute::prefetch_tma_descriptor(&maps.k), cute::prefetch_tma_descriptor(&maps.v);
   const StepWork work(args);
   const int num_tiles = work.num_tiles;
-  if (num_tiles == 0) return work.answer_without_keys<Tag, kD, kDv>(args);
+  if (num_tiles == 0 && !args.cluster)
+    return args.splits == 1 ? work.answer_without_keys<Tag>(args) : work.record_no_keys<kD, kDv>(args);
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = warp / 4;
   // The thread's pieces: one of the 8 of a row, in rows first_row + 4 r of the images of its warpgroup. Their
@@ -136,11 +143,11 @@ __global__ void __launch_bounds__(kStepThreads<kD>, (StepTraits<Tag, kD, kDv>::k
     if (tile >= num_tiles) return;
     uint64_t* full = &s.full[tile % kStages];
     uint16_t* to = s.stage[tile % kStages];
-    const int key = work.begin + tile * kStepTile, head = static_cast<int>(work.kv_head);
+    const int key = work.begin + tile * kStepTile, head = work.kv_head;
     Barrier::arrive_and_expect_tx(full, Traits::kTileBytes);
     const auto bring = [&](const CUtensorMap& map, uint16_t* image, int feature) {
       SM90_TMA_LOAD_5D::copy(&map, full, static_cast<uint64_t>(TMA::CacheHintSm90::EVICT_NORMAL), image,
-                             feature, key, head, static_cast<int>(work.b), 0);
+                             feature, key, head, work.b, 0);
     };
 #pragma unroll
     for (int i = 0; i < Traits::kKeyImages; ++i) bring(maps.k, to + i * kImage, 64 * i);
@@ -148,23 +155,26 @@ __global__ void __launch_bounds__(kStepThreads<kD>, (StepTraits<Tag, kD, kDv>::k
     for (int i = 0; i < Traits::kValueImages; ++i)
       bring(maps.v, to + (Traits::kKeyImages + i) * kImage, 64 * i);
   };
+  const QueryFeature<Tag> query(args, work.b, work.i, work.h);
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < kStages; ++stage) Barrier::init(&s.full[stage], 1);
     cutlass::arch::fence_barrier_init();
     for (int tile = 0; tile < kStages; ++tile) load(tile);
     s.argmax = kStepTile;
+    if constexpr (Traits::kClusters)
+      if (args.cluster) s.cluster.expect(work.split, args.splits);
   }
-  const auto* q = static_cast<const uint16_t*>(args.q.data) + work.b * args.q.batch_stride +
-                  work.i * args.q.row_stride + work.h * args.q.head_stride;
+  query.put(s.query);
   auto* sQ = reinterpret_cast<uint16_t*>(s.q);
-  for (int at = threadIdx.x; at < Traits::kKeyImages * 8 * 64; at += kStepThreads<kD>) {
-    const int feature = at / 512 * 64 + at % 64;
-    sQ[at] = at % 512 < 64 && feature < args.d ? q[feature] : uint16_t{0};
-  }
+  if (threadIdx.x < kD)
+    sQ[threadIdx.x / 64 * 512 + threadIdx.x % 64] = reinterpret_cast<const uint16_t&>(query.q);
+  for (int at = threadIdx.x; at < Traits::kKeyImages * 64; at += kStepThreads<kD>)
+    if (at % 64 >= 8) reinterpret_cast<uint4*>(sQ)[at] = {0, 0, 0, 0};
   auto* sWeights = reinterpret_cast<uint32_t*>(s.weights);
   for (int at = threadIdx.x; at < 512; at += kStepThreads<kD>) sWeights[at] = 0;
   cutlass::arch::fence_view_async_shared();
   __syncthreads();
+  if (args.cluster) cute::cluster_arrive_relaxed();
 
   // ---- Products ----
   typename Traits::MmaScores mma_scores;
@@ -385,7 +395,7 @@ __global__ void __launch_bounds__(kStepThreads<kD>, (StepTraits<Tag, kD, kDv>::k
     for (int e = 0; e < 8; ++e) s.delta[64 * group + 8 * piece + e] = c0[e];
   }
   __syncthreads();
-  const float l = total_weight();
+  float top = units.top, l = total_weight();
 #pragma unroll
   for (int e = 0; e < 4; ++e) {
 #pragma unroll
@@ -393,7 +403,17 @@ __global__ void __launch_bounds__(kStepThreads<kD>, (StepTraits<Tag, kD, kDv>::k
 #pragma unroll
     for (int n = 0; n < kDv / 8; ++n) sums.key_value(n)[e] *= key_unit * value_unit;
   }
-  finish_split<Tag>(args, work, units.top, l, s.delta, s.key_sum, s.value_sum, sums, step_storage);
+  if constexpr (Traits::kClusters) {
+    if (args.cluster) {
+      const bool first = add_up_cluster(static_cast<int>(cute::block_rank_in_cluster()), args.splits,
+                                        s.cluster, s.exchange, top, l, s.delta, s.key_sum, s.value_sum, sums);
+      if (!first) return;
+      if (!(top > -INFINITY)) return work.answer_without_keys<Tag>(args);
+    }
+  }
+  if (args.splits > 1 && !args.cluster)
+    return record_split(args, top, l, s.delta, s.key_sum, s.value_sum, sums);
+  answer<Tag>(args, work.row, s.query, top, l, s.delta, s.key_sum, s.value_sum, sums, step_storage);
 }
 
 // ---- Launch ----

@@ -14,13 +14,58 @@
 
 namespace nearfield {
 
+struct SplitFragment {
+  uint32_t high[4], low[4];
+};
+
+__device__ __forceinline__ void split_pair(float a, float b, uint32_t& high, uint32_t& low) {
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(high) : "f"(b), "f"(a));
+  const float a_low = a - __uint_as_float(high << 16), b_low = b - __uint_as_float(high & 0xffff0000u);
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(low) : "f"(b_low), "f"(a_low));
+}
+
+// A 16 x 16 block in halves, as a factor of such products.
+struct SplitBlock {
+  static constexpr int kRow = 24;                      // bfloat16 in a row: eight rows in different banks
+  alignas(16) cutlass::bfloat16_t half[2][16 * kRow];  // high, low
+
+  // Entries 2 i and 2 i + 1 of a row are in word i.
+  __device__ __forceinline__ void store_row(int row, const uint32_t (&high)[8], const uint32_t (&low)[8]) {
+    auto* to_high = reinterpret_cast<uint4*>(&half[0][row * kRow]);
+    auto* to_low = reinterpret_cast<uint4*>(&half[1][row * kRow]);
+    CUTE_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      to_high[i] = uint4{high[4 * i], high[4 * i + 1], high[4 * i + 2], high[4 * i + 3]};
+      to_low[i] = uint4{low[4 * i], low[4 * i + 1], low[4 * i + 2], low[4 * i + 3]};
+    }
+  }
+
+  // As the left operand, or as the right one.
+  template <bool kRight>
+  __device__ __forceinline__ SplitFragment load() const {
+    const int lane = threadIdx.x % 32;
+    const int at = (8 * (lane / 8 % 2) + lane % 8) * kRow + 8 * (lane / 16);
+    SplitFragment f;
+    CUTE_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      uint32_t (&r)[4] = i == 0 ? f.high : f.low;
+      const auto& source = *reinterpret_cast<const cute::uint128_t*>(&half[i][at]);
+      if constexpr (kRight) {
+        cute::SM75_U16x8_LDSM_T::copy(source, r[0], r[1], r[2], r[3]);
+      } else {
+        cute::SM75_U32x4_LDSM_N::copy(source, r[0], r[1], r[2], r[3]);
+      }
+    }
+    return f;
+  }
+};
+
 struct TriangularScratch {
   static constexpr int kBlock = 16, kBlocks = 4;
   static constexpr int kColumn =
       20;  // floats in a column of a diagonal block: rows of a quad in different banks
-  static constexpr int kRow = 24;  // bfloat16 in a row of an inverse: eight rows in different banks
-  alignas(16) float diagonal[kBlocks][kBlock][kColumn];                // [block][column][row] of A
-  alignas(16) cutlass::bfloat16_t inverse[kBlocks][2][kBlock * kRow];  // [block][high, low]: T_II^T
+  alignas(16) float diagonal[kBlocks][kBlock][kColumn];  // [block][column][row] of A
+  SplitBlock inverse[kBlocks];                           // T_II^T
 };
 
 // The 16 x 16 blocks of A below the diagonal, in halves. A block is 16 rows of two pieces of eight elements,
@@ -34,16 +79,6 @@ struct SplitBlocks {
     return row * 16 + (piece ^ (row / 4 % 2)) * 8;
   }
 };
-
-struct SplitFragment {
-  uint32_t high[4], low[4];
-};
-
-__device__ __forceinline__ void split_pair(float a, float b, uint32_t& high, uint32_t& low) {
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(high) : "f"(b), "f"(a));
-  const float a_low = a - __uint_as_float(high << 16), b_low = b - __uint_as_float(high & 0xffff0000u);
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(low) : "f"(b_low), "f"(a_low));
-}
 
 // acc (16 x 16 as two 16 x 8) += A B, without the product of the low halves.
 __device__ __forceinline__ void split_mma(float (&acc)[2][4], const SplitFragment& a,
@@ -93,32 +128,7 @@ __device__ __forceinline__ void invert_diagonal_block(TriangularScratch& scratch
   uint32_t high[8], low[8];
   CUTE_UNROLL
   for (int i = 0; i < 8; ++i) split_pair(x[2 * i], x[2 * i + 1], high[i], low[i]);
-  auto* to_high = reinterpret_cast<uint4*>(&scratch.inverse[w][0][lane * TriangularScratch::kRow]);
-  auto* to_low = reinterpret_cast<uint4*>(&scratch.inverse[w][1][lane * TriangularScratch::kRow]);
-  CUTE_UNROLL
-  for (int i = 0; i < 2; ++i) {
-    to_high[i] = uint4{high[4 * i], high[4 * i + 1], high[4 * i + 2], high[4 * i + 3]};
-    to_low[i] = uint4{low[4 * i], low[4 * i + 1], low[4 * i + 2], low[4 * i + 3]};
-  }
-}
-
-// Fragments of T_ww^T from scratch.inverse: as the left operand, or as the right one.
-template <bool kRight>
-__device__ __forceinline__ SplitFragment load_inverse(TriangularScratch& scratch, int w) {
-  const int lane = threadIdx.x % 32;
-  const int at = (8 * (lane / 8 % 2) + lane % 8) * TriangularScratch::kRow + 8 * (lane / 16);
-  SplitFragment f;
-  CUTE_UNROLL
-  for (int half = 0; half < 2; ++half) {
-    uint32_t (&r)[4] = half == 0 ? f.high : f.low;
-    auto& source = *reinterpret_cast<cute::uint128_t*>(&scratch.inverse[w][half][at]);
-    if constexpr (kRight) {
-      cute::SM75_U16x8_LDSM_T::copy(source, r[0], r[1], r[2], r[3]);
-    } else {
-      cute::SM75_U32x4_LDSM_N::copy(source, r[0], r[1], r[2], r[3]);
-    }
-  }
-  return f;
+  scratch.inverse[w].store_row(lane, high, low);
 }
 
 // One warp computes the blocks below the diagonal of block column J. load_a(I, M) returns A_IM^T as a right
@@ -127,7 +137,7 @@ template <class LoadA, class Store>
 __device__ __forceinline__ void solve_block_column(TriangularScratch& scratch, int J, const LoadA& load_a,
                                                    const Store& store) {
   SplitFragment Y[3];
-  Y[0] = load_inverse<false>(scratch, J);
+  Y[0] = scratch.inverse[J].load<false>();
   CUTE_UNROLL
   for (int d = 1; d < 4; ++d) {
     if (J + d < 4) {
@@ -135,7 +145,7 @@ __device__ __forceinline__ void solve_block_column(TriangularScratch& scratch, i
       CUTE_UNROLL
       for (int e = 0; e < d; ++e) split_mma(z, Y[e], load_a(J + d, J + e));
       float y[2][4] = {};
-      split_mma(y, split(z, -1.f), load_inverse<true>(scratch, J + d));
+      split_mma(y, split(z, -1.f), scratch.inverse[J + d].load<true>());
       store(J + d, y);
       if (d < 3) Y[d] = split(y, 1.f);
     }

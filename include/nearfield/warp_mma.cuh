@@ -18,6 +18,8 @@
 #include <cute/arch/mma_sm80.hpp>
 #include <cute/tensor.hpp>
 
+#include "nearfield/pairs.cuh"
+
 namespace nearfield {
 
 template <class Element, int kFeatures>
@@ -77,9 +79,7 @@ struct Fragments {
     CUTE_UNROLL
     for (int i = 0; i < 4; ++i) {
       const float* from = &c.tile[m][column / 8 + i / 2][i % 2 * 2];
-      cutlass::NumericArrayConverter<Element, float, 2> convert;
-      const auto pair = convert(cutlass::Array<float, 2>{from[0], from[1]});
-      a.word[i] = reinterpret_cast<const uint32_t&>(pair);
+      a.word[i] = pack<Element>(from[0], from[1]);
     }
     return a;
   }

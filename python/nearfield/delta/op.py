@@ -99,7 +99,7 @@ def delta_rule(
     inputs = (q, k, v, beta, g, initial_state, A_log, dt_bias)
     differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     keeps = differentiated and not recompute
-    forward = torch.ops.nearfield.delta_fwd_kept if keeps else torch.ops.nearfield.delta_fwd
+    forward = _forward_kept if keeps else _forward
     o, final_state = forward(
         q, k, v, beta, g, initial_state, A_log, _flat(dt_bias), cu_seqlens,
         scale, use_qk_l2norm, BETA_ACTIVATIONS[beta_activation], GATES[gate], gate_bound, state_v_first,
@@ -635,13 +635,13 @@ def _backward(
     if d_final is not None and d_final.dim() == 1:  # of the placeholder without output_final_state
         d_final = None
     *inputs, kept = ctx.saved_tensors
-    grads = torch.ops.nearfield.delta_bwd(d_o, d_final, *inputs, *ctx.options, ctx.backend, kept)
+    grads = _gradient(d_o, d_final, *inputs, *ctx.options, ctx.backend, kept)
     wanted = [grad if need else None for grad, need in zip(grads, needed, strict=False)]
     return (*wanted, *(None,) * (len(needed) - len(wanted)))
 
 
-for _name in ("delta_fwd", "delta_fwd_kept"):
-    torch.library.register_autograd(f"nearfield::{_name}", _backward, setup_context=_setup_context)
+_forward = _runtime.differentiable("delta_fwd", _backward, _setup_context)
+_forward_kept = _runtime.differentiable("delta_fwd_kept", _backward, _setup_context)
 
 
 def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> NoReturn:
@@ -650,4 +650,4 @@ def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> NoReturn:
     )
 
 
-torch.library.register_autograd("nearfield::delta_bwd", _no_second_derivative)
+_gradient = _runtime.differentiable("delta_bwd", _no_second_derivative)

@@ -136,7 +136,7 @@ def neighborhood_attention(
     halos = periodic_halos(periodic, q, window, strides, dilations, causal, bias is not None)
     size = q.shape[1:-2]
     q, k, v = with_halos(q, k, v, halos)
-    out, lse = torch.ops.nearfield.gna_fwd(
+    out, lse = _attend(
         q, k, v, additional_keys, additional_values, window, strides, dilations, causal, factor, backend, bias
     )
     for i, (left, right) in enumerate(halos):
@@ -445,7 +445,6 @@ def _bwd_fake(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, additional_k, additional_v, *ctx.parameters, ctx.backend, bias = inputs
     ctx.save_for_backward(q, k, v, *output, additional_k, additional_v, bias)
-    ctx.bias_gradient = bias is not None and bias.requires_grad
     ctx.set_materialize_grads(False)
 
 
@@ -455,22 +454,23 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tenso
         if dlse is None:
             return (None,) * 12
         dout = torch.zeros_like(out)
-    dq, dk, dv, add_dk, add_dv, dbias = torch.ops.nearfield.gna_bwd(
+    bias_gradient = bias is not None and ctx.needs_input_grad[11]
+    dq, dk, dv, add_dk, add_dv, dbias = _gradient(
         dout, dlse, q, k, v, out, lse, additional_k, additional_v, *ctx.parameters,
-        torch.are_deterministic_algorithms_enabled(), ctx.backend, bias, ctx.bias_gradient,
+        torch.are_deterministic_algorithms_enabled(), ctx.backend, bias, bias_gradient,
     )  # fmt: skip
     additional = (None, None) if additional_k is None else (add_dk, add_dv)
-    return dq, dk, dv, *additional, *(None,) * 6, dbias if ctx.bias_gradient else None
+    return dq, dk, dv, *additional, *(None,) * 6, dbias if bias_gradient else None
 
 
 torch.library.register_fake("nearfield::gna_fwd", _fwd_fake)
 torch.library.register_fake("nearfield::gna_bwd", _bwd_fake)
-torch.library.register_autograd("nearfield::gna_fwd", _backward, setup_context=_setup_context)
 
 
 def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
     raise NotImplementedError(f"{_OP}: second derivatives are not implemented; supported: first derivatives")
 
 
+_attend = _runtime.differentiable("gna_fwd", _backward, _setup_context)
 # Without a rule, torch would treat the gradients as constants and only warn.
-torch.library.register_autograd("nearfield::gna_bwd", _no_second_derivative)
+_gradient = _runtime.differentiable("gna_bwd", _no_second_derivative)

@@ -118,7 +118,7 @@ def _solve_and_read(
         raise ValueError(f"{op}: max_iters is {max_iters}, expected an integer >= 1")
     rows = _ridge_rows(op, lam, q, ridge)
     q, k, v = _runtime.autocast(q, k, v)
-    o, _, _, lse, iterations, ratio = torch.ops.nearfield.lla_fwd(
+    o, _, _, lse, iterations, ratio = _solve(
         q,
         k,
         v,
@@ -177,9 +177,7 @@ def _read(
     q, k, v = _runtime.autocast(q, k, v)
     if x.dtype != q.dtype:
         x = x.to(_statistics_dtype(q))
-    o: Tensor = torch.ops.nearfield.lla_probe_fwd(
-        q, x, k, v, cu_seqlens, scale, is_causal, window, backend, grid
-    )[0]
+    o: Tensor = _probe(q, x, k, v, cu_seqlens, scale, is_causal, window, backend, grid)[0]
     return o
 
 
@@ -394,11 +392,14 @@ def _fwd_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
     q, k, v, lam, cu_seqlens, *ctx.options = inputs
     _, x, kbar, lse, iterations, ratio = output
     ctx.mark_non_differentiable(x, kbar, lse, iterations, ratio)
+    ctx.set_materialize_grads(False)  # five kernels that fill zeros for the statistics
     ctx.save_for_backward(q, k, v, lam, x, kbar, lse, cu_seqlens)
 
 
-def _fwd_backward(ctx: Any, d_o: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    grads = torch.ops.nearfield.lla_bwd(d_o, *ctx.saved_tensors, *ctx.options)
+def _fwd_backward(ctx: Any, d_o: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if d_o is None:
+        return (None,) * len(ctx.needs_input_grad)
+    grads = _solve_gradient(d_o, *ctx.saved_tensors, *ctx.options)
     return (*grads, None, *(None for _ in ctx.options))
 
 
@@ -406,16 +407,19 @@ def _probe_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
     q, x, k, v, cu_seqlens, *ctx.options = inputs
     _, kbar, lse = output
     ctx.mark_non_differentiable(kbar, lse)
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, x, k, v, kbar, lse, cu_seqlens)
 
 
-def _probe_backward(ctx: Any, d_o: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    grads = torch.ops.nearfield.lla_probe_bwd(d_o, *ctx.saved_tensors, *ctx.options)
+def _probe_backward(ctx: Any, d_o: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if d_o is None:
+        return (None,) * len(ctx.needs_input_grad)
+    grads = _probe_gradient(d_o, *ctx.saved_tensors, *ctx.options)
     return (*grads, None, *(None for _ in ctx.options))
 
 
-torch.library.register_autograd("nearfield::lla_fwd", _fwd_backward, setup_context=_fwd_save)
-torch.library.register_autograd("nearfield::lla_probe_fwd", _probe_backward, setup_context=_probe_save)
+_solve = _runtime.differentiable("lla_fwd", _fwd_backward, _fwd_save)
+_probe = _runtime.differentiable("lla_probe_fwd", _probe_backward, _probe_save)
 
 
 def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
@@ -425,5 +429,5 @@ def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
 
 
 # Without a rule, torch would treat the gradients as constants and only warn.
-torch.library.register_autograd("nearfield::lla_bwd", _no_second_derivative)
-torch.library.register_autograd("nearfield::lla_probe_bwd", _no_second_derivative)
+_solve_gradient = _runtime.differentiable("lla_bwd", _no_second_derivative)
+_probe_gradient = _runtime.differentiable("lla_probe_bwd", _no_second_derivative)
