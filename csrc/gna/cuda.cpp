@@ -247,7 +247,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cuda(
   Tensor dv = allocate(q, shape_of(v));
   Tensor add_dk = allocate(q, with_additional ? shape_of(*additional_k) : Ints{0});
   Tensor add_dv = allocate(q, with_additional ? shape_of(*additional_v) : Ints{0});
-  Tensor dbias = torch::stable::new_zeros(q, {plan.bias_parts, plan.bias_elements}, ScalarType::Float);
+  Tensor dbias;
+  if (plan.bias_parts > 0)
+    dbias = torch::stable::new_zeros(q, {plan.bias_parts, plan.bias_elements}, ScalarType::Float);
   const auto summed_bias = [&] {
     if (plan.bias_parts == 0) return allocate(q, {0}, ScalarType::Float);
     return torch::stable::reshape(torch::stable::sum(dbias, Ints{0}), shape_of(*bias));
@@ -286,7 +288,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cuda(
   if (call.biased) {
     bias = torch::stable::contiguous(*bias);
     args.bias = call.bias(static_cast<const float*>(bias->data_ptr()));
-    args.dbias = {call.bias(static_cast<float*>(dbias.data_ptr())), plan.bias_elements, plan.bias_parts};
+    if (plan.bias_parts > 0)
+      args.dbias = {call.bias(static_cast<float*>(dbias.data_ptr())), plan.bias_elements, plan.bias_parts};
   }
   Tensor buffer;
   if (plan.dq_elements > 0) {
@@ -323,7 +326,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cuda(
         }));
         break;
       case Kernel::kClearDq: {
-        Tensor used = torch::stable::narrow(buffer, 0, 0, DqBuffer(step.problem).elements);
+        const int64_t elements = DqBuffer(step.problem).elements;
+        Tensor used = elements < plan.dq_elements ? torch::stable::narrow(buffer, 0, 0, elements) : buffer;
         torch::stable::zero_(used);
         break;
       }

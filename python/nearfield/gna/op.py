@@ -66,7 +66,7 @@ def neighborhood_attention(
         bias: added to the scaled scores, by relative position: ``[H, 2 w - 1, ..]`` with one such dimension per spatial
             dimension and its ``kernel_size`` w; entry ``key - query + w - 1``, in steps of the dilation. In the dtype of q
             or float32 (for float64: float64), it is used in float32. All heads then have one ``kernel_size``.
-            Its gradient is summed in a fixed order. On a GPU the portable kernels serve it.
+            Its gradient is summed in a fixed order.
         periodic: one bool, or one per dimension: the dimension is a circle, on which every window is centred on its stride
             group and goes on at the other end. Not in a causal dimension, ``X`` a multiple of the dilation there, all heads
             with the same windows. Computed on a grid that is up to ``kernel_size * dilation`` longer in that dimension, with
