@@ -1,12 +1,12 @@
 // As chunk_gradient_sm90.cuh, with a gate per channel. e^{G_i - G_j} then stands inside the sums over
 // channels:
-//   dq_i += sum_j dP_ij k_j e^{G_i - G_j},  dk_i += beta_i sum_j dA_ij k_j e^{G_i - G_j},  dk_j += sum_i (..)
-//   e^{..}
+//   dq_i += sum_j dP_ij k_j e^{G_i - G_j}
+//   dk_i += beta_i sum_j dA_ij k_j e^{G_i - G_j}
+//   dk_j += sum_i (..) e^{..}
 // Rows are taken in four blocks of 16, channels in four groups of 32, one of the 16 warps for each block and
 // group. Blocks are anchored at their first rows, so that no exponent is positive:
-//   * blocks I > J: products of k_j e^{G_(first of J + 1) - G_j} with k_i, q_i e^{G_i - G_(first of I)}; what
-//   lies
-//     between the two anchors is multiplied to the accumulators block after block (Horner).
+//   * blocks I > J: products of k_j e^{G_(first of J + 1) - G_j} with k_i, q_i e^{G_i - G_(first of I)};
+//     what lies between the two anchors is multiplied to the accumulators block after block (Horner).
 //   * within a block: pair by pair in float32, a lane per channel, decays multiplied up from row to row.
 // dg is the sum over pairs of README.md, grouped by these blocks. A warp keeps what belongs to its rows and
 // channels to itself; accumulators turn into a column per lane through its own piece of shared memory.

@@ -2,10 +2,12 @@
 // memory: one launch and no scratch memory, where merge_kernel needs a launch of its own and brings all
 // records to one SM per query.
 //
-//   1  every block tells the others its highest score, its weight and its reference
-//   2  it moves its sums to the reference of the one with the highest score and sends every chunk to the
-//   block that owns it 3  an owner adds up its chunks of all blocks, in a fixed order (the bits repeat), and
-//   sends the totals to the first 4  the first block goes on to the output
+// 1. Every block tells the others its highest score, its weight and its reference.
+// 2. It moves its sums to the reference of the one with the highest score and sends every chunk to the block
+//    that owns it.
+// 3. An owner adds up its chunks of all blocks, in a fixed order (the bits repeat), and sends the totals to
+//    the first.
+// 4. The first block goes on to the output.
 //
 // Blocks only write to each other, and a write says to a barrier of its target that it has arrived: nobody
 // asks over the network and waits, and no fence has to reach the whole GPU, which is what barriers of a
