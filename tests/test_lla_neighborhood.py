@@ -113,8 +113,8 @@ def check(case: Case, grid: Grid, lam: Tensor, dtype: torch.dtype, ridge: str = 
 
     exact, direct = rounded.to(F64), rounded.to(work)
     truth, unit = truth_and_unit(definition, exact, lam.to(F64), d_o)
-    # On one BLAS or another a single result may be exact by luck: five orders of summation make five results.
-    orders = [torch.arange(case.d), *(torch.randperm(case.d) for _ in range(4))]
+    # An order of summation is a draw, and all of a few can be exact by luck on one BLAS or another.
+    orders = [torch.arange(case.d), *(torch.randperm(case.d) for _ in range(11))]
     eager = [in_order(definition, direct, lam, d_o, order) for order in orders]
     got = with_gradients(operator, (*rounded, lam), d_o)
     terms = float(d_o.abs().max() * grid.v.abs().max() * grid.q.abs().max() * grid.k.abs().max())
