@@ -18,7 +18,7 @@
 
 #include <cute/arch/cluster_sm90.hpp>
 
-#include "lla/step_sums.cuh"
+#include "lla/step_answer.cuh"
 
 namespace nearfield::lla {
 
