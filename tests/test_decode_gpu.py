@@ -492,7 +492,7 @@ def test_lla_step_magnitudes(outlier: int | None, dtype: torch.dtype, factor: fl
 @LLA_DTYPES
 @pytest.mark.parametrize("window", [None, 300])
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=name_of)
-@pytest.mark.parametrize("n, m", [(1100, 3), (2600, 1)], ids=["clusters of 4", "clusters of 8"])
+@pytest.mark.parametrize("n, m", [(1100, 3), (2600, 1)], ids=["clusters of 3", "clusters of 7"])
 def test_lla_step_lengths(
     n: int, m: int, index_dtype: torch.dtype, window: int | None, dtype: torch.dtype
 ) -> None:

@@ -14,6 +14,7 @@ from nearfield import (
     neighborhood_attention,
     probe_attention,
 )
+from nearfield.delta import delta_rule_transition
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -46,6 +47,19 @@ def test_gradients_of_torch_func_are_those_of_backward(name: str) -> None:
     torch.testing.assert_close(torch.func.grad(function)(q), leaf.grad, rtol=0, atol=0)
 
 
+def test_gradient_of_a_transition() -> None:
+    _, k, v = inputs()
+    beta = torch.rand(2, 12, 2, dtype=torch.float64)
+
+    def function(k: Tensor) -> Tensor:
+        return sum((part.sin().sum() for part in delta_rule_transition(k, v, beta)), k.new_zeros(()))
+
+    leaf = k.clone().requires_grad_()
+    function(leaf).backward()
+    assert leaf.grad is not None
+    torch.testing.assert_close(torch.func.grad(function)(k), leaf.grad, rtol=0, atol=0)
+
+
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("name", functions())
 def test_gradients_per_sample(name: str) -> None:
@@ -59,9 +73,8 @@ def test_gradients_per_sample(name: str) -> None:
 @pytest.mark.parametrize("name", functions())
 def test_second_derivatives_are_refused(name: str) -> None:
     function, (q, _, _) = functions()[name], inputs()
-    (gradient,) = torch.autograd.grad(function(q.requires_grad_()), q, create_graph=True)
     with pytest.raises(NotImplementedError, match="second derivative"):
-        gradient.sum().backward()
+        torch.func.grad(lambda q: torch.func.grad(function)(q).sum())(q)
 
 
 @pytest.mark.parametrize("name", functions())

@@ -84,8 +84,12 @@ def is_refusal(error: Exception) -> bool:
     return re.search(r"supported|this build (is for|has no kernel|lacks a)", str(error)) is not None
 
 
+def _remember_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    pass
+
+
 def differentiable(
-    operator: str, backward: Callable[..., Any], setup_context: Callable[..., None] | None = None
+    operator: str, backward: Callable[..., Any], setup_context: Callable[..., None] = _remember_nothing
 ) -> Callable[..., Any]:
     """Gives ``nearfield::<operator>`` its gradient. Returns the operator as Python calls it, with every argument.
 
@@ -99,8 +103,7 @@ def differentiable(
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> Any:
             output = overload(*inputs)
-            if setup_context is not None:
-                setup_context(ctx, inputs, output)
+            setup_context(ctx, inputs, output)
             return output
 
     class Transformed(torch.autograd.Function):
@@ -112,11 +115,7 @@ def differentiable(
         def forward(*inputs: Any) -> Any:
             return overload(*inputs)
 
-        @staticmethod
-        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-            if setup_context is not None:
-                setup_context(ctx, inputs, output)
-
+    Transformed.setup_context = staticmethod(setup_context)  # type: ignore[method-assign]
     for rule in (Eager, Transformed):
         rule.backward = staticmethod(backward)  # type: ignore[method-assign]
 

@@ -12,6 +12,7 @@ from nearfield.delta.op import (
     Gate,
     _check_backend,
     _flat,
+    _forward,
     _state_dtype,
     check_rule,
 )
@@ -113,7 +114,7 @@ def transition(
     identity = torch.eye(K, dtype=_state_dtype(k), device=k.device).expand(sequences, HV, K, K)
     start = torch.cat([identity.new_zeros(sequences, HV, K, V), identity], -1)
     values = torch.cat([v, v.new_zeros(B, T, HV, K)], -1)
-    end: Tensor = torch.ops.nearfield.delta_fwd(
-        k, k, values, beta, g, start, A_log, dt_bias, cu_seqlens, *options, True, backend
-    )[1]
+    end: Tensor = _forward(k, k, values, beta, g, start, A_log, dt_bias, cu_seqlens, *options, True, backend)[
+        1
+    ]
     return end[..., V:].contiguous(), end[..., :V].contiguous()

@@ -51,7 +51,7 @@ def forward(
             raise ValueError(f"{op}: {name} has dtype {t.dtype}, expected torch.float32")
         if tuple(t.shape) != (want := (k.shape[0], k.shape[-2])):
             _runtime.shape_error(op, name, t, f"{list(want)}: batch, heads of k and v")
-    out, lse = torch.ops.nearfield.gna_fwd_8bit(q, k, v, *descales.values(), *windows, scale, out_dtype)
+    out, lse = _attend(q, k, v, *descales.values(), *windows, scale, out_dtype)
     return out, lse
 
 
@@ -68,4 +68,4 @@ def _no_derivative(ctx: Any, *grads: Tensor | None) -> NoReturn:
 
 
 torch.library.register_fake("nearfield::gna_fwd_8bit", _fake)
-torch.library.register_autograd("nearfield::gna_fwd_8bit", _no_derivative)
+_attend = _runtime.differentiable("gna_fwd_8bit", _no_derivative)
