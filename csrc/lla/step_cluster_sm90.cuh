@@ -18,7 +18,7 @@
 
 #include <cute/arch/cluster_sm90.hpp>
 
-#include "lla/step_answer.cuh"
+#include "lla/step_sums.cuh"
 
 namespace nearfield::lla {
 

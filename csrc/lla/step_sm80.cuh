@@ -22,7 +22,7 @@
 #include <cute/arch/copy_sm80.hpp>
 #include <cute/arch/mma_sm80.hpp>
 
-#include "lla/step_answer.cuh"
+#include "lla/step_merge.cuh"
 
 namespace nearfield::lla {
 

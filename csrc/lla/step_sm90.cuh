@@ -19,8 +19,8 @@
 #include <cute/arch/copy_sm90_tma.hpp>
 #include <cute/tensor.hpp>
 
-#include "lla/step_answer.cuh"
 #include "lla/step_cluster_sm90.cuh"
+#include "lla/step_merge.cuh"
 #include "nearfield/mma.cuh"
 #include "nearfield/softmax.cuh"
 #include "nearfield/tma.h"
