@@ -734,9 +734,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
 template <class Traits, class Kernel>
 cudaError_t launch_chunk_gradient(Kernel kernel, const ChunkGradientArgs& args, bool is_bf16, void* stream) {
   constexpr int kShared = sizeof(typename Traits::Storage);
-  static const cudaError_t attribute =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
-  if (attribute != cudaSuccess) return attribute;
+  if (const cudaError_t e = allow_shared_memory(kernel, kShared)) return e;
   const InputsSm90& in = args.in;
   ChunkGradientMaps maps{};
   const auto encode = [&](CUtensorMap* map, const Rows<void>& t, int64_t features, int64_t heads) {

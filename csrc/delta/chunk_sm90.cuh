@@ -15,6 +15,7 @@
 #include "nearfield/mma.cuh"
 #include "nearfield/pairs.cuh"
 #include "nearfield/pipeline.cuh"
+#include "nearfield/shared_memory.cuh"
 #include "nearfield/tma.h"
 
 namespace nearfield::delta {

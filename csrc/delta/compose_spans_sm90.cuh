@@ -99,9 +99,7 @@ int compose_spans_sm90<kKeyDim>::run(const ComposeSpansArgs& args, void* stream)
   using Traits = ComposeTraits<kKeyDim>;
   constexpr int kShared = sizeof(typename Traits::Storage);
   const auto kernel = compose_spans_kernel<Traits>;
-  static const cudaError_t attribute =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
-  if (attribute != cudaSuccess) return attribute;
+  if (const cudaError_t e = allow_shared_memory(kernel, kShared)) return e;
   const int64_t tiles = (args.in.value_dim + kImageColumns - 1) / kImageColumns;
   const int64_t grid = args.in.sequences * args.in.value_heads * tiles * (kImageColumns / Traits::kValues);
   if (grid > std::numeric_limits<int>::max()) return cudaErrorInvalidConfiguration;

@@ -279,9 +279,7 @@ template <class Traits, class Kernel>
 cudaError_t launch_prepare(Kernel kernel, int64_t grid, const PrepareArgs& args, bool is_bf16,
                            cudaStream_t stream) {
   constexpr int kShared = sizeof(typename Traits::Storage);
-  static const cudaError_t attribute =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
-  if (attribute != cudaSuccess) return attribute;
+  if (const cudaError_t e = allow_shared_memory(kernel, kShared)) return e;
   TokenMaps maps{};
   if (const cudaError_t e = encode_inputs(&maps, args.in, is_bf16)) return e;
   if (args.slots * args.in.value_heads > std::numeric_limits<int>::max())

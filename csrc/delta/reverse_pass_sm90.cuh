@@ -442,9 +442,7 @@ int reverse_pass_sm90<Tag, kKeyDim, kChannelGate>::run(const ReversePassArgs& ar
   constexpr bool kBf16 = std::is_same_v<Tag, bf16>;
   constexpr int kShared = sizeof(typename Traits::Storage);
   const auto kernel = reverse_pass_kernel<Traits>;
-  static const cudaError_t attribute =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
-  if (attribute != cudaSuccess) return attribute;
+  if (const cudaError_t e = allow_shared_memory(kernel, kShared)) return e;
   const InputsSm90& in = args.in;
   ReverseMaps maps{};
   if (const cudaError_t e = encode_inputs(&maps.tokens, in, kBf16)) return e;

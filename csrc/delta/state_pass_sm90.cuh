@@ -531,9 +531,7 @@ template <class Traits>
 cudaError_t launch_state_pass(const StatePassArgs& args, bool is_bf16, cudaStream_t stream) {
   constexpr int kShared = sizeof(typename Traits::Storage);
   const auto kernel = state_pass_kernel<Traits>;
-  static const cudaError_t attribute =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
-  if (attribute != cudaSuccess) return attribute;
+  if (const cudaError_t e = allow_shared_memory(kernel, kShared)) return e;
   TokenMaps maps{};
   if (const cudaError_t e = encode_inputs(&maps, args.in, is_bf16)) return e;
   const int64_t tiles = (args.in.value_dim + kImageColumns - 1) / kImageColumns +

@@ -14,6 +14,7 @@
 
 #include "delta/step.h"
 #include "nearfield/element.cuh"
+#include "nearfield/shared_memory.cuh"
 
 namespace nearfield::delta {
 
@@ -394,11 +395,7 @@ int step_sm80<Tag, kVFirst, kKeyDim>::run(const StepArgs& args, void* stream) {
   while (warps > 1 && blocks() < 2 * args.num_sms) warps /= 2;
   const auto kernel = step_kernel<Pool, kVFirst, kKeyDim>;
   const int bytes = static_cast<int>((args.tokens + args.pending.tokens) * sizeof(TokenRow<kKeyDim>));
-  if (bytes > 48 << 10) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    if (error != cudaSuccess) return error;
-  }
+  if (const cudaError_t error = allow_shared_memory(kernel, bytes)) return error;
   kernel<<<static_cast<unsigned>(blocks()), warps * 32, bytes, static_cast<cudaStream_t>(stream)>>>(args);
   return cudaGetLastError();
 }

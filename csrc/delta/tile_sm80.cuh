@@ -7,6 +7,7 @@
 #include <cute/arch/copy_sm80.hpp>
 
 #include "delta/sm80.h"
+#include "nearfield/shared_memory.cuh"
 #include "nearfield/warp_mma.cuh"
 
 namespace nearfield::delta {
@@ -297,11 +298,6 @@ inline int largest_shared() {
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   return bytes;
-}
-
-template <class Kernel>
-int allow_shared(Kernel kernel, int bytes) {
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
 }
 
 }  // namespace nearfield::delta

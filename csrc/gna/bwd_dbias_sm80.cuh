@@ -93,7 +93,7 @@ int portable_sm80<Tag, kHeadDim>::bwd_dbias(const BwdSm80Args& a, void* stream) 
   constexpr int kShared = sizeof(DbiasStorage<Traits>);
   static_assert(kShared <= 99 * 1024, "what a CTA has on every GPU since Ampere");
   const auto kernel = bwd_dbias_portable_kernel<Traits>;
-  const cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
+  const cudaError_t e = allow_shared_memory(kernel, kShared);
   if (e != cudaSuccess) return e;
   const auto grid = static_cast<unsigned>(p.schedule.heads * a.dbias.parts);
   kernel<<<grid, Traits::kThreads, kShared, static_cast<cudaStream_t>(stream)>>>(p);

@@ -418,8 +418,7 @@ template <class Tag, int kHeadDim>
 int bwd_dbias_sm90<Tag, kHeadDim>::run(const BwdSm80Args& a, void* stream) {
   using Traits = DbiasTraits<Tag, kHeadDim>;
   constexpr int kShared = sizeof(typename Traits::Storage);
-  static const cudaError_t attribute = allow_shared_memory(bwd_dbias_kernel<Traits>, kShared);
-  if (attribute != cudaSuccess) return attribute;
+  if (const cudaError_t e = allow_shared_memory(bwd_dbias_kernel<Traits>, kShared)) return e;
   const Problem& problem = a.problem;
   const Launches launches(problem, kHeadDim);
   DbiasMaps maps{};

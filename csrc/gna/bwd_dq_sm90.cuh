@@ -170,8 +170,7 @@ template <class Tag, int kHeadDim>
 int bwd_dq_sm90<Tag, kHeadDim>::run(const BwdSm90Args& a, void* stream_) {
   using Traits = DqTraits<Tag, kHeadDim>;
   constexpr int kShared = sizeof(typename Traits::Storage);
-  static const cudaError_t attribute = allow_shared_memory(bwd_dq_kernel<Traits>, kShared);
-  if (attribute != cudaSuccess) return attribute;
+  if (const cudaError_t e = allow_shared_memory(bwd_dq_kernel<Traits>, kShared)) return e;
   const auto stream = static_cast<cudaStream_t>(stream_);
   QueryParams params{};
   params.out = a.dq_out.data;

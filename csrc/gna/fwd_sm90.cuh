@@ -233,8 +233,7 @@ cudaError_t launch_fwd(const FwdSm90Args& a, cudaStream_t stream) {
   constexpr int kShared =
       shared_bytes<Traits>() + (Traits::kIs8Bit ? sizeof(typename Traits::Transposed) : 0);
   static_assert(kShared <= 227 * 1024);
-  static const cudaError_t attribute = allow_shared_memory(fwd_kernel<Traits>, kShared);
-  if (attribute != cudaSuccess) return attribute;
+  if (const cudaError_t e = allow_shared_memory(fwd_kernel<Traits>, kShared)) return e;
   QueryParams params{};
   params.out = a.out.data;
   params.descale = a.descale;

@@ -244,8 +244,7 @@ template <class Traits>
 int launch_key_stationary(const BwdSm90Args& a, void* stream_) {
   constexpr int kHeadDim = Traits::kHeadDim;
   constexpr int kShared = shared_bytes<Traits>();
-  static const cudaError_t attribute = allow_shared_memory(bwd_kernel<Traits>, kShared);
-  if (attribute != cudaSuccess) return attribute;
+  if (const cudaError_t e = allow_shared_memory(bwd_kernel<Traits>, kShared)) return e;
   const auto stream = static_cast<cudaStream_t>(stream_);
 
   BwdMaps maps{};

@@ -17,6 +17,7 @@
 #include "gna/work.cuh"
 #include "nearfield/mma.cuh"
 #include "nearfield/pipeline.cuh"
+#include "nearfield/shared_memory.cuh"
 #include "nearfield/softmax.cuh"
 
 namespace nearfield::gna {
@@ -49,11 +50,6 @@ extern __shared__ __align__(kStorageAlignment) char dynamic_shared[];
 template <class Storage>
 __device__ __forceinline__ Storage& shared_storage() {
   return *reinterpret_cast<Storage*>(dynamic_shared);
-}
-
-template <class Kernel>
-cudaError_t allow_shared_memory(Kernel kernel, int bytes) {
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
 }
 
 // Rows of a block that its box does not fill are never written by the copy engine; they must not hold NaN.

@@ -13,6 +13,7 @@
 #include "gna/sm80.h"
 #include "gna/tiles.h"
 #include "gna/work.cuh"
+#include "nearfield/shared_memory.cuh"
 #include "nearfield/softmax.cuh"
 #include "nearfield/warp_mma.cuh"
 
@@ -495,7 +496,7 @@ cudaError_t launch_portable(void (*kernel)(const typename Traits::Params), const
                             int num_sms, cudaStream_t stream) {
   if (p.schedule.total > std::numeric_limits<int>::max() / 2) return cudaErrorInvalidConfiguration;
   constexpr int kShared = sizeof(typename Traits::Storage);
-  cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
+  cudaError_t e = allow_shared_memory(kernel, kShared);
   int per_sm = 0;
   if (e == cudaSuccess) {
     e = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, Traits::kThreads, kShared);

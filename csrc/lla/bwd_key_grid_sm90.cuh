@@ -27,8 +27,7 @@ template <int kHeadDim>
 int bwd_key_grid_sm90<kHeadDim>::run(const BwdSm90Args& a, const Grid& grid, void* stream_) {
   using Traits = KeyTraits<kHeadDim, true>;
   constexpr int kShared = sizeof(typename Traits::Storage);
-  static const cudaError_t attribute = allow_shared_memory(bwd_key_grid_kernel<Traits>, kShared);
-  if (attribute != cudaSuccess) return attribute;
+  if (const cudaError_t e = allow_shared_memory(bwd_key_grid_kernel<Traits>, kShared)) return e;
   const auto stream = static_cast<cudaStream_t>(stream_);
   const QueryProblem& p = a.problem;
   write_pairs<kHeadDim>(a, LoneOnGrid{grid}, stream);

@@ -22,8 +22,7 @@ template <int kHeadDim>
 int bwd_query_grid_sm90<kHeadDim>::run(const BwdSm90Args& a, const Grid& grid, void* stream) {
   using Traits = QueryTraits<kHeadDim, true>;
   constexpr int kShared = sizeof(typename Traits::Storage);
-  static const cudaError_t attribute = allow_shared_memory(bwd_query_grid_kernel<Traits>, kShared);
-  if (attribute != cudaSuccess) return attribute;
+  if (const cudaError_t e = allow_shared_memory(bwd_query_grid_kernel<Traits>, kShared)) return e;
   const int blocks = a.problem.query_blocks() * a.problem.batch * a.problem.heads;
   bwd_query_grid_kernel<Traits>
       <<<blocks, Traits::kThreads, kShared, static_cast<cudaStream_t>(stream)>>>(a, grid);

@@ -204,8 +204,7 @@ template <int kHeadDim>
 int fwd_sm90<kHeadDim>::run(const FwdSm90Args& a, void* stream) {
   using Traits = QueryTraits<kHeadDim>;
   constexpr int kShared = sizeof(typename Traits::Storage);
-  static const cudaError_t attribute = allow_shared_memory(fwd_kernel<Traits>, kShared);
-  if (attribute != cudaSuccess) return attribute;
+  if (const cudaError_t e = allow_shared_memory(fwd_kernel<Traits>, kShared)) return e;
   const int grid = a.problem.query_blocks() * a.problem.batch * a.problem.heads;
   fwd_kernel<Traits><<<grid, Traits::kThreads, kShared, static_cast<cudaStream_t>(stream)>>>(a);
   return cudaGetLastError();

@@ -164,10 +164,8 @@ cudaError_t launch_step(Kernel kernel, int shared_bytes, const StepArgs& args, c
   constexpr int kMergeBytes = sizeof(MergeStorage<kD, kDv>),
                 kMergeThreads = kMergeGroups<kD, kDv> * kStepThreads<kD>;
   const bool merges = args.splits > 1 && !args.cluster;
-  const auto bytes = cudaFuncAttributeMaxDynamicSharedMemorySize;  // per device, so not remembered
-  cudaError_t error = cudaFuncSetAttribute(kernel, bytes, shared_bytes);
-  if (error == cudaSuccess && merges)
-    error = cudaFuncSetAttribute(merge_kernel<Tag, kD, kDv>, bytes, kMergeBytes);
+  cudaError_t error = allow_shared_memory(kernel, shared_bytes);
+  if (error == cudaSuccess && merges) error = allow_shared_memory(merge_kernel<Tag, kD, kDv>, kMergeBytes);
   if (error != cudaSuccess) return error;
   const auto queries = static_cast<unsigned>(args.batch * args.heads * args.m),
              splits = static_cast<unsigned>(args.splits);

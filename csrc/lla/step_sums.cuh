@@ -9,6 +9,7 @@
 #include <algorithm>
 
 #include "lla/step.h"
+#include "nearfield/shared_memory.cuh"
 
 namespace nearfield::lla {
 

@@ -10,6 +10,7 @@
 #include "lla/operand_layout.cuh"
 #include "lla/sm80.h"
 #include "nearfield/element.cuh"
+#include "nearfield/shared_memory.cuh"
 #include "nearfield/softmax.cuh"
 #include "nearfield/warp_mma.cuh"
 
@@ -418,7 +419,7 @@ struct QueryRows {
 template <class Traits, class Args>
 cudaError_t launch_portable(void (*kernel)(Args), const Args& args, int64_t grid, void* stream) {
   constexpr int kShared = sizeof(typename Traits::Storage);
-  const cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
+  const cudaError_t e = allow_shared_memory(kernel, kShared);
   if (e != cudaSuccess) return e;
   kernel<<<static_cast<unsigned>(grid), Traits::kThreads, kShared, static_cast<cudaStream_t>(stream)>>>(args);
   return cudaGetLastError();

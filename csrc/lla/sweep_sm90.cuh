@@ -25,6 +25,7 @@
 #include "lla/tiles.h"
 #include "nearfield/mma.cuh"
 #include "nearfield/pipeline.cuh"
+#include "nearfield/shared_memory.cuh"
 #include "nearfield/softmax.cuh"
 
 namespace nearfield::lla {
@@ -465,11 +466,6 @@ __device__ __forceinline__ void prepare_barriers(typename Traits::Storage& s) {
     cutlass::arch::fence_barrier_init();
   }
   __syncthreads();
-}
-
-template <class Kernel>
-cudaError_t allow_shared_memory(Kernel kernel, int bytes) {
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
 }
 
 }  // namespace nearfield::lla
