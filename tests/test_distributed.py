@@ -1,9 +1,11 @@
-"""Operators split over 2 and 4 processes (gloo, CPU) give the results and gradients of a single process."""
+"""Operators split over processes, 2 and 4 on a CPU (gloo) or 2 GPUs (NCCL), give what a single process gives."""
 
 from __future__ import annotations
 
 import traceback
+from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from compare import assert_accurate
 from hypothesis import given
 from hypothesis import strategies as st
 from nearfield import distributed
@@ -21,7 +24,11 @@ from nearfield.distributed.rows import owned_ranges
 from nearfield.gna.reference import visible_keys
 from torch import Tensor
 
-WORLDS = (2, 4)
+NEED_TWO_GPUS = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+]
+Results = list[dict[str, Any]]  # by process
 Split = dict[int, tuple[int, ...]]
 
 # The grid, the dimension that is split, the slabs of 2 and of 4 processes, the options.
@@ -62,7 +69,9 @@ def grid_inputs(size: tuple[int, ...]) -> list[Tensor]:
     return [torch.randn(s, dtype=torch.float64) for s in shapes]  # fmt: skip
 
 
-def chain_inputs(case: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any], list[Tensor]]:
+def chain_inputs(
+    case: dict[str, Any], gpu: int | None
+) -> tuple[dict[str, Tensor], dict[str, Any], list[Tensor]]:
     """Tensors with gradient, options, and weights for o and the final state."""
     torch.manual_seed(0)
     B, T, H, HV, K, V = 2, 23, 2, 4, 6, 5
@@ -84,14 +93,19 @@ def chain_inputs(case: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any
     if "state" in case:
         tensors["initial_state"] = torch.randn(state)
     options["state_v_first"] = v_first
-    weights = [torch.randn(B, T, HV, V).double(), torch.randn(state).double()]
-    return {name: t.double() for name, t in tensors.items()}, options, weights
+    weights = [place(torch.randn(shape).double(), gpu) for shape in ((B, T, HV, V), state)]
+    return {name: place(t.double(), gpu) for name, t in tensors.items()}, options, weights
 
 
-def run_grid(name: str, rank: int, world: int, ask: bool) -> dict[str, Tensor]:
+# Where and how a process computes: exactly on the CPU, in float32 on its GPU.
+def place(tensor: Tensor, gpu: int | None) -> Tensor:
+    return tensor if gpu is None else tensor.to(f"cuda:{gpu}", torch.float32)
+
+
+def run_grid(name: str, rank: int, world: int, ask: bool, gpu: int | None) -> dict[str, Tensor]:
     size, split_dim, split, options = GRIDS[name]
     axis = split_dim + 1
-    q, k, v, add_k, add_v, w_out, w_lse = grid_inputs(size)
+    q, k, v, add_k, add_v, w_out, w_lse = (place(t, gpu) for t in grid_inputs(size))
     q, k, v, w_out, w_lse = (t.split(split[world], axis)[rank] for t in (q, k, v, w_out, w_lse))
     leaves = [t.clone().requires_grad_() for t in (q, k, v, add_k, add_v)]
     out, lse = distributed.neighborhood_attention(
@@ -104,8 +118,8 @@ def run_grid(name: str, rank: int, world: int, ask: bool) -> dict[str, Tensor]:
     )
 
 
-def run_chain(name: str, rank: int, world: int) -> dict[str, Tensor]:
-    tensors, options, (w_o, w_state) = chain_inputs(CHAINS[name])
+def run_chain(name: str, rank: int, world: int, gpu: int | None) -> dict[str, Tensor]:
+    tensors, options, (w_o, w_state) = chain_inputs(CHAINS[name], gpu)
     whole = ("A_log", "dt_bias", "initial_state")
     mine = {n: t if n in whole else t.split(SPANS[world], 1)[rank] for n, t in tensors.items()}
     if rank > 0:
@@ -126,9 +140,9 @@ def convolution_inputs() -> list[Tensor]:
     return [torch.randn(s, dtype=torch.float64) for s in ((2, 23, 3), (3, 1, 5), (2, 23, 3))]
 
 
-def run_convolution(rank: int, world: int) -> dict[str, Tensor]:
+def run_convolution(rank: int, world: int, gpu: int | None) -> dict[str, Tensor]:
     """A span of one token is shorter than what the next ones need."""
-    x, weight, w_out = convolution_inputs()
+    x, weight, w_out = (place(t, gpu) for t in convolution_inputs())
     leaves = [x.split(SPANS[world], 1)[rank].clone().requires_grad_(), weight.requires_grad_()]
     y = distributed.short_convolution(*leaves)
     d_x, d_weight = torch.autograd.grad((y * w_out.split(SPANS[world], 1)[rank]).sum(), leaves)
@@ -136,9 +150,9 @@ def run_convolution(rank: int, world: int) -> dict[str, Tensor]:
     return {"y": y.detach(), "same": same, "x": d_x, "weight": d_weight}
 
 
-def run_inner_state(rank: int, world: int) -> dict[str, Tensor]:
+def run_inner_state(rank: int, world: int, gpu: int | None) -> dict[str, Tensor]:
     """A loss on the state after every span, not only after the last."""
-    tensors, options, _ = chain_inputs(CHAINS["gdn"])
+    tensors, options, _ = chain_inputs(CHAINS["gdn"], gpu)
     leaves = {
         n: t.split(SPANS[world], 1)[rank].clone().requires_grad_()
         for n, t in tensors.items()
@@ -170,20 +184,24 @@ def run_errors(rank: int, world: int) -> dict[str, str]:
     return said
 
 
-def work(rank: int, world: int, folder: Path) -> None:
+def work(rank: int, world: int, folder: Path, backend: str) -> None:
     """One process: runs every case and leaves its results, or what went wrong, in a file."""
     torch.set_num_threads(1)
     init = f"file://{folder / 'meeting'}"
-    dist.init_process_group("gloo", init, timedelta(seconds=60), world, rank)
-    torch.use_deterministic_algorithms(True)  # poisons uninitialised memory
+    gpu = None
+    if backend == "nccl":
+        torch.cuda.set_device(gpu := rank)
+    else:
+        torch.use_deterministic_algorithms(True)  # poisons uninitialised memory
+    dist.init_process_group(backend, init, timedelta(seconds=60), world, rank)
     results: dict[str, Any] = {}
     try:
         for name in GRIDS:
-            results[name] = run_grid(name, rank, world, ask=name == "1d-uneven")
+            results[name] = run_grid(name, rank, world, name == "1d-uneven", gpu)
         for name in CHAINS:
-            results[name] = run_chain(name, rank, world)
-        results["convolution"] = run_convolution(rank, world)
-        results["inner"] = run_inner_state(rank, world)
+            results[name] = run_chain(name, rank, world, gpu)
+        results["convolution"] = run_convolution(rank, world, gpu)
+        results["inner"] = run_inner_state(rank, world, gpu)
         results["errors"] = run_errors(rank, world)
         half = [r for r in range(world) if r % 2 == rank % 2]  # the members of my group
         groups = [dist.new_group(ranks) for ranks in ([0, 2], [1, 3])] if world == 4 else []
@@ -197,94 +215,137 @@ def work(rank: int, world: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module", params=WORLDS, ids=lambda w: f"{w} processes")
-def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    world, folder = request.param, tmp_path_factory.mktemp("processes")
-    mp.spawn(work, (world, folder), nprocs=world)
-    loaded = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]
+@pytest.fixture(
+    scope="module",
+    params=[(2, "gloo"), (4, "gloo"), pytest.param((2, "nccl"), marks=NEED_TWO_GPUS)],
+    ids=["2 processes", "4 processes", "2 GPUs"],
+)
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
+    (world, backend), folder = request.param, tmp_path_factory.mktemp("processes")
+    mp.spawn(work, (world, folder, backend), nprocs=world)
+    loaded = [
+        torch.load(folder / f"{rank}.pt", weights_only=True, map_location="cpu") for rank in range(world)
+    ]
     for rank, result in enumerate(loaded):
         assert "failed" not in result, f"process {rank}: {result['failed']}"
     return loaded
 
 
-def close(got: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-10 * max(1.0, float(expected.abs().max())))
+Whole = Callable[[int | None], dict[str, Tensor]]
 
 
-@pytest.mark.parametrize("name", [*GRIDS])
-def test_neighborhood_attention(results: list[dict[str, Any]], name: str) -> None:
-    size, split_dim, _, options = GRIDS[name]
-    *leaves, w_out, w_lse = grid_inputs(size)
+class Expected:
+    """What a single process computes: exactly, and in float32 on a GPU where the split results are of GPUs."""
+
+    def __init__(self, results: Results, whole: Whole) -> None:
+        self.truth = whole(None)
+        on_gpus = results[0]["convolution"]["y"].dtype == torch.float32
+        self.eager = {name: t.cpu() for name, t in whole(0).items()} if on_gpus else None
+
+    def check(self, name: str, got: Tensor) -> None:
+        truth = self.truth[name]
+        if self.eager is None:
+            torch.testing.assert_close(got, truth, rtol=0, atol=1e-10 * max(1.0, float(truth.abs().max())))
+        else:  # the split sums in another order, and composes states
+            assert_accurate(name, got, truth, self.eager[name], factor=4)
+
+
+def whole_grid(name: str, gpu: int | None) -> dict[str, Tensor]:
+    size, _, _, options = GRIDS[name]
+    *leaves, w_out, w_lse = (place(t, gpu) for t in grid_inputs(size))
     leaves = [t.requires_grad_() for t in leaves]
     out, lse = nearfield.neighborhood_attention(
         *leaves[:3], **options, additional_keys=leaves[3], additional_values=leaves[4], return_lse=True
     )
     grads = torch.autograd.grad((out * w_out).sum() + (lse * w_lse).sum(), leaves)
-    whole = {"out": out.detach(), "lse": lse.detach(), **dict(zip("qkv", grads, strict=False))}
-    for what, expected in whole.items():
-        close(torch.cat([r[name][what] for r in results], split_dim + 1), expected)
+    names = ("q", "k", "v", "add_k", "add_v")
+    return {"out": out.detach(), "lse": lse.detach(), **dict(zip(names, grads, strict=True))}
+
+
+@pytest.mark.parametrize("name", [*GRIDS])
+def test_neighborhood_attention(results: Results, name: str) -> None:
+    expected = Expected(results, partial(whole_grid, name))
+    for what in ("out", "lse", "q", "k", "v"):
+        expected.check(what, torch.cat([r[name][what] for r in results], GRIDS[name][1] + 1))
     for result in results:  # every process has the whole gradient of what all of them hold
-        close(result[name]["add_k"], grads[3])
-        close(result[name]["add_v"], grads[4])
+        for what in ("add_k", "add_v"):
+            expected.check(what, result[name][what])
 
 
-def test_short_convolution(results: list[dict[str, Any]]) -> None:
-    x, weight, w_out = convolution_inputs()
-    layer = nearfield.nn.ShortConvolution(3, 5).double()
+def whole_convolution(gpu: int | None) -> dict[str, Tensor]:
+    x, weight, w_out = (place(t, gpu) for t in convolution_inputs())
+    layer = nearfield.nn.ShortConvolution(3, 5).to(x)
     layer.weight.data = weight
-    leaves = [x.requires_grad_(), layer.weight]
-    y = layer(x)
-    d_x, d_weight = torch.autograd.grad((y * w_out).sum(), leaves)
+    y = layer(x.requires_grad_())
+    d_x, d_weight = torch.autograd.grad((y * w_out).sum(), [x, layer.weight])
+    return {"y": y.detach(), "same": y.detach(), "x": d_x, "weight": d_weight}
+
+
+def test_short_convolution(results: Results) -> None:
+    expected = Expected(results, whole_convolution)
     parts = [result["convolution"] for result in results]
-    for what, expected in (("y", y), ("same", y), ("x", d_x)):
-        close(torch.cat([part[what] for part in parts], 1), expected.detach())
+    for what in ("y", "same", "x"):
+        expected.check(what, torch.cat([part[what] for part in parts], 1))
     for part in parts:
-        close(part["weight"], d_weight)
+        expected.check("weight", part["weight"])
 
 
-@pytest.mark.parametrize("name", [*CHAINS])
-def test_delta_rule(results: list[dict[str, Any]], name: str) -> None:
-    tensors, options, (w_o, w_state) = chain_inputs(CHAINS[name])
+def whole_chain(name: str, gpu: int | None) -> dict[str, Tensor]:
+    tensors, options, (w_o, w_state) = chain_inputs(CHAINS[name], gpu)
     leaves = {n: t.requires_grad_() for n, t in tensors.items()}
     o, state = nearfield.delta_rule(**leaves, **options)
     assert state is not None
     grads = torch.autograd.grad((o * w_o).sum() + (state * w_state).sum(), list(leaves.values()))
-    close(torch.cat([r[name]["o"] for r in results], 1), o.detach())
-    close(results[-1][name]["state"], state.detach())
-    for what, expected in zip(leaves, grads, strict=True):
-        if what == "initial_state":
-            close(results[0][name][what], expected)
+    return {"o": o.detach(), "state": state.detach(), **dict(zip(leaves, grads, strict=True))}
+
+
+@pytest.mark.parametrize("name", [*CHAINS])
+def test_delta_rule(results: Results, name: str) -> None:
+    expected = Expected(results, partial(whole_chain, name))
+    for what in expected.truth:
+        if what == "state":
+            expected.check(what, results[-1][name][what])
+        elif what == "initial_state":
+            expected.check(what, results[0][name][what])
         elif what in ("A_log", "dt_bias"):
             for result in results:
-                close(result[name][what], expected)
+                expected.check(what, result[name][what])
         else:
-            close(torch.cat([r[name][what] for r in results], 1), expected)
+            expected.check(what, torch.cat([r[name][what] for r in results], 1))
 
 
-def test_a_loss_on_inner_states(results: list[dict[str, Any]]) -> None:
-    tensors, options, _ = chain_inputs(CHAINS["gdn"])
+def whole_inner_state(world: int, gpu: int | None) -> dict[str, Tensor]:
+    tensors, options, _ = chain_inputs(CHAINS["gdn"], gpu)
     leaves = {n: t.requires_grad_() for n, t in tensors.items() if n != "initial_state"}
-    loss, state = torch.zeros(()).double(), None
-    for begin, end in owned_ranges(SPANS[len(results)]):
+    losses, state = [], None
+    for begin, end in owned_ranges(SPANS[world]):
         _, state = nearfield.delta_rule(
             **{n: t[:, begin:end] for n, t in leaves.items()}, initial_state=state, **options
         )
         assert state is not None
-        loss = loss + state.square().sum()
-    for what, expected in zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True):
-        close(torch.cat([r["inner"][what] for r in results], 1), expected)
+        losses.append(state.square().sum())
+    return dict(
+        zip(leaves, torch.autograd.grad(torch.stack(losses).sum(), list(leaves.values())), strict=True)
+    )
 
 
-def test_groups_are_respected(results: list[dict[str, Any]]) -> None:
+def test_a_loss_on_inner_states(results: Results) -> None:
+    expected = Expected(results, partial(whole_inner_state, len(results)))
+    for what in expected.truth:
+        expected.check(what, torch.cat([r["inner"][what] for r in results], 1))
+
+
+def test_groups_are_respected(results: Results) -> None:
     if len(results) < 4:
         pytest.skip("needs two groups of two")
     x = torch.arange(12.0).reshape(1, 6, 2, 1).double()
     whole = nearfield.neighborhood_attention(x, x, x, 3)
     for pair in ((0, 2), (1, 3)):
-        close(torch.cat([results[rank]["group"] for rank in pair], 1), whole)
+        together = torch.cat([results[rank]["group"] for rank in pair], 1)
+        torch.testing.assert_close(together, whole, rtol=0, atol=1e-10)
 
 
-def test_bad_input_is_named(results: list[dict[str, Any]]) -> None:
+def test_bad_input_is_named(results: Results) -> None:
     for rank, result in enumerate(results):
         said = result["errors"]
         assert "split_dim is 1, expected 0 to 0" in said["split_dim"]
