@@ -632,7 +632,7 @@ int gradient_sm80<Tag, kChannelGate>::run(const GradientSm80Args& args, void* st
   constexpr int kBytes = sizeof(GradientShared<Element, kChannelGate>);
   static_assert(kBytes <= kPortableShared);
   auto* kernel = &gradient_sm80_kernel<Element, kChannelGate>;
-  if (const cudaError_t error = allow_shared_memory(kernel, kBytes)) return error;
+  if (const int error = allow_shared_memory(kernel, kBytes)) return error;
   const int64_t slots = ChunkSlots(in).total;
   const dim3 grid(static_cast<unsigned>(slots), static_cast<unsigned>(in.value_heads));
   kernel<<<grid, kTileThreads, kBytes, stream>>>(args);

@@ -649,7 +649,7 @@ int prepare_sm80<Tag, kChannelGate>::run(const PrepareSm80Args& args, void* stre
   constexpr int kBytes = sizeof(PrepareShared<Element, kChannelGate>);
   static_assert(kBytes <= kPortableShared);
   auto* kernel = &prepare_sm80_kernel<Element, kChannelGate>;
-  if (const cudaError_t error = allow_shared_memory(kernel, kBytes)) return error;
+  if (const int error = allow_shared_memory(kernel, kBytes)) return error;
   const dim3 grid(static_cast<unsigned>(ChunkSlots(args.in).total),
                   static_cast<unsigned>(args.in.value_heads));
   kernel<<<grid, kTileThreads, kBytes, static_cast<cudaStream_t>(stream)>>>(args);

@@ -209,7 +209,7 @@ int walk_sm80<Tag, kKeyDim>::run(const WalkSm80Args& args, void* stream) {
   const dim3 grid(static_cast<unsigned>(value_tiles * (args.backward ? 2 : 1)),
                   static_cast<unsigned>(args.in.value_heads), static_cast<unsigned>(args.in.sequences));
   const auto launch = [&](auto* kernel, const WalkSm80Args& a, int warps, int bytes) {
-    if (const cudaError_t error = allow_shared_memory(kernel, bytes)) return error;
+    if (const int error = allow_shared_memory(kernel, bytes)) return error;
     kernel<<<grid, 32 * warps, bytes, static_cast<cudaStream_t>(stream)>>>(a);
     return static_cast<int>(cudaGetLastError());
   };
