@@ -97,6 +97,14 @@ def test_lengths(T: int, gate: str) -> None:
         check(make(B=2, T=T, K=128, V=128, gate=gate, dtype=torch.bfloat16, initial=initial))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("shape", [(9, 1000), (16, 4500)], ids=["whole", "cut"])
+def test_kept_by_clusters(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """Sequences that clusters of CTAs prepare and walk over; more of them than clusters are cut."""
+    H, T = shape
+    check(make(B=2, T=T, H=H, HV=H, K=128, V=128, strength=0.1, dtype=dtype))
+
+
 @pytest.mark.parametrize("gate", ["head", "channel"])
 @pytest.mark.parametrize("HV", [1, 2, 4, 8])
 def test_grouped_value_heads(HV: int, gate: str) -> None:

@@ -96,27 +96,51 @@ def test_long_sequence() -> None:
     check(make(B=1, T=20000, H=1, HV=2, K=128, V=128, strength=0.01, dtype=torch.bfloat16))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-@pytest.mark.parametrize("gate", ["none", "head"])
-@pytest.mark.parametrize("repeated", [None, (0, 1000), (290, 460)], ids=str)
-def test_chunks_prepared_beside_the_walk(
-    backend: str, repeated: tuple[int, int] | None, gate: str, dtype: torch.dtype
-) -> None:
-    """Where the walks leave half of the GPU idle; where keys repeat, a walk changes to its exact form on the way."""
-    args = make(B=2, T=1000, H=15, HV=15, K=128, V=128, gate=gate, strength=0.01, dtype=dtype)
-    if repeated is not None:
-        some = slice(*repeated)
-        args["k"][:, some] = correlated_keys("identical", args["k"][:, some].shape).to(dtype)
-        args["beta"][:, some] = 1.9 * (0.9 + 0.1 * torch.rand(args["beta"][:, some].shape))
-    check(args, factor=1 if repeated is None else 2)
+def repeated_keys(some: slice, **shape: Any) -> dict[str, Any]:
+    """Where keys repeat and writes are strong, a walk changes to its exact form on the way."""
+    args = make(K=128, strength=0.01, **shape)
+    args["k"][:, some] = correlated_keys("identical", args["k"][:, some].shape).to(args["k"].dtype)
+    args["beta"][:, some] = 1.9 * (0.9 + 0.1 * torch.rand(args["beta"][:, some].shape))
+    return args
+
+
+def kernels(args: dict[str, Any]) -> list[Any]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiled:
         delta_rule(**cuda(args))
         torch.cuda.synchronize()
-    prepared = [event.time_range.end for event in profiled.events() if "prepare" in event.name]
-    walked = [
-        event.time_range.start for event in profiled.events() if re.search("state_pass|walk", event.name)
-    ]
+    return list(profiled.events())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("gate", ["none", "head"])
+@pytest.mark.parametrize("repeated", [slice(0), slice(1000), slice(290, 460)], ids=str)
+def test_chunks_prepared_beside_the_walk(
+    backend: str, repeated: slice, gate: str, dtype: torch.dtype
+) -> None:
+    """Where the walks leave half of the GPU idle."""
+    args = repeated_keys(repeated, B=2, T=1000, H=15, HV=15, V=64, gate=gate, dtype=dtype)
+    check(args, factor=2 if repeated.stop else 1)
+    events = kernels(args)
+    prepared = [event.time_range.end for event in events if "prepare" in event.name]
+    walked = [event.time_range.start for event in events if re.search("state_pass|walk", event.name)]
     assert (min(walked) < max(prepared)) == (backend == "hopper")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("gate", ["none", "head"])
+@pytest.mark.parametrize("repeated", [slice(0), slice(1000), slice(290, 460)], ids=str)
+@pytest.mark.parametrize("shape", [(10, 1000), (16, 8192)], ids=["whole", "cut"])
+def test_heads_in_clusters(
+    backend: str, shape: tuple[int, int], repeated: slice, gate: str, dtype: torch.dtype
+) -> None:
+    """Sequences that clusters of CTAs prepare and walk over; more of them than clusters are cut."""
+    HV, T = shape
+    args = repeated_keys(repeated, B=2, T=T, H=HV // 2, HV=HV, V=128, gate=gate, dtype=dtype)
+    check(args, factor=2 if repeated.stop else 1)
+    assert any("head_cluster" in event.name for event in kernels(args)) == (backend == "hopper")
+    first = delta_rule(**cuda(args))[0]
+    for _ in range(5):
+        assert torch.equal(first, delta_rule(**cuda(args))[0])
 
 
 @pytest.mark.parametrize("dims", [(128, 128), (64, 72), (72, 200)], ids=str)

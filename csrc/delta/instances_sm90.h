@@ -3,6 +3,7 @@
 #pragma once
 
 #include "delta/checks.h"
+#include "delta/head_cluster_sm90.h"
 #include "delta/sm80.h"
 #include "delta/sm90.h"
 #include "delta/sm90_bwd.h"
@@ -34,6 +35,12 @@ struct InstancesSm90 {
   };
   std::vector<Entry<PrepareArgs>> prepare;
   std::vector<Entry<StatePassArgs>> state_pass;
+  struct HeadCluster {
+    Key key;
+    int (*run)(const HeadClusterArgs&, void*);
+    int (*at_once)();
+  };
+  std::vector<HeadCluster> head_cluster;
   std::vector<Entry<ComposeSpansArgs>> compose_spans;  // its key has the key dim only
 
   template <class Tag, int kKeyDim, bool kChannelGate>
@@ -45,6 +52,11 @@ struct InstancesSm90 {
   void add(state_pass_sm90<Tag, kKeyDim, kChannelGate>*) {
     using Kernel = state_pass_sm90<Tag, kKeyDim, kChannelGate>;
     state_pass.push_back({{std::is_same_v<Tag, bf16>, kKeyDim, kChannelGate}, &Kernel::run});
+  }
+  template <class Tag, int kKeyDim>
+  void add(head_cluster_sm90<Tag, kKeyDim>*) {
+    using Kernel = head_cluster_sm90<Tag, kKeyDim>;
+    head_cluster.push_back({{std::is_same_v<Tag, bf16>, kKeyDim, false}, &Kernel::run, &Kernel::at_once});
   }
   template <int kKeyDim>
   void add(compose_spans_sm90<kKeyDim>*) {
@@ -76,6 +88,7 @@ struct KernelChoice {
   int (*prepare)(const PrepareArgs&, void*);
   int (*state_pass)(const StatePassArgs&, void*);
   int (*compose_spans)(const ComposeSpansArgs&, void*);
+  InstancesSm90::HeadCluster head_cluster;  // with a gate per head
 };
 
 // The smallest key dim that serves, at least so many.
@@ -85,7 +98,7 @@ inline KernelChoice choose_kernels(const char* op, const Inputs& x, int64_t leas
                   torch::headeronly::toString(dtype), "; supported on CUDA: bfloat16, float16");
   STD_TORCH_CHECK(x.K % 8 == 0 && x.V % 8 == 0, op, ": q has ", x.K, " and v ", x.V,
                   " channels; supported on CUDA: multiples of 8");
-  KernelChoice choice{{dtype == ScalarType::BFloat16, 0, x.channel_gate}, nullptr, nullptr, nullptr};
+  KernelChoice choice{{dtype == ScalarType::BFloat16, 0, x.channel_gate}, nullptr, nullptr, nullptr, {}};
   std::ostringstream built;
   for (const auto& e : InstancesSm90::all().prepare) {
     if (e.key.bf16 != choice.key.bf16 || e.key.channel_gate != x.channel_gate) continue;
@@ -102,6 +115,8 @@ inline KernelChoice choose_kernels(const char* op, const Inputs& x, int64_t leas
   choice.state_pass = InstancesSm90::find(InstancesSm90::all().state_pass, choice.key);
   choice.compose_spans =
       InstancesSm90::find(InstancesSm90::all().compose_spans, {false, choice.key.key_dim, false});
+  for (const auto& e : InstancesSm90::all().head_cluster)
+    if (e.key == choice.key) choice.head_cluster = e;
   STD_TORCH_CHECK(choice.state_pass != nullptr && choice.compose_spans != nullptr, op,
                   ": prepare was built for these arguments, the state pass was not");
   return choice;
@@ -156,12 +171,12 @@ inline Scratch allocate_scratch(const Tensor& like, const InputsSm90& in, const 
 
 // For hard chunks.
 inline void allocate_low_halves(Scratch& s, const Tensor& like, const InputsSm90& in,
-                                const KernelChoice& choice) {
+                                const KernelChoice& choice, bool with_P) {
   if (!choice.key.bf16) return;  // float16 has digits enough
   const int64_t chunks = ChunkSlots(in).total * in.value_heads, image = kImage * 2;
   s.chunks.hard = static_cast<float*>(s.bytes(like, chunks * 4));
   s.chunks.N_low = s.bytes(like, chunks * image);
-  if (s.chunks.P != nullptr) s.chunks.P_low = s.bytes(like, chunks * image);
+  if (with_P) s.chunks.P_low = s.bytes(like, chunks * image);
   if (in.channel_gate) s.chunks.Kt_low = s.bytes(like, chunks * (choice.key.key_dim / kImageColumns) * image);
 }
 

@@ -85,6 +85,28 @@ struct Announcement {
   }
 };
 
+// Where the results of prepare_chunk go: to memory. Called by the thread that sends them, unless said.
+struct ToMemory {
+  const PrepareArgs& args;
+  Announcement last = {};
+
+  // What was sent of the chunk before has been read from shared memory.
+  __device__ __forceinline__ void wait_read() const { tma_store_wait<0>(); }
+  __device__ __forceinline__ void wait_taken(uint32_t) const {}  // all threads, before N and P are written
+  __device__ __forceinline__ void tell() { last.make(); }
+  template <class Group>
+  __device__ __forceinline__ void send(Group& s, uint32_t turn, const ChunkPlace& place, bool hard) {
+    const ChunkScratch& to = args.scratch;
+    copy_out(to.rows + place.index, &s.rows[turn % 2], sizeof(ChunkRows));
+    copy_out(static_cast<char*>(to.N) + place.index * kImageBytes, s.n, kImageBytes);
+    if (to.P != nullptr) copy_out(static_cast<char*>(to.P) + place.index * kImageBytes, s.p, kImageBytes);
+    if (to.hard != nullptr) to.hard[place.index] = hard ? 1.f : 0.f;
+    tma_store_arrive();
+    if (args.ready != nullptr)
+      last = {args.ready + place.head * args.slots + place.slot, hard ? kReadyHard : kReady};
+  }
+};
+
 // What a warpgroup fetches of a chunk before its turn comes. The first thread asks for the tiles.
 struct Fetched {
   ChunkPlace place;
@@ -108,15 +130,14 @@ struct Fetched {
 };
 
 // By a warpgroup with a barrier of its own; `turn` counts its chunks. Once K and Q are read it calls
-// fetch_next(). The first thread of the last warp, which has the least to do, sends the results away and
-// tells of those of the chunk before.
-template <class Traits, class FetchNext>
-__device__ __forceinline__ void prepare_chunk(typename Traits::Group& s, const PrepareArgs& args,
-                                              const Fetched& fetched, uint32_t turn, uint32_t barrier,
-                                              Announcement& last, const FetchNext& fetch_next) {
+// fetch_next(). The first thread of the last warp, which has the least to do, sends the results away.
+template <class Traits, class To, class FetchNext>
+__device__ __forceinline__ void prepare_chunk(typename Traits::Group& s, const InputsSm90& in,
+                                              const ChunkScratch& scratch, const Fetched& fetched,
+                                              uint32_t turn, uint32_t barrier, To& to,
+                                              const FetchNext& fetch_next) {
   using Element = typename Traits::Element;
   constexpr int kKeyDim = Traits::kKeyDim;
-  const InputsSm90& in = args.in;
   const ChunkPlace place = fetched.place;
   const int valid = place.valid;
   const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32, quad = lane % 4;
@@ -126,7 +147,7 @@ __device__ __forceinline__ void prepare_chunk(typename Traits::Group& s, const P
 
   if (warp == 1) sum_gates(in, rows, place, fetched.rows);
   if (warp == 2) put_betas(in, rows, place, fetched.rows);
-  if (sends) tma_store_wait<0>();  // N and P of the chunk before have been read
+  if (sends) to.wait_read();
   sync();
   cutlass::arch::ClusterTransactionBarrier::wait(&s.arrived, turn % 2);
   asm volatile("" ::: "memory");
@@ -162,7 +183,7 @@ __device__ __forceinline__ void prepare_chunk(typename Traits::Group& s, const P
 
   // A = beta_i k_i . k_j e^{G_i - G_j} below the diagonal, P = scale q_i . k_j e^{G_i - G_j} with it.
   // Selected, not multiplied by 0: rows past the end may hold anything.
-  const bool with_low = args.scratch.hard != nullptr;
+  const bool with_low = scratch.N_low != nullptr;
   uint32_t p_words[16], p_low[16];
   CUTE_UNROLL
   for (int h = 0; h < 2; ++h) {
@@ -189,42 +210,35 @@ __device__ __forceinline__ void prepare_chunk(typename Traits::Group& s, const P
       put_pair(s.a, s.triangular, i, n, a[0], a[1]);
     }
   }
-  const auto to = [&](void* scratch) { return static_cast<Element*>(scratch) + place.index * kImage; };
+  to.wait_taken(turn);
   if constexpr (Traits::kWithP) store_rows(s.p, warp, p_words);
   put_squares(s.squares, invert<false>(s.a, s.triangular, s.n, s.n, barrier));
   cutlass::arch::fence_view_async_shared();
-  if (sends) last.make();
+  if (sends) to.tell();
   sync();
   const bool hard = with_low && is_hard(s.squares, valid);
-  if (sends) {
-    copy_out(args.scratch.rows + place.index, &rows, sizeof(ChunkRows));
-    copy_out(to(args.scratch.N), s.n, kImageBytes);
-    if constexpr (Traits::kWithP) copy_out(to(args.scratch.P), s.p, kImageBytes);
-    if (with_low) args.scratch.hard[place.index] = hard ? 1.f : 0.f;
-    tma_store_arrive();
-  }
-  if (hard) {
-    if (sends) tma_store_wait<0>();
-    sync();
-    invert<true>(s.a, s.triangular, s.n, s.p, barrier);
-    cutlass::arch::fence_view_async_shared();
-    sync();
-    if (sends) {
-      copy_out(to(args.scratch.N_low), s.p, kImageBytes);
-      tma_store_arrive();
-    }
-    if constexpr (Traits::kWithP) {
-      store_rows(s.n, warp, p_low);
+  if (hard) {  // the low halves go first, by way of P's place
+    const auto send_low = [&](void* images) {
       cutlass::arch::fence_view_async_shared();
       sync();
       if (sends) {
-        copy_out(to(args.scratch.P_low), s.n, kImageBytes);
+        copy_out(static_cast<Element*>(images) + place.index * kImage, s.p, kImageBytes);
         tma_store_arrive();
+        tma_store_wait<0>();
       }
+      sync();
+    };
+    invert<true>(s.a, s.triangular, s.n, s.p, barrier);
+    send_low(scratch.N_low);
+    if constexpr (Traits::kWithP) {
+      store_rows(s.p, warp, p_low);
+      send_low(scratch.P_low);
+      store_rows(s.p, warp, p_words);
+      cutlass::arch::fence_view_async_shared();
+      sync();
     }
   }
-  if (args.ready != nullptr && sends)
-    last = {args.ready + place.head * args.slots + place.slot, hard ? kReadyHard : kReady};
+  if (sends) to.send(s, turn, place, hard);
 }
 
 // ---- Kernel ----
@@ -258,9 +272,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   Fetched here, next;
   bool more = find(here.place, at);
   if (more) here.template fetch<Traits>(s, maps, args.in);
-  Announcement last;
+  ToMemory to{args};
   for (uint32_t turn = 0; more; ++turn) {
-    prepare_chunk<Traits>(s, args, here, turn, barrier, last, [&] {
+    prepare_chunk<Traits>(s, args.in, args.scratch, here, turn, barrier, to, [&] {
       at += step;
       more = find(next.place, at);
       if (more) next.template fetch<Traits>(s, maps, args.in);
@@ -268,8 +282,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     here = next;
   }
   if (threadIdx.x % 128 == 96) {
-    last.make();
-    tma_store_wait<0>();
+    to.tell();
+    to.wait_read();
   }
 }
 

@@ -79,7 +79,7 @@ template <int kStages>
 struct WalkPosition {
   int chunk = 0;
   RingIndex<kStages> at;
-  RingIndex<1> at_out, at_v_new;
+  RingIndex<1> at_out, at_v_new, at_low;
   uint32_t out[16] = {};
 };
 
@@ -155,6 +155,19 @@ struct StateDecay {
   }
 };
 
+// The low halves of a hard chunk to a place of their own, which all warps of the chain have left.
+template <class Storage>
+__device__ __forceinline__ void ask_for_low(Storage& s, const StatePassArgs& a, const RingIndex<1>& at,
+                                            int64_t chunk) {
+  cutlass::arch::NamedBarrier::sync(128, 2);
+  if (threadIdx.x % 128 != 0) return;
+  auto& low = s.low[0];
+  asm volatile("fence.proxy.async.global;" ::: "memory");  // the copy engine reads what was announced
+  s.ring_low.expect_bytes(at, sizeof(low.n) + sizeof(low.p));
+  copy_in(low.n, static_cast<char*>(a.scratch.N_low) + chunk * kImageBytes, kImageBytes, s.ring_low.full);
+  copy_in(low.p, static_cast<char*>(a.scratch.P_low) + chunk * kImageBytes, kImageBytes, s.ring_low.full);
+}
+
 // Leaves the state after the walk in S, which holds the entering one. A full walk offers it to keep(chunk, S)
 // after every whole chunk, counted from 0. One that is not stops at a chunk that is not whole, and, beside
 // prepare, at the first hard one.
@@ -212,7 +225,7 @@ __device__ __forceinline__ void walk(typename Traits::Storage& s, const StatePas
   const auto arrived = [&](const RingIndex<Traits::kStages>& place) {
     s.ring.wait_full(place);
     compiler_fence();
-    return !(Traits::kMayStop && s.hard[place.stage]);
+    return !(Traits::kMayStop && s.flag[place.stage].hard != 0);
   };
 
   StateDecay<Traits> decay;
@@ -236,11 +249,34 @@ __device__ __forceinline__ void walk(typename Traits::Storage& s, const StatePas
     const int valid = Traits::kFull ? valid_rows(sequence, c) : kRows;
     // Of a hard chunk the low halves are in the next stage, whose keys' place keeps V' while registers are
     // short. Asked anew each time, for the same reason.
-    const auto hard = [&] { return Traits::kLow && *const_cast<const volatile bool*>(&s.hard[at.stage]); };
-    const auto low = [&]() ->
-        typename Traits::Stage& { return s.stage[at.stage + 1 == Traits::kStages ? 0 : at.stage + 1]; };
+    const auto hard = [&] {
+      return Traits::kLow && *const_cast<const volatile int*>(&s.flag[at.stage].hard) != 0;
+    };
+    const auto low = [&]() -> auto& {
+      if constexpr (Traits::kLowApart) {
+        return s.low[0];
+      } else {
+        return s.stage[at.stage + 1 == Traits::kStages ? 0 : at.stage + 1];
+      }
+    };
     constexpr bool kKeepsR = kKeyDim == 128;
-    const auto kept_R = [&] { return reinterpret_cast<float*>(low().k) + thread; };
+    // Number x of what this thread keeps: a warp has the same 4 KB as of the states on their way out.
+    const auto kept_R = [&](int x) -> float& {
+      const auto place = [&]() -> Element* {
+        if constexpr (!Traits::kLowApart) {
+          return low().k;
+        } else if constexpr (Traits::kKeep) {
+          return s.state;
+        } else {
+          return s.low[0].v_new;
+        }
+      };
+      return reinterpret_cast<float*>(place() + x / 16 * kImage +
+                                      warp * (kImage / 4))[x % 16 * 32 + thread % 32];
+    };
+    if constexpr (Traits::kLow && Traits::kLowApart) {
+      if (hard()) ask_for_low(s, a, position.at_low, (sequence.first_slot + c) * in.value_heads + head);
+    }
     // Kh S; meanwhile beta V arrives
     issue_gemm<true>(mma_token, S16, by_row(stage.k, Int<kKeyDim>{}), R);
     hold();
@@ -305,16 +341,25 @@ __device__ __forceinline__ void walk(typename Traits::Storage& s, const StatePas
     hold();
     warpgroup_wait<kOutput ? 1 : 0>();
     if (hard()) {
-      auto after = at;
-      after.advance();
-      s.ring.wait_full(after);
+      if constexpr (Traits::kLowApart) {
+        s.ring_low.wait_full(position.at_low);
+        position.at_low.advance();
+      } else {
+        auto after = at;
+        after.advance();
+        s.ring.wait_full(after);
+      }
       compiler_fence();
       issue_gemm<false>(mma_token, X16, by_row(low().n, Int<kRows>{}), R);
       issue_gemm<false>(mma_token, L16, by_row(stage.n, Int<kRows>{}), R);
       warpgroup_wait<0>();
       if constexpr (kKeepsR) {
+        if constexpr (Traits::kLowApart && Traits::kKeep) {
+          tma_store_wait<0>();
+          __syncwarp();
+        }
         CUTE_UNROLL
-        for (int x = 0; x < 32; ++x) kept_R()[128 * x] = R(x);
+        for (int x = 0; x < 32; ++x) kept_R(x) = R(x);
       }
     }
 
@@ -354,7 +399,7 @@ __device__ __forceinline__ void walk(typename Traits::Storage& s, const StatePas
     if (keeps)
       hand_over(s.ring_v_new, position.at_v_new, s.v_new, reinterpret_cast<const uint32_t*>(V16.data()),
                 true);
-    const bool two_stages = hard();
+    const bool two_stages = !Traits::kLowApart && hard();
     auto next = at;
     next.advance();
     if (two_stages) next.advance();
@@ -376,7 +421,7 @@ __device__ __forceinline__ void walk(typename Traits::Storage& s, const StatePas
     if (hard()) {
       if constexpr (kKeepsR) {
         CUTE_UNROLL
-        for (int x = 0; x < 32; ++x) R(x) = kept_R()[128 * x];
+        for (int x = 0; x < 32; ++x) R(x) = kept_R(x);
         cutlass::arch::fence_view_async_shared();  // the copy engine writes there next
       }
       if constexpr (Traits::kChannelGate) {
@@ -423,8 +468,35 @@ __device__ __forceinline__ auto make_state() {  // S^T, (values, keys)
   return partition_fragment_C(typename Traits::MmaToState{}, cute::Shape<Int<64>, Int<Traits::kKeyDim>>{});
 }
 
+// The walk over a part of a sequence: lean as far as it goes, or `full` from the start. Ends with the last O.
+template <class Traits, class Accumulator>
+__device__ __forceinline__ void walk_through(typename Traits::Storage& s, const StatePassArgs& a,
+                                             const Part& part, int64_t head, int first_value, Accumulator& S,
+                                             bool full) {
+  const auto keep = [&](int chunk, const auto& state) {
+    if (a.boundary_chunks == 0) return;
+    const InputsSm90& in = a.in;
+    const int every = static_cast<int>(a.boundary_chunks), after = part.first_chunk + chunk + 1;
+    if (after % every != 0) return;
+    const int64_t tokens = a.boundary_chunks * kRows;
+    const int64_t begin =
+        in.cu_seqlens == nullptr ? part.n * (in.tokens / tokens) : sequence_of(in, part.n).begin / tokens;
+    StateRows to = rows_of_state(in, a.boundary_states, begin + after / every - 1, head, first_value);
+    asm volatile("" : "+l"(to.value), "+l"(to.key));  // or 64 offsets live in registers all along
+    store_state<Traits::kKeyDim>(state, to);
+  };
+  WalkPosition<Traits::kStages> position;
+  if (!full) walk<Traits>(s, a, part.sequence, head, first_value, S, position, keep);
+  if (position.chunk < part.sequence.chunks()) {
+    using Full = typename Traits::Full;
+    static_assert(sizeof(typename Full::Storage) == sizeof(typename Traits::Storage));
+    walk<Full>(shared_storage<typename Full::Storage>(), a, part.sequence, head, first_value, S, position,
+               keep);
+  }
+  if constexpr (Traits::kOutput) hand_over(s.ring_out, position.at_out, s.out, position.out, false);
+}
+
 // A sequence or a span of one, with the states or transitions at its ends. `slot` counts either.
-// `full`: without the lean walk first.
 template <class Traits>
 __device__ __forceinline__ void walk_part(typename Traits::Storage& s, const StatePassArgs& a,
                                           const Part& part, int64_t slot, int64_t head, int first_value,
@@ -444,27 +516,7 @@ __device__ __forceinline__ void walk_part(typename Traits::Storage& s, const Sta
   } else {
     load_state<kKeyDim>(S, a.span_states != nullptr ? in_scratch(a.span_states, values) : StateRows{});
   }
-  const auto keep = [&](int chunk, const auto& state) {
-    if (a.boundary_chunks == 0) return;
-    const InputsSm90& in = a.in;
-    const int every = static_cast<int>(a.boundary_chunks), after = part.first_chunk + chunk + 1;
-    if (after % every != 0) return;
-    const int64_t tokens = a.boundary_chunks * kRows;
-    const int64_t begin =
-        in.cu_seqlens == nullptr ? part.n * (in.tokens / tokens) : sequence_of(in, part.n).begin / tokens;
-    StateRows to = rows_of_state(in, a.boundary_states, begin + after / every - 1, head, first_value);
-    asm volatile("" : "+l"(to.value), "+l"(to.key));  // or 64 offsets live in registers all along
-    store_state<kKeyDim>(state, to);
-  };
-  WalkPosition<Traits::kStages> position;
-  if (!full) walk<Traits>(s, a, part.sequence, head, first_value, S, position, keep);
-  if (position.chunk < part.sequence.chunks()) {
-    using Full = typename Traits::Full;
-    static_assert(sizeof(typename Full::Storage) == sizeof(typename Traits::Storage));
-    walk<Full>(shared_storage<typename Full::Storage>(), a, part.sequence, head, first_value, S, position,
-               keep);
-  }
-  if constexpr (Traits::kOutput) hand_over(s.ring_out, position.at_out, s.out, position.out, false);
+  walk_through<Traits>(s, a, part, head, first_value, S, full);
   if (a.transitions != nullptr) {
     store_state<kKeyDim>(S, in_scratch(a.transitions, values + kKeyDim));
   } else if (part.last) {
@@ -473,6 +525,17 @@ __device__ __forceinline__ void walk_part(typename Traits::Storage& s, const Sta
 }
 
 // ---- Kernel and launch ----
+
+// One thread.
+template <class Storage>
+__device__ __forceinline__ void init_rings(Storage& s) {
+  s.ring.init(1, 4);
+  s.ring_p.init(4, 1);
+  s.ring_low.init(1, 1);
+  s.ring_out.init(4, 1);
+  s.ring_v_new.init(4, 1);
+  cutlass::arch::fence_barrier_init();
+}
 
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
@@ -487,11 +550,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     if (part.last || (part.first && first_value >= a.in.value_dim)) return;
   }
   if (threadIdx.x == 0) {
-    s.ring.init(1, 4);
-    s.ring_p.init(4, 1);
-    s.ring_out.init(4, 1);
-    s.ring_v_new.init(4, 1);
-    cutlass::arch::fence_barrier_init();
+    init_rings(s);
     prefetch_map(maps.q);
     prefetch_map(maps.k);
     prefetch_map(maps.v);
@@ -514,7 +573,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   } else {
     if constexpr (Traits::kComputeP) cutlass::arch::warpgroup_reg_dealloc<Traits::kHelperRegisters>();
     if (warp == Traits::kHelpers / 32) {
-      load<Traits>(s, maps, a, part.sequence, head, first_value);
+      load<Traits>(s, maps, a, part.sequence, head, first_value, [](int) {});
       // The next launch waits for this one only, and may take the scratch.
       if (a.ready != nullptr) asm volatile("griddepcontrol.wait;" ::: "memory");
     }

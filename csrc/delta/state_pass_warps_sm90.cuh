@@ -9,15 +9,17 @@ namespace nearfield::delta {
 // ---- Layouts and storage ----
 
 // kOutput: O is wanted. kKeep: beside O, what the backward would otherwise compute again; a walk without
-// output is for its sake only. kFull: a walk for sequences with hard chunks and for states on the way. Others
+// output is for its sake only. kInCluster: what `prepare` finds out comes from other CTAs of the cluster
+// (head_cluster_sm90.cuh). kFull: a walk for sequences with hard chunks and for states on the way. Others
 // take a walk without these branches, whose mere presence costs the chain a third of its speed.
 template <class Tag, int kKeyDim_, bool kChannelGate_, bool kOutput_, bool kComputeP_ = false,
-          bool kKeep_ = false, bool kFull_ = false>
+          bool kKeep_ = false, bool kInCluster_ = false, bool kFull_ = false>
 struct StatePassTraits {
   using Element = element_t<Tag>;
   static constexpr int kKeyDim = kKeyDim_;
   static constexpr bool kChannelGate = kChannelGate_, kOutput = kOutput_, kComputeP = kComputeP_;
   static constexpr bool kReadP = kOutput && !kComputeP;
+  static constexpr bool kInCluster = kInCluster_;
   static constexpr bool kKeep = kKeep_ || !kOutput;  // S and V' of every chunk, if asked for
   static constexpr int kKeyImages = kKeyDim / kImageColumns;
   static constexpr int kKeyTile = kKeyDim * kRows;  // elements
@@ -27,14 +29,15 @@ struct StatePassTraits {
       !kFull && kMayBeHard && kOutput && !kChannelGate;  // and hand over to the full walk
   // Looks at the next chunk before it is done with this one. A full walk shows the state in between.
   static constexpr bool kAhead = !kFull && kStages > 2;
-  static constexpr bool kLow = kFull && kMayBeHard;  // low halves of a hard chunk take a second stage
-  using Full = StatePassTraits<Tag, kKeyDim_, kChannelGate_, kOutput_, kComputeP_, kKeep_, true>;
+  // Low halves of a hard chunk take a second stage; in a cluster, which has the room, a place of their own.
+  static constexpr bool kLow = kFull && kMayBeHard, kLowApart = kInCluster && kMayBeHard;
+  using Full = StatePassTraits<Tag, kKeyDim_, kChannelGate_, kOutput_, kComputeP_, kKeep_, kInCluster_, true>;
 
   // Warpgroups: the chain, the one that computes P, if any, and one whose first warps load, store O and store
   // V'.
   static constexpr int kHelpers = kComputeP ? 256 : 128;  // first thread of the last warpgroup
   static constexpr int kStoringO = kHelpers / 32 + 1, kStoringV = kHelpers / 32 + 1 + kOutput;  // warps
-  static constexpr int kThreads = kComputeP ? 384 : kOutput && kKeep ? 224 : 192;
+  static constexpr int kThreads = kComputeP || kInCluster ? 384 : kOutput && kKeep ? 224 : 192;
   // Hand-over of registers among three warpgroups, which start with 168 each.
   static constexpr int kChainRegisters = 248, kMixRegisters = 152, kHelperRegisters = 104;
   static_assert(kChainRegisters + kMixRegisters + kHelperRegisters <= 3 * 168);
@@ -62,9 +65,17 @@ struct StatePassTraits {
     float q_read[kOutput ? kHeadRows : 0];
     float decay[kChannelGate ? kKeyDim : 0];
   };
+  struct alignas(16) ChunkFlag {
+    int hard;  // the low halves are in the next stage, or ready to be read
+  };
+  struct Low {
+    Element n[kImage], p[kImage];
+    Element v_new[kKeep_ ? 0 : kKeyTile];  // V' in the meantime; else the place of the entering states serves
+  };
   static constexpr int kRowsBytes = kChannelGate ? kRows * 4 : (kReadP ? 6 : 5) * kRows * 4;
   static constexpr int kBytes = kKeyTile * 2 * (1 + kChannelGate + kOutput) + kImageBytes * (kReadP ? 3 : 2) +
-                                kRowsBytes + (kChannelGate ? kKeyDim * 4 : 0);
+                                kRowsBytes + (kChannelGate ? kKeyDim * 4 : 0) +
+                                (kInCluster ? static_cast<int>(sizeof(ChunkFlag)) : 0);
   static constexpr int kLowBytes = kImageBytes * (kReadP ? 2 : 1) + (kChannelGate ? kKeyTile * 2 : 0);
 
   struct Storage {
@@ -72,9 +83,11 @@ struct StatePassTraits {
     alignas(1024) Element out[kOutput ? kImage : 0];    // O on the way out
     alignas(1024) Element v_new[kKeep ? kImage : 0];    // V' on the way out
     alignas(1024) Element state[kKeep ? kKeyTile : 0];  // entering states on the way out
+    alignas(1024) Low low[kLowApart];
     StageRows rows[kStages];
-    bool hard[kStages];    // the low halves are in the next stage
+    ChunkFlag flag[kStages];
     Ring<kStages> ring;    // tiles: loading warp -> chain
+    Ring<1> ring_low;      // low halves that are apart: asked for by the chain itself
     Ring<kStages> ring_p;  // P, if computed: `full` only, `empty` is that of `ring`
     Ring<1> ring_out;      // O: chain -> storing warp
     Ring<1> ring_v_new;    // V': chain -> the thread that stores it
@@ -125,9 +138,10 @@ struct ChunkNews {
   }
 };
 
-template <class Traits>
+// Calls asked(chunk) when a stage waits for what it brings, and what in a cluster others send there.
+template <class Traits, class Asked>
 __device__ void load(typename Traits::Storage& s, const TokenMaps& maps, const StatePassArgs& a,
-                     const Sequence& sequence, int64_t head, int first_value) {
+                     const Sequence& sequence, int64_t head, int first_value, const Asked& asked) {
   using Element = typename Traits::Element;
   constexpr int kKeyDim = Traits::kKeyDim;
   const int head_k = static_cast<int>(head / (a.in.value_heads / a.in.heads));
@@ -135,7 +149,7 @@ __device__ void load(typename Traits::Storage& s, const TokenMaps& maps, const S
   ChunkNews news(a, sequence, head);
   RingIndex<Traits::kStages> at;
   for (int c = 0; c < chunks; ++c) {
-    const bool hard = news.wait(c) && Traits::kMayBeHard && a.scratch.hard != nullptr;
+    const bool hard = !Traits::kInCluster && news.wait(c) && Traits::kMayBeHard && a.scratch.hard != nullptr;
     s.ring.wait_empty(at);
     if (threadIdx.x % 32 != 0) {
       at.advance();
@@ -144,8 +158,9 @@ __device__ void load(typename Traits::Storage& s, const TokenMaps& maps, const S
       at.advance();
       continue;
     }
-    s.hard[at.stage] = hard;
+    if constexpr (!Traits::kInCluster) s.flag[at.stage].hard = hard;
     s.ring.expect_bytes(at, Traits::kBytes);
+    asked(c);
     auto& stage = s.stage[at.stage];
     uint64_t* full = &s.ring.full[at.stage];
     const int64_t token = sequence.begin + static_cast<int64_t>(c) * kRows;
@@ -158,8 +173,12 @@ __device__ void load(typename Traits::Storage& s, const TokenMaps& maps, const S
     } else {
       load_tokens<kKeyDim>(maps.k, full, stage.k, 0, token, head_k, sequence.batch);
     }
-    const ChunkRows* rows = a.scratch.rows + chunk;
-    copy_in(&s.rows[at.stage], Traits::kChannelGate ? rows->beta : rows->G, Traits::kRowsBytes, full);
+    if constexpr (!Traits::kInCluster) {
+      const ChunkRows* rows = a.scratch.rows + chunk;
+      copy_in(&s.rows[at.stage], Traits::kChannelGate ? rows->beta : rows->G, Traits::kRowsBytes, full);
+      copy_in(stage.n, image(a.scratch.N, 1), kImageBytes, full);
+      if constexpr (Traits::kReadP) copy_in(stage.p, image(a.scratch.P, 1), kImageBytes, full);
+    }
     if constexpr (Traits::kOutput) {
       if constexpr (Traits::kChannelGate) {
         copy_in(stage.q, image(a.scratch.Qh, Traits::kKeyImages), Traits::kKeyTile * 2, full);
@@ -169,12 +188,10 @@ __device__ void load(typename Traits::Storage& s, const TokenMaps& maps, const S
     }
     load_tokens<kImageColumns>(maps.v, full, stage.v, first_value, token, static_cast<int>(head),
                                sequence.batch);
-    copy_in(stage.n, image(a.scratch.N, 1), kImageBytes, full);
     if constexpr (Traits::kChannelGate) {
       copy_in(stage.k_write, image(a.scratch.Kt, Traits::kKeyImages), Traits::kKeyTile * 2, full);
       copy_in(s.rows[at.stage].decay, a.scratch.decay + chunk * kKeyDim, kKeyDim * 4, full);
     }
-    if constexpr (Traits::kReadP) copy_in(stage.p, image(a.scratch.P, 1), kImageBytes, full);
     at.advance();
     if (!hard) continue;
     s.ring.wait_empty(at);
@@ -320,7 +337,8 @@ __device__ void mix(typename Traits::Storage& s, const StatePassArgs& a, const S
     store_rows(stage.p, warp, words);
     cutlass::arch::fence_view_async_shared();
     __syncwarp();
-    const bool two_stages = Traits::kMayBeHard && s.hard[at.stage];  // always false where the chain is lean
+    const bool two_stages =
+        Traits::kMayBeHard && s.flag[at.stage].hard != 0;  // always false where the chain is lean
     if (lane == 0) s.ring_p.arrive_full(at);
     at.advance();
     if (two_stages) {  // the next stage has the low halves

@@ -25,7 +25,8 @@ class Pass:
     backend: str | None = None
     """``"hopper"``, ``"portable"`` or ``"cpu"``; None: refused."""
     kernels: tuple[str, ...] = ()
-    """In the order of their launches."""
+    """In the order of their launches. ``head_cluster_sm90`` takes the place of ``prepare_sm90`` and ``state_pass_sm90``
+    where shapes and the clusters that the device runs at once make it faster."""
     because: str | None = None
     """Why the portable kernels run although nobody asked for them."""
     refused: str | None = None
