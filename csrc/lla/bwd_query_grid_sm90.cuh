@@ -18,15 +18,22 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   bwd_query_roles<Traits>(s, a, block);
 }
 
-template <int kHeadDim>
-int bwd_query_grid_sm90<kHeadDim>::run(const BwdSm90Args& a, const Grid& grid, void* stream) {
-  using Traits = QueryTraits<kHeadDim, true>;
+template <class Traits>
+int launch_bwd_query_grid(const BwdSm90Args& a, const Grid& grid, void* stream) {
   constexpr int kShared = sizeof(typename Traits::Storage);
   if (const cudaError_t e = allow_shared_memory(bwd_query_grid_kernel<Traits>, kShared)) return e;
   const int blocks = a.problem.query_blocks() * a.problem.batch * a.problem.heads;
   bwd_query_grid_kernel<Traits>
       <<<blocks, Traits::kThreads, kShared, static_cast<cudaStream_t>(stream)>>>(a, grid);
   return cudaGetLastError();
+}
+
+template <int kHeadDim>
+int bwd_query_grid_sm90<kHeadDim>::run(const BwdSm90Args& a, const Grid& grid, void* stream) {
+  if constexpr (resident_tiles(kHeadDim) > 0) {
+    if (a.problem.resident) return launch_bwd_query_grid<QueryTraits<kHeadDim, true, true>>(a, grid, stream);
+  }
+  return launch_bwd_query_grid<QueryTraits<kHeadDim, true>>(a, grid, stream);
 }
 
 }  // namespace nearfield::lla

@@ -16,8 +16,10 @@ template <class Traits>
 __device__ __forceinline__ void bwd_query_consume(typename Traits::Storage& s, const BwdSm90Args& a,
                                                   const QueryBlock& block) {
   constexpr int kD = Traits::kHeadDim, kQuads = Traits::kQuads;
+  constexpr bool kResident = Traits::kResident;
   using Tile = QueryTile<Traits>;
   const QueryProblem& p = a.problem;
+  const bool solves = kResident || a.solve;
   Tile tile(s, p, block);
   const int q_head = block.batch * p.heads + block.head, kv_head = block.batch * p.kv_heads + block.kv_head;
   const float k_unit = operand_unit(p.k, kv_head),
@@ -33,13 +35,18 @@ __device__ __forceinline__ void bwd_query_consume(typename Traits::Storage& s, c
   tile.sync();
 
   Tensor v = tile.make_sum();
+  // With resident weights the kept mean keys have the place of dO and y, during the solve alone.
   const MeanKeys<Traits> kbar{tile, a.kbar, 1.f / k_unit};
-  if constexpr (Traits::kSizes.kKeepKbar) {
-    float4 means[kQuads];
-    kbar.read(means);
-    CUTE_UNROLL
-    for (int j = 0; j < kQuads; ++j) *kbar.kept(j) = means[j];
-  }
+  const MeanKeys<Traits, Traits::kSizes.kKeepKbar && !kResident> kbar_of_last{tile, a.kbar, 1.f / k_unit};
+  const auto keep_means = [&] {
+    if constexpr (Traits::kSizes.kKeepKbar) {
+      float4 means[kQuads];
+      kbar.read(means);
+      CUTE_UNROLL
+      for (int j = 0; j < kQuads; ++j) *kbar.kept(j) = means[j];
+    }
+  };
+  if constexpr (!kResident) keep_means();
   float lse[2], d_inverse[2];  // 1 over the unit of a row of dO
   CUTE_UNROLL
   for (int i = 0; i < 2; ++i) {
@@ -74,6 +81,7 @@ __device__ __forceinline__ void bwd_query_consume(typename Traits::Storage& s, c
       },
       [&](int t) {
         tile.exponentials(tSrS, t);
+        if constexpr (kResident) tile.keep(tSrS, t - tile.tiles.begin);
         CUTE_UNROLL
         for (int e = 0; e < tile.kScores; ++e) omega[tile.row_of(e)] += tSrS(e);
       },
@@ -87,6 +95,10 @@ __device__ __forceinline__ void bwd_query_consume(typename Traits::Storage& s, c
         }
       },
       [] {});
+  if constexpr (kResident) {
+    tile.sync();  // dO has been read
+    keep_means();
+  }
   tile.add_over_row(omega);
   tile.add_over_row(gbar);
   float inverse_omega[2];
@@ -122,10 +134,10 @@ __device__ __forceinline__ void bwd_query_consume(typename Traits::Storage& s, c
   tile.sync();  // dO has been read: the solver's x takes its place
 
   // ---- y; D_i = lam_i x_i.y_i + x_i.e_i, or x_i.h_i for a given x ----
-  const RowRidge ridge = a.solve ? load_ridge(tile, a.ridge, lse, k_unit) : RowRidge{};
+  const RowRidge ridge = solves ? load_ridge(tile, a.ridge, lse, k_unit) : RowRidge{};
   ConjugateGradient<Traits, MeanKeys<Traits>> cg{
       tile, kbar, ridge, {inverse_omega[0], inverse_omega[1]}, 0.f};
-  if (a.solve) {
+  if (solves) {
     solve(tile, cg, v, a.tol, a.max_iters);
   } else {
     CUTE_UNROLL
@@ -152,9 +164,9 @@ __device__ __forceinline__ void bwd_query_consume(typename Traits::Storage& s, c
       const int i = tile.row_of(e);
       const float product = v(e) * cg.get(y, e % 4);
       xy[i] += product;
-      ridge_term[i] += (a.solve ? ridge.at(i, tile.column_of(e)) : 0.f) * product;
+      ridge_term[i] += (solves ? ridge.at(i, tile.column_of(e)) : 0.f) * product;
       rest[i] += v(e) * cg.get(r, e % 4);
-      if (a.solve && a.ridge.channels > 1 && tile.inside[i] && tile.column_of(e) < p.d)
+      if (solves && a.ridge.channels > 1 && tile.inside[i] && tile.column_of(e) < p.d)
         a.dlam[tile.output_row(i) * p.d + tile.column_of(e)] = lam_factor[i] * product;
     }
   }
@@ -167,14 +179,14 @@ __device__ __forceinline__ void bwd_query_consume(typename Traits::Storage& s, c
     d_lse[i] = a.ridge.absolute ? ridge_term[i] * h_unit[i] : 0.f;
     d_sum[i] = (ridge_term[i] + rest[i]) * h_unit[i] - d_lse[i];
     if (!tile.inside[i] || tile.quad != 0) continue;
-    if (a.solve && a.ridge.channels == 1) a.dlam[tile.output_row(i)] = lam_factor[i] * xy[i];
+    if (solves && a.ridge.channels == 1) a.dlam[tile.output_row(i)] = lam_factor[i] * xy[i];
     a.row_sums[tile.output_row(i)] = {gbar[i] * d_unit[i], d_sum[i] * d_unit[i],
                                       kWeightUnit * inverse_omega[i]};
   }
 
   // ---- dq = scale sum_j dS_ij k_j + y; dS = p (a r - D), where r is one chain of products [dO, -y] [V, K]^T
   // ----
-  const auto means = kbar.gather();
+  const auto means = kbar_of_last.gather();
   const SplitRows x(tile, v, means);
   {
     // Rows that see one key are blanked in the operand.
@@ -182,8 +194,13 @@ __device__ __forceinline__ void bwd_query_consume(typename Traits::Storage& s, c
                                                       tile.lone(1) ? 0.f : x.largest[1] * inverse};
     note_largest(a.x_tiles.largest + q_head, fmaxf(largest[0], largest[1]));
   }
-  tile.sync();  // everyone has read its part of the residual
-  x.store(tile, sX, sXlow, v);
+  Tensor tSrX = make_tensor<half>(accumulator_as_a(v.layout())), tSrXlow = make_fragment_like(tSrX);
+  if constexpr (kResident) {
+    x.split(v, tSrX, tSrXlow);
+  } else {
+    tile.sync();  // everyone has read its part of the residual
+    x.store(tile, sX, sXlow, v);
+  }
   CUTE_UNROLL
   for (int j = 0; j < kQuads; ++j) {
     const float4 y = cg.x(j);
@@ -227,29 +244,56 @@ __device__ __forceinline__ void bwd_query_consume(typename Traits::Storage& s, c
     offset[i] = one[i] * y_inverse[i] * d_sum[i];
   }
   Tensor tSrT = tile.make_scores();
-  const auto tSrX = tile.resident(sX), tSrXlow = tile.resident(sXlow), tSrY = tile.resident(sY);
+  const auto tSrY = tile.resident(sY);
   WeightSums dq_sum;
-  tile.template sweep<Stream::kPairsSumKeys, 5>(
-      v, dq_sum, tSrS,
-      [&](int key, int value) {
-        issue_gemm<true>(tile.mma_s, tSrQ, tile.staged_keys(key), tSrS);
-        issue_gemm<true>(tile.mma_s, tSrX, tile.staged_keys(key), tSrT);
-        issue_gemm<false>(tile.mma_s, tSrXlow, tile.staged_keys(key), tSrT);
-        issue_gemm<true>(tile.mma_s, tSrDo, tile.staged_keys(value), tSrR);
-        issue_gemm<false>(tile.mma_s, tSrY, tile.staged_keys(key), tSrR);
-      },
-      [&](int t) { tile.exponentials(tSrS, t); },
-      [&] {
-        warpgroup_fence_operand(tSrT);
-        warpgroup_fence_operand(tSrR);
-        CUTE_UNROLL
-        for (int e = 0; e < tile.kScores; ++e) {
-          const int i = tile.row_of(e);
-          const float slopes = fmaf(tSrT(e) - x.mean[i], slope[i], one[i]);
-          tSrS(e) *= fmaf(slopes, tSrR(e) - rbar[i], -offset[i]);
-        }
-      },
-      [] {});
+  const auto issue_r = [&](int key, int value) {
+    issue_gemm<true>(tile.mma_s, tSrDo, tile.staged_keys(value), tSrR);
+    issue_gemm<false>(tile.mma_s, tSrY, tile.staged_keys(key), tSrR);
+  };
+  const auto ds_over_p = [&](int e) {
+    const int i = tile.row_of(e);
+    const float slopes = fmaf(tSrT(e) - x.mean[i], slope[i], one[i]);
+    return fmaf(slopes, tSrR(e) - rbar[i], -offset[i]);
+  };
+  if constexpr (kResident) {
+    tile.template sweep<Stream::kPairsSumKeys, 4, true>(
+        v, dq_sum, tSrT,
+        [&](int key, int value) {
+          issue_gemm<true>(tile.mma_direction, tSrX, tile.staged_keys(key), tSrT);
+          issue_gemm<false>(tile.mma_direction, tSrXlow, tile.staged_keys(key), tSrT);
+          issue_r(key, value);
+        },
+        [](int) {},
+        [&] {
+          warpgroup_fence_operand(tSrT);
+          warpgroup_fence_operand(tSrR);
+          CUTE_UNROLL
+          for (int e = 0; e < tile.kScores; e += 2) {
+            const float2 weight = tile.recalled_pair(e);
+            tSrT(e) = weight.x * ds_over_p(e);
+            tSrT(e + 1) = weight.y * ds_over_p(e + 1);
+          }
+        },
+        [] {});
+  } else {
+    const auto tSsX = tile.resident(sX), tSsXlow = tile.resident(sXlow);
+    tile.template sweep<Stream::kPairsSumKeys, 5>(
+        v, dq_sum, tSrS,
+        [&](int key, int value) {
+          issue_gemm<true>(tile.mma_s, tSrQ, tile.staged_keys(key), tSrS);
+          issue_gemm<true>(tile.mma_s, tSsX, tile.staged_keys(key), tSrT);
+          issue_gemm<false>(tile.mma_s, tSsXlow, tile.staged_keys(key), tSrT);
+          issue_r(key, value);
+        },
+        [&](int t) { tile.exponentials(tSrS, t); },
+        [&] {
+          warpgroup_fence_operand(tSrT);
+          warpgroup_fence_operand(tSrR);
+          CUTE_UNROLL
+          for (int e = 0; e < tile.kScores; ++e) tSrS(e) *= ds_over_p(e);
+        },
+        [] {});
+  }
   // sum_j dS_ij k_j = sum_j dS_ij (k_j - kbar_i) + d_lse_i kbar_i
   float dq_factor[2], row_sum[2];
   const float y_factor = -gam_unit / k_unit;
@@ -259,7 +303,7 @@ __device__ __forceinline__ void bwd_query_consume(typename Traits::Storage& s, c
     row_sum[i] = dq_sum[i] - weight_unit * d_lse[i];
     dq_factor[i] = p.scale * k_unit * gam_unit * d_unit[i] / weight_unit;
   }
-  const auto means_of_dq = kbar.gather();
+  const auto means_of_dq = kbar_of_last.gather();
   CUTE_UNROLL
   for (int j = 0; j < kQuads; ++j) {
     const float4 mean = means_of_dq(j);
@@ -306,14 +350,21 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   bwd_query_roles<Traits>(s, a, QueryBlock(a.problem, blockIdx.x));
 }
 
-template <int kHeadDim>
-int bwd_query_sm90<kHeadDim>::run(const BwdSm90Args& a, void* stream) {
-  using Traits = QueryTraits<kHeadDim>;
+template <class Traits>
+int launch_bwd_query(const BwdSm90Args& a, void* stream) {
   constexpr int kShared = sizeof(typename Traits::Storage);
   if (const cudaError_t e = allow_shared_memory(bwd_query_kernel<Traits>, kShared)) return e;
   const int grid = a.problem.query_blocks() * a.problem.batch * a.problem.heads;
   bwd_query_kernel<Traits><<<grid, Traits::kThreads, kShared, static_cast<cudaStream_t>(stream)>>>(a);
   return cudaGetLastError();
+}
+
+template <int kHeadDim>
+int bwd_query_sm90<kHeadDim>::run(const BwdSm90Args& a, void* stream) {
+  if constexpr (resident_tiles(kHeadDim) > 0) {
+    if (a.problem.resident) return launch_bwd_query<QueryTraits<kHeadDim, false, true>>(a, stream);
+  }
+  return launch_bwd_query<QueryTraits<kHeadDim>>(a, stream);
 }
 
 }  // namespace nearfield::lla

@@ -115,20 +115,27 @@ inline const int64_t* bounds_of(const Packing& packing) {
   return static_cast<const int64_t*>(packing->const_data_ptr());
 }
 
-// The grid of an operator's argument `grid`: sizes, windows, strides, dilations, causal, sides of a box,
-// three of each; empty: none. Rows are in the order of boxes.
-inline Grid check_grid(const char* op, const std::vector<int64_t>& given, const Packing& packing,
-                       const Tensor& q, const Tensor& k) {
+// An operator's argument `grid`: sizes, windows, strides, dilations, causal, sides of a box, three of each;
+// empty: none.
+inline Grid grid_of(const char* op, const std::vector<int64_t>& given) {
   Grid g{};
   if (given.empty()) return g;
   STD_TORCH_CHECK(given.size() == 18, op, ": grid has ", given.size(), " entries, expected 0 or 18");
-  STD_TORCH_CHECK(!packing, op, ": cu_seqlens and grid exclude each other");
   int* const fields[6] = {g.size, g.window, g.stride, g.dilation, g.causal, g.side};
   for (int i = 0; i < 18; ++i) {
     STD_TORCH_CHECK(given[i] >= (i / 3 == 4 ? 0 : 1) && given[i] < INT32_MAX / 2, op, ": grid[", i, "] is ",
                     given[i]);
     fields[i / 3][i % 3] = static_cast<int>(given[i]);
   }
+  return g;
+}
+
+// The same, checked against the tensors, whose rows are in the order of boxes.
+inline Grid check_grid(const char* op, const std::vector<int64_t>& given, const Packing& packing,
+                       const Tensor& q, const Tensor& k) {
+  const Grid g = grid_of(op, given);
+  if (!g.given()) return g;
+  STD_TORCH_CHECK(!packing, op, ": cu_seqlens and grid exclude each other");
   for (int d = 0; d < 3; ++d)
     STD_TORCH_CHECK((g.side[d] & (g.side[d] - 1)) == 0 && g.stride[d] <= g.window[d] &&
                         given[3 + d] * given[9 + d] <= given[d],

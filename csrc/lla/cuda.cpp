@@ -288,6 +288,7 @@ Fwd fwd_cuda(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor&
   args.grid = grid;
   args.problem = make_query_problem(op, q, k, v, packing, scale, is_causal, window, false, operands);
   operands.write(q.scalar_type(), stream);
+  args.problem.resident = keeps_weights(plan, args.problem.visible, packing.has_value(), grid);
   args.solve = true;
   args.ridge = make_ridge<float>(lam, absolute);
   args.tol = static_cast<float>(tol);
@@ -382,6 +383,7 @@ std::array<Tensor, 5> backward(const char* op, const Tensor& d_o_, const Tensor&
   args.problem = make_query_problem(op, q, k, v, packing, scale, is_causal, window, true, operands);
   args.d_o = operands.add(d_o, 2 * kTileRows);
   operands.write(dtype, stream);
+  args.problem.resident = lam && keeps_weights(plan, args.problem.visible, packing.has_value(), grid);
   args.solve = lam != nullptr;
   if (lam) args.ridge = make_ridge<float>(*lam, absolute);
   args.tol = static_cast<float>(tol);

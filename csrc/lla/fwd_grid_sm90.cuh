@@ -18,14 +18,21 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   fwd_roles<Traits>(s, a, block);
 }
 
-template <int kHeadDim>
-int fwd_grid_sm90<kHeadDim>::run(const FwdSm90Args& a, const Grid& grid, void* stream) {
-  using Traits = QueryTraits<kHeadDim, true>;
+template <class Traits>
+int launch_fwd_grid(const FwdSm90Args& a, const Grid& grid, void* stream) {
   constexpr int kShared = sizeof(typename Traits::Storage);
   if (const cudaError_t e = allow_shared_memory(fwd_grid_kernel<Traits>, kShared)) return e;
   const int blocks = a.problem.query_blocks() * a.problem.batch * a.problem.heads;
   fwd_grid_kernel<Traits><<<blocks, Traits::kThreads, kShared, static_cast<cudaStream_t>(stream)>>>(a, grid);
   return cudaGetLastError();
+}
+
+template <int kHeadDim>
+int fwd_grid_sm90<kHeadDim>::run(const FwdSm90Args& a, const Grid& grid, void* stream) {
+  if constexpr (resident_tiles(kHeadDim) > 0) {
+    if (a.problem.resident) return launch_fwd_grid<QueryTraits<kHeadDim, true, true>>(a, grid, stream);
+  }
+  return launch_fwd_grid<QueryTraits<kHeadDim, true>>(a, grid, stream);
 }
 
 }  // namespace nearfield::lla

@@ -8,10 +8,55 @@
 
 namespace nearfield::lla {
 
+// Sums of the rounded weights that also leave them in shared memory, beside the shift they were made with: a
+// thread keeps its own where its mean keys will be.
+template <class Traits>
+struct KeptWeightSums : WeightSums {
+  QueryTile<Traits>& tile;
+  int count = 0;  // tiles
+
+  __device__ __forceinline__ explicit KeptWeightSums(QueryTile<Traits>& tile_) : tile(tile_) {}
+  __device__ __forceinline__ float2& shift(int n) {
+    return reinterpret_cast<float2*>(&tile.s.x[tile.warpgroup][n / 2 * 128 + tile.thread % 128])[n % 2];
+  }
+  template <class Weights>
+  __device__ __forceinline__ void add(const Weights& weights) {
+    WeightSums::add(weights);
+    const auto words = recast<uint32_t>(weights);
+    CUTE_UNROLL
+    for (int w = 0; w < 4; ++w)
+      tile.kept(count, w) = {words(4 * w), words(4 * w + 1), words(4 * w + 2), words(4 * w + 3)};
+    shift(count) = {tile.shift[0], tile.shift[1]};
+    ++count;
+  }
+  // All to the last shift. Shifts are integers, so this changes no digit of a weight above 2^-14.
+  __device__ __forceinline__ void finish() {
+    for (int n = 0; n < count; ++n) {
+      const float2 then = shift(n);
+      const __half2 factor[2] = {__float2half2_rn(exp2_approx(fminf(then.x - tile.shift[0], 0.f))),
+                                 __float2half2_rn(exp2_approx(fminf(then.y - tile.shift[1], 0.f)))};
+      const auto scale = [](uint32_t& word, __half2 by) {
+        const __half2 scaled = __hmul2(reinterpret_cast<const __half2&>(word), by);
+        word = reinterpret_cast<const uint32_t&>(scaled);
+      };
+      CUTE_UNROLL
+      for (int w = 0; w < 4; ++w) {
+        uint4 words = tile.kept(n, w);
+        scale(words.x, factor[0]);
+        scale(words.y, factor[1]);
+        scale(words.z, factor[0]);
+        scale(words.w, factor[1]);
+        tile.kept(n, w) = words;
+      }
+    }
+  }
+};
+
 template <class Traits>
 __device__ __forceinline__ void fwd_consume(typename Traits::Storage& s, const FwdSm90Args& a,
                                             const QueryBlock& block) {
-  constexpr int kD = Traits::kHeadDim, kQuads = Traits::kQuads;
+  constexpr int kQuads = Traits::kQuads;
+  constexpr bool kResident = Traits::kResident;
   using Tile = QueryTile<Traits>;
   const QueryProblem& p = a.problem;
   Tile tile(s, p, block);
@@ -28,7 +73,14 @@ __device__ __forceinline__ void fwd_consume(typename Traits::Storage& s, const F
 
   // ---- Statistics: row max, omega = sum_j w_ij, kbar = sum_j w_ij k_j / omega ----
   float top[2] = {-INFINITY, -INFINITY}, omega[2] = {0.f, 0.f}, shrink[2];
-  WeightSums rounded_omega;
+  const auto make_sums = [&] {
+    if constexpr (kResident) {
+      return KeptWeightSums<Traits>(tile);
+    } else {
+      return WeightSums{};
+    }
+  };
+  auto rounded_omega = make_sums();
   const auto tSrQ = tile.resident(sQ);
   tile.template sweep<Stream::kKeys, 1>(
       v, rounded_omega, tSrS,
@@ -44,6 +96,8 @@ __device__ __forceinline__ void fwd_consume(typename Traits::Storage& s, const F
         tile.max_over_row(highest);
         CUTE_UNROLL
         for (int i = 0; i < 2; ++i) {
+          // The weight of a lone key is one, so that its mean is the key.
+          if (kResident && !tile.lone(i)) highest[i] = ceilf(highest[i]);
           // A row that has seen no key has maximum -inf; -inf - -inf would be NaN.
           tile.shift[i] = highest[i] == -INFINITY ? 0.f : highest[i];
           shrink[i] = exp2_approx(top[i] - tile.shift[i]);
@@ -65,14 +119,16 @@ __device__ __forceinline__ void fwd_consume(typename Traits::Storage& s, const F
         rounded_omega.scale(shrink);
       });
   tile.add_over_row(omega);
+  if constexpr (kResident) rounded_omega.finish();
   float inverse_omega[2], lse[2];
   const MeanKeys<Traits> kbar{tile, a.kbar, 1.f / k_unit};
   CUTE_UNROLL
   for (int i = 0; i < 2; ++i) {
     const bool sees = omega[i] != 0.f;
-    inverse_omega[i] = sees ? 1.f / omega[i] : 0.f;
     lse[i] = sees ? (tile.shift[i] + log2f(omega[i])) * kLn2 : -INFINITY;
     const float inverse = sees ? 1.f / rounded_omega[i] : 0.f;
+    // All passes have the rounded weights if those are resident, else only the first.
+    inverse_omega[i] = kResident ? inverse : sees ? 1.f / omega[i] : 0.f;
     CUTE_UNROLL
     for (int e = 0; e < 4 * kQuads; ++e)
       if (tile.row_of(e) == i) v(e) *= inverse;
@@ -85,7 +141,7 @@ __device__ __forceinline__ void fwd_consume(typename Traits::Storage& s, const F
   store_rows(tile, a.kbar, p.d, v, {k_unit, k_unit});
 
   // ---- x, in `v` ----
-  if (a.solve) {
+  if (kResident || a.solve) {
     // g = q - kbar
     const float q_factor = q_unit / k_unit;
     CUTE_UNROLL
@@ -123,13 +179,8 @@ __device__ __forceinline__ void fwd_consume(typename Traits::Storage& s, const F
 
   // ---- Readout: o = sum_j w_ij (1 + x.(k_j - kbar)) v_j / omega, with x in two terms, or in one that holds
   // all bits of a 16-bit x ----
-  const bool two_terms = a.given_16bit.data == nullptr;
+  const bool two_terms = kResident || a.given_16bit.data == nullptr;
   const SplitRows x(tile, v, kbar.gather(), two_terms);
-  half *high = reinterpret_cast<half*>(s.r[tile.warpgroup]), *low = high + Traits::kElements;
-  tile.sync();  // everyone has read its part of r
-  x.store(tile, high, low, v);
-  tile.sync();
-
   // The weights are divided by the unit of x where that is above one, so that they stay inside the range of
   // fp16.
   float one[2], slope[2], factor[2];
@@ -140,8 +191,35 @@ __device__ __forceinline__ void fwd_consume(typename Traits::Storage& s, const F
     factor[i] = v_unit * inverse_omega[i] / one[i];
   }
   Tensor tSrT = tile.make_scores();
-  const auto tSrHigh = tile.resident(high), tSrLow = tile.resident(low);
   NoWeightSums none;
+  if constexpr (kResident) {
+    Tensor tSrHigh = make_tensor<half>(accumulator_as_a(v.layout())), tSrLow = make_fragment_like(tSrHigh);
+    x.split(v, tSrHigh, tSrLow);
+    const auto weigh = [&] {
+      warpgroup_fence_operand(tSrT);
+      CUTE_UNROLL
+      for (int e = 0; e < tile.kScores; e += 2) {
+        const int i = tile.row_of(e);
+        const float2 weight = tile.recalled_pair(e);
+        tSrT(e) = weight.x * fmaf(tSrT(e) - x.mean[i], slope[i], one[i]);
+        tSrT(e + 1) = weight.y * fmaf(tSrT(e + 1) - x.mean[i], slope[i], one[i]);
+      }
+    };
+    tile.template sweep<Stream::kPairsSumValues, 2, true>(
+        v, none, tSrT,
+        [&](int stage, int) {
+          issue_gemm<true>(tile.mma_direction, tSrHigh, tile.staged_keys(stage), tSrT);
+          issue_gemm<false>(tile.mma_direction, tSrLow, tile.staged_keys(stage), tSrT);
+        },
+        [](int) {}, weigh, [] {});
+    store_rows_16bit(tile, a.is_bf16, a.o, p.dv, v, factor);
+    return;
+  }
+  half *high = reinterpret_cast<half*>(s.r[tile.warpgroup]), *low = high + Traits::kElements;
+  tile.sync();  // everyone has read its part of r
+  x.store(tile, high, low, v);
+  tile.sync();
+  const auto tSrHigh = tile.resident(high), tSrLow = tile.resident(low);
   const auto exponentials = [&](int t) { tile.exponentials(tSrS, t); };
   const auto weigh = [&] {
     warpgroup_fence_operand(tSrT);
@@ -200,14 +278,21 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) fwd_kernel(const __grid_c
   fwd_roles<Traits>(s, a, QueryBlock(a.problem, blockIdx.x));
 }
 
-template <int kHeadDim>
-int fwd_sm90<kHeadDim>::run(const FwdSm90Args& a, void* stream) {
-  using Traits = QueryTraits<kHeadDim>;
+template <class Traits>
+int launch_fwd(const FwdSm90Args& a, void* stream) {
   constexpr int kShared = sizeof(typename Traits::Storage);
   if (const cudaError_t e = allow_shared_memory(fwd_kernel<Traits>, kShared)) return e;
   const int grid = a.problem.query_blocks() * a.problem.batch * a.problem.heads;
   fwd_kernel<Traits><<<grid, Traits::kThreads, kShared, static_cast<cudaStream_t>(stream)>>>(a);
   return cudaGetLastError();
+}
+
+template <int kHeadDim>
+int fwd_sm90<kHeadDim>::run(const FwdSm90Args& a, void* stream) {
+  if constexpr (resident_tiles(kHeadDim) > 0) {
+    if (a.problem.resident) return launch_fwd<QueryTraits<kHeadDim, false, true>>(a, stream);
+  }
+  return launch_fwd<QueryTraits<kHeadDim>>(a, stream);
 }
 
 }  // namespace nearfield::lla

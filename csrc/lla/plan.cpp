@@ -5,7 +5,8 @@
 #include <vector>
 
 #include "architectures.h"
-#include "lla/grid.h"
+#include "lla/checks.h"
+#include "lla/tiles.h"
 #include "nearfield/tile_plan.h"
 
 namespace nearfield::lla {
@@ -86,6 +87,50 @@ std::string hopper_refuses(int capability, ScalarType dtype, int64_t d, int64_t 
   return why.str();
 }
 
+namespace {
+
+// The most tiles of keys that any tile of queries sees, or more.
+int64_t most_tiles_seen(const Visibility& visible, bool packed) {
+  const auto tile_of = [](int64_t key) {  // of a key that may lie before the first
+    return key >= 0 ? key / kBoxRows : -((-key + kBoxRows - 1) / kBoxRows);
+  };
+  const int64_t window = visible.window, shift = packed ? 0 : int64_t{visible.n} - visible.m;
+  // A tile of queries away from all ends: how far before its first and behind its last query it sees. At the
+  // ends of a packed sequence windows reach to either side.
+  const int64_t rows = std::min<int64_t>(visible.m, kBoxRows);
+  const int64_t before = visible.causal || packed ? window - 1 : window / 2;
+  const int64_t behind = visible.causal ? 0 : packed ? window - 1 : window - 1 - window / 2;
+  const int64_t first = shift - tile_of(shift) * kBoxRows;
+  int64_t most = tile_of(first + rows - 1 + behind) - tile_of(first - before) + 1;
+  // The last window of all begins where it must to end with the keys.
+  if (!visible.causal) most = std::max(most, tile_of(visible.n - 1) - tile_of(visible.n - window) + 1);
+  return std::min(most, tile_of(visible.n - 1) + 1);
+}
+
+int64_t most_tiles_seen(const Grid& grid) {
+  int64_t product = 1;
+  for (int d = 0; d < 3; ++d) {
+    int most = 0;
+    const Axis axis{grid.size[d], grid.window[d], grid.stride[d], grid.dilation[d], grid.causal[d] != 0};
+    for_each_group(axis, [&](const Window& window, int) {
+      for (int first = 0; first < window.length; first += grid.side[d]) {
+        const int last = std::min(first + grid.side[d], window.length) - 1;
+        most = std::max(most, key_tiles(window, first, last, grid.side[d], Placement::kGrid).count);
+      }
+    });
+    product *= most;
+  }
+  return product;
+}
+
+}  // namespace
+
+bool keeps_weights(const Plan& plan, const Visibility& visible, bool packed, const Grid& grid) {
+  if (plan.portable) return false;
+  return (grid.given() ? most_tiles_seen(grid) : most_tiles_seen(visible, packed)) <=
+         resident_tiles(plan.head_dim);
+}
+
 Plan choose_plan(const char* op, ScalarType dtype, int64_t d, int64_t dv, int capability,
                  const std::optional<std::string>& backend) {
   Plan plan;
@@ -115,12 +160,18 @@ Plan choose_plan(const char* op, ScalarType dtype, int64_t d, int64_t dv, int ca
 
 namespace {
 
-// For explain: "hopper 64", or "portable 64 <why>".
-std::string lla_plan(Tensor q, Tensor v, int64_t capability, std::optional<std::string> backend) {
+// For explain: "hopper 64 kept" or "hopper 64 recomputed", which the weights are; or "portable 64 <why>".
+std::string lla_plan(Tensor q, Tensor k, Tensor v, int64_t capability, bool packed, bool is_causal,
+                     std::optional<int64_t> window, std::vector<int64_t> grid,
+                     std::optional<std::string> backend) {
   const Plan plan =
       choose_plan("lla", q.scalar_type(), q.sizes()[3], v.sizes()[3], static_cast<int>(capability), backend);
-  return std::string(plan.portable ? "portable " : "hopper ") + std::to_string(plan.head_dim) +
-         (plan.because.empty() ? "" : " " + plan.because);
+  const std::string dim = std::to_string(plan.head_dim);
+  if (plan.portable) return "portable " + dim + (plan.because.empty() ? "" : " " + plan.because);
+  const int64_t m = q.sizes()[1], n = k.sizes()[1];
+  const auto visible = Visibility::make(m, n, window_or_all(window, n), is_causal);
+  const bool kept = keeps_weights(plan, visible, packed, grid_of("lla", grid));
+  return "hopper " + dim + (kept ? " kept" : " recomputed");
 }
 
 // The box of a grid whose tiles of queries see the fewest tiles of keys.
@@ -151,7 +202,9 @@ std::string slower_because(int64_t capability, ScalarType dtype, int64_t d, int6
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(nearfield, m) {
-  m.def("lla_plan(Tensor q, Tensor v, int capability, str? backend=None) -> str");
+  m.def(
+      "lla_plan(Tensor q, Tensor k, Tensor v, int capability, bool packed, bool is_causal, int? window, "
+      "int[] grid, str? backend=None) -> str");
   m.def("lla_box(int[] size, int[] window, int[] stride, int[] dilation, int[] causal) -> int[]");
   m.def("lla_slower_because(int capability, ScalarType dtype, int d, int dv) -> str");
 }

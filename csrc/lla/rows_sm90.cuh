@@ -86,16 +86,21 @@ __device__ __forceinline__ void load_rows(const Tile& tile, const View<const T>&
 }
 
 // The mean keys of a thread's rows in operand units: kept, or read back from the output.
-template <class Traits>
+template <class Traits, bool kKeep_ = Traits::kSizes.kKeepKbar>
 struct MeanKeys {
   static constexpr int kQuads = Traits::kQuads;
-  static constexpr bool kKeep = Traits::kSizes.kKeepKbar;
+  static constexpr bool kKeep = kKeep_;
   const QueryTile<Traits>& tile;
   const float* saved;  // [B, m, Hq, d]
   float inverse_unit;
 
   __device__ __forceinline__ float4* kept(int j) const {
-    return &tile.s.kbar[tile.warpgroup][j * 128 + tile.thread % 128];
+    const int at = j * 128 + tile.thread % 128;
+    if constexpr (Traits::kResident) {
+      return &tile.s.x[tile.warpgroup][at];
+    } else {
+      return &tile.s.kbar[tile.warpgroup][at];
+    }
   }
   // From the tensor, all reads in flight together.
   __device__ __forceinline__ void read(float4 (&out)[kQuads]) const {
@@ -185,6 +190,20 @@ struct SplitRows {
     for (int e = 0; e < 4 * Tile::kQuads; ++e)
       out[Tile::row_of(e)] = fmaxf(out[Tile::row_of(e)], fabsf(v(e)));
     Tile::max_over_row(out);
+  }
+
+  // The two terms in registers.
+  template <class Sum, class Operand>
+  __device__ __forceinline__ void split(const Sum& v, Operand& high, Operand& low) const {
+    CUTE_UNROLL
+    for (int e = 0; e < size(v); e += 2) {
+      const int i = e / 2 % 2;
+      const float a = v(e) * inverse[i], b = v(e + 1) * inverse[i];
+      const __half2 h = __floats2half2_rn(a, b),
+                    l = __floats2half2_rn(a - __low2float(h), b - __high2float(h));
+      recast<uint32_t>(high)(e / 2) = reinterpret_cast<const uint32_t&>(h);
+      recast<uint32_t>(low)(e / 2) = reinterpret_cast<const uint32_t&>(l);
+    }
   }
 
   template <class Tile, class Sum>

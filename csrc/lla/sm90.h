@@ -57,6 +57,7 @@ struct QueryProblem {
   // problems that fill the GPU once at most, where the CTA with the longest rows decides. The same for the
   // two tiles of keys of the pass that holds keys.
   bool mix_lengths, mix_key_lengths;
+  bool resident;    // of a solve whose tiles of queries see few tiles: their weights stay in shared memory
   Operand q, k, v;  // Q has two tiles for each block of 128 queries
   NEARFIELD_HOST_DEVICE int query_blocks() const { return (m + 2 * kTileRows - 1) / (2 * kTileRows); }
   NEARFIELD_HOST_DEVICE int key_blocks() const { return (n + 2 * kTileRows - 1) / (2 * kTileRows); }

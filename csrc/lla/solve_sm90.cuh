@@ -4,7 +4,7 @@
 // The direction is rounded to fp16 (over a power of two per row) and *is* that rounded vector: x and r take
 // steps along what the matrix product saw, so r stays the residual of x, and the step alpha = r.p / p.A p is
 // the best along it. It lives in registers as the left operand of its products; r and x live in shared
-// memory.
+// memory, or in registers as well where the weights are resident.
 #pragma once
 
 #include "lla/sweep_sm90.cuh"
@@ -56,6 +56,7 @@ template <class Traits, class Kbar>
 struct ConjugateGradient {
   using Tile = QueryTile<Traits>;
   static constexpr int kD = Traits::kHeadDim, kQuads = Traits::kQuads;
+  static constexpr bool kInRegisters = Traits::kResident;  // r and x
   using Sum = decltype(partition_fragment_C(typename Traits::MmaSum{}, cute::Shape<_64, Int<kD>>{}));
   using Direction = decltype(make_tensor<half>(accumulator_as_a(Sum{}.layout())));
 
@@ -72,13 +73,16 @@ struct ConjugateGradient {
   float rz[2], acc[2], ratio[2];
   int iterations[2];
   bool live[2];
+  float4 own_r[kInRegisters ? kQuads : 1], own_x[kInRegisters ? kQuads : 1];
 
   static constexpr float kExhausted = 1.1754944e-38f / 1.1920929e-7f;
 
   __device__ __forceinline__ float4& r(int j) {
+    if constexpr (kInRegisters) return own_r[j];
     return tile.s.r[tile.warpgroup][j * 128 + tile.thread % 128];
   }
   __device__ __forceinline__ float4& x(int j) {
+    if constexpr (kInRegisters) return own_x[j];
     return tile.s.x[tile.warpgroup][j * 128 + tile.thread % 128];
   }
   static __device__ __forceinline__ float get(const float4& v, int e) {
@@ -225,9 +229,10 @@ __device__ __forceinline__ void solve(QueryTile<Traits>& tile, Cg& cg, typename 
   using Barrier = cutlass::arch::ClusterTransactionBarrier;
   auto& s = tile.s;
   const int ahead = min(Traits::kStages, tile.block.tiles.end - tile.block.tiles.begin);
-  Tensor tSrS = tile.make_scores();
   Tensor tSrT = tile.make_scores();
-  const auto tSrQ = tile.resident(s.q[tile.warpgroup]);
+  const auto issue_slopes = [&](int stage) {
+    issue_gemm<true>(tile.mma_direction, cg.direction, tile.staged_keys(stage), tSrT);
+  };
   cg.start(v);
   bool alive = true;  // any row of the warp
   for (int it = 0; it < max_iters; ++it) {
@@ -242,19 +247,36 @@ __device__ __forceinline__ void solve(QueryTile<Traits>& tile, Cg& cg, typename 
       }
     }
     WeightSums row_sum;
-    tile.template sweep<Stream::kKeys, 2>(
-        v, row_sum, tSrS,
-        [&](int stage, int) {
-          issue_gemm<true>(tile.mma_s, tSrQ, tile.staged_keys(stage), tSrS);
-          issue_gemm<true>(tile.mma_direction, cg.direction, tile.staged_keys(stage), tSrT);
-        },
-        [&](int t) { tile.exponentials(tSrS, t); },
-        [&] {
-          warpgroup_fence_operand(tSrT);
-          CUTE_UNROLL
-          for (int e = 0; e < tile.kScores; ++e) tSrS(e) *= tSrT(e) - cg.pbar[tile.row_of(e)];
-        },
-        [] {});
+    if constexpr (Traits::kResident) {
+      tile.template sweep<Stream::kKeys, 1, true>(
+          v, row_sum, tSrT, [&](int stage, int) { issue_slopes(stage); },
+          [&](int) {
+            warpgroup_fence_operand(tSrT);
+            CUTE_UNROLL
+            for (int e = 0; e < tile.kScores; e += 2) {
+              const float2 p = tile.recalled_pair(e);
+              tSrT(e) = p.x * (tSrT(e) - cg.pbar[tile.row_of(e)]);
+              tSrT(e + 1) = p.y * (tSrT(e + 1) - cg.pbar[tile.row_of(e)]);
+            }
+          },
+          [] {}, [] {});
+    } else {
+      Tensor tSrS = tile.make_scores();
+      const auto tSrQ = tile.resident(s.q[tile.warpgroup]);
+      tile.template sweep<Stream::kKeys, 2>(
+          v, row_sum, tSrS,
+          [&](int stage, int) {
+            issue_gemm<true>(tile.mma_s, tSrQ, tile.staged_keys(stage), tSrS);
+            issue_slopes(stage);
+          },
+          [&](int t) { tile.exponentials(tSrS, t); },
+          [&] {
+            warpgroup_fence_operand(tSrT);
+            CUTE_UNROLL
+            for (int e = 0; e < tile.kScores; ++e) tSrS(e) *= tSrT(e) - cg.pbar[tile.row_of(e)];
+          },
+          [] {});
+    }
     cg.step(v, row_sum, tol * tol);
     if (it + 1 < max_iters) {
       alive = cg.any_live();

@@ -36,12 +36,13 @@ constexpr int kKeys = kTileRows;  // of a tile
 
 // ---- Layouts and storage ----
 
-// kOnGrid: who sees whom is said by a grid, else by Visibility.
-template <int kHeadDim_, bool kOnGrid_ = false>
+// kOnGrid: who sees whom is said by a grid, else by Visibility. kResident: a warpgroup sees few tiles, and
+// the first pass leaves their rounded weights in shared memory for all others.
+template <int kHeadDim_, bool kOnGrid_ = false, bool kResident_ = false>
 struct QueryTraits {
-  static constexpr bool kOnGrid = kOnGrid_;
+  static constexpr bool kOnGrid = kOnGrid_, kResident = kResident_;
   static constexpr int kHeadDim = kHeadDim_, kElements = tile_elements(kHeadDim);
-  static constexpr QueryTileSizes kSizes = query_tile(kHeadDim);
+  static constexpr QueryTileSizes kSizes = query_tile(kHeadDim, kResident);
   static constexpr int kStages = kSizes.kStages;
   static constexpr int kConsumers = 2, kThreads = (kConsumers + 1) * 128, kConsumerWarps = kConsumers * 4;
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
@@ -66,15 +67,20 @@ struct QueryTraits {
   // A (64, D) float vector per warpgroup that only its own threads touch, each its own elements: quad j of a
   // thread is at [j * 128 + thread].
   static constexpr int kPrivate = kQuads * 128;  // float4
+  // The same for the weights of a tile: eight of a thread at once.
+  static constexpr int kPrivateWeights = kKeys * 64 / 8;  // uint4
+  static constexpr int kResidentTiles = kResident ? resident_tiles(kHeadDim) : 0;
 
   struct alignas(1024) Storage {
     alignas(1024) half q[kConsumers][kElements];
     alignas(1024) half stage[kStages][kElements];
     // Private vectors of the solver; later each holds two (64, D) operands, the high and the low part of a
-    // vector.
-    alignas(1024) float4 r[kConsumers][kPrivate];
+    // vector. With resident weights they are in registers, and the place of x has the mean keys of the
+    // forward.
     alignas(1024) float4 x[kConsumers][kPrivate];
-    float4 kbar[kConsumers][kSizes.kKeepKbar ? kPrivate : 1];
+    alignas(kResident ? 16 : 1024) float4 r[kConsumers][kResident ? 1 : kPrivate];
+    float4 kbar[kConsumers][kSizes.kKeepKbar && !kResident ? kPrivate : 1];
+    uint4 weights[kConsumers][kResident ? kResidentTiles : 1][kResident ? kPrivateWeights : 1];
     Ring<kStages> ring;
     uint64_t bar_verdict;
     int alive[2][kConsumerWarps];  // per parity of the iteration
@@ -207,8 +213,9 @@ struct QueryTile {
   std::conditional_t<Traits::kOnGrid, SeenAhead, char> ahead;
   uint64_t seen[2];
   bool sees_all;
-  float scale_log2;  // logits in units of log2(e) from products of operands
-  float shift[2];    // weights are exp2(scale_log2 s - shift)
+  uint4 recalled[Traits::kResident ? 4 : 1];  // weights of the tile whose products come next
+  float scale_log2;                           // logits in units of log2(e) from products of operands
+  float shift[2];                             // weights are exp2(scale_log2 s - shift)
   uint32_t position = 0;
 
   typename Traits::MmaS mma_s;
@@ -244,6 +251,8 @@ struct QueryTile {
     tiles.end = max(min(tiles.end, block.tiles.end), tiles.begin + 1);
     const int last = first + kTileRows - 1;
     all_see = last < p.m ? Range{p.visible.keys(last).begin, p.visible.keys(first).end} : Range{0, 0};
+    // The host has seen to that, unless packed sequences have bounds that are none.
+    if constexpr (Traits::kResident) tiles.end = min(tiles.end, tiles.begin + Traits::kResidentTiles);
   }
 
   __device__ __forceinline__ static int row_of(int e) { return e / 2 % 2; }
@@ -372,6 +381,33 @@ struct QueryTile {
     }
   }
 
+  // ---- Resident weights ----
+
+  __device__ __forceinline__ uint4& kept(int n, int quarter) {  // of the n-th tile of the warpgroup
+    return s.weights[warpgroup][n][quarter * 128 + thread % 128];
+  }
+  __device__ __forceinline__ void recall(int n) {
+    CUTE_UNROLL
+    for (int w = 0; w < 4; ++w) recalled[w] = kept(n, w);
+  }
+  // Rounds the weights of the n-th tile to shared memory.
+  template <class Scores>
+  __device__ __forceinline__ void keep(const Scores& weights, int n) {
+    const auto rounded = [&](int e) {
+      const __half2 h = __floats2half2_rn(weights(e), weights(e + 1));
+      return reinterpret_cast<const uint32_t&>(h);
+    };
+    CUTE_UNROLL
+    for (int w = 0; w < 4; ++w)
+      kept(n, w) = {rounded(8 * w), rounded(8 * w + 2), rounded(8 * w + 4), rounded(8 * w + 6)};
+  }
+  // Elements e and e + 1 of the recalled tile, e even.
+  __device__ __forceinline__ float2 recalled_pair(int e) const {
+    const uint4& v = recalled[e / 8];
+    const uint32_t word = e / 2 % 4 == 0 ? v.x : e / 2 % 4 == 1 ? v.y : e / 2 % 4 == 2 ? v.z : v.w;
+    return __half22float2(reinterpret_cast<const __half2&>(word));
+  }
+
   // S -> exp2(scale_log2 S - shift), 0 where not seen.
   template <class Scores>
   __device__ __forceinline__ void exponentials(Scores& scores, int tile) {
@@ -388,9 +424,10 @@ struct QueryTile {
   // `scores`; begin_weights(tile) finds it there, weigh() also the others, and between them they turn it into
   // weights; rescale() may change what was summed so far. The weights are rounded only when the sum before
   // has read its own: registers of a multiply in flight must not be written, and ptxas serializes all
-  // multiplies if it cannot prove that.
-  template <Stream kStream, int kProducts, class Sum, class Sums, class Scores, class Issue, class Begin,
-            class Weigh, class Rescale>
+  // multiplies if it cannot prove that. kRecalls: the weights of a tile are resident, and are fetched before
+  // its products are issued.
+  template <Stream kStream, int kProducts, bool kRecalls = false, class Sum, class Sums, class Scores,
+            class Issue, class Begin, class Weigh, class Rescale>
   __device__ __forceinline__ void sweep(Sum& out, Sums& sums, Scores& scores, Issue&& issue,
                                         Begin&& begin_weights, Weigh&& weigh, Rescale&& rescale) {
     constexpr int kPer = kStream == Stream::kKeys ? 1 : 2;
@@ -401,13 +438,20 @@ struct QueryTile {
       Tensor view = make_tensor(scores.data(), weights.layout());
       convert_to(view, weights);
     };
+    const auto prepare = [&](int t) {
+      if constexpr (kRecalls) {
+        recall(t - tiles.begin);
+      } else {
+        look(t);
+      }
+    };
     const uint32_t begin = position;
     skip((tiles.begin - block.tiles.begin) * kPer);
 
     uint32_t key = position;
     wait(key);
     if constexpr (kNeedsPair) wait(key + 1);
-    look(tiles.begin);
+    prepare(tiles.begin);
     issue(at(key).stage, at(key + 1).stage);
     warpgroup_wait<kProducts - 1>();
     begin_weights(tiles.begin);
@@ -426,7 +470,7 @@ struct QueryTile {
       const uint32_t following = key + kPer, summed = kSumsValues ? key + 1 : key;
       wait(following);
       if constexpr (kNeedsPair) wait(following + 1);
-      look(t + 1);
+      prepare(t + 1);
       issue(at(following).stage, at(following + 1).stage);
       if constexpr (kSumsValues) wait(summed);
       issue_gemm<false>(mma_sum, weights, staged_sum(at(summed).stage), out);

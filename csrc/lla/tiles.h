@@ -10,9 +10,15 @@ struct QueryTileSizes {
   bool kKeepKbar;  // the mean keys stay in shared memory; else they are read back from the output
 };
 
+// The most tiles of keys a warpgroup may see for its rounded weights to stay in shared memory, 8 KB a tile;
+// 0: there is no room.
+constexpr int resident_tiles(int head_dim) { return head_dim <= 64 ? 9 : 0; }
+
 // Shared memory in KB: Q 16 + stages 64 + r, x, kbar 32 each = 176; or Q 32 + stages 64 + r, x 64 each = 224
-// of 227.
-constexpr QueryTileSizes query_tile(int head_dim) {
+// of 227. With resident weights Q 16 + stages 32 + kbar 32 + weights 144 = 224; r and x take the registers of
+// the scores.
+constexpr QueryTileSizes query_tile(int head_dim, bool resident) {
+  if (resident) return {4, true};
   if (head_dim <= 64) return {8, true};
   return {4, false};
 }

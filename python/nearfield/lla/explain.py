@@ -25,6 +25,9 @@ class LocalLinearExplanation(_explain.Explanation):
     """The compiled one; smaller head dims are padded with zeros. None on the CPU."""
     arithmetic: str | None = None
     """What the operands of the matrix products are; sums, statistics and the solver's vectors are float32."""
+    weights: str | None = None
+    """Of Hopper's kernels with a solve: ``"kept"`` in shared memory by the first pass, because no tile of queries
+    sees many tiles of keys, or ``"recomputed"`` in every pass."""
     because: str | None = None
     """Why the portable kernels run although nobody asked for them."""
     refused: str | None = None
@@ -36,17 +39,22 @@ class LocalLinearExplanation(_explain.Explanation):
             return text + f"refused: {self.refused}"
         text += f"{self.backend} kernels" + (f", head dim {self.head_dim}" if self.head_dim else "")
         text += f", {self.arithmetic}" if self.arithmetic else ""
+        text += f", weights {self.weights}" if self.weights else ""
         return text + (f"\n  portable: {self.because}" if self.because else "")
 
 
 def _explain_call(
-    name: str, architecture: str, q: Tensor, k: Tensor, v: Tensor, backend: str | None, window: int | None
+    name: str, architecture: str, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]
 ) -> LocalLinearExplanation:
     q, k, v = (t.to("meta") for t in _runtime.autocast(q, k, v))
+    window = options.get("window")
     op._check(name, q, k, v, None, window)
     call = f"q {list(q.shape)} {str(q.dtype).removeprefix('torch.')}, k {list(k.shape)}, v {list(v.shape)}"
     call += f", window {window}" if window is not None else ""
-    return _explain_kernels(name, architecture, call, q, v, backend)
+    packed, is_causal = options.get("cu_seqlens") is not None, options.get("is_causal", True)
+    return _explain_kernels(
+        name, architecture, call, q, k, v, (packed, is_causal, window, []), options.get("backend")
+    )
 
 
 def _explain_neighborhood(
@@ -63,23 +71,32 @@ def _explain_neighborhood(
     boxes = neighborhood.boxes_of(name, q, k, v, kernel_size, *windows)
     call = f"q {list(q.shape)} {str(q.dtype).removeprefix('torch.')}, k {list(k.shape)}, v {list(v.shape)}"
     call += f", kernel_size {boxes.window}, boxes of {'x'.join(map(str, boxes.side))} tokens"
-    return _explain_kernels(
-        name, architecture, call, q.flatten(1, -3), v.flatten(1, -3), options.get("backend")
-    )
+    q, k, v = (t.flatten(1, -3) for t in (q, k, v))
+    seen = (False, False, None, boxes.grid)
+    return _explain_kernels(name, architecture, call, q, k, v, seen, options.get("backend"))
 
 
 def _explain_kernels(
-    name: str, architecture: str, call: str, q: Tensor, v: Tensor, backend: str | None
+    name: str,
+    architecture: str,
+    call: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seen: tuple[bool, bool, int | None, list[int]],
+    backend: str | None,
 ) -> LocalLinearExplanation:
+    """``seen``: packed, is_causal, window and grid."""
     if architecture == "cpu":
         return LocalLinearExplanation(name, architecture, call, "cpu")
     capability = int(architecture.removeprefix("sm_"))
     try:
-        told = torch.ops.nearfield.lla_plan(q, v, capability, backend)
+        told = torch.ops.nearfield.lla_plan(q, k, v, capability, *seen, backend)
     except RuntimeError as error:
         refused = _runtime.sentence(error).removeprefix("lla: ")
         return LocalLinearExplanation(name, architecture, call, None, refused=refused)
-    chosen, head_dim, *because = told.split(" ", 2)
+    chosen, head_dim, *more = told.split(" ", 2)
+    said = more[0] if more else None
     products = "3xTF32 products" if q.dtype == torch.float32 else "fp16 products over powers of two"
     return LocalLinearExplanation(
         name,
@@ -88,7 +105,8 @@ def _explain_kernels(
         chosen,
         int(head_dim),
         products,
-        because[0] if because else None,
+        weights=said if chosen == "hopper" and "probe" not in name else None,
+        because=said if chosen == "portable" else None,
     )
 
 
@@ -98,12 +116,9 @@ def _explain_local_linear_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    *,
-    window: int | None = None,
-    backend: str | None = None,
-    **_: Any,
+    **options: Any,
 ) -> LocalLinearExplanation:
-    return _explain_call("local_linear_attention", architecture, q, k, v, backend, window)
+    return _explain_call("local_linear_attention", architecture, q, k, v, options)
 
 
 @_explain.explains(op.probe_attention)
@@ -113,12 +128,9 @@ def _explain_probe_attention(
     x: Tensor,
     k: Tensor,
     v: Tensor,
-    *,
-    window: int | None = None,
-    backend: str | None = None,
-    **_: Any,
+    **options: Any,
 ) -> LocalLinearExplanation:
-    return _explain_call("probe_attention", architecture, q, k, v, backend, window)
+    return _explain_call("probe_attention", architecture, q, k, v, options)
 
 
 @_explain.explains(neighborhood.neighborhood_local_linear_attention)
