@@ -20,6 +20,7 @@ from nearfield import (
 from nearfield._runtime import devices_with_kernel
 from nearfield.delta.explain import Pass
 from nearfield.gna.reference import neighborhood_mask, visible_keys
+from nearfield.lla import reference as lla_reference
 from torch import Tensor
 
 needs_kernels = pytest.mark.skipif(
@@ -385,3 +386,90 @@ def test_local_linear_neighborhoods_have_kernels_of_hopper(backend: str | None) 
         neighborhood_local_linear_attention, q, q, q, 3, lam=1.0, architecture="sm_90", backend=backend
     )
     assert (told.backend, told.because) == (backend or "hopper", None)
+    assert told.weights == (None if backend == "portable" else "kept")
+
+
+def most_tiles_seen(mask: Tensor) -> int:
+    """Tiles of 64 keys that lie between the first and the last that a tile of 64 queries sees."""
+    most = 0
+    for rows in mask.split(64):
+        keys = rows.any(0).nonzero()[:, 0]
+        if len(keys):
+            most = max(most, int(keys[-1]) // 64 - int(keys[0]) // 64 + 1)
+    return most
+
+
+@pytest.mark.skipif(
+    "cuda" not in devices_with_kernel("lla_fwd"), reason="this build has no CUDA kernels: nothing to plan"
+)
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize(
+    "m, n", [(1500, 1500), (1024, 1024), (700, 1490), (1490, 900), (3, 1300), (570, 570)]
+)
+def test_weights_are_kept_where_tiles_of_queries_see_few_keys(m: int, n: int, is_causal: bool) -> None:
+    told = set()
+    for window in (None, 1, 64, 256, 449, 450, 500, 512, 513, 514, 515, 543, 576, 577, 640):
+        q, k = meta(1, m, 2, 64), meta(1, n, 2, 64)
+        options = {"window": window, "is_causal": is_causal}
+        weights = explain(local_linear_attention, q, k, k, lam=1.0, architecture="sm_90", **options).weights
+        most = most_tiles_seen(lla_reference.visible_keys(m, n, **options))
+        told.add(weights)
+        assert weights == ("kept" if most <= 9 else "recomputed"), (window, most)
+    assert told == ({"kept"} if n <= 576 else {"kept", "recomputed"})
+    assert explain(probe_attention, q, q, k, k, architecture="sm_90").weights is None
+
+
+@pytest.mark.skipif(
+    "cuda" not in devices_with_kernel("lla_fwd"), reason="this build has no CUDA kernels: nothing to plan"
+)
+@pytest.mark.parametrize("is_causal, most", [(True, 513), (False, 257)])
+def test_kept_weights_of_packed_sequences_fit_wherever_they_begin(is_causal: bool, most: int) -> None:
+    q = meta(1, 3000, 2, 64)
+
+    def weights(window: int | None) -> str:
+        bounds = torch.tensor([0, 3000])
+        return explain(
+            local_linear_attention,
+            q,
+            q,
+            q,
+            lam=1.0,
+            cu_seqlens=bounds,
+            window=window,
+            is_causal=is_causal,
+            architecture="sm_90",
+        ).weights
+
+    assert [weights(w) for w in (1, most, most + 1, None)] == ["kept", "kept", "recomputed", "recomputed"]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        cuts = torch.randint(0, 3001, (12,), generator=generator).sort()[0]
+        bounds = torch.cat([torch.tensor([0]), cuts])
+        mask = lla_reference.visible_keys(3000, 3000, is_causal=is_causal, window=most, cu_seqlens=bounds)
+        assert most_tiles_seen(mask) <= 9
+
+
+@pytest.mark.skipif(
+    "cuda" not in devices_with_kernel("lla_fwd"), reason="this build has no CUDA kernels: nothing to plan"
+)
+@pytest.mark.parametrize(
+    "size, window, kept",
+    [
+        ((128, 128), (13, 13), True),
+        ((128, 128), (17, 17), True),
+        ((128, 128), (18, 18), False),
+        ((16, 32, 32), (5, 5, 5), True),
+        ((16, 32, 32), (5, 7, 7), False),
+        ((24, 24), (24, 24), True),
+        ((25, 24), (25, 24), False),
+    ],
+)
+def test_weights_are_kept_where_boxes_see_few_boxes(size: Any, window: Any, kept: bool) -> None:
+    q = meta(1, *size, 2, 64)
+    told = explain(neighborhood_local_linear_attention, q, q, q, window, lam=1.0, architecture="sm_90")
+    assert told.weights == ("kept" if kept else "recomputed")
+    wide = meta(1, *size, 2, 128)
+    told = explain(
+        neighborhood_local_linear_attention, wide, wide, wide, window, lam=1.0, architecture="sm_90"
+    )
+    assert told.weights == "recomputed"

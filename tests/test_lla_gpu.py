@@ -145,8 +145,11 @@ def check_attention(
     dtype: torch.dtype,
     solver: dict[str, Any] = CONVERGED,
     sensitive: bool = False,
+    padded: int = 0,
     **options: Any,
 ) -> None:
+    """``padded``: the operator gets the one sequence in front of so many tokens, of which Hopper does not keep the
+    weights."""
     rounded = cuda(inputs, dtype)
     lam = lam.cuda().float()
     d_o = torch.randn(*rounded.q.shape[:3], rounded.v.shape[-1], device="cuda").to(dtype)
@@ -155,7 +158,16 @@ def check_attention(
         return ref.local_linear_attention(q, k, v, lam=lam, scale=inputs.scale, **options)[0]
 
     def operator(q: Tensor, k: Tensor, v: Tensor, lam: Tensor) -> Tensor:
-        return local_linear_attention(q, k, v, lam=lam, scale=inputs.scale, **options, **solver)
+        if not padded:
+            return local_linear_attention(q, k, v, lam=lam, scale=inputs.scale, **options, **solver)
+        length = q.shape[1]
+        bounds = torch.tensor([0, length], device="cuda")
+        q, k, v = (nn.functional.pad(t, (0, 0, 0, 0, 0, padded - length)) for t in (q, k, v))
+        lam = nn.functional.pad(lam, (0, 0, 0, padded - length), value=1.0)
+        o = local_linear_attention(
+            q, k, v, lam=lam, scale=inputs.scale, cu_seqlens=bounds, **options, **solver
+        )
+        return o[:, :length]
 
     exact = rounded.cast(F64)
     truth = with_gradients(definition, (*exact[:3], ref.ridge_per_row(lam.double(), exact.q)), d_o)
@@ -215,6 +227,14 @@ CASES = [
     Case(m=300, n=500, d=128, dv=128, window=64),
     Case(m=200, n=450, d=32, dv=32, is_causal=False, window=201),
     Case(m=200, n=200, d=64, dv=64, window=1),
+    # A tile of queries sees nine tiles of keys, whose weights Hopper keeps at d = 64, or ten.
+    Case(m=700, n=700, d=64, dv=64, window=513, Hq=2, Hk=1),
+    Case(m=700, n=700, d=64, dv=64, window=514, Hq=1, Hk=1),
+    Case(m=640, n=640, d=32, dv=48, window=512, is_causal=False, Hq=1, Hk=1),
+    Case(m=640, n=640, d=64, dv=64, window=515, is_causal=False, Hq=1, Hk=1),
+    Case(m=500, n=710, d=64, dv=64, window=449, Hq=1, Hk=1),  # queries and keys 18 apart modulo 64
+    Case(m=710, n=500, d=64, dv=64, Hq=1, Hk=1),
+    Case(m=620, n=620, d=64, dv=64, Hq=2, Hk=1),
 ]
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 
@@ -293,9 +313,11 @@ def test_every_ridge(mode: str, ridge: str) -> None:
 @each_dtype
 @pytest.mark.parametrize("lam", [10.0, 1.0, 0.1])
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_inputs(name: str, lam: float, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("padded", [0, 640], ids=["kept", "recomputed"])
+def test_hostile_inputs(name: str, lam: float, dtype: torch.dtype, padded: int) -> None:
     make, n, d = HOSTILE[name]
-    check_attention(make(n, d), torch.full((1, n, 1), lam), dtype, sensitive=name == "logits-1000")
+    lams = torch.full((1, n, 1), lam)
+    check_attention(make(n, d), lams, dtype, sensitive=name == "logits-1000", padded=padded)
 
 
 def qknorm(n: int, d: int) -> Inputs:
@@ -306,10 +328,10 @@ def qknorm(n: int, d: int) -> Inputs:
 
 
 @pytest.mark.parametrize("lam", [1.0, 0.1])
-@pytest.mark.parametrize("d", [32, 64, 128])
+@pytest.mark.parametrize("length, d", [(420, 32), (420, 64), (580, 64), (420, 128)])
 @pytest.mark.parametrize("make", [plain, qknorm, rope, cluster, offset], ids=lambda f: f.__name__)
-def test_realistic_inputs(make: Callable[[int, int], Inputs], d: int, lam: float) -> None:
-    check_attention(make(420, d), torch.tensor(lam), torch.bfloat16)
+def test_realistic_inputs(make: Callable[[int, int], Inputs], length: int, d: int, lam: float) -> None:
+    check_attention(make(length, d), torch.tensor(lam), torch.bfloat16)
 
 
 def test_100_random_problems() -> None:
@@ -396,6 +418,16 @@ def bounds_of(packing: str, dtype: torch.dtype = torch.int32) -> Tensor:
 def test_packed_matches_definition(case: Case, packing: str, dtype: torch.dtype) -> None:
     lam = torch.full((1, case.m, case.Hq), 1.0)
     check_attention(draw(case), lam, dtype, **case.mask, cu_seqlens=bounds_of(packing))
+
+
+@pytest.mark.parametrize(
+    "is_causal, window",
+    [(True, None), (True, 513), (False, 257), (False, 258)],  # kept weights: the middle two
+)
+def test_packed_sequences_of_many_tiles(is_causal: bool, window: int | None) -> None:
+    case = Case(m=700, n=700, Hq=1, Hk=1, d=64, dv=64, is_causal=is_causal, window=window)
+    bounds = torch.tensor([0, 37, 655, 655, 690], device="cuda")
+    check_attention(draw(case), torch.full((1, 700, 1), 1.0), torch.bfloat16, **case.mask, cu_seqlens=bounds)
 
 
 @each_packed_case
@@ -656,9 +688,10 @@ def everything(q: Tensor, k: Tensor, v: Tensor, d_o: Tensor) -> list[Tensor]:
     return [*solved, *with_gradients(lambda q, k, v: probe_attention(q, q.float(), k, v), (q, k, v), d_o)]
 
 
-def test_bitwise_repeatable() -> None:
+@pytest.mark.parametrize("length", [500, 700])  # kept weights, and recomputed ones
+def test_bitwise_repeatable(length: int) -> None:
     """No sum depends on the order in which blocks finish, with or without deterministic mode."""
-    q, k, v, _ = cuda(draw(Case(B=2, m=700, n=700, Hq=4, Hk=2, d=64, dv=64)), torch.bfloat16)
+    q, k, v, _ = cuda(draw(Case(B=2, m=length, n=length, Hq=4, Hk=2, d=64, dv=64)), torch.bfloat16)
     d_o = torch.randn_like(q)
     first = everything(q, k, v, d_o)
     for _ in range(4):
