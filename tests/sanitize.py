@@ -19,10 +19,12 @@ import torch
 from gna_cases import Case
 
 TOOLS = ["memcheck"]
-# Every layout of a block (32 to 256 features), masks, partial boxes, gathered rows, groups of heads; the first has more
-# tiles than an H100 has multiprocessors, so that buffers go round across tiles.
+# Every layout of a block (32 to 256 features), masks, partial boxes, gathered rows, groups of heads; the first three
+# have more tiles than an H100 has multiprocessors, so that buffers go round across tiles.
 CASES = [
     Case((300,), (70,), dim=128, heads=8, batch=8, label="many-tiles"),
+    Case((300,), (170,), dim=64, heads=8, batch=8, label="many-tiles-64"),
+    Case((300,), (170,), dim=256, heads=8, batch=8, label="many-tiles-256"),
     Case((15, 17), (7, 6), (2, 1), (1, 2), dim=64, heads=4, heads_kv=2, label="gqa-dilated"),
     Case((7, 9, 8), (3, 5, 4), causal=(True, False, False), additional=37, dim=128, heads=2, label="video"),
     Case((18, 16), (9, 8), dim=256, heads=2, label="256"),

@@ -69,6 +69,8 @@ CASES = [
     Case((511,), (11,), (2,), (23,), dim=64, label="dilation-beyond-the-engine"),
     Case((33, 47), (7, 9), dim=64, heads=4, heads_kv=1, batch=2, label="gqa"),
     Case((40, 40), (40, 40), dim=128, label="dense"),
+    Case((1000,), (300,), dim=64, heads=8, batch=4, label="more-tiles-than-ctas-64"),
+    Case((30, 31), (17, 16), dim=256, heads=8, batch=3, label="more-tiles-than-ctas-256"),
     Case((32, 32), (13, 13), (1, 2), (2, 1), dim=32),
     Case((29, 31), (5, 4), (2, 3), (3, 5), (False, True), dim=256, heads=1),
     Case((31, 30), (6, 5), (1, 1), (5, 6), dim=96, dim_v=40, heads=2, batch=2, label="odd-head-dims"),

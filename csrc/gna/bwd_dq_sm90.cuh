@@ -46,6 +46,7 @@ struct DqTraits : HeadTraits<Tag, kHeadDim_> {
     BoxMask<kBlockN> mask;
     MovingTile key_tile[kStages];
     PlannedTile<kBlockM> plan[kPlannedTiles];
+    typename PlannedTile<kBlockM>::Scratch plan_scratch;
     Ring<1> ring_q;
     Ring<kStages> ring_k, ring_v;
     Ring<kPlannedTiles> ring_plan;

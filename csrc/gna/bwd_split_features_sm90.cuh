@@ -28,7 +28,7 @@ struct SplitFeatures : HeadTraits<Tag, kHeadDim_> {
   static constexpr int kDoutStages = 1, kDqStages = 2, kDqRounds = 4;
   static constexpr int kThreads = (kConsumers + 1) * 128;
   static constexpr int kConsumerWarps = kConsumers * 4;
-  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;  // no spills in either
   static_assert(registers_fit(kProducerRegisters, kConsumerRegisters, kConsumers));
   static_assert(kBlockM == 64 && kBlockN == 64 && kHeadDim == 256);
   static constexpr int kFeatures = kHeadDim / kConsumers;  // of dK, dV and dQ in a warpgroup
@@ -71,6 +71,8 @@ struct SplitFeatures : HeadTraits<Tag, kHeadDim_> {
     BoxMask<kBlockM> mask;
     MovingTile q_tile[kStages];
     PlannedTile<kBlockN> plan[kPlannedTiles];
+    typename PlannedTile<kBlockN>::Scratch plan_scratch;
+    BoxRow q_row[kBlockM];
     alignas(16) float lse[kStages][kBlockM];  // times log2(e)
     alignas(16) float delta[kStages][kBlockM];
     Ring<1> ring_kv;

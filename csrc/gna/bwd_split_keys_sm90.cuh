@@ -29,23 +29,28 @@ struct SplitKeys : HeadTraits<Tag, kHeadDim_> {
   static constexpr int kDoutStages = kStages, kDqStages = 1, kDqRounds = 1;
   static constexpr int kThreads = (kConsumers + 1) * 128;
   static constexpr int kConsumerWarps = kConsumers * 4;
-  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+  // With 24 the producers spill, so they get more where the consumers can do with less.
+  static constexpr bool kRoomy = kHeadDim <= 64 && kBlockM == 64;
+  static constexpr int kProducerRegisters = kRoomy ? 56 : 24, kConsumerRegisters = kRoomy ? 224 : 240;
   static_assert(registers_fit(kProducerRegisters, kConsumerRegisters, kConsumers));
-  static_assert(kBlockM == 64 && kConsumers == 2);
-  // dQ is one 64-row product per query tile; each warpgroup computes half of the features.
-  static constexpr int kDqFeatures = kHeadDim / kConsumers;
+  static_assert(kConsumers == 2);
+  // P and dS come in parts of 64 queries: those of 128 at once would not fit beside S and dP.
+  static constexpr int kPart = 64, kParts = kBlockM / kPart;
+  static_assert(kParts == 1 || (kParts == kConsumers && kHeadDim <= 64), "a part of Q must lie in one piece");
+  // dQ: a part for each warpgroup, or half of the features of the only one.
+  static constexpr int kDqFeatures = kHeadDim * kParts / kConsumers;
   // Where those begin in K: a chunk further at D = 128, else inside the chunk.
-  static constexpr int kDqOffset = kHeadDim == 128 ? kBlockN * 64 : kDqFeatures;
+  static constexpr int kDqOffset = kHeadDim == 128 ? kBlockN * 64 : kDqFeatures % kHeadDim;
 
   using LayoutKV = decltype(tile_to_shape(AtomK{}, cute::Shape<Int<kBlockN>, Int<kHeadDim>>{}));
   using LayoutQ = decltype(tile_to_shape(AtomK{}, cute::Shape<Int<kBlockM>, Int<kHeadDim>, Int<kStages>>{}));
-  using LayoutQt = decltype(tile_to_shape(AtomMN{}, cute::Shape<Int<kHeadDim>, Int<kBlockM>, Int<kStages>>{},
-                                          Step<_2, _1, _3>{}));
+  using LayoutQt = decltype(tile_to_shape(
+      AtomMN{}, cute::Shape<Int<kHeadDim>, Int<kPart>, Int<kStages * kParts>>{}, Step<_2, _1, _3>{}));
   using LayoutKt =
       decltype(tile_to_shape(AtomMN{}, cute::Shape<Int<chunk_of(kHeadDim)>, Int<kBlockN>>{}, Step<_2, _1>{}));
   // dS as left operand, (queries, keys) with queries contiguous.
   using LayoutDs = decltype(tile_to_shape(GMMA::Layout_MN_SW128_Atom<Element>{},
-                                          cute::Shape<Int<kBlockM>, Int<kBlockN>, _2>{}));
+                                          cute::Shape<Int<kPart>, Int<kBlockN>, Int<2 * kParts>>{}));
 
   using Rows2 = Layout<cute::Shape<Int<kConsumers>, _1, _1>>;
   // S^T and dP^T: (keys, queries)
@@ -54,17 +59,17 @@ struct SplitKeys : HeadTraits<Tag, kHeadDim_> {
       Rows2{}));
   // dK and dV: (keys, features)
   using MmaKV = decltype(make_tiled_mma(
-      GMMA::rs_op_selector<Element, Element, float, cute::Shape<Int<kBlockN>, Int<kHeadDim>, Int<kBlockM>>,
+      GMMA::rs_op_selector<Element, Element, float, cute::Shape<Int<kBlockN>, Int<kHeadDim>, Int<kPart>>,
                            GMMA::Major::K, GMMA::Major::MN>(),
       Rows2{}));
   // dQ: (queries, features), one warpgroup
   using MmaQ = decltype(make_tiled_mma(
-      GMMA::ss_op_selector<Element, Element, float, cute::Shape<Int<kBlockM>, Int<kDqFeatures>, Int<kBlockN>>,
+      GMMA::ss_op_selector<Element, Element, float, cute::Shape<Int<kPart>, Int<kDqFeatures>, Int<kBlockN>>,
                            GMMA::Major::MN, GMMA::Major::MN>()));
   // The same on a whole chunk of K; gives the descriptors, whose layout does not depend on the columns used.
   static constexpr int kChunk = chunk_of(kHeadDim);
   using MmaChunk = decltype(make_tiled_mma(
-      GMMA::ss_op_selector<Element, Element, float, cute::Shape<Int<kBlockM>, Int<kChunk>, Int<kBlockN>>,
+      GMMA::ss_op_selector<Element, Element, float, cute::Shape<Int<kPart>, Int<kChunk>, Int<kBlockN>>,
                            GMMA::Major::MN, GMMA::Major::MN>()));
 
   struct alignas(1024) Storage {
@@ -77,6 +82,8 @@ struct SplitKeys : HeadTraits<Tag, kHeadDim_> {
     BoxMask<kBlockM> mask;
     MovingTile q_tile[kStages];
     PlannedTile<kBlockN> plan[kPlannedTiles];
+    typename PlannedTile<kBlockN>::Scratch plan_scratch;
+    BoxRow q_row[kBlockM];
     alignas(16) float lse[kStages][kBlockM];  // times log2(e)
     alignas(16) float delta[kStages][kBlockM];
     Ring<1> ring_kv;
@@ -96,6 +103,7 @@ __device__ void multiply(SplitKeys<Tag, kHeadDim, kBiased>,
   using Traits = SplitKeys<Tag, kHeadDim, kBiased>;
   using Element = typename Traits::Element;
   constexpr int kM = Traits::kBlockM, kN = Traits::kBlockN, kD = Traits::kHeadDim;
+  constexpr int kPart = Traits::kPart, kParts = Traits::kParts;
   // Known to be the same in a whole warp, descriptors stay in uniform registers.
   const int warpgroup = cutlass::canonical_warp_group_idx() - 1;
   const int thread = threadIdx.x - 128, warp = thread / 32, lane = thread % 32, quad = thread % 4;
@@ -105,11 +113,12 @@ __device__ void multiply(SplitKeys<Tag, kHeadDim, kBiased>,
   Tensor sV = make_tensor(make_smem_ptr(s.v), typename Traits::LayoutKV{});         // (N, D)
   Tensor sQ = make_tensor(make_smem_ptr(s.q), typename Traits::LayoutQ{});          // (M, D, stage)
   Tensor sDout = make_tensor(make_smem_ptr(s.dout), typename Traits::LayoutQ{});    // (M, D, stage)
-  Tensor sQt = make_tensor(make_smem_ptr(s.q), typename Traits::LayoutQt{});        // (D, M, stage)
-  Tensor sDoutT = make_tensor(make_smem_ptr(s.dout), typename Traits::LayoutQt{});  // (D, M, stage)
+  Tensor sQt = make_tensor(make_smem_ptr(s.q), typename Traits::LayoutQt{});        // (D, part, stage)
+  Tensor sDoutT = make_tensor(make_smem_ptr(s.dout), typename Traits::LayoutQt{});  // (D, part, stage)
   // One chunk of K seen as (features, N), from this warpgroup's first feature on.
   Tensor sKt = make_tensor(make_smem_ptr(s.k + warpgroup * Traits::kDqOffset), typename Traits::LayoutKt{});
-  Tensor sDs = make_tensor(make_smem_ptr(s.ds[0]), typename Traits::LayoutDs{});  // (M, N, 2), M contiguous
+  Tensor sDs =
+      make_tensor(make_smem_ptr(s.ds[0]), typename Traits::LayoutDs{});  // (part, N, 2), part contiguous
   typename Traits::MmaS mma_s;
   typename Traits::MmaKV mma_kv;
   typename Traits::MmaQ mma_q;
@@ -129,12 +138,22 @@ __device__ void multiply(SplitKeys<Tag, kHeadDim, kBiased>,
   Tensor tSrDp = partition_fragment_C(mma_s, cute::Shape<Int<kN>, Int<kM>>{});  // dP^T, then dS^T
   Tensor tKrdK = partition_fragment_C(mma_kv, cute::Shape<Int<kN>, Int<kD>>{});
   Tensor tVrdV = partition_fragment_C(mma_kv, cute::Shape<Int<kN>, Int<kD>>{});
-  Tensor scores = make_tensor(tSrS.data(), accumulator_rows_cols(tSrS.layout()));
-  Tensor dprobs = make_tensor(tSrDp.data(), accumulator_rows_cols(tSrDp.layout()));
   Tensor rP = make_tensor<Element>(accumulator_as_a(tSrS.layout()));
   Tensor rDs = make_tensor<Element>(accumulator_as_a(tSrS.layout()));
+  // A part of these: as the accumulator of a product with kPart columns, as rows and columns, as operand.
+  using PartLayout = Layout<cute::Shape<cute::Shape<_2, _2, Int<kPart / 8>>, _1, _1>>;
+  constexpr int kOfPart = size(PartLayout{});
+  const auto rows_cols_of = [](auto& t, int part) {
+    return make_tensor(t.data() + part * kOfPart, accumulator_rows_cols(PartLayout{}));
+  };
+  const auto operand_of = [](auto& t, int part) {
+    return make_tensor(t.data() + part * kOfPart, accumulator_as_a(PartLayout{}));
+  };
+  // Which part of dQ, or which of its features.
+  const int own_part = kParts > 1 ? warpgroup : 0;
   const uint32_t ds_at = transposed_at(s.ds[0], warp, 0);
-  const uint32_t dq_at = float_rows_at<kM>(s.dq[0], warp % 4, warpgroup * Traits::kDqFeatures);
+  const uint32_t dq_at =
+      float_rows_at<kM>(s.dq[0], own_part * 4 + warp % 4, kParts > 1 ? 0 : warpgroup * Traits::kDqFeatures);
 
   RingIndex<1> at_kv, at_dq;
   RingIndex<kPlannedTiles> at_plan;
@@ -155,11 +174,14 @@ __device__ void multiply(SplitKeys<Tag, kHeadDim, kBiased>,
       s.ring_dout.wait_full(at_q);
       // Shared memory answers late under the products: what is needed behind S is asked for before it.
       const MovingTile tile = s.q_tile[at_q.stage];
-      float2 stat[kM / 8];  // lse, then delta
+      float2 stat[kPart / 8];  // lse, then delta, of a part
+      const float* const lse_at = s.lse[at_q.stage] + 2 * quad;
+      const float* const delta_at = s.delta[at_q.stage] + 2 * quad;
+      const auto read_stat = [&](int j, const float* from) {
+        stat[j] = *reinterpret_cast<const float2*>(from + 8 * j);
+      };
       CUTE_UNROLL
-      for (int j = 0; j < kM / 8; ++j) {
-        stat[j] = *reinterpret_cast<const float2*>(&s.lse[at_q.stage][8 * j + 2 * quad]);
-      }
+      for (int j = 0; j < kPart / 8; ++j) read_stat(j, lse_at);
       // One warpgroup's products before the other's, so that its exponentials run under those.
       if (Traits::kTurns && warpgroup == 1) {
         cutlass::arch::NamedBarrier::sync(Traits::kConsumers * 128, kFirstS);
@@ -181,50 +203,60 @@ __device__ void multiply(SplitKeys<Tag, kHeadDim, kBiased>,
       if (masked) visible_queries(visible, s.mask, p.q_box, tile, plan, first_row, quad);
       warpgroup_wait<1>();  // S
       if constexpr (kBiased) {
+        Tensor scores = make_tensor(tSrS.data(), accumulator_rows_cols(tSrS.layout()));
         bias_slices<Traits>().add(scores, at_q.stage, first_row, quad, p.bias.per_scale);
       }
 
-      // P^T = exp2(scale * S^T - lse), under dP
-      if (masked) {
-        CUTE_UNROLL
-        for (int i = 0; i < 2; ++i) mask_row(scores, i, visible[i]);
-      }
       CUTE_UNROLL
-      for (int j = 0; j < kM / 8; ++j) {
-        CUTE_UNROLL
-        for (int i = 0; i < 2; ++i) {
-          scores(i, 2 * j) = exp2_approx(scores(i, 2 * j) * p.scale_log2 - stat[j].x);
-          scores(i, 2 * j + 1) = exp2_approx(scores(i, 2 * j + 1) * p.scale_log2 - stat[j].y);
+      for (int part = 0; part < kParts; ++part) {
+        // P^T = exp2(scale * S^T - lse), under dP or the part before
+        Tensor scores = rows_cols_of(tSrS, part);
+        if (masked) {
+          CUTE_UNROLL
+          for (int i = 0; i < 2; ++i) mask_row(scores, i, visible[i] >> part * (kPart / 4));
         }
-        stat[j] = *reinterpret_cast<const float2*>(&s.delta[at_q.stage][8 * j + 2 * quad]);
-      }
-      Tensor p_view = make_tensor(tSrS.data(), rP.layout());
-      convert_to(p_view, rP);
-      // Before the wait for dP, which the exponentials would otherwise sink below.
-      issue_gemm<false>(mma_kv, rP, tVrDout(_, _, _, at_q.stage), tVrdV);
-      warpgroup_wait<1>();  // dP
+        CUTE_UNROLL
+        for (int j = 0; j < kPart / 8; ++j) {
+          CUTE_UNROLL
+          for (int i = 0; i < 2; ++i) {
+            scores(i, 2 * j) = exp2_approx(scores(i, 2 * j) * p.scale_log2 - stat[j].x);
+            scores(i, 2 * j + 1) = exp2_approx(scores(i, 2 * j + 1) * p.scale_log2 - stat[j].y);
+          }
+          read_stat(j, delta_at + part * kPart);
+        }
+        Tensor tVrP = operand_of(rP, part);
+        convert_to(operand_of(tSrS, part), tVrP);
+        // Before the wait for dP, which the exponentials would otherwise sink below.
+        issue_gemm<false>(mma_kv, tVrP, tVrDout(_, _, _, at_q.stage * kParts + part), tVrdV);
+        if (part == 0) warpgroup_wait<1>();  // dP
 
-      // dS^T = P^T (dP^T - delta), under dV; the scale follows at the end.
-      CUTE_UNROLL
-      for (int j = 0; j < kM / 8; ++j) {
+        // dS^T = P^T (dP^T - delta), under dV; the scale follows at the end.
+        Tensor dprobs = rows_cols_of(tSrDp, part);
         CUTE_UNROLL
-        for (int i = 0; i < 2; ++i) {
-          dprobs(i, 2 * j) = scores(i, 2 * j) * (dprobs(i, 2 * j) - stat[j].x);
-          dprobs(i, 2 * j + 1) = scores(i, 2 * j + 1) * (dprobs(i, 2 * j + 1) - stat[j].y);
+        for (int j = 0; j < kPart / 8; ++j) {
+          CUTE_UNROLL
+          for (int i = 0; i < 2; ++i) {
+            dprobs(i, 2 * j) = scores(i, 2 * j) * (dprobs(i, 2 * j) - stat[j].x);
+            dprobs(i, 2 * j + 1) = scores(i, 2 * j + 1) * (dprobs(i, 2 * j + 1) - stat[j].y);
+          }
+          if (part + 1 < kParts) read_stat(j, lse_at + (part + 1) * kPart);
         }
+        Tensor tKrDs = operand_of(rDs, part);
+        convert_to(operand_of(tSrDp, part), tKrDs);
+        // Two dS buffers: this one was last read two tiles ago, before the barrier of the tile between.
+        store_transposed<kPart>(ds_at + (n % 2 * kParts + part) * (kPart * kN * sizeof(Element)), tKrDs);
       }
-      Tensor ds_view = make_tensor(tSrDp.data(), rDs.layout());
-      convert_to(ds_view, rDs);
-      // Two dS buffers: this one was last read two tiles ago, before the barrier of the tile between.
-      store_transposed<kM>(ds_at + n % 2 * sizeof(s.ds[0]), rDs);
       cutlass::arch::NamedBarrier::sync(Traits::kConsumers * 128, kDsWritten);
       cutlass::arch::fence_view_async_shared();
 
-      Tensor tQrdQ = partition_fragment_C(mma_q, cute::Shape<Int<kM>, Int<Traits::kDqFeatures>>{});
-      issue_gemm<true>(mma_q, tQrDs(_, _, _, n % 2), tQrK, tQrdQ);
-      issue_gemm<false>(mma_kv, rDs, tKrQ(_, _, _, at_q.stage), tKrdK);
+      Tensor tQrdQ = partition_fragment_C(mma_q, cute::Shape<Int<kPart>, Int<Traits::kDqFeatures>>{});
+      issue_gemm<true>(mma_q, tQrDs(_, _, _, n % 2 * kParts + own_part), tQrK, tQrdQ);
+      CUTE_UNROLL
+      for (int part = 0; part < kParts; ++part) {
+        issue_gemm<false>(mma_kv, operand_of(rDs, part), tKrQ(_, _, _, at_q.stage * kParts + part), tKrdK);
+      }
       s.ring_dq.wait_empty(at_dq);
-      warpgroup_wait<1>();  // dV, dQ
+      warpgroup_wait<kParts>();  // dV, dQ
       s.ring_dout.release(at_q);
       Tensor dq = make_tensor(tQrdQ.data(), accumulator_rows_cols(tQrdQ.layout()));
       store_float_rows<kM>(dq_at, dq);

@@ -19,7 +19,7 @@ struct FwdTraits : HeadTraits<Tag, kHeadDim_> {
   static constexpr bool kIs8Bit = sizeof(Element) == 1;
   using Output = std::conditional_t<kIs8Bit, cutlass::bfloat16_t, Element>;
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr FwdTile kTile = fwd_tile(kHeadDim);
+  static constexpr FwdTile kTile = fwd_tile(kHeadDim, kBiased_);
   static constexpr int kBlockM = kTile.kBlockM, kBlockN = kTile.kBlockN, kStages = kTile.kStages;
   static constexpr bool kWithDout = false, kBiased = kBiased_;
   static constexpr int kTransposers = kIs8Bit ? 2 : 0;  // warps
@@ -27,6 +27,7 @@ struct FwdTraits : HeadTraits<Tag, kHeadDim_> {
   static constexpr int kConsumers = kBlockM / 64;
   static constexpr int kThreads = (kConsumers + 1) * 128;
   static constexpr int kConsumerWarps = kConsumers * 4;
+  static constexpr bool kBarePlan = kTile.kBarePlan;
   static constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
   static_assert(registers_fit(kProducerRegisters, kConsumerRegisters, kConsumers));
 
@@ -41,6 +42,9 @@ struct FwdTraits : HeadTraits<Tag, kHeadDim_> {
   using MmaQK = decltype(make_tiled_mma(
       GMMA::ss_op_selector<Element, Element, float, cute::Shape<Int<kBlockM>, Int<kBlockN>, Int<kHeadDim>>>(),
       Layout<cute::Shape<Int<kConsumers>, _1, _1>>{}));
+  static_assert(
+      decltype(size<1>(typename MmaQK::AtomShape_MNK{}))::value == kBlockN,
+      "the whole block in one instruction: 80 columns need CuTe's extended shapes (CMakeLists.txt)");
   using MmaPV = decltype(make_tiled_mma(
       GMMA::rs_op_selector<Element, Element, float, cute::Shape<Int<kBlockM>, Int<kHeadDim>, Int<kBlockN>>,
                            GMMA::Major::K, kIs8Bit ? GMMA::Major::K : GMMA::Major::MN>(),
@@ -50,10 +54,12 @@ struct FwdTraits : HeadTraits<Tag, kHeadDim_> {
     alignas(1024) Element q[kBlockM * kHeadDim];
     alignas(1024) Element k[kStages * kBlockN * kHeadDim];
     alignas(1024) Element v[kStages * kBlockN * kHeadDim];
-    alignas(1024) Output o[kTile.kOwnOutput ? kBlockM * kHeadDim : 64];
+    alignas(kTile.kOwnOutput ? 1024 : 16) Output o[kTile.kOwnOutput ? kBlockM * kHeadDim : 8];
     BoxMask<kBlockN> mask;
     MovingTile key_tile[kStages];
-    PlannedTile<kBlockM> plan[kPlannedTiles];
+    using Plan = std::conditional_t<kBarePlan, BarePlan<kBlockM>, PlannedTile<kBlockM>>;
+    Plan plan[kPlannedTiles];
+    typename Plan::Scratch plan_scratch;
     Ring<1> ring_q;
     Ring<kStages> ring_k, ring_v;
     Ring<kPlannedTiles> ring_plan;
@@ -74,11 +80,46 @@ __device__ __forceinline__ auto& values_of(typename Traits::Storage& s) {
   }
 }
 
+// The rows of a staying tile: planned, or worked out here.
+template <class Traits>
+struct PlannedRows {
+  using Storage = typename Traits::Storage;
+  const Storage& s;
+  const typename Storage::Plan& plan;
+  const QueryParams& p;
+  int first = 0;
+
+  __device__ __forceinline__ PlannedRows from(int r) const { return {s, plan, p, r}; }
+  __device__ __forceinline__ void ranges(int r, Range (&keys)[3]) const {
+    int c[3];
+    s.plan_scratch.rows.coordinates(first + r, c);
+    CUTE_UNROLL
+    for (int d = 0; d < 3; ++d) {
+      if constexpr (Traits::kBarePlan) {
+        keys[d] = range_of<Direction::kForward>(c[d], d, plan.tile);
+      } else {
+        keys[d] = plan.range[first + r][d];
+      }
+    }
+  }
+  __device__ __forceinline__ int64_t operator[](int r) const {
+    if constexpr (Traits::kBarePlan) {
+      int c[3];
+      s.plan_scratch.rows.coordinates(first + r, c);
+      return row_of(c, plan.tile, p.problem, p.q_box, plan.tile.batch + p.batch_offset, p.lse);
+    } else {
+      return plan.row[first + r];
+    }
+  }
+};
+
 template <class Traits>
 __device__ void attend(typename Traits::Storage& s, const QueryParams& p) {
   using Element = typename Traits::Element;
   constexpr int kM = Traits::kBlockM, kN = Traits::kBlockN, kD = Traits::kHeadDim;
-  const int thread = threadIdx.x - 128, warpgroup = thread / 128, quad = thread % 4;
+  // Known to be the same in a whole warp, descriptors stay in uniform registers.
+  const int warpgroup = cutlass::canonical_warp_group_idx() - 1;
+  const int thread = threadIdx.x - 128, quad = thread % 4;
 
   auto& values = values_of<Traits>(s);
   Tensor sQ = make_tensor(make_smem_ptr(s.q), typename Traits::LayoutQ{});         // (M, D)
@@ -112,14 +153,12 @@ __device__ void attend(typename Traits::Storage& s, const QueryParams& p) {
 
   while (true) {
     s.ring_plan.wait_full(at_plan);
-    const PlannedTile<kM>& plan = s.plan[at_plan.stage];
+    const auto& plan = s.plan[at_plan.stage];
     const int num_tiles = plan.num_tiles;
     if (num_tiles == 0) break;
+    const PlannedRows<Traits> rows{s, plan, p};
     CUTE_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      CUTE_UNROLL
-      for (int d = 0; d < 3; ++d) keys[i][d] = plan.range[first_row + 8 * i][d];
-    }
+    for (int i = 0; i < 2; ++i) rows.ranges(first_row + 8 * i, keys[i]);
 
     float scale_log2 = p.scale_log2, descale_v = 1.f;
     if constexpr (Traits::kIs8Bit) {
@@ -183,7 +222,7 @@ __device__ void attend(typename Traits::Storage& s, const QueryParams& p) {
 
     CUTE_UNROLL
     for (int i = 0; i < 2; ++i) {
-      const int64_t row = plan.row[first_row + 8 * i];
+      const int64_t row = rows[first_row + 8 * i];
       if (quad == 0 && row >= 0) p.lse.data[row] = lse[i];
     }
     const int warp = thread / 32;
@@ -193,7 +232,7 @@ __device__ void attend(typename Traits::Storage& s, const QueryParams& p) {
     if constexpr (!Traits::kTile.kOwnOutput) cutlass::arch::NamedBarrier::sync(128, 1 + warpgroup);
     const auto store = [&](auto type) {
       using Output = decltype(type);
-      store_rows<kD, Traits::kIs8Bit>(static_cast<Output*>(sO), outputs, plan.row + warp * 16,
+      store_rows<kD, Traits::kIs8Bit>(static_cast<Output*>(sO), outputs, rows.from(warp * 16),
                                       static_cast<Output*>(p.out), p.problem.dim_v);
     };
     if (Traits::kIs8Bit && p.out_is_fp16) {

@@ -29,6 +29,15 @@ struct BwdKernelParams {
 
 enum BwdBarrier : int { kDsWritten = 1, kDsRead = 2, kVRead = 3, kFirstS = 4, kFirstDp = 5 };
 
+// Of rows that are no query: exp2(anything - inf) = 0.
+constexpr RowStats kNoQuery{std::numeric_limits<float>::infinity(), 0.f};
+
+// A row of the box of queries, the same in all visits.
+struct BoxRow {
+  int64_t offset;  // of its statistics, from the first row's; -1: the box has no such row
+  uint16_t coordinate[3];
+};
+
 // ---- Producer warps ----
 
 template <class Traits>
@@ -96,42 +105,48 @@ __device__ __forceinline__ void follow_queries(Storage& s, const BwdKernelParams
   });
 }
 
+// Asynchronous and without divisions: a visit of short rows is over soon. What is the same for all visits
+// lies in shared memory, because a spilled register comes back from the L2 cache.
 template <class Traits>
 __device__ void gather_stats(typename Traits::Storage& s, const BwdKernelParams& p) {
   constexpr int kM = Traits::kBlockM;
   const int lane = threadIdx.x % 32;
   RingIndex<Traits::kStages> at;
   follow_queries(s, p, [&](const StayingTile& tile, int head, const int (&first)[3]) {
-    RowStats value[kM / 32];
+    int64_t box_at = (tile.batch + p.batch_offset) * p.stats.batch + head * p.stats.head;
+    bool whole = true;  // inside the grid
 #pragma unroll
-    for (int i = 0; i < kM / 32; ++i) {
-      const int row = lane + 32 * i, outer = row / p.q_box.side[2];
-      const int c[3] = {outer / p.q_box.side[1], outer % p.q_box.side[1], row % p.q_box.side[2]};
-      bool inside = c[0] < p.q_box.side[0];
-      int64_t at_token = (tile.batch + p.batch_offset) * p.stats.batch + head * p.stats.head;
-#pragma unroll
-      for (int d = 0; d < 3; ++d) {
-        inside &= first[d] + c[d] < tile.window[d].length;
-        at_token +=
-            (tile.group[d] + static_cast<int64_t>(p.problem.dilation[d]) * (first[d] + c[d])) * p.stats.x[d];
-      }
-      // A query beyond the grid: exp2(anything - inf) = 0.
-      value[i] = inside ? p.stats.data[at_token] : RowStats{INFINITY, 0.f};
+    for (int d = 0; d < 3; ++d) {
+      box_at += (tile.group[d] + int64_t{p.problem.dilation[d]} * first[d]) * p.stats.x[d];
+      whole &= first[d] + p.q_box.side[d] <= tile.window[d].length;
     }
     s.ring_q.wait_empty(at);
     if constexpr (Traits::kBiased) {
       bias_slices<Traits>().fill(at.stage, p.bias.table, head, p.problem, p.q_box, p.kv_box, first,
                                  tile.first, false);
-      cute::cp_async_fence();
     }
-#pragma unroll
+#pragma unroll 1
     for (int i = 0; i < kM / 32; ++i) {
-      s.lse[at.stage][lane + 32 * i] = value[i].lse;
-      s.delta[at.stage][lane + 32 * i] = value[i].delta;
+      const int row = lane + 32 * i;
+      const BoxRow at_row = s.q_row[row];
+      if (at_row.offset < 0) continue;
+      bool inside = true;
+      if (!whole) {
+#pragma unroll
+        for (int d = 0; d < 3; ++d) inside &= first[d] + at_row.coordinate[d] < tile.window[d].length;
+      }
+      const RowStats* from = p.stats.data + box_at + at_row.offset;
+      float &lse = s.lse[at.stage][row], &delta = s.delta[at.stage][row];
+      if (inside) {
+        cute::SM80_CP_ASYNC_CACHEALWAYS<float>::copy(from->lse, lse);
+        cute::SM80_CP_ASYNC_CACHEALWAYS<float>::copy(from->delta, delta);
+      } else {
+        lse = kNoQuery.lse;
+        delta = kNoQuery.delta;
+        __threadfence_block();  // the arrival below waits for copies only
+      }
     }
-    if constexpr (Traits::kBiased) cute::cp_async_wait<0>();
-    __syncwarp();
-    if (lane == 0) s.ring_q.arrive_full(at);
+    cutlass::arch::cpasync_barrier_arrive_noinc(&s.ring_q.full[at.stage]);
     at.advance();
   });
 }
@@ -208,7 +223,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     if (cast_smem_ptr_to_uint(&s) % kStorageAlignment != 0) __trap();
     for (const CUtensorMap* map : {&maps.q, &maps.k, &maps.v, &maps.dout, &maps.dq}) prefetch_map(*map);
     s.ring_kv.init(1, Traits::kConsumerWarps);
-    s.ring_q.init(2, Traits::kConsumerWarps);  // queries, and their statistics
+    s.ring_q.init(1 + 32, Traits::kConsumerWarps);  // queries, and their statistics from a warp
     s.ring_dout.init(1, Traits::kConsumerWarps);
     s.ring_dq.init(Traits::kConsumerWarps, 1);
     s.ring_draw.init(1, 1);
@@ -216,6 +231,23 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     cutlass::arch::fence_barrier_init();
   }
   s.mask.build(p.q_box, threadIdx.x, Traits::kThreads);
+  s.plan_scratch.rows.build(p.kv_box, threadIdx.x, Traits::kThreads);
+  for (int r = threadIdx.x; r < Traits::kBlockM; r += Traits::kThreads) {
+    const int outer = r / p.q_box.side[2];
+    const int c[3] = {outer / p.q_box.side[1], outer % p.q_box.side[1], r % p.q_box.side[2]};
+    BoxRow row{0, {}};
+    for (int d = 0; d < 3; ++d) {
+      row.offset += int64_t{p.problem.dilation[d]} * c[d] * p.stats.x[d];
+      row.coordinate[d] = static_cast<uint16_t>(c[d]);
+    }
+    if (c[0] >= p.q_box.side[0]) row.offset = -1;
+    s.q_row[r] = row;
+  }
+  // Rows that the box does not fill get no others.
+  for (int i = threadIdx.x; i < Traits::kStages * Traits::kBlockM; i += Traits::kThreads) {
+    s.lse[0][i] = kNoQuery.lse;
+    s.delta[0][i] = kNoQuery.delta;
+  }
   if constexpr (Traits::kBiased) {
     bias_slices<Traits>().build(p.q_box, p.kv_box, p.bias.table, Traits::kThreads);
   }

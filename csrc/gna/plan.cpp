@@ -246,7 +246,7 @@ Plan plan_forward(const Request& request, const Call& call) {
   Plan plan = choose_backend(request, call);
   const int head_dim = compiled_head_dim(plan, "fwd_sm90", request, whole);
   const PortableTile portable = portable_fwd_tile(head_dim, element_bytes(request.dtype));
-  const FwdTile hopper = fwd_tile(head_dim);
+  const FwdTile hopper = fwd_tile(head_dim, call.biased);
   for (const HeadGroup& heads : call.groups) {
     for_each_launch({Kernel::kForward, head_dim, plan.portable, heads, heads.problem}, 0, [&](Step step) {
       step.tiles = plan.portable

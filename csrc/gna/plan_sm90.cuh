@@ -30,12 +30,15 @@ __device__ void plan_tiles_of_cta(Storage& s, const Params& p, const Box& stayin
   RingIndex<1> at_draw;
   int work = blockIdx.x;
   while (work < p.schedule.total) {
-    const StayingTile tile = p.schedule.template decode<kDirection>(p.problem, staying, moving, work);
-    if (!tile.empty()) {
-      s.ring_plan.wait_empty(at);
-      s.plan[at.stage].template fill<kDirection>(tile, p.problem, staying, tile.batch + p.batch_offset, index,
-                                                 tile.num_visits() * visits_per_tile + extra,
-                                                 p.schedule.line > 0, lane);
+    s.ring_plan.wait_empty(at);
+    auto& plan = s.plan[at.stage];
+    // Straight to shared memory: some of the producers have 24 registers.
+    if (lane == 0) p.schedule.template decode<kDirection, 1>(p.problem, staying, moving, work, plan.tile);
+    __syncwarp();
+    if (!plan.tile.empty()) {
+      plan.num_tiles = plan.tile.num_visits() * visits_per_tile + extra;
+      plan.template fill<kDirection>(s.plan_scratch, p.problem, staying, plan.tile.batch + p.batch_offset,
+                                     index, p.schedule.line > 0, lane);
       if (lane == 0) s.ring_plan.arrive_full(at);
       at.advance();
       s.ring_draw.wait_full(at_draw);

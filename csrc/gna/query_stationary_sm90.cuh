@@ -176,6 +176,7 @@ __device__ __forceinline__ void prepare_storage(typename Traits::Storage& s, con
     cutlass::arch::fence_barrier_init();
   }
   s.mask.build(p.kv_box, threadIdx.x, Traits::kThreads);
+  s.plan_scratch.rows.build(p.q_box, threadIdx.x, Traits::kThreads);
   if constexpr (Traits::kBiased) {
     auto& bias = bias_slices<Traits>();
     if (threadIdx.x == 0) bias.ring.init(32, Traits::kConsumerWarps);  // the copies of a warp

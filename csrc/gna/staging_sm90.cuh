@@ -28,8 +28,8 @@ __device__ __forceinline__ int staging_in_own_rows(int warp) {
 // Writes a warp's 16 rows of a (2, kFeatures) accumulator view, whose columns begin at feature `first`, to
 // `out`, where row r is at row[r] * dim; row[r] < 0: none. kEvenFirst: of every 16 columns the first eight
 // are the even features, the others the odd ones (transpose_sm90.cuh).
-template <int kFeatures, bool kEvenFirst = false, class Element, class TensorO>
-__device__ void store_rows(Element* staging, const TensorO& rO, const int64_t* row, Element* out, int64_t dim,
+template <int kFeatures, bool kEvenFirst = false, class Element, class TensorO, class Rows>
+__device__ void store_rows(Element* staging, const TensorO& rO, const Rows& row, Element* out, int64_t dim,
                            int first = 0) {
   constexpr int kPieces = kFeatures / 8;  // of 16 bytes in a row
   constexpr int kMask = kPieces < 8 ? kPieces - 1 : 7;
@@ -53,8 +53,9 @@ __device__ void store_rows(Element* staging, const TensorO& rO, const int64_t* r
   CUTE_UNROLL
   for (int n = 0; n < 16 * kPieces / 32; ++n) {
     const int r = (n * 32 + lane) / kPieces, piece = (n * 32 + lane) % kPieces;
-    if (row[r] >= 0 && first + piece * 8 < dim) {
-      *reinterpret_cast<uint4*>(out + row[r] * dim + first + piece * 8) =
+    const int64_t at = row[r];
+    if (at >= 0 && first + piece * 8 < dim) {
+      *reinterpret_cast<uint4*>(out + at * dim + first + piece * 8) =
           *reinterpret_cast<const uint4*>(words + (r * kPieces + (piece ^ (r & kMask))) * 4);
     }
   }

@@ -9,13 +9,17 @@ struct FwdTile {
   int kBlockN;      // keys of a tile
   int kStages;      // K and V buffers each
   bool kOwnOutput;  // output staged in its own shared memory, so that the next Q loads under the epilogue
+  bool kBarePlan = false;  // no room for what the planning warp knows of rows: consumers work it out
 };
 
 // Shared memory: 2 bytes * D * (M + 2 * stages * N + (own output ? M : 0)), at most 227 KB.
-constexpr FwdTile fwd_tile(int head_dim) {
+// At D = 256, O needs 128 registers a thread and Q 64 KB; with 64 keys, S alone takes all the bandwidth of
+// shared memory. A bias takes the room of the other 16.
+constexpr FwdTile fwd_tile(int head_dim, bool biased = false) {
   if (head_dim <= 64) return {128, 128, 2, true};
   if (head_dim <= 128) return {128, 128, 2, true};  // 192 KB
-  return {128, 64, 2, false};                       // 192 KB; O needs 128 registers a thread
+  if (biased) return {128, 64, 2, false};           // 192 KB
+  return {128, 80, 2, false, true};                 // 224 KB
 }
 
 // The deterministic gradient of the queries: S and dP at once in registers, Q and dO in shared memory. 128 KB
@@ -31,11 +35,13 @@ struct BwdTile {
 // Registers decide. Up to D = 128 a warpgroup holds dK and dV of 64 keys: 2 * D / 2 a thread, and S, dP and
 // their rounded copies 96 at 64 queries (192 KB of shared memory at D = 128). Beyond, it holds half of the
 // features of the CTA's 64 keys: 128, and 64 of dQ (208 KB).
-constexpr BwdTile bwd_tile(int head_dim) { return {64, head_dim <= 128 ? 128 : 64, 2}; }
+constexpr BwdTile bwd_tile(int head_dim) {
+  return {head_dim == 64 ? 128 : 64, head_dim <= 128 ? 128 : 64, 2};
+}
 
 // Relative positions between two boxes for which Hopper's kernels have room, with a bias: 16 bytes each.
 // Boxes of 8 x 16 and 8 x 16 have 465, 4 x 4 x 8 and 4 x 4 x 8 have 735; at D = 256 the blocks are smaller.
-constexpr int bias_places(int head_dim) { return head_dim <= 128 ? 1024 : 640; }
+constexpr int bias_places(int head_dim) { return head_dim <= 128 ? 1024 : 576; }
 
 // The portable kernels. A row is padded by 16 bytes; everything fits the 99 KB of the GPUs that have least,
 // and two CTAs an SM up to 256 bytes a row where there are 160 KB.

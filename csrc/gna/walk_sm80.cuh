@@ -437,8 +437,8 @@ __device__ __forceinline__ void for_each_tile(typename Traits::Storage& s, const
   int next = kByHead ? blockIdx.x / heads : blockIdx.x;
   while (next < total) {
     const int work = kByHead ? work_of_head(p.schedule, p.problem, own_head, next) : next;
-    const StayingTile tile =
-        p.schedule.template decode<Traits::kDirection>(p.problem, p.staying_box, p.moving_box, work);
+    StayingTile tile;
+    p.schedule.template decode<Traits::kDirection>(p.problem, p.staying_box, p.moving_box, work, tile);
     if (threadIdx.x < Traits::kStaying) {
       s.plan.template set_row<Traits::kDirection>(threadIdx.x, tile, p.problem, p.staying_box, tile.batch,
                                                   p.rows, line_stays);

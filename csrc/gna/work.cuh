@@ -58,55 +58,120 @@ struct TileCounter {
   }
 };
 
+// The rows of a box, once per launch, so that nobody divides by its sides. Rows that the box does not fill
+// lie beyond it in dimension 0.
+template <int kRows>
+struct BoxRows {
+  uint32_t word[kRows];  // eight bits a coordinate
+
+  __device__ __forceinline__ void build(const Box& box, int thread, int num_threads) {
+    for (int r = thread; r < kRows; r += num_threads) {
+      const int outer = r / box.side[2];
+      word[r] = (outer / box.side[1]) << 16 | (outer % box.side[1]) << 8 | r % box.side[2];
+    }
+  }
+  __device__ __forceinline__ void coordinates(int r, int (&c)[3]) const {
+    const uint32_t w = word[r];
+    c[0] = w >> 16, c[1] = w >> 8 & 255, c[2] = w & 255;
+  }
+};
+
+// The row of the token at a place in the box of a staying tile, in a contiguous [B, X, H] whose strides in
+// rows are `index`; -1: no token.
+template <class T>
+__device__ __forceinline__ int64_t row_of(const int (&c)[3], const StayingTile& tile, const Problem& p,
+                                          const Box& box, int64_t batch, const Tokens<T>& index) {
+  bool inside = c[0] < box.side[0];
+  int64_t at = batch * index.batch + tile.head * index.head;
+#pragma unroll
+  for (int d = 0; d < 3; ++d) {
+    const int i = tile.first[d] + c[d];
+    inside &= i < tile.extent[d];
+    at += (tile.group[d] + static_cast<int64_t>(p.dilation[d]) * i) * index.x[d];
+  }
+  return inside ? at : -1;
+}
+
+// What the tokens at coordinate c of dimension d see of the other operand, as indices inside the dilation
+// group. A token beyond the grid repeats the last one; it is not stored.
+template <Direction kDirection>
+__device__ __forceinline__ Range range_of(int c, int d, const StayingTile& tile) {
+  const int i = min(tile.first[d] + c, tile.extent[d] - 1);
+  return kDirection == Direction::kForward ? tile.window[d].keys(i) : tile.window[d].queries(i);
+}
+
 // A planned work item: the tile and what the consumers must know about its rows.
 template <int kRows>
 struct PlannedTile {
   int num_tiles;  // to visit; 0: no more work
   int cut;        // some row of the block is no token
   StayingTile tile;
-  Range range[kRows][3];  // visible tokens of the other operand, as indices inside the dilation group
-  int64_t row[kRows];     // of the token in a contiguous [B, X, H]; -1: the row is no token
+  Range range[kRows][3];  // what a row sees
+  int64_t row[kRows];     // row_of
 
-  // Row r; false if it is no token. `index` holds the strides of [B, X, H] in rows.
+  // What plans of a launch share.
+  struct Scratch {
+    BoxRows<kRows> rows;
+    Range range[kRows + 2];  // per coordinate of each dimension: the sides multiply to at most kRows
+  };
+
+  // Row r by itself; false if it is no token.
   template <Direction kDirection, class T>
   __device__ __forceinline__ bool set_row(int r, const StayingTile& from, const Problem& p, const Box& box,
                                           int64_t batch, const Tokens<T>& index, bool all_see_all) {
-    const int outer = r / box.side[2];
-    const int coordinate[3] = {outer / box.side[1], outer % box.side[1], r % box.side[2]};
-    bool inside = coordinate[0] < box.side[0];
-    int64_t at = batch * index.batch + from.head * index.head;
+    const int outer = r / box.side[2], c[3] = {outer / box.side[1], outer % box.side[1], r % box.side[2]};
 #pragma unroll
     for (int d = 0; d < 3; ++d) {
-      const int i = from.first[d] + coordinate[d], last = from.extent[d] - 1;
-      inside &= i <= last;
-      // A row beyond the grid repeats the last token; it is not stored.
-      const int clipped = min(i, last);
-      range[r][d] = all_see_all                         ? Range{0, from.window[d].length}
-                    : kDirection == Direction::kForward ? from.window[d].keys(clipped)
-                                                        : from.window[d].queries(clipped);
-      at += (from.group[d] + static_cast<int64_t>(p.dilation[d]) * i) * index.x[d];
+      range[r][d] = all_see_all ? Range{0, from.window[d].length} : range_of<kDirection>(c[d], d, from);
     }
-    row[r] = inside ? at : -1;
-    return inside;
+    row[r] = row_of(c, from, p, box, batch, index);
+    return row[r] >= 0;
   }
 
-  // Filled by one warp.
+  // All rows of `tile`, by one warp: windows once per coordinate.
   template <Direction kDirection, class T>
-  __device__ __forceinline__ void fill(const StayingTile& from, const Problem& p, const Box& box,
-                                       int64_t batch, const Tokens<T>& index, int tiles, bool all_see_all,
-                                       int lane) {
-    bool outside = false;
-    for (int r = lane; r < kRows; r += 32) {
-      outside |= !set_row<kDirection>(r, from, p, box, batch, index, all_see_all);
-    }
-    outside = __any_sync(0xffffffffu, outside);
-    if (lane == 0) {
-      num_tiles = tiles;
-      cut = outside;
-      tile = from;
+  __device__ __forceinline__ void fill(Scratch& scratch, const Problem& p, const Box& box, int64_t batch,
+                                       const Tokens<T>& index, bool all_see_all, int lane) {
+    const int first[3] = {0, box.side[0], box.side[0] + box.side[1]};
+#pragma unroll 1
+    for (int n = lane; n < first[2] + box.side[2]; n += 32) {
+      const int d = n >= first[2] ? 2 : n >= first[1] ? 1 : 0;
+      const int c = n - (d == 2 ? first[2] : d == 1 ? first[1] : 0);
+      scratch.range[n] = all_see_all ? Range{0, tile.window[d].length} : range_of<kDirection>(c, d, tile);
     }
     __syncwarp();
+    bool outside = false;
+#pragma unroll 1
+    for (int r = lane; r < kRows; r += 32) {
+      int c[3];
+      scratch.rows.coordinates(r, c);
+      const int64_t at = row_of(c, tile, p, box, batch, index);
+      row[r] = at;
+      outside |= at < 0;
+      c[0] = min(c[0], box.side[0] - 1);
+#pragma unroll
+      for (int d = 0; d < 3; ++d) range[r][d] = scratch.range[first[d] + c[d]];
+    }
+    outside = __any_sync(0xffffffffu, outside);
+    if (lane == 0) cut = outside;
+    __syncwarp();
   }
+};
+
+// The tile alone, where there is no room for more. Consumers work out their rows where they would otherwise
+// wait for the tile's first copies.
+template <int kRows>
+struct BarePlan {
+  int num_tiles;
+  StayingTile tile;
+
+  struct Scratch {
+    BoxRows<kRows> rows;
+  };
+
+  template <Direction, class T>
+  __device__ __forceinline__ void fill(Scratch&, const Problem&, const Box&, int64_t, const Tokens<T>&, bool,
+                                       int) {}
 };
 
 struct Schedule {
@@ -132,10 +197,10 @@ struct Schedule {
   // All tiles of one head come before those of the next, so that the CTAs that run together share their
   // operands in the L2 cache. Within a head the longest rows come first: under a causal mask the last queries
   // and the first keys.
-  template <Direction kDirection>
-  __device__ __forceinline__ StayingTile decode(const Problem& p, const Box& staying, const Box& moving,
-                                                int work) const {
-    StayingTile tile;
+  // kUnroll 1: with few registers, into shared memory.
+  template <Direction kDirection, int kUnroll = 3>
+  __device__ __forceinline__ void decode(const Problem& p, const Box& staying, const Box& moving, int work,
+                                         StayingTile& tile) const {
     const int per_head = tiles[0] * tiles[1] * tiles[2];
     const int outer = work / per_head;
     int inner = work - outer * per_head;
@@ -145,7 +210,7 @@ struct Schedule {
     int group = outer - batch_head * groups;
     tile.batch = batch_head / heads;
     tile.head = batch_head - tile.batch * heads;
-#pragma unroll
+#pragma unroll kUnroll
     for (int d = 2; d >= 0; --d) {
       tile.first[d] = inner % tiles[d] * staying.side[d];
       inner /= tiles[d];
@@ -165,7 +230,6 @@ struct Schedule {
                            ? key_tiles(tile.window[d], first, last, moving.side[d], Placement::kSpan)
                            : query_tiles(tile.window[d], first, last, moving.side[d], Placement::kSpan);
     }
-    return tile;
   }
 };
 
