@@ -33,8 +33,7 @@ __device__ void plan_tiles_of_cta(Storage& s, const Params& p, const Box& stayin
     s.ring_plan.wait_empty(at);
     auto& plan = s.plan[at.stage];
     // Straight to shared memory: some of the producers have 24 registers.
-    if (lane == 0) p.schedule.template decode<kDirection, 1>(p.problem, staying, moving, work, plan.tile);
-    __syncwarp();
+    p.schedule.template decode_by_warp<kDirection>(p.problem, staying, moving, work, plan.tile, lane);
     if (!plan.tile.empty()) {
       plan.num_tiles = plan.tile.num_visits() * visits_per_tile + extra;
       plan.template fill<kDirection>(s.plan_scratch, p.problem, staying, plan.tile.batch + p.batch_offset,

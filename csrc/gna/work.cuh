@@ -197,10 +197,31 @@ struct Schedule {
   // All tiles of one head come before those of the next, so that the CTAs that run together share their
   // operands in the L2 cache. Within a head the longest rows come first: under a causal mask the last queries
   // and the first keys.
-  // kUnroll 1: with few registers, into shared memory.
-  template <Direction kDirection, int kUnroll = 3>
+  template <Direction kDirection>
   __device__ __forceinline__ void decode(const Problem& p, const Box& staying, const Box& moving, int work,
                                          StayingTile& tile) const {
+    split<kDirection>(p, work, tile, [&](int d, int position, int group) {
+      place<kDirection>(p, staying, moving, d, position, group, tile);
+    });
+  }
+
+  // The same by a warp, with a lane for each dimension; `tile` is in shared memory.
+  template <Direction kDirection>
+  __device__ __forceinline__ void decode_by_warp(const Problem& p, const Box& staying, const Box& moving,
+                                                 int work, StayingTile& tile, int lane) const {
+    int own_position = 0, own_group = 0;
+    split<kDirection>(p, work, tile, [&](int d, int position, int group) {
+      if (d == lane) own_position = position, own_group = group;
+    });
+    if (lane < 3) place<kDirection>(p, staying, moving, lane, own_position, own_group, tile);
+    __syncwarp();
+  }
+
+ private:
+  // Calls dimension(d, position in tiles, dilation group) from the innermost dimension on.
+  template <Direction kDirection, class Dimension>
+  __device__ __forceinline__ void split(const Problem& p, int work, StayingTile& tile,
+                                        const Dimension& dimension) const {
     const int per_head = tiles[0] * tiles[1] * tiles[2];
     const int outer = work / per_head;
     int inner = work - outer * per_head;
@@ -210,26 +231,34 @@ struct Schedule {
     int group = outer - batch_head * groups;
     tile.batch = batch_head / heads;
     tile.head = batch_head - tile.batch * heads;
-#pragma unroll kUnroll
+#pragma unroll
     for (int d = 2; d >= 0; --d) {
-      tile.first[d] = inner % tiles[d] * staying.side[d];
+      dimension(d, inner % tiles[d], group % p.dilation[d]);
       inner /= tiles[d];
-      tile.group[d] = group % p.dilation[d];
       group /= p.dilation[d];
-      tile.window[d] = p.axis(d, tile.group[d]);
-      const Range all{0, tile.window[d].length};
-      if (line > 0) {
-        tile.extent[d] = d == 2 ? line : 1;
-        tile.visits[d] = cover(all, all, moving.side[d], Placement::kSpan);
-        continue;
-      }
-      tile.extent[d] = tile.window[d].length;
-      const int last = min(tile.first[d] + staying.side[d], tile.extent[d]) - 1;
-      const int first = min(tile.first[d], last);
-      tile.visits[d] = kDirection == Direction::kForward
-                           ? key_tiles(tile.window[d], first, last, moving.side[d], Placement::kSpan)
-                           : query_tiles(tile.window[d], first, last, moving.side[d], Placement::kSpan);
     }
+  }
+
+  // Fills in dimension d of a tile.
+  template <Direction kDirection>
+  __device__ __forceinline__ void place(const Problem& p, const Box& staying, const Box& moving, int d,
+                                        int position, int group, StayingTile& tile) const {
+    const Window window = p.axis(d, group);
+    const int begin = position * staying.side[d];
+    tile.first[d] = begin;
+    tile.group[d] = group;
+    tile.window[d] = window;
+    if (line > 0) {
+      const Range all{0, window.length};
+      tile.extent[d] = d == 2 ? line : 1;
+      tile.visits[d] = cover(all, all, moving.side[d], Placement::kSpan);
+      return;
+    }
+    tile.extent[d] = window.length;
+    const int last = min(begin + staying.side[d], window.length) - 1, first = min(begin, last);
+    tile.visits[d] = kDirection == Direction::kForward
+                         ? key_tiles(window, first, last, moving.side[d], Placement::kSpan)
+                         : query_tiles(window, first, last, moving.side[d], Placement::kSpan);
   }
 };
 
