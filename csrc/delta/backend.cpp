@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "architectures.h"
+#include "delta/head_cluster_sm90.h"
 #include "delta/sm80.h"
 #include "delta/sm90_bwd.h"
 

@@ -5,6 +5,7 @@
 #endif
 #ifdef NEARFIELD_DELTA
 #include "delta/checks.h"
+#include "delta/head_cluster_sm90.h"
 #include "delta/sm80.h"
 #include "delta/sm90_bwd.h"
 #include "delta/step.h"
