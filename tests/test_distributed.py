@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from nearfield import distributed
 from nearfield.distributed.neighborhood import needed_rows
-from nearfield.distributed.rows import owned_ranges
+from nearfield.distributed.rows import _concerned, owned_ranges
 from nearfield.gna.reference import visible_keys
 from torch import Tensor
 
@@ -38,6 +38,8 @@ GRIDS: dict[str, tuple[tuple[int, ...], int, Split, dict[str, Any]]] = {
     "1d-causal": ((24,), 0, {2: (7, 17), 4: (3, 8, 7, 6)}, {"kernel_size": 9, "is_causal": True}),
     "1d-strided": ((23,), 0, {2: (10, 13), 4: (4, 7, 5, 7)}, {"kernel_size": 6, "stride": 4}),
     "1d-causal-strided": ((23,), 0, {2: (10, 13), 4: (4, 7, 5, 7)}, {"kernel_size": 6, "stride": 5, "is_causal": True}),
+    # The first and the last of 4 processes send and receive nothing.
+    "1d-blocks": ((24,), 0, {2: (8, 16), 4: (4, 6, 6, 8)}, {"kernel_size": 4, "stride": 4}),
     "1d-dilated": ((29,), 0, {2: (14, 15), 4: (8, 2, 9, 10)}, {"kernel_size": 4, "dilation": 3, "stride": 2}),
     "1d-whole": ((12,), 0, {2: (5, 7), 4: (3, 3, 3, 3)}, {"kernel_size": -1, "scale": 0.3}),
     "2d-rows": ((12, 5), 0, {2: (6, 6), 4: (3, 4, 2, 3)}, {"kernel_size": (5, 3), "stride": (2, 1)}),
@@ -356,6 +358,12 @@ def test_bad_input_is_named(results: Results) -> None:
         assert f"of which number {rank} is 6" in said["spans"]
         if rank > 0:
             assert f"initial_state is given on process {rank}, expected on process 0" in said["state"]
+
+
+def test_who_is_concerned() -> None:
+    owned = owned_ranges((4, 6, 6, 8))
+    assert _concerned(owned, [(0, 4), (4, 12), (8, 16), (16, 24)]) == {1, 2}
+    assert _concerned(owned, owned) == set()
 
 
 @given(st.data())

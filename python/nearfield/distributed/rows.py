@@ -40,8 +40,24 @@ def gather_rows(
         wanted: the range of rows that each process asks for, the same list on every process.
         group: the processes; None: all.
     """
-    rows: Tensor = _GatherRows.apply(x, dim, owned_ranges(sizes), list(wanted), group)  # type: ignore[no-untyped-call]
+    owned = owned_ranges(sizes)
+    if 0 < len(_concerned(owned, wanted)) < len(owned):
+        # NCCL connects a group in its first call, and waits there for all of its processes.
+        dist.all_reduce(x.new_zeros(1), group=group)
+    rows: Tensor = _GatherRows.apply(x, dim, owned, list(wanted), group)  # type: ignore[no-untyped-call]
     return rows
+
+
+def _concerned(owned: Sequence[Range], wanted: Sequence[Range]) -> set[int]:
+    """Who has to send or to receive anything."""
+    ranks = range(len(owned))
+    pairs = ((a, b) for a in ranks for b in ranks if a != b)
+    meeting = (pair for pair in pairs if _length(_overlap(owned[pair[0]], wanted[pair[1]])))
+    return {rank for pair in meeting for rank in pair}
+
+
+def _length(range_: Range) -> int:
+    return range_[1] - range_[0]
 
 
 def _overlap(a: Range, b: Range) -> Range:
