@@ -327,6 +327,24 @@ def test_delta_rule_names_its_backend(
         assert named.forward == Pass("portable", ("prepare_sm80", "walk_sm80"))
 
 
+@pytest.mark.skipif("cuda" not in devices_with_kernel("delta_fwd"), reason="this build has no CUDA kernels")
+@pytest.mark.parametrize("V,gate,packed,may", [
+    (128, 3, False, True), (72, None, False, True), (64, 3, False, False), (136, 3, False, False),
+    (128, 4, False, False), (128, 3, True, False),
+])  # fmt: skip
+def test_delta_rule_names_the_kernel_for_heads_in_clusters(
+    V: int, gate: int | None, packed: bool, may: bool
+) -> None:
+    q, v = (meta(1, 9, 2, d) for d in (128, V))
+    g = None if gate is None else meta(1, 9, 2, *([128] if gate == 4 else []))
+    bounds = torch.tensor([0, 4, 9]) if packed else None
+    told = explain(delta_rule, q, q, v, meta(1, 9, 2), g, cu_seqlens=bounds, architecture="sm_90")
+    assert isinstance(told, delta.DeltaExplanation)
+    assert (told.forward.instead == "head_cluster_sm90") == may
+    assert ("or head_cluster_sm90" in str(told)) == may
+    assert told.backward.instead is None
+
+
 def test_cpu_tiles_hold_a_register() -> None:
     for dtype, lanes in ((torch.float32, 16), (torch.float64, 8), (torch.bfloat16, 16)):
         plan = ask(meta(2, 20, 30, 4, 16, dtype=dtype), 7, architecture="cpu")

@@ -25,17 +25,19 @@ class Pass:
     backend: str | None = None
     """``"hopper"``, ``"portable"`` or ``"cpu"``; None: refused."""
     kernels: tuple[str, ...] = ()
-    """In the order of their launches. ``head_cluster_sm90`` takes the place of ``prepare_sm90`` and ``state_pass_sm90``
-    where shapes and the clusters that the device runs at once make it faster."""
+    """In the order of their launches."""
     because: str | None = None
     """Why the portable kernels run although nobody asked for them."""
     refused: str | None = None
     """Why there is no kernel for this call."""
+    instead: str | None = None
+    """One kernel in place of these, where shapes and the number of clusters that the device runs at once make it faster."""
 
     def __str__(self) -> str:
         if self.refused:
             return f"refused: {self.refused}"
         text = f"{self.backend}" + (f": {', '.join(self.kernels)}" if self.kernels else "")
+        text += f"\n    or {self.instead}, where that is faster on the device" if self.instead else ""
         return text + (f"\n    portable kernels: {self.because}" if self.because else "")
 
 
@@ -63,6 +65,7 @@ def _explain_delta_rule(
     *,
     recompute: bool = False,
     backend: str | None = None,
+    cu_seqlens: Tensor | None = None,
     **options: object,
 ) -> DeltaExplanation:
     q, k, v = (t.to("meta") for t in _runtime.autocast(q, k, v))
@@ -73,6 +76,13 @@ def _explain_delta_rule(
         return DeltaExplanation("delta_rule", architecture, shapes, Pass("cpu"), Pass("cpu"))
     capability = int(architecture.removeprefix("sm_"))
     forward, backward = (_pass(q, k, v, beta, g, capability, way, backend) for way in (False, True))
+    if (
+        forward.backend == "hopper"
+        and cu_seqlens is None
+        and (g is None or g.dim() == 3)
+        and 64 < v.shape[3] <= 128
+    ):
+        forward = replace(forward, instead="head_cluster_sm90")
     if backward.backend == "hopper" and (recompute or forward.backend != "hopper"):
         backward = replace(backward, kernels=_KERNELS["hopper", False] + backward.kernels)
     return DeltaExplanation("delta_rule", architecture, shapes, forward, backward)
