@@ -50,14 +50,13 @@ def gather_rows(
 
 def _concerned(owned: Sequence[Range], wanted: Sequence[Range]) -> set[int]:
     """Who has to send or to receive anything."""
-    ranks = range(len(owned))
-    pairs = ((a, b) for a in ranks for b in ranks if a != b)
-    meeting = (pair for pair in pairs if _length(_overlap(owned[pair[0]], wanted[pair[1]])))
-    return {rank for pair in meeting for rank in pair}
-
-
-def _length(range_: Range) -> int:
-    return range_[1] - range_[0]
+    concerned = set()
+    for holder, held in enumerate(owned):
+        for asker, asked in enumerate(wanted):
+            begin, end = _overlap(held, asked)
+            if holder != asker and begin < end:
+                concerned |= {holder, asker}
+    return concerned
 
 
 def _overlap(a: Range, b: Range) -> Range:
