@@ -3,6 +3,7 @@
 #pragma once
 
 #include "gna/traits_sm90.cuh"
+#include "nearfield/pairs.cuh"
 
 namespace nearfield::gna {
 
@@ -40,13 +41,11 @@ __device__ void store_rows(Element* staging, const TensorO& rO, const Rows& row,
     const int r = lane / 4 + 8 * i;
     CUTE_UNROLL
     for (int j = 0; j < kPieces; ++j) {
-      cutlass::NumericArrayConverter<Element, float, 2> convert;
       // Even first: a thread's columns of pieces j and j + 1 are four neighboring features.
       const int a = kEvenFirst ? j / 2 * 4 + j % 2 : 2 * j, b = kEvenFirst ? a + 2 : a + 1;
       const int piece = kEvenFirst ? j / 2 * 2 + lane % 4 / 2 : j;
       const int word = kEvenFirst ? lane % 2 * 2 + j % 2 : lane % 4;
-      const auto pair = convert(cutlass::Array<float, 2>{rO(i, a), rO(i, b)});
-      words[(r * kPieces + (piece ^ (r & kMask))) * 4 + word] = reinterpret_cast<const uint32_t&>(pair);
+      words[(r * kPieces + (piece ^ (r & kMask))) * 4 + word] = pack<Element>(rO(i, a), rO(i, b));
     }
   }
   __syncwarp();

@@ -199,10 +199,9 @@ struct SplitRows {
     for (int e = 0; e < size(v); e += 2) {
       const int i = e / 2 % 2;
       const float a = v(e) * inverse[i], b = v(e + 1) * inverse[i];
-      const __half2 h = __floats2half2_rn(a, b),
-                    l = __floats2half2_rn(a - __low2float(h), b - __high2float(h));
-      recast<uint32_t>(high)(e / 2) = reinterpret_cast<const uint32_t&>(h);
-      recast<uint32_t>(low)(e / 2) = reinterpret_cast<const uint32_t&>(l);
+      const uint32_t rounded = pack<half>(a, b);
+      recast<uint32_t>(high)(e / 2) = rounded;
+      recast<uint32_t>(low)(e / 2) = pack_low<half>(a, b, rounded);
     }
   }
 
@@ -213,9 +212,9 @@ struct SplitRows {
       const int i = Tile::row_of(e);
       const int where = tile_offset<Tile::kD>(tile.tile_row() + 8 * i, e / 4 * 8) + 2 * tile.quad;
       const float a = v(e) * inverse[i], b = v(e + 1) * inverse[i];
-      const __half2 h = __floats2half2_rn(a, b);
-      *reinterpret_cast<__half2*>(high + where) = h;
-      *reinterpret_cast<__half2*>(low + where) = __floats2half2_rn(a - __low2float(h), b - __high2float(h));
+      const uint32_t rounded = pack<half>(a, b);
+      *reinterpret_cast<uint32_t*>(high + where) = rounded;
+      *reinterpret_cast<uint32_t*>(low + where) = pack_low<half>(a, b, rounded);
     }
   }
 };

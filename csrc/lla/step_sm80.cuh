@@ -248,7 +248,7 @@ __global__ void __launch_bounds__(kStepThreads<kD>, StepShape<kD, kDv>::kBlocks)
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const float2 k = E::unpack(pair[e]);
-        moved[e] = pack_half((k.x - c0[2 * e]) * factor, (k.y - c0[2 * e + 1]) * factor);
+        moved[e] = pack<cutlass::half_t>((k.x - c0[2 * e]) * factor, (k.y - c0[2 * e + 1]) * factor);
       }
       chunk = {moved[0], moved[1], moved[2], moved[3]};
     }
@@ -262,7 +262,7 @@ __global__ void __launch_bounds__(kStepThreads<kD>, StepShape<kD, kDv>::kBlocks)
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const float2 v = E::unpack(pair[e]);
-        moved[e] = pack_half(v.x * factor, v.y * factor);
+        moved[e] = pack<cutlass::half_t>(v.x * factor, v.y * factor);
       }
       chunk = {moved[0], moved[1], moved[2], moved[3]};
     }

@@ -101,7 +101,7 @@ __device__ __forceinline__ uint4 map_pairs(const uint4& piece, const F& f) {
 #pragma unroll
   for (int e = 0; e < 4; ++e) {
     const float2 x = f(e, E::unpack(pair[e]));
-    moved[e] = pack_half(x.x, x.y);
+    moved[e] = pack<cutlass::half_t>(x.x, x.y);
   }
   return {moved[0], moved[1], moved[2], moved[3]};
 }

@@ -9,6 +9,7 @@
 #include <algorithm>
 
 #include "lla/step.h"
+#include "nearfield/pairs.cuh"
 #include "nearfield/shared_memory.cuh"
 
 namespace nearfield::lla {
@@ -21,7 +22,7 @@ template <>
 struct StepElement<bf16> {
   using type = __nv_bfloat16;
   __device__ __forceinline__ static float2 unpack(uint32_t pair) {
-    return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
+    return nearfield::unpack<cutlass::bfloat16_t>(pair);
   }
   __device__ __forceinline__ static uint32_t largest(uint32_t x, uint32_t y) {
     const auto z =
@@ -35,7 +36,7 @@ template <>
 struct StepElement<fp16> {
   using type = __half;
   __device__ __forceinline__ static float2 unpack(uint32_t pair) {
-    return __half22float2(reinterpret_cast<const __half2&>(pair));
+    return nearfield::unpack<cutlass::half_t>(pair);
   }
   __device__ __forceinline__ static uint32_t largest(uint32_t x, uint32_t y) {
     const auto z = __hmax2(reinterpret_cast<const __half2&>(x), reinterpret_cast<const __half2&>(y));
@@ -44,11 +45,6 @@ struct StepElement<fp16> {
   __device__ __forceinline__ static float widen(type x) { return __half2float(x); }
   __device__ __forceinline__ static type round(float x) { return __float2half_rn(x); }
 };
-
-__device__ __forceinline__ uint32_t pack_half(float low, float high) {
-  const __half2 pair = __floats2half2_rn(low, high);
-  return reinterpret_cast<const uint32_t&>(pair);
-}
 
 // The power of two that brings a largest value x into [2^exponent, 2^(exponent + 1)).
 __device__ __forceinline__ float power_to(int exponent, float x) {

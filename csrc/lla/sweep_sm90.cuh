@@ -24,6 +24,7 @@
 #include "lla/sm90.h"
 #include "lla/tiles.h"
 #include "nearfield/mma.cuh"
+#include "nearfield/pairs.cuh"
 #include "nearfield/pipeline.cuh"
 #include "nearfield/shared_memory.cuh"
 #include "nearfield/softmax.cuh"
@@ -393,10 +394,7 @@ struct QueryTile {
   // Rounds the weights of the n-th tile to shared memory.
   template <class Scores>
   __device__ __forceinline__ void keep(const Scores& weights, int n) {
-    const auto rounded = [&](int e) {
-      const __half2 h = __floats2half2_rn(weights(e), weights(e + 1));
-      return reinterpret_cast<const uint32_t&>(h);
-    };
+    const auto rounded = [&](int e) { return pack<half>(weights(e), weights(e + 1)); };
     CUTE_UNROLL
     for (int w = 0; w < 4; ++w)
       kept(n, w) = {rounded(8 * w), rounded(8 * w + 2), rounded(8 * w + 4), rounded(8 * w + 6)};
