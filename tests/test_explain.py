@@ -321,28 +321,36 @@ def test_delta_rule_names_its_backend(
     assert ("portable kernels: " in str(told)) == ("portable" in (forward, backward))
     if backward == "hopper":
         again = explain(delta_rule, q, q, v, beta, architecture=architecture, recompute=True)
-        assert again.backward.kernels == told.forward.kernels + told.backward.kernels
+        assert again.backward.kernels == ("prepare_sm90", "state_pass_sm90", *told.backward.kernels)
     if architecture == "sm_90" and dtype != torch.float64 and K <= 256:
         named = explain(delta_rule, q, q, v, beta, architecture=architecture, backend="portable")
         assert named.forward == Pass("portable", ("prepare_sm80", "walk_sm80"))
 
 
 @pytest.mark.skipif("cuda" not in devices_with_kernel("delta_fwd"), reason="this build has no CUDA kernels")
-@pytest.mark.parametrize("V,gate,packed,may", [
-    (128, 3, False, True), (72, None, False, True), (64, 3, False, False), (136, 3, False, False),
-    (128, 4, False, False), (128, 3, True, False),
+@pytest.mark.parametrize("T,H,V,gate,packed,kernels,plan", [
+    (8192, 16, 128, 3, False, ["head_cluster"], "a cluster of four thread blocks per head"),
+    (8192, 16, 72, None, False, ["head_cluster"], "a cluster of four thread blocks per head"),
+    (32768, 32, 128, 3, False, ["head_cluster"], "29 of 61 begin where another has ended"),
+    (8192, 16, 64, 3, False, ["prepare", "state_pass", "compose_spans", "state_pass"], "spans of 2048 tokens"),
+    (8192, 16, 128, 4, False, ["prepare", "state_pass", "compose_spans", "state_pass"], "spans of 2752 tokens"),
+    (8192, 50, 128, 4, False, ["prepare", "state_pass"], "chunks prepared before the walk"),
+    (8192, 16, 128, 3, True, ["prepare", "state_pass"], "before the walk, which computes P"),
+    (4096, 64, 128, 3, False, ["prepare", "state_pass"], "before the walk, which computes P"),
 ])  # fmt: skip
-def test_delta_rule_names_the_kernel_for_heads_in_clusters(
-    V: int, gate: int | None, packed: bool, may: bool
+def test_delta_rule_tells_how_hopper_divides_the_work(
+    T: int, H: int, V: int, gate: int | None, packed: bool, kernels: list[str], plan: str
 ) -> None:
-    q, v = (meta(1, 9, 2, d) for d in (128, V))
-    g = None if gate is None else meta(1, 9, 2, *([128] if gate == 4 else []))
-    bounds = torch.tensor([0, 4, 9]) if packed else None
-    told = explain(delta_rule, q, q, v, meta(1, 9, 2), g, cu_seqlens=bounds, architecture="sm_90")
+    q, v = (meta(1, T, H, d) for d in (128, V))
+    g = None if gate is None else meta(1, T, H, *([128] if gate == 4 else []))
+    bounds = torch.arange(0, T + 1, T // 64) if packed else None
+    told = explain(delta_rule, q, q, v, meta(1, T, H), g, cu_seqlens=bounds, architecture="sm_90")
     assert isinstance(told, delta.DeltaExplanation)
-    assert (told.forward.instead == "head_cluster_sm90") == may
-    assert ("or head_cluster_sm90" in str(told)) == may
-    assert told.backward.instead is None
+    assert told.forward.kernels == tuple(f"{kernel}_sm90" for kernel in kernels)
+    assert told.forward.plan is not None
+    assert plan in told.forward.plan
+    assert f"on an H100: {told.forward.plan}" in str(told)
+    assert told.backward.plan is None
 
 
 def test_cpu_tiles_hold_a_register() -> None:

@@ -288,3 +288,68 @@ def test_wrong_blocks_and_ranges() -> None:
         _planner.key_tiles(3, 8, 4, 8, 3)
     with pytest.raises(ValueError, match="shapes is 'round'; supported: powers_of_two, exact, fitting"):
         _planner.best_tiles((8, 8), 3, shapes="round")
+
+
+@given(
+    st.integers(1, 96),
+    st.integers(1, 200_000),
+    st.sampled_from([64, 128]),
+    st.sampled_from([8, 64, 72, 128, 136]),
+    st.integers(1, 200),
+    st.integers(0, 60),
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+)
+def test_delta_plan_covers_every_chunk_once(
+    value_heads: int,
+    tokens: int,
+    key_dim: int,
+    value_dim: int,
+    sms: int,
+    clusters: int,
+    channel_gate: bool,
+    keep: bool,
+    states: bool,
+) -> None:
+    span, prepare_p, preparing, parts = _planner.delta_plan(
+        sequences=1, tokens=tokens, value_heads=value_heads, key_dim=key_dim, value_dim=value_dim, sms=sms,
+        clusters=clusters, channel_gate=channel_gate, keep=keep, states_on_the_way=states,
+    )  # fmt: skip
+    chunks = -(-tokens // 64)
+    assert 0 <= span < max(chunks, 1)
+    assert 0 <= preparing < sms
+    assert prepare_p or not (keep or channel_gate or span or preparing or parts)
+    assert (span > 0) + (preparing > 0) + (len(parts) > 0) <= 1
+    if not parts:
+        return
+    assert clusters > 0
+    assert 64 < value_dim <= 128
+    assert not channel_gate
+    assert not states
+    assert len(parts) <= 96
+    ends: dict[int, int] = {}  # of what is done of a row
+    places: dict[int, int] = {}  # of states handed over: the row
+    for row, begin, end, origin, target in parts:  # in the order in which clusters begin
+        assert begin == ends.get(row, 0) < end <= chunks
+        assert (begin > 0) == (origin >= 0)
+        assert (end < chunks) == (target >= 0)
+        assert origin < 0 or places.pop(origin) == row
+        if target >= 0:
+            assert target not in places
+            places[target] = row
+        ends[row] = end
+    assert not places
+    assert ends == dict.fromkeys(range(value_heads), chunks)
+
+
+@pytest.mark.parametrize("heads", [24, 30, 32, 40])
+def test_heads_beyond_the_clusters_are_cut_evenly(heads: int) -> None:
+    *_, parts = _planner.delta_plan(
+        sequences=1, tokens=32768, value_heads=heads, key_dim=128, value_dim=128, sms=132, clusters=30
+    )
+    if heads <= 30:
+        assert parts == [(row, 0, 512, -1, -1) for row in range(heads)]
+    else:
+        assert max(end - begin for _, begin, end, _, _ in parts) <= -(-heads * 512 // 30)
+        assert len(parts) == heads + 30 - 1

@@ -1,4 +1,5 @@
-"""Tile planning on the host: which tiles attention over neighborhoods visits, and what that costs."""
+"""Planning on the host: which tiles attention over neighborhoods visits and what that costs, and how the delta rule
+divides its work."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -84,6 +85,26 @@ def query_tiles(
     is_causal: bool = False,
     placement: Placement = "span",
 ) -> tuple[int, int, int, int]: ...
+def delta_plan(
+    *,
+    sequences: int,
+    tokens: int,
+    value_heads: int,
+    key_dim: int,
+    value_dim: int,
+    sms: int,
+    clusters: int,
+    packed: bool = False,
+    channel_gate: bool = False,
+    keep: bool = False,
+    states_on_the_way: bool = False,
+) -> tuple[int, bool, int, list[tuple[int, int, int, int, int]]]:
+    """(span_chunks, prepare_P, preparing_sms, parts) of the delta rule's forward on Hopper.
+
+    Chunks of a span or 0; whether P is prepared; the SMs that prepare beside the walk or 0; for clusters the parts
+    of the heads as (row, begin, end, from, to), else none. ``key_dim`` is the padded one.
+    """
+
 def plan_tiles(
     grid: Sequence[int],
     window: int | Sequence[int],

@@ -1,5 +1,5 @@
-"""What a call of the delta rule runs. The choice comes from the operator ``delta_plan``, which the kernels' dispatch
-asks too."""
+"""What a call of the delta rule runs. The backend comes from the operator ``delta_plan`` and the way Hopper's forward
+divides its work from the planner; the kernels' dispatch asks both, too."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from nearfield import _explain, _runtime
+from nearfield import _explain, _planner, _runtime
 from nearfield.delta import op
 
 _KERNELS = {
@@ -16,6 +16,8 @@ _KERNELS = {
     ("portable", False): ("prepare_sm80", "walk_sm80"),
     ("portable", True): ("prepare_sm80", "walk_sm80", "gradient_sm80"),
 }
+# What an H100 has: multiprocessors, and clusters of head_cluster_sm90 that run at once.
+_H100_SMS, _H100_CLUSTERS = 132, 30
 
 
 @dataclass(frozen=True)
@@ -30,14 +32,14 @@ class Pass:
     """Why the portable kernels run although nobody asked for them."""
     refused: str | None = None
     """Why there is no kernel for this call."""
-    instead: str | None = None
-    """One kernel in place of these, where shapes and the number of clusters that the device runs at once make it faster."""
+    plan: str | None = None
+    """How Hopper's forward divides its work on an H100, which it does by the size of the device."""
 
     def __str__(self) -> str:
         if self.refused:
             return f"refused: {self.refused}"
         text = f"{self.backend}" + (f": {', '.join(self.kernels)}" if self.kernels else "")
-        text += f"\n    or {self.instead}, where that is faster on the device" if self.instead else ""
+        text += f"\n    on an H100: {self.plan}" if self.plan else ""
         return text + (f"\n    portable kernels: {self.because}" if self.because else "")
 
 
@@ -68,6 +70,7 @@ def _explain_delta_rule(
     cu_seqlens: Tensor | None = None,
     **options: object,
 ) -> DeltaExplanation:
+    requires_grad = any(t is not None and t.requires_grad for t in (q, k, v, beta, g))
     q, k, v = (t.to("meta") for t in _runtime.autocast(q, k, v))
     beta, g = beta.to("meta"), None if g is None else g.to("meta")
     gates = "no gate" if g is None else f"a gate per {'head' if g.dim() == 3 else 'channel'}"
@@ -76,16 +79,43 @@ def _explain_delta_rule(
         return DeltaExplanation("delta_rule", architecture, shapes, Pass("cpu"), Pass("cpu"))
     capability = int(architecture.removeprefix("sm_"))
     forward, backward = (_pass(q, k, v, beta, g, capability, way, backend) for way in (False, True))
-    if (
-        forward.backend == "hopper"
-        and cu_seqlens is None
-        and (g is None or g.dim() == 3)
-        and 64 < v.shape[3] <= 128
-    ):
-        forward = replace(forward, instead="head_cluster_sm90")
+    if forward.backend == "hopper":
+        keep = requires_grad and backward.backend == "hopper" and not recompute
+        kernels, plan = _plan(q, v, g, cu_seqlens, keep)
+        forward = replace(forward, kernels=kernels, plan=plan)
     if backward.backend == "hopper" and (recompute or forward.backend != "hopper"):
         backward = replace(backward, kernels=_KERNELS["hopper", False] + backward.kernels)
     return DeltaExplanation("delta_rule", architecture, shapes, forward, backward)
+
+
+def _plan(
+    q: Tensor, v: Tensor, g: Tensor | None, cu_seqlens: Tensor | None, keep: bool
+) -> tuple[tuple[str, ...], str]:
+    """The kernels of Hopper's forward, and how they divide the work."""
+    batch, tokens, heads, values = v.shape
+    span_chunks, prepare_p, preparing, parts = _planner.delta_plan(
+        sequences=batch if cu_seqlens is None else cu_seqlens.shape[0] - 1,
+        tokens=tokens,
+        value_heads=heads,
+        key_dim=64 if q.shape[3] <= 64 and not keep else 128,
+        value_dim=values,
+        packed=cu_seqlens is not None,
+        channel_gate=g is not None and g.dim() == 4,
+        keep=keep,
+        sms=_H100_SMS,
+        clusters=_H100_CLUSTERS,
+    )
+    if parts:
+        cut = sum(part[4] >= 0 for part in parts)
+        how = f", {cut} of {len(parts)} begin where another has ended" if cut else ""
+        return ("head_cluster_sm90",), f"a cluster of four thread blocks per head{how}"
+    if span_chunks:
+        kernels = ("prepare_sm90", "state_pass_sm90", "compose_spans_sm90", "state_pass_sm90")
+        return kernels, f"sequences split into spans of {span_chunks * op.CHUNK} tokens"
+    if preparing:
+        return _KERNELS["hopper", False], f"{preparing} multiprocessors prepare chunks beside the walk"
+    where = "before the walk" if prepare_p else "before the walk, which computes P"
+    return _KERNELS["hopper", False], f"chunks prepared {where}"
 
 
 def _pass(

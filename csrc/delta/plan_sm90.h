@@ -1,0 +1,115 @@
+// How the forward on Hopper divides its work: which kernels run and where sequences are cut, from shapes
+// alone. Plain C++, also tested on the host.
+#pragma once
+
+#include <algorithm>
+#include <utility>
+#include <vector>
+
+#include "delta/head_cluster_sm90.h"
+
+namespace nearfield::delta {
+
+// How long the walks take, in microseconds on an H100: each launch, and each chunk of a chain, unless the L2
+// cache cannot bring the tiles of all chains in that time.
+constexpr double kLaunchUs = 7, kBytesPerUs = 4.2e6;
+constexpr double kChunkUs = 1.07, kTransitionUs = 0.87;  // with and without output
+constexpr double kComposeUs = 5.5, kSpanUs = 1.5;        // a launch, and a span of it
+// Clusters: the launch, those that begin where others have ended, and each chunk.
+constexpr double kClusterLaunchUs = 5, kClusterUs = 30, kClusterChunkUs = 1.1;
+// With what the backward keeps all of it takes longer, and two kernels at least what memory needs.
+constexpr double kKeep = 1.3, kKeepInClusters = 1.25, kKeptChunkUs = 0.07;
+// To prepare a chunk, times the SMs that do: before the walk, and beside it, where also the walk is slower.
+constexpr double kPrepareUs = 2.4, kPrepareWithoutPUs = 1.9, kPrepareBesideUs = 3.3, kChunkBesideUs = 1.55;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct Plan {
+  int64_t span_chunks = 0;                        // 0: sequences are not split
+  bool prepare_P = true;                          // else the state pass computes P
+  int64_t preparing_sms = 0;                      // beside the state pass; 0: all of them, before it
+  std::vector<HeadClusterArgs::Part> parts = {};  // for clusters, which do both; empty: not so
+};
+
+// So many rows of so many chunks for so many clusters at once: all chunks in a line, cut into pieces at least
+// as long as a row. A cluster first takes what its piece has of a row that goes on in the next one, so that
+// the rest of that, which the cluster of the next piece takes last, need not wait. Clusters are free in the
+// order of these beginnings, so the longest rests come first.
+inline std::vector<HeadClusterArgs::Part> cut_heads(int64_t rows, int64_t chunks, int64_t clusters) {
+  std::vector<HeadClusterArgs::Part> parts, rests;
+  const int64_t piece = std::max(chunks, ceil_div(rows * chunks, clusters));
+  const auto whole = [](int64_t row, int64_t begin, int64_t end) {
+    return HeadClusterArgs::Part{static_cast<int>(row), static_cast<int>(begin), static_cast<int>(end), -1,
+                                 -1};
+  };
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t cut = ceil_div(row * chunks + 1, piece) * piece - row * chunks;  // of the row, if inside
+    if (cut >= chunks) {
+      rests.push_back(whole(row, 0, chunks));
+      continue;
+    }
+    const int place = static_cast<int>(parts.size());
+    parts.push_back(whole(row, 0, cut)), parts.back().to = place;
+    rests.push_back(whole(row, cut, chunks)), rests.back().from = place;
+  }
+  std::stable_sort(rests.begin(), rests.end(),
+                   [](const auto& a, const auto& b) { return a.end - a.begin > b.end - b.begin; });
+  parts.insert(parts.end(), rests.begin(), rests.end());
+  return parts;
+}
+
+// A walk is a chain, so few heads leave SMs idle. Split, every span is walked twice, for its transition and,
+// from its true state, for the output. That wins where the SMs would be idle otherwise. Packed sequences are
+// taken as equally long. Or the walk takes the SMs that it needs, and the others prepare chunks beside it:
+// without split sequences, which need all transitions first. Or clusters do both, where heads have two value
+// tiles; `clusters` run at once.
+inline Plan make_plan(const InputsSm90& in, int64_t key_dim, int64_t sms, int64_t clusters, bool keep,
+                      bool states_on_the_way) {
+  const int64_t value_tiles = ceil_div(in.value_dim, kImageColumns), key_tiles = key_dim / kImageColumns;
+  const int64_t rows = in.sequences * in.value_heads, walks = rows * value_tiles;
+  const int64_t chunks = ceil_div(in.cu_seqlens ? ceil_div(in.tokens, in.sequences) : in.tokens, kChunk);
+  const auto walk_us = [&](int64_t ctas, int64_t length, bool output) {
+    const int64_t key_images = key_tiles * (1 + in.channel_gate + output), images = key_images + 2 + output;
+    const double bytes = static_cast<double>(images * kImage * 2 * std::min(ctas, sms));
+    const double chunk_us = std::max(output ? kChunkUs : kTransitionUs, bytes / kBytesPerUs);
+    return kLaunchUs + static_cast<double>(ceil_div(ctas, sms) * length) * chunk_us;
+  };
+  Plan plan;
+  double best = walk_us(walks, chunks, true);
+  for (int64_t spans = 2; spans <= std::min<int64_t>(chunks, 2 * sms); ++spans) {
+    const int64_t length = ceil_div(chunks, spans);
+    if (ceil_div(chunks, length) != spans) continue;
+    const int64_t transitions = rows * ((spans - 1) * value_tiles + (spans - 2) * key_tiles);
+    const double compositions = static_cast<double>((spans - 2) * ceil_div(walks * 8, sms));
+    const double us = walk_us(transitions, length, false) + kComposeUs + kSpanUs * compositions +
+                      walk_us(rows * spans * value_tiles, length, true);
+    if (us < best) best = us, plan.span_chunks = length;
+  }
+  const auto prepare_us = [&](double us, int64_t on) {
+    return us * static_cast<double>(rows * chunks) / static_cast<double>(on);
+  };
+  // P costs a second read of Q, a write and a read. On a full GPU memory is the limit; on others the chain,
+  // which a second warpgroup on the SM slows down.
+  plan.prepare_P = in.channel_gate || plan.span_chunks > 0 || keep || walks < sms * 3 / 4;
+  best += prepare_us(plan.prepare_P ? kPrepareUs : kPrepareWithoutPUs, sms);
+  if (keep) best = std::max(best * kKeep, kKeptChunkUs * static_cast<double>(rows * chunks));
+  const bool plain = !in.cu_seqlens && !in.channel_gate && !states_on_the_way;
+  if (plain && !keep && walks < sms) {
+    const double walk = kLaunchUs + kChunkBesideUs * static_cast<double>(chunks);
+    const double us = std::max(walk, prepare_us(kPrepareBesideUs, sms - walks));
+    if (us < best) best = us, plan = {0, true, sms - walks};
+  }
+  if (plain && value_tiles == 2 && clusters > 0 && rows <= HeadClusterArgs::kMostParts) {
+    std::vector<HeadClusterArgs::Part> parts = cut_heads(rows, chunks, clusters);
+    const auto count = static_cast<int64_t>(parts.size());
+    const double turns = static_cast<double>(count) / static_cast<double>(clusters);
+    const int64_t piece = std::max(chunks, ceil_div(rows * chunks, clusters));
+    const double us = kClusterLaunchUs + std::max(turns - 1, 0.) * kClusterUs +
+                      static_cast<double>(piece) * kClusterChunkUs;
+    if (us * (keep ? kKeepInClusters : 1) < best && count <= HeadClusterArgs::kMostParts)
+      plan = {0, true, 0, std::move(parts)};
+  }
+  return plan;
+}
+
+}  // namespace nearfield::delta
