@@ -81,6 +81,8 @@ CASES = [
     Case((9, 11, 13), (3, 3, 4), (2, 1, 2), (2, 3, 1), (True, False, True), dim=64, heads=2, heads_kv=1, batch=2),
     Case((8, 10, 12), (4, 5, 6), dim=80, dim_v=72, heads=2, batch=3, label="batch-by-batch"),
     Case((1, 24, 30), (1, 9, 5), dim=128, heads=2, label="single-frame"),
+    Case((26, 22, 40), (25, 9, 11), (3, 1, 2), dim=128, heads=2, label="first-dimension-covered"),
+    Case((41, 19, 22), (7, 17, 6), (1, 2, 1), (1, 1, 3), (True, False, False), dim=64, label="middle-dimension-covered"),
     Case((30, 30), (9, 9), additional=77, dim=128, heads=4, heads_kv=2, label="additional"),
     Case((31, 29), (5, 6), (1, 2), (3, 4), additional=130, dim=64, heads=2, label="additional-dilated"),
     Case((11, 12, 13), (3, 5, 5), additional=70, dim=72, heads=2, batch=2, label="additional-batch-by-batch"),

@@ -177,6 +177,7 @@ struct BarePlan {
 struct Schedule {
   int heads;
   int tiles[3];   // staying tiles per dimension of the longest dilation group
+  int step[3];    // from one of them to the next, in work items
   int64_t total;  // work items; the launcher refuses 2^30 and more
   int line = 0;   // > 0: the staying operand is a line of so many additional tokens, seen by the whole grid
 
@@ -187,16 +188,34 @@ struct Schedule {
       tiles[d] = (group_length(p.size[d], p.dilation[d], 0) + staying.side[d] - 1) / staying.side[d];
       total *= tiles[d];
     }
+    // The dimension of which a window covers most comes fastest: neighbors in it share most of what they
+    // visit, and what the CTAs that run together visit should stay in the L2 cache. Causal dimensions come
+    // last, as their tiles are uneven.
+    const auto is_faster = [&](int a, int b) {
+      if (p.causal[a] != p.causal[b]) return p.causal[b];
+      const int64_t of_a = int64_t{p.window[a]} * p.dilation[a] * p.size[b];
+      const int64_t of_b = int64_t{p.window[b]} * p.dilation[b] * p.size[a];
+      return of_a > of_b || (of_a == of_b && a > b);
+    };
+    for (int d = 0; d < 3; ++d) {
+      step[d] = 1;
+      for (int other = 0; other < 3; ++other) {
+        if (other != d && is_faster(other, d)) step[d] *= tiles[other];
+      }
+    }
   }
 
   Schedule(const Problem& p, int additional, int block, int64_t num_heads)
-      : heads(static_cast<int>(num_heads)), tiles{1, 1, (additional + block - 1) / block}, line(additional) {
+      : heads(static_cast<int>(num_heads)),
+        tiles{1, 1, (additional + block - 1) / block},
+        step{1, 1, 1},
+        line(additional) {
     total = p.batch * heads * tiles[2];
   }
 
   // All tiles of one head come before those of the next, so that the CTAs that run together share their
-  // operands in the L2 cache. Within a head the longest rows come first: under a causal mask the last queries
-  // and the first keys.
+  // operands in the L2 cache. Within a head the longest rows come first, in the order of `step`: under a
+  // causal mask the last queries and the first keys.
   template <Direction kDirection>
   __device__ __forceinline__ void decode(const Problem& p, const Box& staying, const Box& moving, int work,
                                          StayingTile& tile) const {
@@ -233,8 +252,7 @@ struct Schedule {
     tile.head = batch_head - tile.batch * heads;
 #pragma unroll
     for (int d = 2; d >= 0; --d) {
-      dimension(d, inner % tiles[d], group % p.dilation[d]);
-      inner /= tiles[d];
+      dimension(d, inner / step[d] % tiles[d], group % p.dilation[d]);
       group /= p.dilation[d];
     }
   }
