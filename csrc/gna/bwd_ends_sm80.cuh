@@ -1,4 +1,6 @@
-// The memory-bound ends of the backward: row statistics before the gradients, rounding of dQ after them.
+// The memory-bound ends of the backward: row statistics and zeros before the gradients, rounding of dQ after
+// them. The gradients' kernel goes through the heads upwards. Zeros are written downwards, so that its first
+// heads are in the L2 cache when it begins, and dQ is rounded downwards, as its last ones still are.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -48,6 +50,17 @@ __global__ void prepare_kernel(const Element* dout, const Element* out, const fl
   }
 }
 
+constexpr int kClearedByThread = 4;  // times 16 bytes
+inline __global__ void clear_kernel(uint4* buffer, int64_t pieces) {
+  const int64_t block = gridDim.x - 1 - blockIdx.x;
+  const int64_t first = block * (kEndThreads * kClearedByThread) + threadIdx.x;
+#pragma unroll
+  for (int i = 0; i < kClearedByThread; ++i) {
+    const int64_t at = first + i * kEndThreads;
+    if (at < pieces) buffer[at] = uint4{0, 0, 0, 0};
+  }
+}
+
 // One thread per piece of a row of dq: eight features, the even ones first in the buffer.
 constexpr int kPiece = 8;
 template <class Element>
@@ -55,12 +68,11 @@ __global__ void finish_kernel(const __grid_constant__ Problem p, const __grid_co
                               float scale, const float* buffer, const __grid_constant__ Tokens<void> dq,
                               bool accumulate) {
   const int pieces = static_cast<int>(p.dim) / kPiece;
-  int64_t rest = static_cast<int64_t>(blockIdx.x) * kEndThreads + threadIdx.x;
+  const int64_t block = gridDim.x - 1 - blockIdx.x;
+  int64_t rest = block * kEndThreads + threadIdx.x;
   const int piece = static_cast<int>(rest % pieces);
   rest /= pieces;
-  const int head = static_cast<int>(rest % p.heads);
-  rest /= p.heads;
-  int64_t to = head * dq.head;
+  int64_t to = 0;
   int index[3], group = 0, step = 1;
 #pragma unroll
   for (int d = 2; d >= 0; --d) {
@@ -71,9 +83,9 @@ __global__ void finish_kernel(const __grid_constant__ Problem p, const __grid_co
     group += x % p.dilation[d] * step;
     step *= p.dilation[d];
   }
-  if (rest >= p.batch) return;
-  to += rest * dq.batch;
-  int64_t at = (rest * p.heads + head) * step + group;
+  if (rest >= p.batch * p.heads) return;
+  to += rest / p.heads * dq.batch + rest % p.heads * dq.head;
+  int64_t at = rest * step + group;
 #pragma unroll
   for (int d = 0; d < 3; ++d) at = at * from.size[d] + index[d];
   at = at * p.dim + piece * kPiece;
@@ -104,6 +116,14 @@ int bwd_ends_sm80<Tag>::prepare(const void* dout, const void* out, const float* 
   prepare_kernel<Element><<<blocks_for(rows * 8), kEndThreads, 0, static_cast<cudaStream_t>(stream)>>>(
       static_cast<const Element*>(dout), static_cast<const Element*>(out), lse, dlse, stats, rows,
       static_cast<int>(dim_v), aligned);
+  return cudaGetLastError();
+}
+
+template <class Tag>
+int bwd_ends_sm80<Tag>::clear(float* buffer, int64_t elements, void* stream) {
+  const int64_t pieces = elements / 4;  // rows are a multiple of 16 bytes
+  clear_kernel<<<blocks_for((pieces + kClearedByThread - 1) / kClearedByThread), kEndThreads, 0,
+                 static_cast<cudaStream_t>(stream)>>>(reinterpret_cast<uint4*>(buffer), pieces);
   return cudaGetLastError();
 }
 

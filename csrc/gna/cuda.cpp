@@ -325,12 +325,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cuda(
                               static_cast<RowStats*>(stats.data_ptr()), plan.stats_rows, p.dim_v, stream);
         }));
         break;
-      case Kernel::kClearDq: {
-        const int64_t elements = DqBuffer(step.problem).elements;
-        Tensor used = elements < plan.dq_elements ? torch::stable::narrow(buffer, 0, 0, elements) : buffer;
-        torch::stable::zero_(used);
+      case Kernel::kClearDq:
+        check(with_ends(dtype, [&](auto ends) {
+          return ends.clear(launch.dq, DqBuffer(step.problem).elements, stream);
+        }));
         break;
-      }
       case Kernel::kKeys:
         check(run(kKeys, step, dtype, launch, stream));
         break;

@@ -109,6 +109,8 @@ struct bwd_ends_sm80 {
   // stats = (lse * log2(e), rowsum(dout * out) - dlse) of `rows` rows; all contiguous; dlse may be null.
   static int prepare(const void* dout, const void* out, const float* lse, const float* dlse, RowStats* stats,
                      int64_t rows, int64_t dim_v, void* stream);
+  // Zeros to a DqBuffer.
+  static int clear(float* buffer, int64_t elements, void* stream);
   // dq = scale * buffer (+ dq), rounded.
   static int finish(const Problem& problem, float scale, const float* buffer, const Tokens<void>& dq,
                     bool accumulate, void* stream);
