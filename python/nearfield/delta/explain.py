@@ -7,8 +7,13 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from nearfield import _explain, _planner, _runtime
+from nearfield import _explain, _runtime
 from nearfield.delta import op
+
+try:
+    from nearfield import _planner
+except ImportError:  # a portable wheel
+    _planner = None  # type: ignore[assignment]
 
 _KERNELS = {
     ("hopper", False): ("prepare_sm90", "state_pass_sm90"),
@@ -92,6 +97,8 @@ def _plan(
     q: Tensor, v: Tensor, g: Tensor | None, cu_seqlens: Tensor | None, keep: bool
 ) -> tuple[tuple[str, ...], str]:
     """The kernels of Hopper's forward, and how they divide the work."""
+    if _planner is None:
+        return _KERNELS["hopper", False], "not known, this build has no planner (a portable wheel)"
     batch, tokens, heads, values = v.shape
     span_chunks, prepare_p, preparing, parts = _planner.delta_plan(
         sequences=batch if cu_seqlens is None else cu_seqlens.shape[0] - 1,
