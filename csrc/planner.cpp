@@ -130,9 +130,8 @@ PYBIND11_MODULE(_planner, m) {
       py::arg("value_dim"), py::arg("sms"), py::arg("clusters"), py::arg("packed") = false,
       py::arg("channel_gate") = false, py::arg("keep") = false, py::arg("states_on_the_way") = false,
       "(span_chunks, prepare_P, preparing_sms, parts) of the delta rule's forward on Hopper: chunks of a "
-      "span "
-      "or 0, whether P is prepared, the SMs that prepare beside the walk or 0, and for clusters the parts of "
-      "the heads as (row, begin, end, from, to) or none. key_dim is the padded one.");
+      "span or 0, whether P is prepared, the SMs that prepare beside the walk or 0, for clusters the parts "
+      "of the heads as (row, begin, end, from, to). key_dim is the padded one.");
   m.def(
       "kernel_blocks",
       [](int head_dim, const std::string& direction) {

@@ -353,6 +353,26 @@ def test_delta_rule_tells_how_hopper_divides_the_work(
     assert told.backward.plan is None
 
 
+@pytest.mark.skipif("cuda" not in devices_with_kernel("delta_fwd"), reason="this build has no CUDA kernels")
+@pytest.mark.parametrize("differentiated", ["q", "initial_state"])
+def test_delta_rule_tells_the_plan_of_a_forward_that_keeps(differentiated: str) -> None:
+    q, beta = meta(1, 4096, 64, 128), meta(1, 4096, 64)
+    initial_state = meta(1, 64, 128, 128, dtype=torch.float32)
+    {"q": q, "initial_state": initial_state}[differentiated].requires_grad_()
+
+    def plan(**options: bool) -> str | None:
+        told = explain(
+            delta_rule, q, q, q, beta, initial_state=initial_state, architecture="sm_90", **options
+        )
+        assert isinstance(told, delta.DeltaExplanation)
+        return told.forward.plan
+
+    assert plan() == "a cluster of four thread blocks per head, 29 of 93 begin where another has ended"
+    assert plan(recompute=True) == "chunks prepared before the walk, which computes P"
+    with torch.no_grad():
+        assert plan() == "chunks prepared before the walk, which computes P"
+
+
 def test_cpu_tiles_hold_a_register() -> None:
     for dtype, lanes in ((torch.float32, 16), (torch.float64, 8), (torch.bfloat16, 16)):
         plan = ask(meta(2, 20, 30, 4, 16, dtype=dtype), 7, architecture="cpu")

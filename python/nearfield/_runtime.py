@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 import torch
@@ -84,6 +84,11 @@ def is_refusal(error: Exception) -> bool:
     return re.search(r"supported|this build (is for|has no kernel|lacks a)", str(error)) is not None
 
 
+def differentiated(inputs: Iterable[object]) -> bool:
+    """Whether autograd is to record a call with these inputs."""
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+
+
 def _remember_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     pass
 
@@ -120,10 +125,7 @@ def differentiable(
         rule.backward = staticmethod(backward)  # type: ignore[method-assign]
 
     def call(*inputs: Any) -> Any:
-        differentiated = torch.is_grad_enabled() and any(
-            isinstance(x, Tensor) and x.requires_grad for x in inputs
-        )
-        if not differentiated or torch.compiler.is_compiling():
+        if not differentiated(inputs) or torch.compiler.is_compiling():
             return overload(*inputs)
         rule = Transformed if torch._C._are_functorch_transforms_active() else Eager
         return rule.apply(*inputs)  # type: ignore[no-untyped-call]

@@ -75,7 +75,7 @@ def _explain_delta_rule(
     cu_seqlens: Tensor | None = None,
     **options: object,
 ) -> DeltaExplanation:
-    requires_grad = any(t is not None and t.requires_grad for t in (q, k, v, beta, g))
+    differentiated = _runtime.differentiated((q, k, v, beta, g, *options.values()))
     q, k, v = (t.to("meta") for t in _runtime.autocast(q, k, v))
     beta, g = beta.to("meta"), None if g is None else g.to("meta")
     gates = "no gate" if g is None else f"a gate per {'head' if g.dim() == 3 else 'channel'}"
@@ -85,7 +85,7 @@ def _explain_delta_rule(
     capability = int(architecture.removeprefix("sm_"))
     forward, backward = (_pass(q, k, v, beta, g, capability, way, backend) for way in (False, True))
     if forward.backend == "hopper":
-        keep = requires_grad and backward.backend == "hopper" and not recompute
+        keep = differentiated and backward.backend == "hopper" and not recompute
         kernels, plan = _plan(q, v, g, cu_seqlens, keep)
         forward = replace(forward, kernels=kernels, plan=plan)
     if backward.backend == "hopper" and (recompute or forward.backend != "hopper"):

@@ -97,8 +97,7 @@ def delta_rule(
     )  # fmt: skip
     _check_backend("delta_rule", backend, q, k, v, beta, g)
     inputs = (q, k, v, beta, g, initial_state, A_log, dt_bias)
-    differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    keeps = differentiated and not recompute
+    keeps = _runtime.differentiated(inputs) and not recompute
     forward = _forward_kept if keeps else _forward
     o, final_state = forward(
         q, k, v, beta, g, initial_state, A_log, _flat(dt_bias), cu_seqlens,
@@ -283,7 +282,7 @@ def _check_step(
     """What both kinds of step ask of their inputs. Returns q, k, v as autocast wants them, and the scale."""
     _check_inputs(op, q, k, v, beta, g, A_log, dt_bias, state=state, read_idx=read_idx, write_idx=write_idx)
     inputs = (q, k, v, beta, g, A_log, dt_bias, state)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+    if _runtime.differentiated(inputs):
         raise ValueError(f"{op}: has no gradient, but an input requires one; call it under torch.no_grad()")
     q, k, v = _runtime.autocast(q, k, v)
     _check_options(op, q, k, v, beta, g, A_log, dt_bias, beta_activation, gate, gate_bound)

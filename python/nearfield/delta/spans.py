@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nearfield import _runtime
 from nearfield.delta.op import (
     BETA_ACTIVATIONS,
     GATES,
@@ -54,7 +55,7 @@ def delta_rule_states(
     if every < 1:
         raise ValueError(f"{op}: every is {every}, expected at least 1")
     inputs = (q, k, v, beta, g, initial_state, A_log, dt_bias)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+    if _runtime.differentiated(inputs):
         raise ValueError(f"{op}: has no gradient, but an input requires one; call it under torch.no_grad()")
     q, k, v, scale = check_rule(
         op, q, k, v, beta, g, scale, initial_state, cu_seqlens, beta_activation, gate, A_log, dt_bias, gate_bound,
