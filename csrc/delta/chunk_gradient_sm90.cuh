@@ -1,5 +1,6 @@
-// All gradients of a chunk but dv, from what the two walks have left: S (entering), dS (of the state after),
-// V', Y. Token parallel: one CTA of two warpgroups per (slot, value head), two CTAs on an SM. Steps:
+// All gradients of a chunk but dv, from what the two walks have left: S (entering; of an odd chunk it may
+// have to be made from that of the chunk before), dS (of the state after), V', Y. Token parallel: one CTA of
+// two warpgroups per (slot, value head), two CTAs on an SM. Steps:
 //   1. dA = -tril(Y V'^T, -1) and K K^T (first warpgroup), dP = s tril(dO V'^T) and Q K^T (second one): with
 //      the decays they give E = beta dA . D, F = dP . D, and the pair sums that dbeta and dg need
 //   2. dQh = s dO S^T, dKh = -Y S^T (without beta), each warpgroup for half of the key features
@@ -30,6 +31,10 @@ struct ChunkGradientTraits {
   using Mma = decltype(make_tiled_mma(
       GMMA::ss_op_selector<Element, Element, float, cute::Shape<Int<64>, Int<64>, Int<64>>, GMMA::Major::K,
                            kMajorB>()));
+  // (64 values, K)
+  using MmaToState = decltype(make_tiled_mma(
+      GMMA::rs_op_selector<Element, Element, float, cute::Shape<Int<64>, Int<kKeyDim>, Int<64>>,
+                           GMMA::Major::K, GMMA::Major::MN>()));
   using MmaRows = Mma<GMMA::Major::K>;       // right operand: rows of an image as N
   using MmaFeatures = Mma<GMMA::Major::MN>;  // right operand: features of an image as N
 
@@ -112,19 +117,34 @@ __device__ __forceinline__ void wait_for_end_of_walk() {
   if (blockIdx.x == gridDim.x - 1) asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
-// One thread: V', dO and S. Y arrives at the barrier of V' and dO, too.
+// One thread.
+template <class Storage>
+__device__ __forceinline__ void load_dout(Storage& s, const ChunkGradientMaps& maps, const GradientPlace& z) {
+  const int head = static_cast<int>(z.head), first = static_cast<int>(z.block * kValueBlock);
+  for (int v = 0; v < z.value_images; ++v)
+    load_tokens<64>(maps.dout, &s.values_here, s.dout + v * kImage, first + 64 * v, z.token, head,
+                    z.sequence.batch);
+}
+// One thread: V', dO and S. Y arrives at the barrier of V' and dO, too. Where S follows from the chunk
+// before, S, K and V' of that come instead, the latter two to the places of dO and Y.
 template <class Storage>
 __device__ __forceinline__ void load_values(Storage& s, const ChunkGradientMaps& maps,
                                             const ChunkGradientArgs& args, const GradientPlace& z) {
   using Barrier = cutlass::arch::ClusterTransactionBarrier;
-  const int head = static_cast<int>(z.head), first = static_cast<int>(z.block * kValueBlock);
   const int bytes = z.value_images * kImageBytes;
   Barrier::arrive_and_expect_tx(&s.values_here, 3 * bytes);
   copy_in(s.v_new, static_cast<const char*>(args.v_new) + z.first_image * kImageBytes, bytes, &s.values_here);
-  for (int v = 0; v < z.value_images; ++v)
-    load_tokens<64>(maps.dout, &s.values_here, s.dout + v * kImage, first + 64 * v, z.token, head,
-                    z.sequence.batch);
-  load_states(s.state, args.states, &s.state_here, z);
+  if (!z.from_before) {
+    load_dout(s, maps, z);
+    load_states(s.state, args.states, &s.state_here, z);
+    return;
+  }
+  const int64_t image = z.image_before(args.in);
+  Barrier::arrive_and_expect_tx(&s.state_here, 3 * bytes + static_cast<int>(sizeof(s.dout)));
+  copy_in(s.state, static_cast<const char*>(args.states) + 2 * image * kImageBytes, 2 * bytes, &s.state_here);
+  load_tokens<128>(maps.k, &s.state_here, s.dout, 0, z.token - kRows, static_cast<int>(z.head_k),
+                   z.sequence.batch);
+  copy_in(s.y, static_cast<const char*>(args.v_new) + image * kImageBytes, bytes, &s.state_here);
 }
 // One thread, behind wait_for_walk.
 template <class Storage>
@@ -504,6 +524,63 @@ __device__ __forceinline__ void finish_gate(const ChunkGradientArgs& a, const Gr
   }
 }
 
+// The entering state from that of the chunk before, S <- e^{G_C} S + Kt^T V', rounded once more: a warp has
+// 16 values. All threads.
+template <class Traits>
+__device__ __forceinline__ void enter_from_before(typename Traits::Storage& s, const ChunkRows& before,
+                                                  int value_images) {
+  using Element = typename Traits::Element;
+  constexpr int kKeyDim = Traits::kKeyDim;
+  const int wg = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
+  const int warp = __shfl_sync(0xffffffffu, threadIdx.x % 128 / 32, 0), quad = threadIdx.x % 4;
+  float2 k_write[8];
+  CUTE_UNROLL
+  for (int j = 0; j < 8; ++j)
+    k_write[j] = *reinterpret_cast<const float2*>(&before.k_write[8 * j + 2 * quad]);
+  const float decay = exp2_fast(before.G[kRows - 1]);
+  cutlass::arch::ClusterTransactionBarrier::wait(&s.state_here, 0);
+  asm volatile("" ::: "memory");
+  if (wg < value_images) {
+    typename Traits::MmaToState mma;
+    Tensor S = partition_fragment_C(mma, cute::Shape<Int<64>, Int<kKeyDim>>{});  // S^T
+    Element* images = s.state + Traits::kImages * wg * kImage;
+    CUTE_UNROLL
+    for (int j = 0; j < kKeyDim / 8; j += 2) {
+      uint32_t words[4];
+      SM75_U32x4_LDSM_N::copy(matrices_at<true>(images + j / 8 * kImage, 16 * warp, j % 8), words[0],
+                              words[1], words[2], words[3]);
+      CUTE_UNROLL
+      for (int w = 0; w < 4; ++w) {
+        const float2 x = unpack<Element>(words[w]);
+        S(4 * j + 2 * w) = decay * x.x, S(4 * j + 2 * w + 1) = decay * x.y;
+      }
+    }
+    Tensor R = partition_fragment_C(mma, cute::Shape<Int<64>, Int<kRows>>{});  // V'^T, for its layout
+    Tensor V16 = make_tensor<Element>(accumulator_as_a(R.layout()));
+    auto* v_words = reinterpret_cast<uint32_t*>(V16.data());
+    load_transposed(s.y + wg * kImage, warp, v_words);
+    CUTE_UNROLL
+    for (int x = 0; x < 16; ++x) {
+      const float2 v = unpack<Element>(v_words[x]);
+      v_words[x] = pack<Element>(k_write[x / 2].x * v.x, k_write[x / 2].y * v.y);
+    }
+    const auto keys =
+        mma.get_slice(threadIdx.x % 128)
+            .partition_fragment_B(make_tensor(make_smem_ptr(s.dout), LayoutByFeature<Element, kKeyDim>{}));
+    issue_gemm<false>(mma, V16, keys, S);
+    warpgroup_wait<0>();
+    CUTE_UNROLL
+    for (int k = 0; k < Traits::kImages; ++k) {
+      uint32_t words[16];
+      CUTE_UNROLL
+      for (int x = 0; x < 16; ++x) words[x] = pack<Element>(S(32 * k + 2 * x), S(32 * k + 2 * x + 1));
+      store_rows(images + k * kImage, warp, words);
+    }
+    cutlass::arch::fence_view_async_shared();
+  }
+  __syncthreads();
+}
+
 // ---- Kernel and launch ----
 
 template <class Traits>
@@ -526,6 +603,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
       Barrier::init(barrier, 1);
     cutlass::arch::fence_barrier_init();
     s.place.find(args);
+    s.place.from_before = s.place.inside && s.place.lacks_state(args);
   }
   __syncthreads();
   const GradientPlace& z = s.place;
@@ -544,6 +622,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
     copy_in(s.G, rows.G, kRows * 4, &s.qk_here);
     copy_in(s.k_norm, rows.k_norm, kRows * 4, &s.qk_here);
     load_values(s, maps, args, z);
+  }
+  if (z.from_before) {
+    enter_from_before<Traits>(s, args.rows[z.chunk - in.value_heads], value_images);
+    if (threadIdx.x == 0) load_dout(s, maps, z);
   }
   if (threadIdx.x / 32 == 1) {
     wait_for_walk(args, z);

@@ -28,6 +28,11 @@ constexpr int kRows = static_cast<int>(kChunk);
 constexpr int kImageBytes = static_cast<int>(kImage) * 2;
 constexpr float kLog2e = 1.44269504088896341f;
 
+// With a gate per head the states of odd chunks of a sequence are left to the backward, which has that of the
+// chunk before, unless that one is hard: then V' are large and S is their small sum. Where a state is
+// missing, its first two elements are these bits, a NaN.
+constexpr uint32_t kNoState = 0xffffffffu;
+
 // ---- Shared memory ----
 
 extern __shared__ __align__(1024) char dynamic_shared[];
@@ -170,6 +175,7 @@ __device__ __forceinline__ float inverse_norm(Element* images) {
 
 struct Sequence {
   int64_t batch, begin, length, first_slot;
+  int first_chunk = 0;  // of a part of a sequence: its place in the whole
   __device__ __forceinline__ int chunks() const { return static_cast<int>((length + kRows - 1) / kRows); }
 };
 
@@ -225,7 +231,7 @@ struct Part {
     first = skipped == 0, last = skipped + span_tokens >= sequence.length;
     first_chunk = static_cast<int>(skipped / kRows);
     sequence.begin += skipped;
-    sequence.first_slot += first_chunk;
+    sequence.first_slot += first_chunk, sequence.first_chunk = first_chunk;
     sequence.length = min(span_tokens, sequence.length - skipped);
     return true;
   }

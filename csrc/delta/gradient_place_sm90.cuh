@@ -29,7 +29,8 @@ struct GradientPlace {
   int64_t first_row, row;  // in [B, T, HV, blocks]: the first token, and from one to the next
   int64_t first_image;     // of this block, among images of values; with keys, one per 64 of them
   int valid, value_images;
-  bool inside;  // else there is no such chunk
+  bool inside;       // else there is no such chunk
+  bool from_before;  // its entering state follows from that of the chunk before
 
   __device__ __forceinline__ void find(const ChunkGradientArgs& args) {
     const InputsSm90& in = args.in;
@@ -56,6 +57,18 @@ struct GradientPlace {
     first_image = chunk * tiles + 2 * block;
     valid = static_cast<int>(min(static_cast<int64_t>(kRows), sequence.length - first));
     inside = first >= 0 && first < sequence.length;
+    from_before = false;
+  }
+  // Without its entering state; see kNoState.
+  __device__ __forceinline__ bool lacks_state(const ChunkGradientArgs& args) const {
+    if ((slot - sequence.first_slot) % 2 == 0) return false;
+    return *reinterpret_cast<const uint32_t*>(static_cast<const char*>(args.states) +
+                                              2 * first_image * kImageBytes) == kNoState;
+  }
+  // first_image of the chunk before.
+  __device__ __forceinline__ int64_t image_before(const InputsSm90& in) const {
+    const int64_t tiles = (in.value_dim + kImageColumns - 1) / kImageColumns;
+    return first_image - in.value_heads * tiles;
   }
   // Index of a token of the chunk in [B, T, HV].
   __device__ __forceinline__ int64_t token_head(const InputsSm90& in, int i) const {

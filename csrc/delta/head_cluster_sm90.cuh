@@ -118,7 +118,7 @@ struct PartOfHead {
     head = p.row % heads, from = p.from, to = p.to;
     part.n = p.row / heads, part.first = from < 0, part.last = to < 0, part.first_chunk = p.begin;
     part.sequence = sequence_of(in, part.n);
-    part.sequence.first_slot += p.begin;
+    part.sequence.first_slot += p.begin, part.sequence.first_chunk = p.begin;
     part.sequence.begin += static_cast<int64_t>(p.begin) * kRows;
     part.sequence.length = min(static_cast<int64_t>(p.end) * kRows, in.tokens) - part.sequence.begin;
   }

@@ -107,7 +107,7 @@ struct StatePassArgs {
   float* final_state;  // like initial_state, or null
   // For the backward, both or neither; with output for K padded to 128 and with P only:
   void* states;  // image [slot][value head][V / 64][K / 64] (K and V padded): S^T of the state that enters
-                 // the chunk, rows are values, rounded to 16 bit
+                 // the chunk, rows are values, rounded to 16 bit; of some chunks kNoState (chunk_sm90.cuh)
   void* v_new;   // image [slot][value head][V / 64]: V'; rows past the end are zero
   // The states after every so many whole chunks of a sequence, [row][value head] like
   // initial_state; sequence n begins with row n (T / 64 / chunks), packed with cu_seqlens[n] / 64 / chunks.

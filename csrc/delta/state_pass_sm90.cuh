@@ -80,6 +80,7 @@ struct WalkPosition {
   int chunk = 0;
   RingIndex<kStages> at;
   RingIndex<1> at_out, at_v_new, at_low;
+  bool after_hard = false;  // the next chunk follows a hard one
   uint32_t out[16] = {};
 };
 
@@ -318,7 +319,14 @@ __device__ __forceinline__ void walk(typename Traits::Storage& s, const StatePas
     if constexpr (kOutput) issue_gemm<true>(mma_token, S16, by_row(stage.q, Int<kKeyDim>{}), O);
     if constexpr (!Traits::kChannelGate) read_factors(k_write, rows.k_write);
     if constexpr (Traits::kKeep) {
-      if (keeps) {
+      const bool left_out =
+          !Traits::kChannelGate && !position.after_hard && (sequence.first_chunk + c) % 2 != 0;
+      if (keeps && left_out) {
+        if (thread == 0) {
+          const int64_t image = first_image(in, sequence, c, head, first_value, Traits::kKeyImages);
+          *reinterpret_cast<uint32_t*>(static_cast<Element*>(a.states) + image * kImage) = kNoState;
+        }
+      } else if (keeps) {
         tma_store_wait<0>();
         __syncwarp();
         CUTE_UNROLL
@@ -451,6 +459,7 @@ __device__ __forceinline__ void walk(typename Traits::Storage& s, const StatePas
       for (int x = 0; x < 16; ++x) position.out[x] = pack<Element>(O(2 * x), O(2 * x + 1));
     }
     if (Traits::kFull && valid == kRows) keep(c, S);
+    if constexpr (Traits::kKeep) position.after_hard = hard();
     s.ring.release(at);
     if (two_stages) {
       at.advance();
@@ -486,6 +495,12 @@ __device__ __forceinline__ void walk_through(typename Traits::Storage& s, const 
     store_state<Traits::kKeyDim>(state, to);
   };
   WalkPosition<Traits::kStages> position;
+  if constexpr (Traits::kKeep && Traits::kMayBeHard) {
+    if (a.states != nullptr && a.scratch.hard != nullptr && part.first_chunk > 0)
+      position.after_hard =
+          *const_cast<const volatile float*>(a.scratch.hard +
+                                             (part.sequence.first_slot - 1) * a.in.value_heads + head) != 0.f;
+  }
   if (!full) walk<Traits>(s, a, part.sequence, head, first_value, S, position, keep);
   if (position.chunk < part.sequence.chunks()) {
     using Full = typename Traits::Full;
