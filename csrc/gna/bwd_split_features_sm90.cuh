@@ -210,16 +210,18 @@ __device__ void multiply(SplitFeatures<Tag, kHeadDim, kBiased>,
       cutlass::arch::NamedBarrier::sync(Traits::kConsumers * 128, kDsWritten);
 
       Tensor tQrdQ = partition_fragment_C(mma_q, cute::Shape<Int<kM>, Int<kF>>{});
-      issue_gemm<false>(mma_kv, tVrP, tVrDout(_, _, _, 2 * at_dout.stage + warpgroup), tVrdV);
       issue_gemm<true>(mma_q, tQrDs, tQrK(_, _, _, warpgroup), tQrdQ);
+      issue_gemm<false>(mma_kv, tVrP, tVrDout(_, _, _, 2 * at_dout.stage + warpgroup), tVrdV);
       issue_gemm<false>(mma_kv, tKrDs, tKrQ(_, _, _, 2 * at_q.stage + warpgroup), tKrdK);
-      warpgroup_wait<2>();  // dV
-      s.ring_dout.release(at_dout);
-      at_dout.advance();
-      warpgroup_wait<1>();  // dQ
+      warpgroup_wait<2>();  // dQ
       CUTE_UNROLL
       for (int round = 0; round < Traits::kDqRounds; ++round) {
         constexpr int kColumns = kF / Traits::kDqRounds;
+        if (round == 1) {
+          warpgroup_wait<1>();  // dV
+          s.ring_dout.release(at_dout);
+          at_dout.advance();
+        }
         constexpr int kPerThread = kColumns / 2;  // registers: two rows, a quarter of the columns
         Tensor part = make_tensor(
             tQrdQ.data() + round * kPerThread,
