@@ -37,11 +37,16 @@ struct ChunkGradientTraits {
                            GMMA::Major::K, GMMA::Major::MN>()));
   using MmaRows = Mma<GMMA::Major::K>;       // right operand: rows of an image as N
   using MmaFeatures = Mma<GMMA::Major::MN>;  // right operand: features of an image as N
+  using HalfAtom = std::conditional_t<std::is_same_v<Element, cutlass::bfloat16_t>,
+                                      SM90::GMMA::MMA_64x32x16_F32BF16BF16_SS<GMMA::Major::K, GMMA::Major::MN>,
+                                      SM90::GMMA::MMA_64x32x16_F32F16F16_SS<GMMA::Major::K, GMMA::Major::MN>>;
+  using MmaHalf = decltype(make_tiled_mma(HalfAtom{}));
 
-  struct Sums {                                               // per row; [2] of a warpgroup, [8] of a warp
-    float q_dot[2][kRows], k_dot[2][kRows], t_dot[2][kRows];  // q . dO S^T, -k . Y S^T, k . V' dS^T
+  struct Sums {  // per row; [2] of a warpgroup, [8] of a warp
+    // q . dO S^T, -k . Y S^T, k . V' dS^T and, of the first warpgroup, -dA . Abar: a lane of a quad has one
+    float dots[4][2][kRows];
     float pairs[8][kRows];
-    float dA_Abar[kRows], y_vnew[kRows], y_v[kRows];
+    float y_vnew[kRows], y_v[kRows];
     float through[8];
     float q_dq[2][kRows], k_dk[2][kRows];
     alignas(16) ChunkRows rows;
@@ -80,6 +85,13 @@ struct ChunkGradientMaps {
 };
 
 // ---- Steps ----
+
+// Sums that the compiler must have by here: it would hold what they are made of, in registers that are
+// spilled then, until they are stored.
+template <class... Sums>
+__device__ __forceinline__ void settle(Sums&... sums) {
+  (..., [](float& x) { asm volatile("" : "+f"(x)); }(sums));
+}
 
 // c += A B for a warp: (16 x 16) (16 x 8).
 template <class Element>
@@ -174,6 +186,33 @@ __device__ __forceinline__ void multiply(Mma& mma, Element* a, Element* b, Acc& 
   Tensor sA = make_tensor(make_smem_ptr(a), LayoutByRow<Element, kImageColumns>{});
   Tensor sB = make_tensor(make_smem_ptr(b), Layout{});
   issue_gemm<kZeroInit>(mma, thread_mma.partition_fragment_A(sA), thread_mma.partition_fragment_B(sB), acc);
+}
+
+// acc (+)= A B for half of the features of an image, of which the descriptors are those of the whole, 64 bytes
+// further on.
+template <class Traits, bool kZeroInit, class Element, class Acc>
+__device__ __forceinline__ void multiply_half(Element* a, Element* b, int half, Acc& acc) {
+  typename Traits::MmaFeatures mma;
+  const auto thread_mma = mma.get_slice(threadIdx.x % 128);
+  Tensor A = thread_mma.partition_fragment_A(
+      make_tensor(make_smem_ptr(a), LayoutByRow<Element, kImageColumns>{}));
+  Tensor B = thread_mma.partition_fragment_B(
+      make_tensor(make_smem_ptr(b), LayoutByFeature<Element, kImageColumns>{}));
+  warpgroup_fence_operand(acc);
+  warpgroup_arrive();
+  CUTE_UNROLL
+  for (int k = 0; k < size<2>(A); ++k) {
+    auto b_at = *B(_, _, k).data();
+    b_at.bitfield.start_address_ += 4 * half;
+    const uint64_t from_a = *A(_, _, k).data(), from_b = b_at;
+    const auto fma = [&](auto&... d) {
+      Traits::HalfAtom::fma(from_a, from_b, d..., kZeroInit && k == 0 ? GMMA::ScaleOut::Zero : GMMA::ScaleOut::One);
+    };
+    fma(acc(0), acc(1), acc(2), acc(3), acc(4), acc(5), acc(6), acc(7), acc(8), acc(9), acc(10), acc(11), acc(12),
+        acc(13), acc(14), acc(15));
+  }
+  warpgroup_commit_batch();
+  warpgroup_fence_operand(acc);
 }
 
 // Of a (64, 8 pieces) accumulator: the product of 64 rows with all columns of an image, or some of them.
@@ -439,10 +478,10 @@ __device__ __forceinline__ void finish_beta(const ChunkGradientArgs& a, const Gr
   CUTE_UNROLL
   for (int i = threadIdx.x % 32; i < kRows; i += 32) {
     if (i >= z.valid) continue;
-    const float beta = sums.rows.beta[i], k_dot = sums.k_dot[0][i] + sums.k_dot[1][i];
+    const float beta = sums.rows.beta[i], k_dot = sums.dots[1][0][i] + sums.dots[1][1][i];
     // V'_i / beta_i is the error r_i against the memory just before token i, and dbeta_i = Y_i . r_i.
     float dbeta = fabsf(beta) >= kLeastDivisor ? sums.y_vnew[i] / beta
-                                               : sums.y_v[i] + sums.rows.k_read[i] * k_dot + sums.dA_Abar[i];
+                                               : sums.y_v[i] + sums.rows.k_read[i] * k_dot + sums.dots[3][0][i];
     if (in.beta_activation != BetaActivation::kNone) {
       const float top = in.beta_activation == BetaActivation::kSigmoid2 ? 2.f : 1.f;
       dbeta *= beta * (1.f - beta / top);
@@ -464,9 +503,9 @@ __device__ __forceinline__ void finish_gate(const ChunkGradientArgs& a, const Gr
   CUTE_UNROLL
   for (int e = 0; e < 2; ++e) {
     const int i = 2 * lane + e;
-    const float k_dot = sums.k_dot[0][i] + sums.k_dot[1][i];
-    enter[e] = rows.q_read[i] * (sums.q_dot[0][i] + sums.q_dot[1][i]) + rows.beta[i] * rows.k_read[i] * k_dot;
-    leave[e] = rows.k_write[i] * (sums.t_dot[0][i] + sums.t_dot[1][i]);
+    const auto dot = [&](int which) { return sums.dots[which][0][i] + sums.dots[which][1][i]; };
+    enter[e] = rows.q_read[i] * dot(0) + rows.beta[i] * rows.k_read[i] * dot(1);
+    leave[e] = rows.k_write[i] * dot(2);
   }
   // Readers from t on, sources before t.
   float from = enter[0] + enter[1], before = leave[0] + leave[1];
@@ -652,7 +691,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
     return partition_fragment_C(mma_rows, cute::Shape<Int<kRows>, Int<kRows>>{});
   };
   uint32_t weights[16];  // E or F, before the norms
-  float dA_Abar[2] = {0.f, 0.f}, y_vnew[2], y_v;
+  float dots[2] = {0.f, 0.f}, y_vnew[2], y_v;  // of the two rows, what this lane keeps for its quad
   float2 pairs{0.f, 0.f};
   {
     Tensor product = accumulator(), d_product = accumulator();
@@ -690,7 +729,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
           const float d = kept ? d_product(at) * decay : 0.f;
           const float pair = d * (left_norm[h] * (e ? k_j.y : k_j.x) * product(at));
           weight[e] = weight_row[h] * d;
-          dA_Abar[h] -= strict ? pair : 0.f;
+          dots[h] -= strict ? pair : 0.f;
           product(at) = strict ? weight_row[h] * pair : 0.f;
         }
         weights[2 * n + h] = pack<Element>(weight[0], weight[1]);
@@ -698,10 +737,11 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
     }
     CUTE_UNROLL
     for (int h = 0; h < 2; ++h) {
-      dA_Abar[h] += __shfl_xor_sync(0xffffffffu, dA_Abar[h], 1);
-      dA_Abar[h] += __shfl_xor_sync(0xffffffffu, dA_Abar[h], 2);
+      dots[h] += __shfl_xor_sync(0xffffffffu, dots[h], 1);
+      dots[h] += __shfl_xor_sync(0xffffffffu, dots[h], 2);
     }
     if (args.dg != nullptr) pairs = pair_sums(product, warp);
+    settle(dots[0], dots[1], pairs.x, pairs.y);
   }
 
   // 2. This warpgroup's 64 features of dO S^T and Y S^T.
@@ -718,11 +758,19 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
   warpgroup_wait<0>();
   __syncthreads();  // dO and Y are free
   if (threadIdx.x == 0) load_states(s.d_state, args.d_states, &s.d_state_here, z);
-  float q_dot[2], k_dot[2], t_dot[2];
+  const auto keep_dots = [&](int which, const float (&dot)[2]) {
+    CUTE_UNROLL
+    for (int h = 0; h < 2; ++h) dots[h] = quad == which ? dot[h] : dots[h];
+    settle(dots[0], dots[1]);
+  };
   Element *q_image = s.q + wg * kImage, *k_image = s.k + wg * kImage;
-  row_dots(q_image, warp, dq, q_dot);
-  row_dots(k_image, warp, dk, k_dot);
   {
+    float dot[2];
+    row_dots(q_image, warp, dq, dot);
+    keep_dots(0, dot);
+    row_dots(k_image, warp, dk, dot);
+    dot[0] = -dot[0], dot[1] = -dot[1];
+    keep_dots(1, dot);
     float decay[2];
     CUTE_UNROLL
     for (int h = 0; h < 2; ++h) decay[h] = exp2_fast(s.G[row0 + 8 * h]);
@@ -736,21 +784,31 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
   asm volatile("" ::: "memory");
   float through = 0.f;
   {
-    Tensor to_end = accumulator();
-    through_state(s.v_new, s.d_state, to_end);
-    if (args.dg != nullptr) {
-      if (wg < value_images)
-        through = dot_of_states(s.state + 2 * wg * kImage, s.d_state + 2 * wg * kImage, warp);
-      CUTE_UNROLL
-      for (int step = 16; step >= 1; step /= 2) through += __shfl_xor_sync(0xffffffffu, through, step);
-    }
-    warpgroup_wait<0>();
-    row_dots(k_image, warp, to_end, t_dot);
-    float decay[2];
+    // In halves: both at once, registers would be spilled.
+    Tensor to_end = partition_fragment_C(typename Traits::MmaHalf{}, cute::Shape<Int<kRows>, Int<32>>{});
+    float decay[2], dot[2] = {0.f, 0.f};
     CUTE_UNROLL
     for (int h = 0; h < 2; ++h) decay[h] = exp2_fast(s.G[kRows - 1] - s.G[row0 + 8 * h]);
     CUTE_UNROLL
-    for (int x = 0; x < size(dk); ++x) dk(x) += decay[x % 4 / 2] * to_end(x);
+    for (int half = 0; half < 2; ++half) {
+      multiply_half<Traits, true>(s.v_new, s.d_state + wg * kImage, half, to_end);
+      if (value_images == 2)
+        multiply_half<Traits, false>(s.v_new + kImage, s.d_state + (2 + wg) * kImage, half, to_end);
+      if (half == 0 && args.dg != nullptr) {
+        if (wg < value_images)
+          through = dot_of_states(s.state + 2 * wg * kImage, s.d_state + 2 * wg * kImage, warp);
+        CUTE_UNROLL
+        for (int step = 16; step >= 1; step /= 2) through += __shfl_xor_sync(0xffffffffu, through, step);
+      }
+      warpgroup_wait<0>();
+      float part[2];
+      row_dots(k_image, warp, to_end, part, 4 * half);
+      CUTE_UNROLL
+      for (int h = 0; h < 2; ++h) dot[h] += part[h];
+      CUTE_UNROLL
+      for (int x = 0; x < size(to_end); ++x) dk(16 * half + x) += decay[x % 4 / 2] * to_end(x);
+    }
+    keep_dots(2, dot);
   }
   __syncthreads();  // S and dS are free
   if (threadIdx.x < sizeof(ChunkRows) / 16) {
@@ -776,16 +834,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
     store_transposed(wg == 0 ? s.e_t : s.f_t, warp, transposed);
     cutlass::arch::fence_view_async_shared();
   }
-  if (quad == 0) {
-    CUTE_UNROLL
-    for (int h = 0; h < 2; ++h) {
-      const int i = row0 + 8 * h;
-      s.sums.q_dot[wg][i] = q_dot[h];
-      s.sums.k_dot[wg][i] = -k_dot[h];
-      s.sums.t_dot[wg][i] = t_dot[h];
-      if (wg == 0) s.sums.dA_Abar[i] = dA_Abar[h];
-    }
-  }
+  CUTE_UNROLL
+  for (int h = 0; h < 2; ++h) s.sums.dots[quad][wg][row0 + 8 * h] = dots[h];
   if (wg == 0 && has_diagonal()) {
     s.sums.y_vnew[row0] = y_vnew[0];
     s.sums.y_vnew[row0 + 8] = y_vnew[1];
