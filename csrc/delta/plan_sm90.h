@@ -21,6 +21,7 @@ constexpr double kClusterLaunchUs = 5, kClusterUs = 30, kClusterChunkUs = 1.1;
 constexpr double kKeep = 1.3, kKeepInClusters = 1.25, kKeptChunkUs = 0.07;
 // To prepare a chunk, times the SMs that do: before the walk, and beside it, where also the walk is slower.
 constexpr double kPrepareUs = 2.4, kPrepareWithoutPUs = 1.9, kPrepareBesideUs = 3.3, kChunkBesideUs = 1.55;
+constexpr double kPrepareChannelUs = 10, kPrepareChannelBesideUs = 13.7;  // with a gate per channel
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -91,15 +92,17 @@ inline Plan make_plan(const InputsSm90& in, int64_t key_dim, int64_t sms, int64_
   // P costs a second read of Q, a write and a read. On a full GPU memory is the limit; on others the chain,
   // which a second warpgroup on the SM slows down.
   plan.prepare_P = in.channel_gate || plan.span_chunks > 0 || keep || walks < sms * 3 / 4;
-  best += prepare_us(plan.prepare_P ? kPrepareUs : kPrepareWithoutPUs, sms);
+  const double before_us = plan.prepare_P ? kPrepareUs : kPrepareWithoutPUs;
+  best += prepare_us(in.channel_gate ? kPrepareChannelUs : before_us, sms);
   if (keep) best = std::max(best * kKeep, kKeptChunkUs * static_cast<double>(rows * chunks));
-  const bool plain = !in.cu_seqlens && !in.channel_gate && !states_on_the_way;
+  const bool plain = !in.cu_seqlens && !states_on_the_way;
   if (plain && !keep && walks < sms) {
     const double walk = kLaunchUs + kChunkBesideUs * static_cast<double>(chunks);
-    const double us = std::max(walk, prepare_us(kPrepareBesideUs, sms - walks));
+    const double beside_us = in.channel_gate ? kPrepareChannelBesideUs : kPrepareBesideUs;
+    const double us = std::max(walk, prepare_us(beside_us, sms - walks));
     if (us < best) best = us, plan = {0, true, sms - walks};
   }
-  if (plain && value_tiles == 2 && clusters > 0 && rows <= HeadClusterArgs::kMostParts) {
+  if (plain && !in.channel_gate && value_tiles == 2 && clusters > 0 && rows <= HeadClusterArgs::kMostParts) {
     std::vector<HeadClusterArgs::Part> parts = cut_heads(rows, chunks, clusters);
     const auto count = static_cast<int64_t>(parts.size());
     const double turns = static_cast<double>(count) / static_cast<double>(clusters);

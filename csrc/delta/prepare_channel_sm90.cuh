@@ -19,7 +19,8 @@ template <class Tag, int kKeyDim_>
 struct PrepareChannelTraits {
   using Element = element_t<Tag>;
   static constexpr int kKeyDim = kKeyDim_;
-  static constexpr int kThreads = 256;
+  static constexpr int kChunkThreads = 256;
+  static constexpr int kSender = 128;            // of the warps that do not invert
   static constexpr int kTile = kKeyDim * kRows;  // elements
   static constexpr int kHalves = kKeyDim / kImageColumns;
   static constexpr int kBlockRows = kLevelBlock, kBlocks = kRows / kBlockRows;
@@ -38,7 +39,7 @@ struct PrepareChannelTraits {
     alignas(1024) Element left[kTile];       // [K / 64][32 of k, 32 of q][64]
     alignas(1024) Element right[kTile / 2];  // [K / 64][32][64]
   };
-  struct Storage {
+  struct Storage {  // of a chunk
     // Where the K of a warp was in registers it leaves its sums of the levels of a diagonal block.
     union {
       alignas(1024) Element k[kTile];
@@ -67,13 +68,27 @@ struct PrepareChannelTraits {
     alignas(16) float gates[kBlocks][kKeyDim];     // sums over the rows after each of a block, in log2
     alignas(16) float first[kKeyDim];              // gate of the first row
     float products[kHalves][3][kRows];             // k . k, q . q and q . k of a row
+    float beta[kRows];                             // while those of the chunk before are on their way out
     alignas(16) float a_row[kRows], p_row[kRows];  // beta k_norm and scale q_norm
     float q_k[kRows];
     TriangularScratch triangular;
     float squares[4];
     uint64_t arrived;
+    struct {
+      uint32_t index;  // of the chunk, as in ChunkPlace
+      int valid;
+      uint32_t turn;
+    } now;  // read anew each time: registers are short
+    struct {
+      uint32_t index;
+      bool hard;
+    } sent;  // the last chunk whose results are on their way
+  };
+  struct Pair {
+    Storage half[2];
   };
   static_assert(2 * (sizeof(Storage) + 1024) <= 228 * 1024, "two CTAs share an SM");
+  static_assert(sizeof(Pair) <= 227 * 1024, "a Hopper CTA has 227 KB of shared memory");
 };
 
 // ---- Two channels of 16 rows: what a thread owns ----
@@ -176,10 +191,10 @@ struct Columns {
 
   // From gates to decays, once the sums of all blocks are there; G of every row, and e^{G_C}, to scratch.
   __device__ __forceinline__ void take_decays(const typename Traits::Storage& s, const PrepareArgs& args,
-                                              const ChunkPlace& place) {
+                                              int64_t index) {
     constexpr int kKeyDim = Traits::kKeyDim;
     if (args.scratch.G != nullptr) {
-      float* to = args.scratch.G + (place.index * kRows + kBlockRows * block) * kKeyDim;
+      float* to = args.scratch.G + (index * kRows + kBlockRows * block) * kKeyDim;
       float2 G = start(s);
       CUTE_UNROLL
       for (int i = 0; i < kBlockRows; ++i) {
@@ -188,7 +203,7 @@ struct Columns {
       }
     }
     if (block == Traits::kBlocks - 1)
-      put(args.scratch.decay + place.index * kKeyDim, exp2_fast(start(s) + of(s.gates[block])));
+      put(args.scratch.decay + index * kKeyDim, exp2_fast(start(s) + of(s.gates[block])));
     CUTE_UNROLL
     for (int i = 0; i < kBlockRows; ++i) decay[i] = exp2_fast(decay[i]);
   }
@@ -252,7 +267,7 @@ __device__ __forceinline__ void row_products(typename Traits::Storage& s, const 
 // The levels of a diagonal block over a warp's channels, left in place of its K.
 template <class Traits>
 __device__ __forceinline__ void diagonal_levels(typename Traits::Storage& s, const Columns<Traits>& own) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int warp = own.block * Traits::kHalves + own.half, lane = threadIdx.x % 32;
   auto* to = reinterpret_cast<float4*>(own.own(s.k));
   to[lane] = diagonal_level<0>(s.stage[warp], own);
   to[32 + lane] = diagonal_level<1>(s.stage[warp], own);
@@ -316,12 +331,12 @@ __device__ __forceinline__ void scale_levels(typename Traits::Storage& s, const 
 // Kh, scale Qh and Kt, to scratch, and what rounding Kt lost, to shared memory.
 template <class Traits>
 __device__ __forceinline__ void scale_rows(typename Traits::Storage& s, const PrepareArgs& args,
-                                           const ChunkPlace& place, const Columns<Traits>& own) {
+                                           int64_t index, const Columns<Traits>& own) {
   using Element = typename Traits::Element;
   constexpr int kBlockRows = Traits::kBlockRows;
   const int first = kBlockRows * own.block;
   const auto to = [&](void* scratch) {
-    return own.own(static_cast<Element*>(scratch) + place.index * Traits::kTile);
+    return own.own(static_cast<Element*>(scratch) + index * Traits::kTile);
   };
   auto *Kh = to(args.scratch.Kh), *Qh = to(args.scratch.Qh), *Kt = to(args.scratch.Kt);
   const auto scaled = [](float2 x, float2 e, float factor) { return x * (float2{factor, factor} * e); };
@@ -354,52 +369,78 @@ __device__ __forceinline__ void scale_rows(typename Traits::Storage& s, const Pr
   }
 }
 
-// ---- Kernel ----
+// ---- A chunk ----
 
-template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads, 2)
-    prepare_channel_kernel(const __grid_constant__ TokenMaps maps, const __grid_constant__ PrepareArgs args) {
+// By the thread that has sent the results of a chunk: waits until they are in memory. It takes long, as what
+// other threads have stored has to be there, too.
+template <class Storage>
+__device__ __forceinline__ void announce(const PrepareArgs& args, const Storage& s) {
+  const auto heads = static_cast<uint32_t>(args.in.value_heads);
+  const uint32_t slot = s.sent.index / heads, head = s.sent.index % heads;
+  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+  asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(args.ready + head * args.slots + slot),
+               "r"(s.sent.hard ? kReadyHard : kReady)
+               : "memory");
+}
+
+// By eight warps, which `barrier` and the two after it are for; `turn` counts their chunks. One thread asks
+// for the tiles, sends the results away and, beside the state pass, announces those of the chunk before while
+// others invert. Returns the next turn.
+template <class Traits, bool kBeside>
+__device__ __forceinline__ uint32_t prepare_channel_chunk(typename Traits::Storage& s, const TokenMaps& maps,
+                                                          const PrepareArgs& args, const ChunkPlace& place,
+                                                          uint32_t turn, uint32_t barrier) {
   using Element = typename Traits::Element;
   using Barrier = cutlass::arch::ClusterTransactionBarrier;
   constexpr int kKeyDim = Traits::kKeyDim, kHalfRows = Traits::kHalfRows;
-  auto& s = shared_storage<typename Traits::Storage>();
   const InputsSm90& in = args.in;
-  ChunkPlace place;
-  const auto heads = static_cast<uint32_t>(in.value_heads);
-  if (!place.find(in, blockIdx.x / heads, blockIdx.x % heads)) return;
-  const int valid = place.valid;
-  const int thread = threadIdx.x, warp = __shfl_sync(0xffffffffu, thread / 32, 0), lane = thread % 32,
-            t = lane % 4;
+  const auto now_index = [&] {
+    return kBeside ? static_cast<int64_t>(*const_cast<const volatile uint32_t*>(&s.now.index)) : place.index;
+  };
+  const auto now_valid = [&] {
+    return kBeside ? *const_cast<const volatile int*>(&s.now.valid) : place.valid;
+  };
+  const int thread = kBeside ? threadIdx.x % Traits::kChunkThreads : threadIdx.x,
+            warp = __shfl_sync(0xffffffffu, thread / 32, 0), lane = thread % 32, t = lane % 4;
   const float scale = static_cast<float>(in.scale);
   const bool with_low = args.scratch.hard != nullptr;
   const bool owns = warp < Traits::kOwners;
+  const bool sends = thread == Traits::kSender;
+  const auto sync = [&] {
+    if constexpr (kBeside) {
+      cutlass::arch::NamedBarrier::sync(Traits::kChunkThreads, barrier);
+    } else {
+      __syncthreads();
+    }
+  };
   const auto p_piece = [&](int row, int piece) { return image_piece(s.p, row, piece); };
   const auto low_piece = [&](int row, int piece) { return image_piece(s.p_low, row, piece); };
 
-  if (thread == 0) {
-    Barrier::init(&s.arrived, 1);
-    cutlass::arch::fence_barrier_init();
+  if (sends) {
+    tma_store_wait<0>();  // what was sent of the chunk before has been read
     Barrier::arrive_and_expect_tx(&s.arrived, 2 * Traits::kTile * 2);
     load_tokens<kKeyDim>(maps.k, &s.arrived, s.k, 0, place.token, place.head_k, place.batch);
     load_tokens<kKeyDim>(maps.q, &s.arrived, s.q, 0, place.token, place.head_k, place.batch);
   }
-  if (warp == 7) put_betas(in, s.rows, place, load_betas(in, place));
+  if (warp == 7) put_betas(in, s.beta, place, load_betas(in, place));
   Columns<Traits> own;
   own.block = warp / Traits::kHalves, own.half = warp % Traits::kHalves;
   if (owns) own.load_gates(s, args, place);
-  __syncthreads();
-  Barrier::wait(&s.arrived, 0);
+  if (kBeside && sends)
+    s.now.index = static_cast<uint32_t>(place.index), s.now.valid = place.valid, s.now.turn = turn;
+  sync();
+  Barrier::wait(&s.arrived, turn % 2);
   asm volatile("" ::: "memory");
   if (owns) {
     row_products<Traits>(s, own);
-    own.take_decays(s, args, place);
-    own.load_tokens(s, valid);
+    own.take_decays(s, args, now_index());
+    own.load_tokens(s, now_valid());
     diagonal_levels<Traits>(s, own);
   }
-  __syncthreads();  // the tiles are in registers, the sums of levels 0 to 3 in place of K
+  sync();  // the tiles are in registers, the sums of levels 0 to 3 in place of K
   if (thread >= 128 && thread < 128 + kRows) {
     const int row = thread - 128;
-    const bool inside = row < valid;
+    const bool inside = row < now_valid();
     float sums[3] = {};
     CUTE_UNROLL
     for (int half = 0; half < Traits::kHalves; ++half) {
@@ -414,13 +455,14 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
     s.rows.k_norm[row] = norm(sums[0]);
     s.rows.q_norm[row] = norm(sums[1]);
     s.rows.k_read[row] = s.rows.k_write[row] = s.rows.q_read[row] = inside ? 1.f : 0.f;
-    s.a_row[row] = s.rows.beta[row] * s.rows.k_norm[row];
+    s.rows.beta[row] = s.beta[row];
+    s.a_row[row] = s.beta[row] * s.rows.k_norm[row];
     s.p_row[row] = scale * s.rows.q_norm[row];
     s.q_k[row] = inside ? sums[2] : 0.f;
   }
   if (owns) scale_levels<Traits>(s, own);
   cutlass::arch::fence_view_async_shared();
-  __syncthreads();  // levels 4 and 5 and the rows are there
+  sync();  // levels 4 and 5 and the rows are there
 
   // A_ij = beta_i k_i . k_j e^{G_i - G_j}, P_ij = scale q_i . k_j e^{G_i - G_j}.
   if (warp < 4) {
@@ -507,37 +549,43 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
     }
   }
   // The sums of levels 0 to 3 and the operands of levels 4 and 5 have been read, by the same warpgroup.
-  cutlass::arch::NamedBarrier::sync(128, 1 + warp / 4);
-  if (owns) scale_rows<Traits>(s, args, place, own);
+  cutlass::arch::NamedBarrier::sync(128, barrier + 1 + warp / 4);
+  if (owns) scale_rows<Traits>(s, args, now_index(), own);
   cutlass::arch::fence_view_async_shared();
-  __syncthreads();  // A and P are there
+  sync();  // A and P are there
   if (warp < 4) {
-    put_squares(s.squares, invert<false>(s.a, s.triangular, s.n, s.n));
+    put_squares(s.squares, invert<false>(s.a, s.triangular, s.n, s.n, barrier + 1));
     cutlass::arch::fence_view_async_shared();
+  } else if (kBeside && sends && s.now.turn > 0) {
+    announce(args, s);  // while it would only wait
   }
-  __syncthreads();
-  const auto to = [&](void* scratch) { return static_cast<Element*>(scratch) + place.index * kImage; };
+  const int valid = now_valid();
+  const uint32_t next_turn = kBeside ? s.now.turn + 1 : 0;
+  sync();
+  const int64_t index = now_index();
+  const auto to = [&](void* scratch) { return static_cast<Element*>(scratch) + index * kImage; };
   const bool hard = with_low && is_hard(s.squares, valid);
-  if (thread == 0) {
-    copy_out(args.scratch.rows + place.index, &s.rows, sizeof(ChunkRows));
+  if (sends) {
+    copy_out(args.scratch.rows + index, &s.rows, sizeof(ChunkRows));
     copy_out(to(args.scratch.N), s.n, kImageBytes);
     copy_out(to(args.scratch.P), s.p, kImageBytes);
-    if (with_low) args.scratch.hard[place.index] = hard ? 1.f : 0.f;
+    if (with_low) args.scratch.hard[index] = hard ? 1.f : 0.f;
     tma_store_arrive();
-    tma_store_wait<0>();
+    if (kBeside) s.sent.index = static_cast<uint32_t>(index), s.sent.hard = hard;
+    if (hard) tma_store_wait<0>();
   }
-  if (!hard) return;
-  __syncthreads();  // the results have been read
+  if (!hard) return next_turn;
+  sync();  // the results have been read
   if (warp < 4) {
-    invert<true>(s.a, s.triangular, s.n, s.n_low);
+    invert<true>(s.a, s.triangular, s.n, s.n_low, barrier + 1);
     cutlass::arch::fence_view_async_shared();
   }
-  __syncthreads();
-  if (thread == 0) {
+  sync();
+  if (sends) {
     copy_out(to(args.scratch.N_low), s.n_low, kImageBytes);
     copy_out(to(args.scratch.P_low), s.p_low, kImageBytes);
     constexpr int kFront = Traits::kFrontRows * kImageColumns, kBack = static_cast<int>(kImage) - kFront;
-    auto* Kt_low = static_cast<Element*>(args.scratch.Kt_low) + place.index * Traits::kTile;
+    auto* Kt_low = static_cast<Element*>(args.scratch.Kt_low) + index * Traits::kTile;
     CUTE_UNROLL
     for (int half = 0; half < Traits::kHalves; ++half) {
       copy_out(Kt_low + half * kImage, s.kt_low_front + half * kFront, kFront * 2);
@@ -545,8 +593,62 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
         copy_out(Kt_low + half * kImage + kFront, s.kt_low_back + half * kBack, kBack * 2);
     }
     tma_store_arrive();
-    tma_store_wait<0>();
   }
+  return next_turn;
+}
+
+// ---- Kernels ----
+
+// A chunk and no more.
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kChunkThreads, 2)
+    prepare_channel_kernel(const __grid_constant__ TokenMaps maps, const __grid_constant__ PrepareArgs args) {
+  auto& s = shared_storage<typename Traits::Storage>();
+  ChunkPlace place;
+  const auto heads = static_cast<uint32_t>(args.in.value_heads);
+  if (!place.find(args.in, blockIdx.x / heads, blockIdx.x % heads)) return;
+  if (threadIdx.x == Traits::kSender) {
+    cutlass::arch::ClusterTransactionBarrier::init(&s.arrived, 1);
+    cutlass::arch::fence_barrier_init();
+  }
+  prepare_channel_chunk<Traits, false>(s, maps, args, place, 0, 1);
+  if (threadIdx.x == Traits::kSender) tma_store_wait<0>();
+}
+
+// Chunk number `at` in the order in which the walks need them: chunk after chunk, of all sequences and heads.
+// Not packed. False: none.
+__device__ __forceinline__ bool find_beside(const InputsSm90& in, uint32_t at, ChunkPlace& place) {
+  const auto heads = static_cast<uint32_t>(in.value_heads),
+             rows = static_cast<uint32_t>(in.sequences) * heads,
+             chunks = static_cast<uint32_t>((in.tokens + kRows - 1) / kRows);
+  const uint32_t chunk = at / rows, row = at % rows, sequence = row / heads, head = row % heads;
+  if (chunk >= chunks) return false;
+  place.slot = sequence * chunks + chunk, place.head = head, place.index = place.slot * heads + head;
+  place.batch = sequence, place.token = static_cast<int64_t>(chunk) * kRows;
+  place.head_k = static_cast<int>(head / (heads / static_cast<uint32_t>(in.heads)));
+  place.valid = static_cast<int>(min(static_cast<int64_t>(kRows), in.tokens - place.token));
+  return true;
+}
+
+// Beside the state pass: a CTA has an SM, and each half of it prepares chunk after chunk.
+template <class Traits>
+__global__ void __launch_bounds__(2 * Traits::kChunkThreads, 1)
+    prepare_channel_beside_kernel(const __grid_constant__ TokenMaps maps,
+                                  const __grid_constant__ PrepareArgs args) {
+  // The state pass takes the other SMs once all of these CTAs have theirs.
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  const uint32_t half = threadIdx.x / Traits::kChunkThreads;
+  auto& s = shared_storage<typename Traits::Pair>().half[half];
+  if (threadIdx.x % Traits::kChunkThreads == 0) {
+    cutlass::arch::ClusterTransactionBarrier::init(&s.arrived, 1);
+    cutlass::arch::fence_barrier_init();
+  }
+  __syncthreads();
+  ChunkPlace place;
+  uint32_t turn = 0;
+  while (find_beside(args.in, 2 * (turn * gridDim.x + blockIdx.x) + half, place))
+    turn = prepare_channel_chunk<Traits, true>(s, maps, args, place, turn, 1 + 3 * half);
+  if (turn > 0 && threadIdx.x % Traits::kChunkThreads == Traits::kSender) announce(args, s);
 }
 
 }  // namespace nearfield::delta

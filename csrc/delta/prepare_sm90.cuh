@@ -146,7 +146,7 @@ __device__ __forceinline__ void prepare_chunk(typename Traits::Group& s, const I
   const auto sync = [&] { cutlass::arch::NamedBarrier::sync(128, barrier); };
 
   if (warp == 1) sum_gates(in, rows, place, fetched.rows);
-  if (warp == 2) put_betas(in, rows, place, fetched.rows);
+  if (warp == 2) put_betas(in, rows.beta, place, fetched.rows);
   if (sends) to.wait_read();
   sync();
   cutlass::arch::ClusterTransactionBarrier::wait(&s.arrived, turn % 2);
@@ -289,16 +289,16 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
 
 // ---- Launch ----
 
-template <class Traits, class Kernel>
-cudaError_t launch_prepare(Kernel kernel, int64_t grid, const PrepareArgs& args, bool is_bf16,
+template <class Storage, class Kernel>
+cudaError_t launch_prepare(Kernel kernel, int64_t grid, int threads, const PrepareArgs& args, bool is_bf16,
                            cudaStream_t stream) {
-  constexpr int kShared = sizeof(typename Traits::Storage);
+  constexpr int kShared = sizeof(Storage);
   if (const cudaError_t e = allow_shared_memory(kernel, kShared)) return e;
   TokenMaps maps{};
   if (const cudaError_t e = encode_inputs(&maps, args.in, is_bf16)) return e;
   if (args.slots * args.in.value_heads > std::numeric_limits<int>::max())
     return cudaErrorInvalidConfiguration;
-  kernel<<<static_cast<unsigned>(grid), Traits::kThreads, kShared, stream>>>(maps, args);
+  kernel<<<static_cast<unsigned>(grid), threads, kShared, stream>>>(maps, args);
   return cudaGetLastError();
 }
 
@@ -309,12 +309,18 @@ int prepare_sm90<Tag, kKeyDim, kChannelGate>::run(const PrepareArgs& args, void*
   const int64_t chunks = args.slots * args.in.value_heads;
   if constexpr (kChannelGate) {
     using Traits = PrepareChannelTraits<Tag, kKeyDim>;
-    return launch_prepare<Traits>(prepare_channel_kernel<Traits>, chunks, args, kBf16, stream);
+    constexpr int kThreads = Traits::kChunkThreads;
+    if (args.ready != nullptr)
+      return launch_prepare<typename Traits::Pair>(prepare_channel_beside_kernel<Traits>, args.ctas,
+                                                   2 * kThreads, args, kBf16, stream);
+    return launch_prepare<typename Traits::Storage>(prepare_channel_kernel<Traits>, chunks, kThreads, args,
+                                                    kBf16, stream);
   } else {
     const auto launch = [&](auto traits) {
       using Traits = decltype(traits);
       const int64_t ctas = std::min<int64_t>(args.ctas, (chunks + Traits::kGroups - 1) / Traits::kGroups);
-      return launch_prepare<Traits>(prepare_kernel<Traits>, ctas, args, kBf16, stream);
+      return launch_prepare<typename Traits::Storage>(prepare_kernel<Traits>, ctas, Traits::kThreads, args,
+                                                      kBf16, stream);
     };
     return args.scratch.P != nullptr ? launch(PrepareTraits<Tag, kKeyDim, true>{})
                                      : launch(PrepareTraits<Tag, kKeyDim, false>{});

@@ -142,11 +142,11 @@ __device__ __forceinline__ float2 load_betas(const InputsSm90& in, const ChunkPl
   return {lane < place.valid ? in.beta[place.token_head(in, lane)] : 0.f,
           lane + 32 < place.valid ? in.beta[place.token_head(in, lane + 32)] : 0.f};
 }
-__device__ __forceinline__ void put_betas(const InputsSm90& in, ChunkRows& rows, const ChunkPlace& place,
+__device__ __forceinline__ void put_betas(const InputsSm90& in, float (&to)[kRows], const ChunkPlace& place,
                                           float2 beta) {
   const int lane = threadIdx.x % 32;
-  rows.beta[lane] = lane < place.valid ? activated_beta(in, beta.x) : 0.f;
-  rows.beta[lane + 32] = lane + 32 < place.valid ? activated_beta(in, beta.y) : 0.f;
+  to[lane] = lane < place.valid ? activated_beta(in, beta.x) : 0.f;
+  to[lane + 32] = lane + 32 < place.valid ? activated_beta(in, beta.y) : 0.f;
 }
 
 }  // namespace nearfield::delta

@@ -85,9 +85,8 @@ struct PrepareArgs {
   InputsSm90 in;
   ChunkScratch scratch;
   int64_t slots;  // of ChunkSlots
-  int ctas;       // with a gate per head they stay on as many SMs; per channel one per slot and value head
-  // Beside the state pass instead of before it, for sequences that are not packed and a gate per head; or
-  // null:
+  int ctas;       // they stay on as many SMs; with a gate per channel only beside the state pass
+  // Beside the state pass instead of before it, for sequences that are not packed; or null:
   int* ready;  // [value head][slot], zeros
 };
 

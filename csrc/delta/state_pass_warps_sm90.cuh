@@ -25,8 +25,8 @@ struct StatePassTraits {
   static constexpr int kKeyTile = kKeyDim * kRows;  // elements
   static constexpr int kStages = kKeep_ && kChannelGate ? 2 : 3;
   static constexpr bool kFull = kFull_, kMayBeHard = std::is_same_v<Tag, bf16>;
-  static constexpr bool kMayStop =
-      !kFull && kMayBeHard && kOutput && !kChannelGate;  // and hand over to the full walk
+  static constexpr bool kMayStop =  // and hand over to the full walk
+      !kFull && kMayBeHard && kOutput && !(kChannelGate && kKeep_);
   // Looks at the next chunk before it is done with this one. A full walk shows the state in between.
   static constexpr bool kAhead = !kFull && kStages > 2;
   // Low halves of a hard chunk take a second stage; in a cluster, which has the room, a place of their own.
