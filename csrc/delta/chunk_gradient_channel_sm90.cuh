@@ -625,7 +625,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   if (threadIdx.x < 4 * kRows) {
     const int row = threadIdx.x / 4;
     const bool asked = fabsf(s.beta[row]) < kLeastDivisor;
-    const float y_v = dot_with_v(s.y, asked ? z.value_row<Element>(in, rows, row) : nullptr, z.values(in));
+    const float y_v =
+        dot_with_v(s.y, asked ? z.value_row<Element>(in, row, rows.beta[row]) : nullptr, z.values(in));
     if (threadIdx.x % 4 == 0) s.sums.y_v[row] = y_v;
   }
 

@@ -37,9 +37,10 @@ struct ChunkGradientTraits {
                            GMMA::Major::K, GMMA::Major::MN>()));
   using MmaRows = Mma<GMMA::Major::K>;       // right operand: rows of an image as N
   using MmaFeatures = Mma<GMMA::Major::MN>;  // right operand: features of an image as N
-  using HalfAtom = std::conditional_t<std::is_same_v<Element, cutlass::bfloat16_t>,
-                                      SM90::GMMA::MMA_64x32x16_F32BF16BF16_SS<GMMA::Major::K, GMMA::Major::MN>,
-                                      SM90::GMMA::MMA_64x32x16_F32F16F16_SS<GMMA::Major::K, GMMA::Major::MN>>;
+  using HalfAtom =
+      std::conditional_t<std::is_same_v<Element, cutlass::bfloat16_t>,
+                         SM90::GMMA::MMA_64x32x16_F32BF16BF16_SS<GMMA::Major::K, GMMA::Major::MN>,
+                         SM90::GMMA::MMA_64x32x16_F32F16F16_SS<GMMA::Major::K, GMMA::Major::MN>>;
   using MmaHalf = decltype(make_tiled_mma(HalfAtom{}));
 
   struct Sums {  // per row; [2] of a warpgroup, [8] of a warp
@@ -129,6 +130,19 @@ __device__ __forceinline__ void wait_for_end_of_walk() {
   if (blockIdx.x == gridDim.x - 1) asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
+// One thread: K and Q, cumulative gates and the factors of K's norms.
+template <class Storage>
+__device__ __forceinline__ void load_keys(Storage& s, const ChunkGradientMaps& maps,
+                                          const ChunkGradientArgs& args, const GradientPlace& z) {
+  const int head = static_cast<int>(z.head_k);
+  const ChunkRows& rows = args.rows[z.chunk];
+  cutlass::arch::ClusterTransactionBarrier::arrive_and_expect_tx(
+      &s.qk_here, static_cast<int>(sizeof(s.k) + sizeof(s.q) + sizeof(s.G) + sizeof(s.k_norm)));
+  load_tokens<128>(maps.k, &s.qk_here, s.k, 0, z.token, head, z.sequence.batch);
+  load_tokens<128>(maps.q, &s.qk_here, s.q, 0, z.token, head, z.sequence.batch);
+  copy_in(s.G, rows.G, sizeof(s.G), &s.qk_here);
+  copy_in(s.k_norm, rows.k_norm, sizeof(s.k_norm), &s.qk_here);
+}
 // One thread.
 template <class Storage>
 __device__ __forceinline__ void load_dout(Storage& s, const ChunkGradientMaps& maps, const GradientPlace& z) {
@@ -188,14 +202,14 @@ __device__ __forceinline__ void multiply(Mma& mma, Element* a, Element* b, Acc& 
   issue_gemm<kZeroInit>(mma, thread_mma.partition_fragment_A(sA), thread_mma.partition_fragment_B(sB), acc);
 }
 
-// acc (+)= A B for half of the features of an image, of which the descriptors are those of the whole, 64 bytes
-// further on.
+// acc (+)= A B for half of the features of an image, of which the descriptors are those of the whole, 64
+// bytes further on.
 template <class Traits, bool kZeroInit, class Element, class Acc>
 __device__ __forceinline__ void multiply_half(Element* a, Element* b, int half, Acc& acc) {
   typename Traits::MmaFeatures mma;
   const auto thread_mma = mma.get_slice(threadIdx.x % 128);
-  Tensor A = thread_mma.partition_fragment_A(
-      make_tensor(make_smem_ptr(a), LayoutByRow<Element, kImageColumns>{}));
+  Tensor A =
+      thread_mma.partition_fragment_A(make_tensor(make_smem_ptr(a), LayoutByRow<Element, kImageColumns>{}));
   Tensor B = thread_mma.partition_fragment_B(
       make_tensor(make_smem_ptr(b), LayoutByFeature<Element, kImageColumns>{}));
   warpgroup_fence_operand(acc);
@@ -206,10 +220,11 @@ __device__ __forceinline__ void multiply_half(Element* a, Element* b, int half, 
     b_at.bitfield.start_address_ += 4 * half;
     const uint64_t from_a = *A(_, _, k).data(), from_b = b_at;
     const auto fma = [&](auto&... d) {
-      Traits::HalfAtom::fma(from_a, from_b, d..., kZeroInit && k == 0 ? GMMA::ScaleOut::Zero : GMMA::ScaleOut::One);
+      Traits::HalfAtom::fma(from_a, from_b, d...,
+                            kZeroInit && k == 0 ? GMMA::ScaleOut::Zero : GMMA::ScaleOut::One);
     };
-    fma(acc(0), acc(1), acc(2), acc(3), acc(4), acc(5), acc(6), acc(7), acc(8), acc(9), acc(10), acc(11), acc(12),
-        acc(13), acc(14), acc(15));
+    fma(acc(0), acc(1), acc(2), acc(3), acc(4), acc(5), acc(6), acc(7), acc(8), acc(9), acc(10), acc(11),
+        acc(12), acc(13), acc(14), acc(15));
   }
   warpgroup_commit_batch();
   warpgroup_fence_operand(acc);
@@ -480,8 +495,9 @@ __device__ __forceinline__ void finish_beta(const ChunkGradientArgs& a, const Gr
     if (i >= z.valid) continue;
     const float beta = sums.rows.beta[i], k_dot = sums.dots[1][0][i] + sums.dots[1][1][i];
     // V'_i / beta_i is the error r_i against the memory just before token i, and dbeta_i = Y_i . r_i.
-    float dbeta = fabsf(beta) >= kLeastDivisor ? sums.y_vnew[i] / beta
-                                               : sums.y_v[i] + sums.rows.k_read[i] * k_dot + sums.dots[3][0][i];
+    float dbeta = fabsf(beta) >= kLeastDivisor
+                      ? sums.y_vnew[i] / beta
+                      : sums.y_v[i] + sums.rows.k_read[i] * k_dot + sums.dots[3][0][i];
     if (in.beta_activation != BetaActivation::kNone) {
       const float top = in.beta_activation == BetaActivation::kSigmoid2 ? 2.f : 1.f;
       dbeta *= beta * (1.f - beta / top);
@@ -642,7 +658,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
       Barrier::init(barrier, 1);
     cutlass::arch::fence_barrier_init();
     s.place.find(args);
-    s.place.from_before = s.place.inside && s.place.lacks_state(args);
+    if (s.place.inside) {
+      load_keys(s, maps, args, s.place);  // before a read of memory
+      s.place.from_before = s.place.lacks_state(args);
+    }
   }
   __syncthreads();
   const GradientPlace& z = s.place;
@@ -653,23 +672,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
   }
   const int value_images = z.value_images;
   const ChunkRows& rows = args.rows[z.chunk];
-  if (threadIdx.x == 0) {
-    const int head_k = static_cast<int>(z.head_k);
-    Barrier::arrive_and_expect_tx(&s.qk_here, 2 * Traits::kTile * 2 + 2 * kRows * 4);
-    load_tokens<Traits::kKeyDim>(maps.k, &s.qk_here, s.k, 0, z.token, head_k, z.sequence.batch);
-    load_tokens<Traits::kKeyDim>(maps.q, &s.qk_here, s.q, 0, z.token, head_k, z.sequence.batch);
-    copy_in(s.G, rows.G, kRows * 4, &s.qk_here);
-    copy_in(s.k_norm, rows.k_norm, kRows * 4, &s.qk_here);
-    load_values(s, maps, args, z);
-  }
-  if (z.from_before) {
-    enter_from_before<Traits>(s, args.rows[z.chunk - in.value_heads], value_images);
-    if (threadIdx.x == 0) load_dout(s, maps, z);
-  }
-  if (threadIdx.x / 32 == 1) {
-    wait_for_walk(args, z);
-    if (lane == 0) load_y(s, args, z);
-  }
+  if (threadIdx.x == 0) load_values(s, maps, args, z);
   // This thread's rows of every accumulator: 16 warp + lane / 4 and + 8.
   const int row0 = 16 * warp + lane / 4;
   float beta[2], left_norm[2];
@@ -678,7 +681,15 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
     beta[h] = rows.beta[row0 + 8 * h];
     left_norm[h] = wg == 0 ? rows.k_norm[row0 + 8 * h] : rows.q_norm[row0 + 8 * h];
   }
-  const Element* v = z.value_row<Element>(in, rows, threadIdx.x / 4);
+  const float beta_of_four = rows.beta[threadIdx.x / 4];
+  if (z.from_before) {
+    enter_from_before<Traits>(s, args.rows[z.chunk - in.value_heads], value_images);
+    if (threadIdx.x == 0) load_dout(s, maps, z);
+  }
+  if (threadIdx.x / 32 == 1) {
+    wait_for_walk(args, z);
+    if (lane == 0) load_y(s, args, z);
+  }
   Barrier::wait(&s.qk_here, 0);
   Barrier::wait(&s.values_here, 0);
   asm volatile("" ::: "memory");
@@ -690,7 +701,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
   const auto accumulator = [&] {
     return partition_fragment_C(mma_rows, cute::Shape<Int<kRows>, Int<kRows>>{});
   };
-  uint32_t weights[16];  // E or F, before the norms
+  uint32_t weights[16];                        // E or F, before the norms
   float dots[2] = {0.f, 0.f}, y_vnew[2], y_v;  // of the two rows, what this lane keeps for its quad
   float2 pairs{0.f, 0.f};
   {
@@ -700,7 +711,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
     multiply<false, ByRow>(mma_rows, left + kImage, s.k + kImage, product);
     multiply<true, ByRow>(mma_rows, d_left, s.v_new, d_product);
     if (value_images == 2) multiply<false, ByRow>(mma_rows, d_left + kImage, s.v_new + kImage, d_product);
-    y_v = dot_with_v(s.y, v, z.values(in));
+    y_v = dot_with_v(s.y, z.value_row<Element>(in, threadIdx.x / 4, beta_of_four), z.values(in));
     warpgroup_wait<0>();
     diagonal_of(d_product, warp, y_vnew);
     const float sign = wg == 0 ? -1.f : static_cast<float>(in.scale);

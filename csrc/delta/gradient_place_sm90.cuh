@@ -82,9 +82,8 @@ struct GradientPlace {
   }
   // V of a token, in rows whose dbeta needs it.
   template <class Element>
-  __device__ __forceinline__ const Element* value_row(const InputsSm90& in, const ChunkRows& rows,
-                                                      int i) const {
-    if (i >= valid || fabsf(rows.beta[i]) >= kLeastDivisor) return nullptr;
+  __device__ __forceinline__ const Element* value_row(const InputsSm90& in, int i, float beta) const {
+    if (i >= valid || fabsf(beta) >= kLeastDivisor) return nullptr;
     return static_cast<const Element*>(in.v.data) + sequence.batch * in.v.batch + (token + i) * in.v.token +
            head * in.v.head + block * kValueBlock;
   }
