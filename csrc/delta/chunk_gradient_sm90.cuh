@@ -47,7 +47,6 @@ struct ChunkGradientTraits {
     // q . dO S^T, -k . Y S^T, k . V' dS^T and, of the first warpgroup, -dA . Abar: a lane of a quad has one
     float dots[4][2][kRows];
     float pairs[8][kRows];
-    float y_vnew[kRows], y_v[kRows];
     float through[8];
     float q_dq[2][kRows], k_dk[2][kRows];
     alignas(16) ChunkRows rows;
@@ -75,6 +74,7 @@ struct ChunkGradientTraits {
     };
     alignas(16) float G[kRows];
     float k_norm[kRows];
+    float y_dot[kRows];  // Y . V', or where |beta| < kLeastDivisor Y . V
     GradientPlace place;
     uint64_t qk_here, values_here, state_here, d_state_here;
   };
@@ -488,16 +488,15 @@ __device__ __forceinline__ void finish_rows(const ChunkGradientArgs& args, const
 // One warp, two tokens per lane: dbeta from the sums, and through the activation.
 template <class Sums>
 __device__ __forceinline__ void finish_beta(const ChunkGradientArgs& a, const GradientPlace& z,
-                                            const Sums& sums) {
+                                            const Sums& sums, const float* y_dot) {
   const InputsSm90& in = a.in;
   CUTE_UNROLL
   for (int i = threadIdx.x % 32; i < kRows; i += 32) {
     if (i >= z.valid) continue;
     const float beta = sums.rows.beta[i], k_dot = sums.dots[1][0][i] + sums.dots[1][1][i];
     // V'_i / beta_i is the error r_i against the memory just before token i, and dbeta_i = Y_i . r_i.
-    float dbeta = fabsf(beta) >= kLeastDivisor
-                      ? sums.y_vnew[i] / beta
-                      : sums.y_v[i] + sums.rows.k_read[i] * k_dot + sums.dots[3][0][i];
+    float dbeta = fabsf(beta) >= kLeastDivisor ? y_dot[i] / beta
+                                               : y_dot[i] + sums.rows.k_read[i] * k_dot + sums.dots[3][0][i];
     if (in.beta_activation != BetaActivation::kNone) {
       const float top = in.beta_activation == BetaActivation::kSigmoid2 ? 2.f : 1.f;
       dbeta *= beta * (1.f - beta / top);
@@ -701,8 +700,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
   const auto accumulator = [&] {
     return partition_fragment_C(mma_rows, cute::Shape<Int<kRows>, Int<kRows>>{});
   };
-  uint32_t weights[16];                        // E or F, before the norms
-  float dots[2] = {0.f, 0.f}, y_vnew[2], y_v;  // of the two rows, what this lane keeps for its quad
+  uint32_t weights[16];        // E or F, before the norms
+  float dots[2] = {0.f, 0.f};  // of the two rows, what this lane keeps for its quad
   float2 pairs{0.f, 0.f};
   {
     Tensor product = accumulator(), d_product = accumulator();
@@ -711,9 +710,16 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
     multiply<false, ByRow>(mma_rows, left + kImage, s.k + kImage, product);
     multiply<true, ByRow>(mma_rows, d_left, s.v_new, d_product);
     if (value_images == 2) multiply<false, ByRow>(mma_rows, d_left + kImage, s.v_new + kImage, d_product);
-    y_v = dot_with_v(s.y, z.value_row<Element>(in, threadIdx.x / 4, beta_of_four), z.values(in));
+    const float y_v = dot_with_v(s.y, z.value_row<Element>(in, threadIdx.x / 4, beta_of_four), z.values(in));
+    if (threadIdx.x % 4 == 0 && !(fabsf(beta_of_four) >= kLeastDivisor)) s.y_dot[threadIdx.x / 4] = y_v;
     warpgroup_wait<0>();
+    float y_vnew[2];
     diagonal_of(d_product, warp, y_vnew);
+    if (wg == 0 && has_diagonal()) {
+      CUTE_UNROLL
+      for (int h = 0; h < 2; ++h)
+        if (fabsf(beta[h]) >= kLeastDivisor) s.y_dot[row0 + 8 * h] = y_vnew[h];
+    }
     const float sign = wg == 0 ? -1.f : static_cast<float>(in.scale);
     float G[2], weight_row[2];
     CUTE_UNROLL
@@ -847,11 +853,6 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
   }
   CUTE_UNROLL
   for (int h = 0; h < 2; ++h) s.sums.dots[quad][wg][row0 + 8 * h] = dots[h];
-  if (wg == 0 && has_diagonal()) {
-    s.sums.y_vnew[row0] = y_vnew[0];
-    s.sums.y_vnew[row0 + 8] = y_vnew[1];
-  }
-  if (threadIdx.x % 4 == 0) s.sums.y_v[threadIdx.x / 4] = y_v;
   *reinterpret_cast<float2*>(&s.sums.pairs[threadIdx.x / 32][column_after_sum()]) = pairs;
   if (lane == 0) s.sums.through[threadIdx.x / 32] = through;
   cp_async_wait<0>();
@@ -860,7 +861,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
   multiply<false, Features>(mma_features, s.e, k_image, dk);
   multiply<false, Features>(mma_features, s.e_t, k_image, dk);
   multiply<false, Features>(mma_features, s.f_t, q_image, dk);
-  if (warp == 0) wg == 0 ? finish_beta(args, z, s.sums) : finish_gate(args, z, s.sums);
+  if (warp == 0) wg == 0 ? finish_beta(args, z, s.sums, s.y_dot) : finish_gate(args, z, s.sums);
   float q_norm[2], k_norm[2];
   CUTE_UNROLL
   for (int h = 0; h < 2; ++h) {
