@@ -144,6 +144,7 @@ def test_a_gate_per_channel_beside_the_walk(
     """The same with chunks of which a CTA prepares two at a time."""
     B, HV, K, V = shape
     args = repeated_keys(repeated, K=K, B=B, T=2500, H=HV // 2, HV=HV, V=V, gate="channel", dtype=dtype)
+    # K = 64: as many tokens in a chunk as key channels, so keys are correlated, and little decays.
     check(args, factor=2 if repeated.stop or K == 64 else 1)
     assert walks_beside(args) == (backend == "hopper")
     first = delta_rule(**cuda(args))[0]

@@ -353,3 +353,19 @@ def test_heads_beyond_the_clusters_are_cut_evenly(heads: int) -> None:
     else:
         assert max(end - begin for _, begin, end, _, _ in parts) <= -(-heads * 512 // 30)
         assert len(parts) == heads + 30 - 1
+
+
+@pytest.mark.parametrize(
+    ("sequences", "tokens", "heads", "keep", "beside"),
+    [(1, 8192, 16, False, 100), (1, 8192, 16, True, 0), (4, 4096, 16, False, 0)],
+)
+def test_chunks_with_a_gate_per_channel_are_prepared_beside_few_walks(
+    sequences: int, tokens: int, heads: int, keep: bool, beside: int
+) -> None:
+    """Where the walks leave most of the GPU idle, and only without what the backward keeps."""
+    span, _, preparing, parts = _planner.delta_plan(
+        sequences=sequences, tokens=tokens, value_heads=heads, key_dim=128, value_dim=128, sms=132, clusters=30,
+        channel_gate=True, keep=keep,
+    )  # fmt: skip
+    assert (preparing, parts) == (beside, [])
+    assert span == 0 or not beside
