@@ -1,0 +1,273 @@
+// What the chunk gradient's warps do with accumulators and images: products, sums over rows, columns, pairs
+// of tokens and states, and gradients on their way out. An accumulator is (64 rows, 64 columns) or some of
+// the columns, of which a warp has rows 16 warp and following.
+#pragma once
+
+#include "delta/chunk_sm90.cuh"
+
+namespace nearfield::delta {
+
+// ---- Products ----
+
+// c += A B for a warp: (16 x 16) (16 x 8).
+template <class Element>
+__device__ __forceinline__ void warp_mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  using Mma = std::conditional_t<std::is_same_v<Element, cutlass::bfloat16_t>, SM80_16x8x16_F32BF16BF16F32_TN,
+                                 SM80_16x8x16_F32F16F16F32_TN>;
+  Mma::fma(c[0], c[1], c[2], c[3], a[0], a[1], a[2], a[3], b0, b1, c[0], c[1], c[2], c[3]);
+}
+
+// acc (+)= A B of two images, contracting 64.
+template <bool kZeroInit, class Layout, class Element, class Mma, class Acc>
+__device__ __forceinline__ void multiply(Mma& mma, Element* a, Element* b, Acc& acc) {
+  const auto thread_mma = mma.get_slice(threadIdx.x % 128);
+  Tensor sA = make_tensor(make_smem_ptr(a), LayoutByRow<Element, kImageColumns>{});
+  Tensor sB = make_tensor(make_smem_ptr(b), Layout{});
+  issue_gemm<kZeroInit>(mma, thread_mma.partition_fragment_A(sA), thread_mma.partition_fragment_B(sB), acc);
+}
+
+// acc (+)= A B for half of the features of an image, of which the descriptors are those of the whole, 64
+// bytes further on.
+template <class Traits, bool kZeroInit, class Element, class Acc>
+__device__ __forceinline__ void multiply_half(Element* a, Element* b, int half, Acc& acc) {
+  typename Traits::MmaFeatures mma;
+  const auto thread_mma = mma.get_slice(threadIdx.x % 128);
+  Tensor A =
+      thread_mma.partition_fragment_A(make_tensor(make_smem_ptr(a), LayoutByRow<Element, kImageColumns>{}));
+  Tensor B = thread_mma.partition_fragment_B(
+      make_tensor(make_smem_ptr(b), LayoutByFeature<Element, kImageColumns>{}));
+  warpgroup_fence_operand(acc);
+  warpgroup_arrive();
+  CUTE_UNROLL
+  for (int k = 0; k < size<2>(A); ++k) {
+    auto b_at = *B(_, _, k).data();
+    b_at.bitfield.start_address_ += 4 * half;
+    const uint64_t from_a = *A(_, _, k).data(), from_b = b_at;
+    const auto fma = [&](auto&... d) {
+      Traits::HalfAtom::fma(from_a, from_b, d...,
+                            kZeroInit && k == 0 ? GMMA::ScaleOut::Zero : GMMA::ScaleOut::One);
+    };
+    fma(acc(0), acc(1), acc(2), acc(3), acc(4), acc(5), acc(6), acc(7), acc(8), acc(9), acc(10), acc(11),
+        acc(12), acc(13), acc(14), acc(15));
+  }
+  warpgroup_commit_batch();
+  warpgroup_fence_operand(acc);
+}
+
+// ---- Rows, diagonals and sums ----
+
+// Sums that the compiler must have by here: it would hold what they are made of, in registers that are
+// spilled then, until they are stored.
+template <class... Sums>
+__device__ __forceinline__ void settle(Sums&... sums) {
+  (..., [](float& x) { asm volatile("" : "+f"(x)); }(sums));
+}
+
+// Of a (64, 8 pieces) accumulator: the product of 64 rows with all columns of an image, or some of them.
+template <class Acc>
+constexpr int kPiecesOf = decltype(size(std::declval<Acc>()))::value / 4;
+
+// The rows of an accumulator times those of an image, summed over the columns: for rows 16 warp + lane / 4
+// and + 8, in every lane of a quad.
+template <class Element, class Acc>
+__device__ __forceinline__ void row_dots(Element* image, int warp, const Acc& acc, float (&sum)[2],
+                                         int first_piece = 0) {
+  sum[0] = sum[1] = 0.f;
+  CUTE_UNROLL
+  for (int j = 0; j < kPiecesOf<Acc>; j += 2) {
+    uint32_t words[4];
+    SM75_U32x4_LDSM_N::copy(matrices_at<true>(image, 16 * warp, first_piece + j), words[0], words[1],
+                            words[2], words[3]);
+    CUTE_UNROLL
+    for (int w = 0; w < 4; ++w) {
+      const float2 x = unpack<Element>(words[w]);
+      const int at = 4 * (j + w / 2) + 2 * (w % 2);
+      sum[w % 2] += x.x * acc(at) + x.y * acc(at + 1);
+    }
+  }
+  CUTE_UNROLL
+  for (int h = 0; h < 2; ++h) {
+    sum[h] += __shfl_xor_sync(0xffffffffu, sum[h], 1);
+    sum[h] += __shfl_xor_sync(0xffffffffu, sum[h], 2);
+  }
+}
+
+template <class Acc>
+__device__ __forceinline__ void scale_rows(Acc& acc, float first, float second) {
+  CUTE_UNROLL
+  for (int x = 0; x < size(acc); ++x) acc(x) *= x % 4 < 2 ? first : second;
+}
+
+// acc -= factor of the row times the row of the image.
+template <class Element, class Acc>
+__device__ __forceinline__ void subtract_rows(Element* image, int warp, const float (&factor)[2], Acc& acc,
+                                              int first_piece) {
+  CUTE_UNROLL
+  for (int j = 0; j < kPiecesOf<Acc>; j += 2) {
+    uint32_t words[4];
+    SM75_U32x4_LDSM_N::copy(matrices_at<true>(image, 16 * warp, first_piece + j), words[0], words[1],
+                            words[2], words[3]);
+    CUTE_UNROLL
+    for (int w = 0; w < 4; ++w) {
+      const float2 x = unpack<Element>(words[w]);
+      const int at = 4 * (j + w / 2) + 2 * (w % 2);
+      acc(at) -= factor[w % 2] * x.x;
+      acc(at + 1) -= factor[w % 2] * x.y;
+    }
+  }
+}
+
+// The diagonal of a (64, 64) accumulator: rows 16 warp + lane / 4 and + 8, in the lanes that have it.
+__device__ __forceinline__ bool has_diagonal() { return threadIdx.x % 4 == threadIdx.x % 32 / 8; }
+template <class Acc>
+__device__ __forceinline__ void diagonal_of(const Acc& acc, int warp, float (&diagonal)[2]) {
+  const bool odd = threadIdx.x & 4;
+  CUTE_UNROLL
+  for (int n = 0; n < 8; ++n) {
+    const int h = n % 2, at = 4 * n + 2 * h;
+    if (n / 2 == warp) diagonal[h] = odd ? acc(at + 1) : acc(at);
+  }
+}
+
+// This lane's share of the sum of products of 16 rows (values) of two states, each [K / 64] images: the
+// diagonals of 8 x 8 blocks of S dS^T by mma.sync, half of which is thrown away.
+template <class Element>
+__device__ __forceinline__ float dot_of_states(Element* state, Element* d_state, int warp) {
+  float upper[4] = {}, lower[4] = {};
+  CUTE_UNROLL
+  for (int k = 0; k < 2; ++k) {
+    CUTE_UNROLL
+    for (int j = 0; j < 8; j += 2) {
+      uint32_t a[4], b[4];
+      SM75_U32x4_LDSM_N::copy(matrices_at<true>(state + k * kImage, 16 * warp, j), a[0], a[1], a[2], a[3]);
+      SM75_U32x4_LDSM_N::copy(matrices_at<true>(d_state + k * kImage, 16 * warp, j), b[0], b[1], b[2], b[3]);
+      warp_mma<Element>(upper, a, b[0], b[2]);
+      warp_mma<Element>(lower, a, b[1], b[3]);
+    }
+  }
+  const bool odd = threadIdx.x & 4;
+  return has_diagonal() ? (odd ? upper[1] + lower[3] : upper[0] + lower[2]) : 0.f;
+}
+
+// Four threads per row: the dot product of Y with V in rows that ask for it.
+template <class Element>
+__device__ __forceinline__ float dot_with_v(Element* y, const Element* v, int columns) {
+  constexpr uint32_t kAll = 0xffffffffu;
+  if (!__any_sync(kAll, v != nullptr)) return 0.f;
+  const int row = threadIdx.x / 4, part = threadIdx.x % 4;
+  float sum = 0.f;
+  CUTE_UNROLL
+  for (int m = 0; m < 4; ++m) {
+    const int piece = 4 * m + part;
+    if (piece * 8 >= columns || v == nullptr) continue;
+    const uint4 a = *reinterpret_cast<const uint4*>(image_piece(y + piece / 8 * kImage, row, piece % 8));
+    const uint4 b = *reinterpret_cast<const uint4*>(v + piece * 8);
+    const uint32_t left[4] = {a.x, a.y, a.z, a.w}, right[4] = {b.x, b.y, b.z, b.w};
+    CUTE_UNROLL
+    for (int w = 0; w < 4; ++w) {
+      const float2 p = unpack<Element>(left[w]), r = unpack<Element>(right[w]);
+      sum += p.x * r.x + p.y * r.y;
+    }
+  }
+  sum += __shfl_xor_sync(kAll, sum, 1);
+  return sum + __shfl_xor_sync(kAll, sum, 2);
+}
+
+// kCount sums over the lanes that differ in bits from kLowest on: each step halves those of a lane, until it
+// has kKept of them, from number kCount / 32 * lane on, rounded down to a multiple of kKept.
+template <int kKept, int kLowest, int kStep = 16, int kCount>
+__device__ __forceinline__ void sum_over_lanes(float (&x)[kCount]) {
+  constexpr int kLeft = kCount * kStep / 32;
+  CUTE_UNROLL
+  for (int i = 0; i < (kLeft < kKept ? kKept : 0); ++i) x[i] += __shfl_xor_sync(0xffffffffu, x[i], kStep);
+  const bool upper = threadIdx.x & kStep;
+  CUTE_UNROLL
+  for (int i = 0; i < (kLeft < kKept ? 0 : kLeft); ++i) {
+    const float give = upper ? x[i] : x[i + kLeft], keep = upper ? x[i + kLeft] : x[i];
+    x[i] = keep + __shfl_xor_sync(0xffffffffu, give, kStep);
+  }
+  if constexpr (kStep > kLowest) sum_over_lanes<kKept, kLowest, kStep / 2>(x);
+}
+// Eight lanes (lane / 4) share columns 8 n + 2 (lane % 4) and the next, n < 8 or n < 4; their sums end in
+// lanes with n = lane / 4, or n = lane / 8.
+template <int kColumns>
+__device__ __forceinline__ float2 sum_over_rows(float (&column)[kColumns]) {
+  sum_over_lanes<2, 4>(column);
+  return {column[0], column[1]};
+}
+template <int kColumns = 16>
+__device__ __forceinline__ int column_after_sum() {
+  const int lane = threadIdx.x % 32;
+  return 8 * (lane / (64 / kColumns)) + 2 * (lane % 4);
+}
+
+// Sum over rows i >= t and columns j < t of a strictly lower (64, 64) accumulator, over this warp's 16 rows:
+// the lane ends with t = column_after_sum() and t + 1.
+template <class Acc>
+__device__ __forceinline__ float2 pair_sums(const Acc& m, int warp) {
+  const int lane = threadIdx.x % 32, quad = lane % 4;
+  constexpr uint32_t kAll = 0xffffffffu;
+  float column[16] = {}, before[2] = {0.f, 0.f};  // before: the columns of earlier n
+  CUTE_UNROLL
+  for (int n = 0; n < 8; ++n) {
+    if (n > 2 * warp + 1) break;  // above the diagonal
+    CUTE_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      const int i = 16 * warp + 8 * h + lane / 4;
+      const float a = m(4 * n + 2 * h), b = m(4 * n + 2 * h + 1);
+      float sum = a + b, below = __shfl_up_sync(kAll, sum, 1, 4);
+      if (quad >= 1) sum += below;
+      below = __shfl_up_sync(kAll, sum, 2, 4);
+      if (quad >= 2) sum += below;
+      below = __shfl_up_sync(kAll, sum, 1, 4);
+      const float here = before[h] + (quad > 0 ? below : 0.f);
+      const int t = 8 * n + 2 * quad;
+      column[2 * n] += t <= i ? here : 0.f;
+      column[2 * n + 1] += t + 1 <= i ? here + a : 0.f;
+      before[h] += __shfl_sync(kAll, sum, 3, 4);
+    }
+  }
+  return sum_over_rows(column);
+}
+
+// ---- Out ----
+
+// A warp's 16 rows of an accumulator, rounded, to rows of `out` that are `stride` elements apart.
+template <class Element, class Acc>
+__device__ __forceinline__ void store_gradient(Element* image, int warp, int first_piece, const Acc& acc,
+                                               Element* out, int64_t stride, int valid, int columns) {
+  constexpr int kPieces = kPiecesOf<Acc>, kAtOnce = 32 / kPieces;
+  uint32_t words[2 * kPieces];
+  CUTE_UNROLL
+  for (int x = 0; x < 2 * kPieces; ++x) words[x] = pack<Element>(acc(2 * x), acc(2 * x + 1));
+  store_rows<kPieces>(image, warp, words, first_piece);
+  __syncwarp();
+  const int lane = threadIdx.x % 32, piece = lane % kPieces;
+  CUTE_UNROLL
+  for (int i = 0; i < 16; i += kAtOnce) {
+    const int row = 16 * warp + i + lane / kPieces;
+    if (row < valid && piece * 8 < columns) {
+      *reinterpret_cast<uint4*>(out + row * stride + piece * 8) =
+          *reinterpret_cast<const uint4*>(image_piece(image, row, first_piece + piece));
+    }
+  }
+}
+
+template <class Acc>
+__device__ __forceinline__ void store_head_gradient(int warp, const Acc& acc, float* out, int64_t stride,
+                                                    int valid, int columns) {
+  const int lane = threadIdx.x % 32;
+  CUTE_UNROLL
+  for (int h = 0; h < 2; ++h) {
+    const int row = 16 * warp + 8 * h + lane / 4;
+    CUTE_UNROLL
+    for (int n = 0; n < kPiecesOf<Acc>; ++n) {
+      const int column = 8 * n + 2 * (lane % 4);
+      if (row < valid && column < columns)
+        *reinterpret_cast<float2*>(out + row * stride + column) =
+            float2{acc(4 * n + 2 * h), acc(4 * n + 2 * h + 1)};
+    }
+  }
+}
+
+}  // namespace nearfield::delta
