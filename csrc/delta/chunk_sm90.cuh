@@ -215,13 +215,12 @@ __device__ __forceinline__ int64_t first_span(const InputsSm90& in, int64_t n, c
 struct Part {
   int64_t n;          // sequence
   bool first, last;   // of its parts
-  int first_chunk;    // in the sequence
   Sequence sequence;  // cut to the part
 
   // False: the slot has no part.
   __device__ __forceinline__ bool find(const InputsSm90& in, int64_t slot, int64_t span_tokens) {
     if (span_tokens == 0) {
-      n = slot, first = last = true, first_chunk = 0, sequence = sequence_of(in, n);
+      n = slot, first = last = true, sequence = sequence_of(in, n);
       return true;
     }
     n = sequence_at_slot(in, slot, span_tokens);
@@ -229,9 +228,8 @@ struct Part {
     const int64_t skipped = (slot - first_span(in, n, sequence, span_tokens)) * span_tokens;
     if (skipped > 0 && skipped >= sequence.length) return false;
     first = skipped == 0, last = skipped + span_tokens >= sequence.length;
-    first_chunk = static_cast<int>(skipped / kRows);
     sequence.begin += skipped;
-    sequence.first_slot += first_chunk, sequence.first_chunk = first_chunk;
+    sequence.first_chunk = static_cast<int>(skipped / kRows), sequence.first_slot += sequence.first_chunk;
     sequence.length = min(span_tokens, sequence.length - skipped);
     return true;
   }

@@ -116,7 +116,7 @@ struct PartOfHead {
     const HeadClusterArgs::Part& p = a.parts[blockIdx.x / kHeadCluster];
     const auto heads = static_cast<int>(in.value_heads);
     head = p.row % heads, from = p.from, to = p.to;
-    part.n = p.row / heads, part.first = from < 0, part.last = to < 0, part.first_chunk = p.begin;
+    part.n = p.row / heads, part.first = from < 0, part.last = to < 0;
     part.sequence = sequence_of(in, part.n);
     part.sequence.first_slot += p.begin, part.sequence.first_chunk = p.begin;
     part.sequence.begin += static_cast<int64_t>(p.begin) * kRows;

@@ -371,18 +371,6 @@ __device__ __forceinline__ void scale_rows(typename Traits::Storage& s, const Pr
 
 // ---- A chunk ----
 
-// By the thread that has sent the results of a chunk: waits until they are in memory. It takes long, as what
-// other threads have stored has to be there, too.
-template <class Storage>
-__device__ __forceinline__ void announce(const PrepareArgs& args, const Storage& s) {
-  const auto heads = static_cast<uint32_t>(args.in.value_heads);
-  const uint32_t slot = s.sent.index / heads, head = s.sent.index % heads;
-  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
-  asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(args.ready + head * args.slots + slot),
-               "r"(s.sent.hard ? kReadyHard : kReady)
-               : "memory");
-}
-
 // By eight warps, which `barrier` and the two after it are for; `turn` counts their chunks. One thread asks
 // for the tiles, sends the results away and, beside the state pass, announces those of the chunk before while
 // others invert. Returns the next turn.
@@ -557,7 +545,7 @@ __device__ __forceinline__ uint32_t prepare_channel_chunk(typename Traits::Stora
     put_squares(s.squares, invert<false>(s.a, s.triangular, s.n, s.n, barrier + 1));
     cutlass::arch::fence_view_async_shared();
   } else if (kBeside && sends && s.now.turn > 0) {
-    announce(args, s);  // while it would only wait
+    announce(args, s.sent.index, s.sent.hard);  // while it would only wait
   }
   const int valid = now_valid();
   const uint32_t next_turn = kBeside ? s.now.turn + 1 : 0;
@@ -615,21 +603,6 @@ __global__ void __launch_bounds__(Traits::kChunkThreads, 2)
   if (threadIdx.x == Traits::kSender) tma_store_wait<0>();
 }
 
-// Chunk number `at` in the order in which the walks need them: chunk after chunk, of all sequences and heads.
-// Not packed. False: none.
-__device__ __forceinline__ bool find_beside(const InputsSm90& in, uint32_t at, ChunkPlace& place) {
-  const auto heads = static_cast<uint32_t>(in.value_heads),
-             rows = static_cast<uint32_t>(in.sequences) * heads,
-             chunks = static_cast<uint32_t>((in.tokens + kRows - 1) / kRows);
-  const uint32_t chunk = at / rows, row = at % rows, sequence = row / heads, head = row % heads;
-  if (chunk >= chunks) return false;
-  place.slot = sequence * chunks + chunk, place.head = head, place.index = place.slot * heads + head;
-  place.batch = sequence, place.token = static_cast<int64_t>(chunk) * kRows;
-  place.head_k = static_cast<int>(head / (heads / static_cast<uint32_t>(in.heads)));
-  place.valid = static_cast<int>(min(static_cast<int64_t>(kRows), in.tokens - place.token));
-  return true;
-}
-
 // Beside the state pass: a CTA has an SM, and each half of it prepares chunk after chunk.
 template <class Traits>
 __global__ void __launch_bounds__(2 * Traits::kChunkThreads, 1)
@@ -646,9 +619,10 @@ __global__ void __launch_bounds__(2 * Traits::kChunkThreads, 1)
   __syncthreads();
   ChunkPlace place;
   uint32_t turn = 0;
-  while (find_beside(args.in, 2 * (turn * gridDim.x + blockIdx.x) + half, place))
+  while (place.find_for_walks(args.in, 2 * (turn * gridDim.x + blockIdx.x) + half))
     turn = prepare_channel_chunk<Traits, true>(s, maps, args, place, turn, 1 + 3 * half);
-  if (turn > 0 && threadIdx.x % Traits::kChunkThreads == Traits::kSender) announce(args, s);
+  if (turn > 0 && threadIdx.x % Traits::kChunkThreads == Traits::kSender)
+    announce(args, s.sent.index, s.sent.hard);
 }
 
 }  // namespace nearfield::delta

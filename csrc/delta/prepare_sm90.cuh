@@ -71,29 +71,19 @@ __device__ __forceinline__ void sum_gates(const InputsSm90& in, ChunkRows& rows,
 
 // ---- A chunk ----
 
-// A chunk whose results are on their way to memory, known to the thread that sent them.
-struct Announcement {
-  int* flag = nullptr;
-  int value = 0;
-  // In memory, not only read from shared memory.
-  __device__ __forceinline__ void make() {
-    if (flag == nullptr) return;
-    asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
-    __threadfence();
-    asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
-    flag = nullptr;
-  }
-};
-
 // Where the results of prepare_chunk go: to memory. Called by the thread that sends them, unless said.
 struct ToMemory {
   const PrepareArgs& args;
-  Announcement last = {};
+  int64_t sent = -1;  // index of the last chunk, whose results are on their way
+  bool sent_hard = false;
 
   // What was sent of the chunk before has been read from shared memory.
   __device__ __forceinline__ void wait_read() const { tma_store_wait<0>(); }
   __device__ __forceinline__ void wait_taken(uint32_t) const {}  // all threads, before N and P are written
-  __device__ __forceinline__ void tell() { last.make(); }
+  // Beside the state pass: that of the chunk before all is in memory.
+  __device__ __forceinline__ void tell() const {
+    if (args.ready != nullptr && sent >= 0) announce(args, static_cast<uint32_t>(sent), sent_hard);
+  }
   template <class Group>
   __device__ __forceinline__ void send(Group& s, uint32_t turn, const ChunkPlace& place, bool hard) {
     const ChunkScratch& to = args.scratch;
@@ -102,8 +92,7 @@ struct ToMemory {
     if (to.P != nullptr) copy_out(static_cast<char*>(to.P) + place.index * kImageBytes, s.p, kImageBytes);
     if (to.hard != nullptr) to.hard[place.index] = hard ? 1.f : 0.f;
     tma_store_arrive();
-    if (args.ready != nullptr)
-      last = {args.ready + place.head * args.slots + place.slot, hard ? kReadyHard : kReady};
+    sent = place.index, sent_hard = hard;
   }
 };
 
@@ -255,17 +244,12 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     cutlass::arch::ClusterTransactionBarrier::init(&s.arrived, 1);
     cutlass::arch::fence_barrier_init();
   }
-  // Beside the state pass chunk after chunk, of all sequences and heads (not packed: slots have no such
-  // order).
   const auto heads = static_cast<uint32_t>(args.in.value_heads),
-             sequences = static_cast<uint32_t>(args.in.sequences),
              all = static_cast<uint32_t>(args.slots) * heads, step = gridDim.x * Traits::kGroups;
   const auto find = [&](ChunkPlace& place, uint32_t& at) {  // the first from `at` on; false: none
-    for (; at < all; at += step) {
-      uint32_t slot = at / heads;
-      if (args.ready != nullptr) slot = slot % sequences * (args.slots / sequences) + slot / sequences;
-      if (place.find(args.in, slot, at % heads)) return true;
-    }
+    if (args.ready != nullptr) return place.find_for_walks(args.in, at);
+    for (; at < all; at += step)
+      if (place.find(args.in, at / heads, at % heads)) return true;
     return false;
   };
   uint32_t at = blockIdx.x * Traits::kGroups + group;

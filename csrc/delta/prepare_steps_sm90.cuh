@@ -30,11 +30,36 @@ struct ChunkPlace {
     valid = static_cast<int>(min(static_cast<int64_t>(kRows), sequence.length - first));
     return first >= 0 && first < sequence.length;
   }
+  // Chunk number `at` in the order in which walks need them: chunk after chunk, of all sequences and heads.
+  // Not packed. False: none.
+  __device__ __forceinline__ bool find_for_walks(const InputsSm90& in, uint32_t at) {
+    const auto heads = static_cast<uint32_t>(in.value_heads),
+               rows = static_cast<uint32_t>(in.sequences) * heads,
+               chunks = static_cast<uint32_t>((in.tokens + kRows - 1) / kRows);
+    const uint32_t chunk = at / rows, row = at % rows, sequence = row / heads;
+    if (chunk >= chunks) return false;
+    slot = sequence * chunks + chunk, head = row % heads, index = slot * heads + head;
+    batch = sequence, token = static_cast<int64_t>(chunk) * kRows;
+    head_k = static_cast<int>(head / (heads / static_cast<uint32_t>(in.heads)));
+    valid = static_cast<int>(min(static_cast<int64_t>(kRows), in.tokens - token));
+    return true;
+  }
   // Index of a token of the chunk in [B, T, HV].
   __device__ __forceinline__ int64_t token_head(const InputsSm90& in, int row) const {
     return (batch * in.tokens + token + row) * in.value_heads + head;
   }
 };
+
+// Raises the flag of the chunk at this index in `ready`. By the thread that has sent the results: it waits
+// until they are in memory, not only read from shared memory, and with them what other threads have stored.
+__device__ __forceinline__ void announce(const PrepareArgs& args, uint32_t index, bool hard) {
+  const auto heads = static_cast<uint32_t>(args.in.value_heads);
+  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+  asm volatile(
+      "st.release.gpu.global.s32 [%0], %1;" ::"l"(args.ready + index % heads * args.slots + index / heads),
+      "r"(hard ? kReadyHard : kReady)
+      : "memory");
+}
 
 // ---- N = T - I from A ----
 

@@ -485,7 +485,7 @@ __device__ __forceinline__ void walk_through(typename Traits::Storage& s, const 
   const auto keep = [&](int chunk, const auto& state) {
     if (a.boundary_chunks == 0) return;
     const InputsSm90& in = a.in;
-    const int every = static_cast<int>(a.boundary_chunks), after = part.first_chunk + chunk + 1;
+    const int every = static_cast<int>(a.boundary_chunks), after = part.sequence.first_chunk + chunk + 1;
     if (after % every != 0) return;
     const int64_t tokens = a.boundary_chunks * kRows;
     const int64_t begin =
@@ -496,7 +496,7 @@ __device__ __forceinline__ void walk_through(typename Traits::Storage& s, const 
   };
   WalkPosition<Traits::kStages> position;
   if constexpr (Traits::kKeep && Traits::kMayBeHard) {
-    if (a.states != nullptr && a.scratch.hard != nullptr && part.first_chunk > 0)
+    if (a.states != nullptr && a.scratch.hard != nullptr && part.sequence.first_chunk > 0)
       position.after_hard =
           *const_cast<const volatile float*>(a.scratch.hard +
                                              (part.sequence.first_slot - 1) * a.in.value_heads + head) != 0.f;
