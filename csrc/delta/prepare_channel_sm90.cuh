@@ -212,18 +212,33 @@ struct Columns {
   __device__ __forceinline__ Element* own(Element* tile) const {
     return tile + half * kImage + kBlockRows * block * kImageColumns;
   }
-  __device__ __forceinline__ void load_tokens(typename Traits::Storage& s, int valid) {
-    const int first = half * kImageRows + kBlockRows * block;
+  // K to registers. Q stays in shared memory for the levels, or registers would be spilled.
+  __device__ __forceinline__ void load_k(typename Traits::Storage& s, int valid) {
+    const int first = first_row();
     CUTE_UNROLL
-    for (int i = 0; i < kBlockRows; ++i) k[i] = *pair_at(s.k, first, i), q[i] = *pair_at(s.q, first, i);
+    for (int i = 0; i < kBlockRows; ++i) k[i] = *pair_at(s.k, first, i);
+    shared_q = s.q;
     if (valid == kRows) return;  // rows past the end may hold anything, and become 0
     CUTE_UNROLL
     for (int i = 0; i < kBlockRows; ++i)
-      if (kBlockRows * block + i >= valid) k[i] = q[i] = 0;
+      if (kBlockRows * block + i >= valid) k[i] = *pair_at(s.q, first, i) = 0;
+  }
+  // Q, too, before P takes its place.
+  __device__ __forceinline__ void load_q() {
+    CUTE_UNROLL
+    for (int i = 0; i < kBlockRows; ++i) q[i] = *pair_at(shared_q, first_row(), i);
+    shared_q = nullptr;
   }
 
   __device__ __forceinline__ float2 k_of(int i) const { return unpack<Element>(k[i]); }
-  __device__ __forceinline__ float2 q_of(int i) const { return unpack<Element>(q[i]); }
+  __device__ __forceinline__ float2 q_of(int i) const {
+    if (shared_q == nullptr) return unpack<Element>(q[i]);
+    return unpack<Element>(*const_cast<const volatile uint32_t*>(pair_at(shared_q, first_row(), i)));
+  }
+
+ private:
+  Element* shared_q;  // null once Q is in registers; known when the code is compiled
+  __device__ __forceinline__ int first_row() const { return half * kImageRows + kBlockRows * block; }
 };
 
 // A warp: k . k, q . q and q . k of its rows over its channels, from the diagonals of products.
@@ -422,10 +437,10 @@ __device__ __forceinline__ uint32_t prepare_channel_chunk(typename Traits::Stora
   if (owns) {
     row_products<Traits>(s, own);
     own.take_decays(s, args, now_index());
-    own.load_tokens(s, now_valid());
+    own.load_k(s, now_valid());
     diagonal_levels<Traits>(s, own);
   }
-  sync();  // the tiles are in registers, the sums of levels 0 to 3 in place of K
+  sync();  // K is in registers, the sums of levels 0 to 3 in its place
   if (thread >= 128 && thread < 128 + kRows) {
     const int row = thread - 128;
     const bool inside = row < now_valid();
@@ -448,7 +463,10 @@ __device__ __forceinline__ uint32_t prepare_channel_chunk(typename Traits::Stora
     s.p_row[row] = scale * s.rows.q_norm[row];
     s.q_k[row] = inside ? sums[2] : 0.f;
   }
-  if (owns) scale_levels<Traits>(s, own);
+  if (owns) {
+    scale_levels<Traits>(s, own);
+    own.load_q();
+  }
   cutlass::arch::fence_view_async_shared();
   sync();  // levels 4 and 5 and the rows are there
 
