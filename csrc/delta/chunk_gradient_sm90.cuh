@@ -53,7 +53,7 @@ struct ChunkGradientTraits {
     alignas(16) ChunkRows rows;
   };
   struct Storage {
-    alignas(1024) Element q[kTile];  // in the end dq on the way out, as dk in K
+    alignas(1024) Element q[kTile];  // in the end dq on the way out, as dk in K; to y ten images in a row
     alignas(1024) Element k[kTile];
     alignas(1024) Element v_new[kTile];
     union {
@@ -116,18 +116,22 @@ __device__ __forceinline__ void wait_for_end_of_walk() {
   if (blockIdx.x == gridDim.x - 1) asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
-// One thread: K and Q, cumulative gates and the factors of K's norms.
+// One thread each: K, cumulative gates and the factors of K's norms; Q.
 template <class Storage>
 __device__ __forceinline__ void load_keys(Storage& s, const ChunkGradientMaps& maps,
                                           const ChunkGradientArgs& args, const GradientPlace& z) {
-  const int head = static_cast<int>(z.head_k);
   const ChunkRows& rows = args.rows[z.chunk];
   cutlass::arch::ClusterTransactionBarrier::arrive_and_expect_tx(
-      &s.qk_here, static_cast<int>(sizeof(s.k) + sizeof(s.q) + sizeof(s.G) + sizeof(s.k_norm)));
-  load_tokens<128>(maps.k, &s.qk_here, s.k, 0, z.token, head, z.sequence.batch);
-  load_tokens<128>(maps.q, &s.qk_here, s.q, 0, z.token, head, z.sequence.batch);
+      &s.qk_here, static_cast<int>(sizeof(s.k) + sizeof(s.G) + sizeof(s.k_norm)));
+  load_tokens<128>(maps.k, &s.qk_here, s.k, 0, z.token, static_cast<int>(z.head_k), z.sequence.batch);
   copy_in(s.G, rows.G, sizeof(s.G), &s.qk_here);
   copy_in(s.k_norm, rows.k_norm, sizeof(s.k_norm), &s.qk_here);
+}
+template <class Storage>
+__device__ __forceinline__ void load_queries(Storage& s, const ChunkGradientMaps& maps,
+                                             const GradientPlace& z) {
+  cutlass::arch::ClusterTransactionBarrier::arrive_and_expect_tx(&s.qk_here, static_cast<int>(sizeof(s.q)));
+  load_tokens<128>(maps.q, &s.qk_here, s.q, 0, z.token, static_cast<int>(z.head_k), z.sequence.batch);
 }
 // One thread.
 template <class Storage>
@@ -137,26 +141,26 @@ __device__ __forceinline__ void load_dout(Storage& s, const ChunkGradientMaps& m
     load_tokens<64>(maps.dout, &s.values_here, s.dout + v * kImage, first + 64 * v, z.token, head,
                     z.sequence.batch);
 }
-// One thread: V', dO and S. Y arrives at the barrier of V' and dO, too. Where S follows from the chunk
-// before, S, K and V' of that come instead, the latter two to the places of dO and Y.
+// One thread: V'. dO and Y arrive at its barrier, too.
 template <class Storage>
-__device__ __forceinline__ void load_values(Storage& s, const ChunkGradientMaps& maps,
-                                            const ChunkGradientArgs& args, const GradientPlace& z) {
-  using Barrier = cutlass::arch::ClusterTransactionBarrier;
+__device__ __forceinline__ void load_values(Storage& s, const ChunkGradientArgs& args,
+                                            const GradientPlace& z) {
   const int bytes = z.value_images * kImageBytes;
-  Barrier::arrive_and_expect_tx(&s.values_here, 3 * bytes);
+  cutlass::arch::ClusterTransactionBarrier::arrive_and_expect_tx(&s.values_here, 3 * bytes);
   copy_in(s.v_new, static_cast<const char*>(args.v_new) + z.first_image * kImageBytes, bytes, &s.values_here);
-  if (!z.from_before) {
-    load_dout(s, maps, z);
-    load_states(s.state, args.states, &s.state_here, z);
-    return;
-  }
+}
+// One thread: S, K and V' of the chunk before, the latter two to the places of dO and Y.
+template <class Storage>
+__device__ __forceinline__ void load_before(Storage& s, const ChunkGradientMaps& maps,
+                                            const ChunkGradientArgs& args, const GradientPlace& z) {
+  const int bytes = z.value_images * kImageBytes;
   const int64_t image = z.image_before(args.in);
-  Barrier::arrive_and_expect_tx(&s.state_here, 3 * bytes + static_cast<int>(sizeof(s.dout)));
+  cutlass::arch::ClusterTransactionBarrier::arrive_and_expect_tx(
+      &s.state_here, 3 * bytes + static_cast<int>(sizeof(s.dout)));
+  copy_in(s.y, static_cast<const char*>(args.v_new) + image * kImageBytes, bytes, &s.state_here);
   copy_in(s.state, static_cast<const char*>(args.states) + 2 * image * kImageBytes, 2 * bytes, &s.state_here);
   load_tokens<128>(maps.k, &s.state_here, s.dout, 0, z.token - kRows, static_cast<int>(z.head_k),
                    z.sequence.batch);
-  copy_in(s.y, static_cast<const char*>(args.v_new) + image * kImageBytes, bytes, &s.state_here);
 }
 // One thread, behind wait_for_walk.
 template <class Storage>
@@ -164,15 +168,14 @@ __device__ __forceinline__ void load_y(Storage& s, const ChunkGradientArgs& args
   copy_in(s.y, static_cast<const char*>(args.y) + z.first_image * kImageBytes, z.value_images * kImageBytes,
           &s.values_here);
 }
-// Rows past the end are the next sequence, or padding that may hold NaN. All threads.
-template <class Storage>
-__device__ __forceinline__ void clear_tail(Storage& s, int valid) {
+// Rows past the end are the next sequence, or padding that may hold NaN: of so many images. All threads.
+template <class Element>
+__device__ __forceinline__ void clear_tail(Element* images, int count, int valid) {
   if (valid == kRows) return;
   const int pieces = (kRows - valid) * (kImageColumns / 8);
-  static_assert(offsetof(Storage, y) == 4 * sizeof(s.q), "ten images in a row");
   CUTE_NO_UNROLL
-  for (int i = threadIdx.x; i < 10 * pieces; i += static_cast<int>(blockDim.x)) {
-    auto* first = reinterpret_cast<uint4*>(s.q + i / pieces * kImage + valid * kImageColumns);
+  for (int i = threadIdx.x; i < count * pieces; i += static_cast<int>(blockDim.x)) {
+    auto* first = reinterpret_cast<uint4*>(images + i / pieces * kImage + valid * kImageColumns);
     first[i % pieces] = uint4{0, 0, 0, 0};
   }
   cutlass::arch::fence_view_async_shared();
@@ -322,25 +325,65 @@ __device__ __forceinline__ void finish_gate(const ChunkGradientArgs& a, const Gr
   }
 }
 
-// The entering state from that of the chunk before, S <- e^{G_C} S + Kt^T V', rounded once more: a warp has
-// 16 values. All threads.
-template <class Traits>
-__device__ __forceinline__ void enter_from_before(typename Traits::Storage& s, const ChunkRows& before,
-                                                  int value_images) {
+// The entering state of an odd chunk from that of the chunk before, S <- e^{G_C} S + Kt^T V', rounded once
+// more: a warp has 16 values. Warp 1 calls load_y as soon as V' of the chunk before has been read, warp 0
+// load_dout after K. Seldom there is a state nevertheless, and what load_before asked for has come in vain.
+// All threads.
+template <class Traits, class LoadY, class LoadDout>
+__device__ __forceinline__ void enter_odd(typename Traits::Storage& s, const ChunkGradientArgs& args,
+                                          const GradientPlace& z, const LoadY& load_y,
+                                          const LoadDout& load_dout) {
   using Element = typename Traits::Element;
+  using cutlass::arch::NamedBarrier;
   constexpr int kKeyDim = Traits::kKeyDim;
+  constexpr uint32_t kValuesRead = 3, kKeysRead = 4;
   const int wg = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x % 128 / 32, 0), quad = threadIdx.x % 4;
+  // The warp that loads is the only one that waits for the others.
+  const auto load_behind = [&](uint32_t barrier, int loader, const auto& load) {
+    if (wg != 0 || warp != loader) return;
+    NamedBarrier::sync(Traits::kThreads, barrier);
+    if (threadIdx.x % 32 == 0) load();
+    __syncwarp();
+  };
+  const auto has_read = [&](uint32_t barrier, int loader) {
+    if (wg != 0 || warp != loader) NamedBarrier::arrive(Traits::kThreads, barrier);
+  };
+  const ChunkRows& before = args.rows[z.chunk - args.in.value_heads];
+  const int value_images = z.value_images;
   float2 k_write[8];
   CUTE_UNROLL
   for (int j = 0; j < 8; ++j)
     k_write[j] = *reinterpret_cast<const float2*>(&before.k_write[8 * j + 2 * quad]);
   const float decay = exp2_fast(before.G[kRows - 1]);
+  const bool given = z.first_of_state(args) != kNoState;
   cutlass::arch::ClusterTransactionBarrier::wait(&s.state_here, 0);
   asm volatile("" ::: "memory");
+  if (given) {
+    __syncthreads();  // all have seen the barrier's first phase
+    if (threadIdx.x == 0) {
+      load_states(s.state, args.states, &s.state_here, z);
+      load_dout();
+    } else if (threadIdx.x == 32) {
+      load_y();
+    }
+    __syncwarp();
+    cutlass::arch::ClusterTransactionBarrier::wait(&s.state_here, 1);
+    return;
+  }
   if (wg < value_images) {
     typename Traits::MmaToState mma;
     Tensor S = partition_fragment_C(mma, cute::Shape<Int<64>, Int<kKeyDim>>{});  // S^T
+    Tensor R = partition_fragment_C(mma, cute::Shape<Int<64>, Int<kRows>>{});    // V'^T, for its layout
+    Tensor V16 = make_tensor<Element>(accumulator_as_a(R.layout()));
+    auto* v_words = reinterpret_cast<uint32_t*>(V16.data());
+    load_transposed(s.y + wg * kImage, warp, v_words);
+    CUTE_UNROLL
+    for (int x = 0; x < 16; ++x) {
+      const float2 v = unpack<Element>(v_words[x]);
+      v_words[x] = pack<Element>(k_write[x / 2].x * v.x, k_write[x / 2].y * v.y);
+    }
+    has_read(kValuesRead, 1);
     Element* images = s.state + Traits::kImages * wg * kImage;
     CUTE_UNROLL
     for (int j = 0; j < kKeyDim / 8; j += 2) {
@@ -353,20 +396,14 @@ __device__ __forceinline__ void enter_from_before(typename Traits::Storage& s, c
         S(4 * j + 2 * w) = decay * x.x, S(4 * j + 2 * w + 1) = decay * x.y;
       }
     }
-    Tensor R = partition_fragment_C(mma, cute::Shape<Int<64>, Int<kRows>>{});  // V'^T, for its layout
-    Tensor V16 = make_tensor<Element>(accumulator_as_a(R.layout()));
-    auto* v_words = reinterpret_cast<uint32_t*>(V16.data());
-    load_transposed(s.y + wg * kImage, warp, v_words);
-    CUTE_UNROLL
-    for (int x = 0; x < 16; ++x) {
-      const float2 v = unpack<Element>(v_words[x]);
-      v_words[x] = pack<Element>(k_write[x / 2].x * v.x, k_write[x / 2].y * v.y);
-    }
+    load_behind(kValuesRead, 1, load_y);
     const auto keys =
         mma.get_slice(threadIdx.x % 128)
             .partition_fragment_B(make_tensor(make_smem_ptr(s.dout), LayoutByFeature<Element, kKeyDim>{}));
     issue_gemm<false>(mma, V16, keys, S);
     warpgroup_wait<0>();
+    has_read(kKeysRead, 0);
+    load_behind(kKeysRead, 0, load_dout);
     CUTE_UNROLL
     for (int k = 0; k < Traits::kImages; ++k) {
       uint32_t words[16];
@@ -375,6 +412,9 @@ __device__ __forceinline__ void enter_from_before(typename Traits::Storage& s, c
       store_rows(images + k * kImage, warp, words);
     }
     cutlass::arch::fence_view_async_shared();
+  } else {
+    NamedBarrier::arrive(Traits::kThreads, kValuesRead);
+    NamedBarrier::arrive(Traits::kThreads, kKeysRead);
   }
   __syncthreads();
 }
@@ -384,7 +424,8 @@ __device__ __forceinline__ void enter_from_before(typename Traits::Storage& s, c
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 2)
     chunk_gradient_kernel(const __grid_constant__ ChunkGradientMaps maps,
-                          const __grid_constant__ ChunkGradientArgs args) {
+                          const __grid_constant__ ChunkGradientArgs args,
+                          const __grid_constant__ GradientGrid grid) {
   using Element = typename Traits::Element;
   using Barrier = cutlass::arch::ClusterTransactionBarrier;
   using Features = LayoutByFeature<Element, kImageColumns>;
@@ -397,46 +438,66 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
   const int lane = threadIdx.x % 32, quad = lane % 4;
 
   if (threadIdx.x == 0) {
-    for (uint64_t* barrier : {&s.qk_here, &s.values_here, &s.state_here, &s.d_state_here})
-      Barrier::init(barrier, 1);
+    Barrier::init(&s.qk_here, 3);
+    for (uint64_t* barrier : {&s.values_here, &s.state_here, &s.d_state_here}) Barrier::init(barrier, 1);
     cutlass::arch::fence_barrier_init();
-    s.place.find(args);
-    if (s.place.inside) {
-      load_keys(s, maps, args, s.place);  // before a read of memory
-      s.place.from_before = s.place.lacks_state(args);
-    }
   }
+  GradientPlace here;  // each warp needs some of it
+  here.find(args, grid);
   __syncthreads();
-  const GradientPlace& z = s.place;
-  if (!z.inside) {
+  if (!here.inside) {
     if (args.rate_parts != nullptr && threadIdx.x == 0)
-      args.rate_parts[z.part(in, 1, 0)] = args.bias_parts[z.part(in, 1, 0)] = 0.f;
+      args.rate_parts[here.part(in, 1, 0)] = args.bias_parts[here.part(in, 1, 0)] = 0.f;
     return;
   }
-  const int value_images = z.value_images;
-  const ChunkRows& rows = args.rows[z.chunk];
-  if (threadIdx.x == 0) load_values(s, maps, args, z);
+  const int value_images = here.value_images;
+  // Each warp that asks for something takes its time.
+  if (threadIdx.x / 32 == 1) {
+    wait_for_walk(args, here);
+    if (lane == 0 && !here.odd) load_y(s, args, here);
+  } else if (lane == 0) {
+    switch (threadIdx.x / 32) {
+      case 0:
+        here.odd ? load_before(s, maps, args, here) : load_dout(s, maps, here);
+        break;
+      case 2:
+        load_keys(s, maps, args, here);
+        break;
+      case 3:
+        load_queries(s, maps, here);
+        break;
+      case 4:
+        load_values(s, args, here);
+        break;
+      case 5:
+        if (!here.odd) load_states(s.state, args.states, &s.state_here, here);
+        break;
+      case 6:
+        s.place = here;
+        Barrier::arrive(&s.qk_here);
+        break;
+    }
+  }
+  __syncwarp();
   // This thread's rows of every accumulator: 16 warp + lane / 4 and + 8.
   const int row0 = 16 * warp + lane / 4;
-  float beta[2], left_norm[2];
-  CUTE_UNROLL
-  for (int h = 0; h < 2; ++h) {
-    beta[h] = rows.beta[row0 + 8 * h];
-    left_norm[h] = wg == 0 ? rows.k_norm[row0 + 8 * h] : rows.q_norm[row0 + 8 * h];
+  float beta[2], left_norm[2], beta_of_four;
+  {
+    const ChunkRows& rows = args.rows[here.chunk];
+    CUTE_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      beta[h] = rows.beta[row0 + 8 * h];
+      left_norm[h] = wg == 0 ? rows.k_norm[row0 + 8 * h] : rows.q_norm[row0 + 8 * h];
+    }
+    beta_of_four = rows.beta[threadIdx.x / 4];
   }
-  const float beta_of_four = rows.beta[threadIdx.x / 4];
-  if (z.from_before) {
-    enter_from_before<Traits>(s, args.rows[z.chunk - in.value_heads], value_images);
-    if (threadIdx.x == 0) load_dout(s, maps, z);
-  }
-  if (threadIdx.x / 32 == 1) {
-    wait_for_walk(args, z);
-    if (lane == 0) load_y(s, args, z);
+  if (here.odd) {
+    enter_odd<Traits>(s, args, here, [&] { load_y(s, args, here); }, [&] { load_dout(s, maps, here); });
   }
   Barrier::wait(&s.qk_here, 0);
-  Barrier::wait(&s.values_here, 0);
   asm volatile("" ::: "memory");
-  clear_tail(s, z.valid);
+  const GradientPlace& z = s.place;
+  clear_tail(s.q, 4, z.valid);
 
   // 1. First warpgroup: Y V'^T and K K^T. Second: dO V'^T and Q K^T. (rows i, rows j)
   typename Traits::MmaRows mma_rows;
@@ -448,10 +509,41 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
   float dots[2] = {0.f, 0.f};  // of the two rows, what this lane keeps for its quad
   float2 pairs{0.f, 0.f};
   {
-    Tensor product = accumulator(), d_product = accumulator();
+    Tensor product = accumulator(), decay = accumulator();
     Element *left = wg == 0 ? s.k : s.q, *d_left = wg == 0 ? s.y : s.dout;
     multiply<true, ByRow>(mma_rows, left, s.k, product);
     multiply<false, ByRow>(mma_rows, left + kImage, s.k + kImage, product);
+    warpgroup_wait<0>();
+    // For each pair of a row and a column: f(place in an accumulator, h, e, kept, strict).
+    const auto for_pairs = [&](const auto& f) {
+      CUTE_UNROLL
+      for (int pair = 0; pair < 4; ++pair) {
+        if (pair > warp) continue;  // above the diagonal
+        CUTE_UNROLL
+        for (int x = 0; x < 8; ++x) {
+          const int n = 2 * pair + x / 4, h = x / 2 % 2, e = x % 2;
+          const int i = row0 + 8 * h, j = 8 * n + 2 * quad + e;
+          f(4 * n + 2 * h + e, h, j, i > j || (wg == 1 && i == j), i > j);
+        }
+      }
+    };
+    float G[2], weight_row[2];
+    const float sign = wg == 0 ? -1.f : static_cast<float>(in.scale);
+    CUTE_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      G[h] = s.G[row0 + 8 * h];
+      weight_row[h] = sign * (wg == 0 ? beta[h] : 1.f);
+    }
+    // While Y is on its way.
+    for_pairs([&](int at, int h, int j, bool kept, bool) {
+      decay(at) = exp2_fast(kept ? G[h] - s.G[j] : 0.f);
+      product(at) *= left_norm[h] * s.k_norm[j];
+      settle(decay(at), product(at));
+    });
+    Barrier::wait(&s.values_here, 0);
+    asm volatile("" ::: "memory");
+    clear_tail(s.v_new, 6, z.valid);
+    Tensor d_product = accumulator();
     multiply<true, ByRow>(mma_rows, d_left, s.v_new, d_product);
     if (value_images == 2) multiply<false, ByRow>(mma_rows, d_left + kImage, s.v_new + kImage, d_product);
     const float y_v = dot_with_v(s.y, z.value_row<Element>(in, threadIdx.x / 4, beta_of_four), z.values(in));
@@ -464,38 +556,16 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
       for (int h = 0; h < 2; ++h)
         if (fabsf(beta[h]) >= kLeastDivisor) s.y_dot[row0 + 8 * h] = y_vnew[h];
     }
-    const float sign = wg == 0 ? -1.f : static_cast<float>(in.scale);
-    float G[2], weight_row[2];
     CUTE_UNROLL
-    for (int h = 0; h < 2; ++h) {
-      G[h] = s.G[row0 + 8 * h];
-      weight_row[h] = sign * (wg == 0 ? beta[h] : 1.f);
-    }
-    CUTE_UNROLL
-    for (int n = 0; n < 8; ++n) {
-      weights[2 * n] = weights[2 * n + 1] = 0;
-      if (n > 2 * warp + 1) continue;  // above the diagonal
-      const int j = 8 * n + 2 * quad;
-      const float2 G_j = *reinterpret_cast<const float2*>(&s.G[j]);
-      const float2 k_j = *reinterpret_cast<const float2*>(&s.k_norm[j]);
-      CUTE_UNROLL
-      for (int h = 0; h < 2; ++h) {
-        const int i = row0 + 8 * h;
-        float weight[2];
-        CUTE_UNROLL
-        for (int e = 0; e < 2; ++e) {
-          const int at = 4 * n + 2 * h + e;
-          const bool strict = i > j + e, kept = strict || (wg == 1 && i == j + e);
-          const float decay = exp2_fast(kept ? G[h] - (e ? G_j.y : G_j.x) : 0.f);
-          const float d = kept ? d_product(at) * decay : 0.f;
-          const float pair = d * (left_norm[h] * (e ? k_j.y : k_j.x) * product(at));
-          weight[e] = weight_row[h] * d;
-          dots[h] -= strict ? pair : 0.f;
-          product(at) = strict ? weight_row[h] * pair : 0.f;
-        }
-        weights[2 * n + h] = pack<Element>(weight[0], weight[1]);
-      }
-    }
+    for (int x = 0; x < 16; ++x) weights[x] = 0;
+    for_pairs([&](int at, int h, int, bool kept, bool strict) {
+      d_product(at) = kept ? d_product(at) * decay(at) : 0.f;
+      const float pair = d_product(at) * product(at);
+      dots[h] -= strict ? pair : 0.f;
+      product(at) = strict ? weight_row[h] * pair : 0.f;
+      if (at % 2 == 1)
+        weights[at / 2] = pack<Element>(weight_row[h] * d_product(at - 1), weight_row[h] * d_product(at));
+    });
     CUTE_UNROLL
     for (int h = 0; h < 2; ++h) {
       dots[h] += __shfl_xor_sync(0xffffffffu, dots[h], 1);
@@ -506,7 +576,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
   }
 
   // 2. This warpgroup's 64 features of dO S^T and Y S^T.
-  Barrier::wait(&s.state_here, 0);
+  if (!z.odd) Barrier::wait(&s.state_here, 0);
   asm volatile("" ::: "memory");
   Tensor dq = accumulator(), dk = accumulator();  // (rows, features)
   const auto through_state = [&](Element* left, Element* state_images, auto& acc) {
@@ -538,6 +608,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
     const float scale = static_cast<float>(in.scale);
     scale_rows(dq, scale * decay[0], scale * decay[1]);
     scale_rows(dk, -beta[0] * decay[0], -beta[1] * decay[1]);
+    CUTE_UNROLL
+    for (int x = 0; x < size(dq); ++x) settle(dq(x), dk(x));
   }
 
   // 3. V' dS^T
@@ -573,7 +645,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
   }
   __syncthreads();  // S and dS are free
   if (threadIdx.x < sizeof(ChunkRows) / 16) {
-    SM80_CP_ASYNC_CACHEGLOBAL<uint128_t>::copy(reinterpret_cast<const uint128_t*>(&rows)[threadIdx.x],
+    const auto* rows = reinterpret_cast<const uint128_t*>(args.rows + z.chunk);
+    SM80_CP_ASYNC_CACHEGLOBAL<uint128_t>::copy(rows[threadIdx.x],
                                                reinterpret_cast<uint128_t*>(&s.sums.rows)[threadIdx.x]);
     cp_async_fence();
   }
@@ -641,7 +714,7 @@ cudaError_t launch_chunk_gradient(Kernel kernel, const ChunkGradientArgs& args, 
   config.gridDim = static_cast<unsigned>(grid), config.blockDim = Traits::kThreads;
   config.dynamicSmemBytes = kShared, config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &beside_walk, config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, maps, args);
+  return cudaLaunchKernelEx(&config, kernel, maps, args, GradientGrid(in, args.early));
 }
 
 template <class Tag, int kKeyDim>
