@@ -630,9 +630,12 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   if (threadIdx.x < 4 * kRows) {
     const int row = threadIdx.x / 4;
     const bool asked = fabsf(s.beta[row]) < kLeastDivisor;
-    const float y_v =
-        dot_with_v(s.y, asked ? z.value_row<Element>(in, row, rows.beta[row]) : nullptr, z.values(in));
-    if (threadIdx.x % 4 == 0) s.sums.y_v[row] = y_v;
+    if (__any_sync(0xffffffffu, asked)) {
+      uint4 v[4];
+      load_v_row(asked ? z.value_row<Element>(in, row, rows.beta[row]) : nullptr, z.values(in), v);
+      const float y_v = dot_with_v(s.y, v, z.values(in));
+      if (threadIdx.x % 4 == 0) s.sums.y_v[row] = y_v;
+    }
   }
 
   // 2. Through the entering state: dq = s e^G dO S^T, dk = -e^G Y S^T (without beta).

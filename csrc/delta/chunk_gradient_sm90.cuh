@@ -10,8 +10,6 @@
 // decay across t. dS takes the place of dO and Y, E and F that of S.
 #pragma once
 
-#include <cute/arch/copy_sm80.hpp>
-
 #include "delta/gradient_place_sm90.cuh"
 #include "delta/gradient_steps_sm90.cuh"
 
@@ -50,7 +48,6 @@ struct ChunkGradientTraits {
     float pairs[8][kRows];
     float through[8];
     float q_dq[2][kRows], k_dk[2][kRows];
-    alignas(16) ChunkRows rows;
   };
   struct Storage {
     alignas(1024) Element q[kTile];  // in the end dq on the way out, as dk in K; to y ten images in a row
@@ -232,18 +229,28 @@ __device__ __forceinline__ void finish_rows(const ChunkGradientArgs& args, const
   store_gradient(k, warp, first_piece, dk, static_cast<Element*>(args.dk) + out, stride, z.valid, columns);
 }
 
+// Reads of memory that the warps which finish dbeta and dg begin before the sums are there.
+constexpr uint32_t kSumsHere = 5;
+
 // One warp, two tokens per lane: dbeta from the sums, and through the activation.
-template <class Sums>
+template <class Traits>
 __device__ __forceinline__ void finish_beta(const ChunkGradientArgs& a, const GradientPlace& z,
-                                            const Sums& sums, const float* y_dot) {
+                                            const typename Traits::Storage& s) {
   const InputsSm90& in = a.in;
+  const auto& sums = s.sums;
+  const int lane = threadIdx.x % 32;
+  const float2 betas = reinterpret_cast<const float2*>(a.rows[z.chunk].beta)[lane];
+  const float2 k_reads = reinterpret_cast<const float2*>(a.rows[z.chunk].k_read)[lane];
+  cutlass::arch::NamedBarrier::sync(Traits::kThreads, kSumsHere);
   CUTE_UNROLL
-  for (int i = threadIdx.x % 32; i < kRows; i += 32) {
+  for (int e = 0; e < 2; ++e) {
+    const int i = 2 * lane + e;
     if (i >= z.valid) continue;
-    const float beta = sums.rows.beta[i], k_dot = sums.dots[1][0][i] + sums.dots[1][1][i];
+    const float beta = e ? betas.y : betas.x, k_read = e ? k_reads.y : k_reads.x;
+    const float k_dot = sums.dots[1][0][i] + sums.dots[1][1][i];
     // V'_i / beta_i is the error r_i against the memory just before token i, and dbeta_i = Y_i . r_i.
-    float dbeta = fabsf(beta) >= kLeastDivisor ? y_dot[i] / beta
-                                               : y_dot[i] + sums.rows.k_read[i] * k_dot + sums.dots[3][0][i];
+    float dbeta =
+        fabsf(beta) >= kLeastDivisor ? s.y_dot[i] / beta : s.y_dot[i] + k_read * k_dot + sums.dots[3][0][i];
     if (in.beta_activation != BetaActivation::kNone) {
       const float top = in.beta_activation == BetaActivation::kSigmoid2 ? 2.f : 1.f;
       dbeta *= beta * (1.f - beta / top);
@@ -253,22 +260,26 @@ __device__ __forceinline__ void finish_beta(const ChunkGradientArgs& a, const Gr
 }
 
 // One warp, two tokens per lane: dg from the sums, and through the activation.
-template <class Sums>
+template <class Traits>
 __device__ __forceinline__ void finish_gate(const ChunkGradientArgs& a, const GradientPlace& z,
-                                            const Sums& sums) {
-  if (a.dg == nullptr) return;
+                                            const typename Traits::Storage& s) {
   const InputsSm90& in = a.in;
-  const ChunkRows& rows = sums.rows;
+  const auto& sums = s.sums;
   const int lane = threadIdx.x % 32;
+  const auto of_rows = [&](const float* row) { return reinterpret_cast<const float2*>(row)[lane]; };
+  const ChunkRows& rows = a.rows[z.chunk];
+  const float2 beta = of_rows(rows.beta), q_read = of_rows(rows.q_read), k_read = of_rows(rows.k_read);
+  const float2 k_write = of_rows(rows.k_write);
+  cutlass::arch::NamedBarrier::sync(Traits::kThreads, kSumsHere);
+  if (a.dg == nullptr) return;
   constexpr uint32_t kAll = 0xffffffffu;
-  float enter[2], leave[2];
-  CUTE_UNROLL
-  for (int e = 0; e < 2; ++e) {
+  const auto dot = [&](int which, int e) {
     const int i = 2 * lane + e;
-    const auto dot = [&](int which) { return sums.dots[which][0][i] + sums.dots[which][1][i]; };
-    enter[e] = rows.q_read[i] * dot(0) + rows.beta[i] * rows.k_read[i] * dot(1);
-    leave[e] = rows.k_write[i] * dot(2);
-  }
+    return sums.dots[which][0][i] + sums.dots[which][1][i];
+  };
+  const float enter[2] = {q_read.x * dot(0, 0) + beta.x * k_read.x * dot(1, 0),
+                          q_read.y * dot(0, 1) + beta.y * k_read.y * dot(1, 1)};
+  const float leave[2] = {k_write.x * dot(2, 0), k_write.y * dot(2, 1)};
   // Readers from t on, sources before t.
   float from = enter[0] + enter[1], before = leave[0] + leave[1];
   CUTE_UNROLL
@@ -283,7 +294,7 @@ __device__ __forceinline__ void finish_gate(const ChunkGradientArgs& a, const Gr
   float through = 0.f;
   CUTE_UNROLL
   for (int w = 0; w < 8; ++w) through += sums.through[w];
-  through *= exp2_fast(rows.G[kRows - 1]);
+  through *= exp2_fast(s.G[kRows - 1]);
 
   const float rate = in.A_log != nullptr ? expf(in.A_log[z.head]) : 1.f;
   const float bias = in.dt_bias != nullptr ? in.dt_bias[z.head] : 0.f;
@@ -546,8 +557,6 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
     Tensor d_product = accumulator();
     multiply<true, ByRow>(mma_rows, d_left, s.v_new, d_product);
     if (value_images == 2) multiply<false, ByRow>(mma_rows, d_left + kImage, s.v_new + kImage, d_product);
-    const float y_v = dot_with_v(s.y, z.value_row<Element>(in, threadIdx.x / 4, beta_of_four), z.values(in));
-    if (threadIdx.x % 4 == 0 && !(fabsf(beta_of_four) >= kLeastDivisor)) s.y_dot[threadIdx.x / 4] = y_v;
     warpgroup_wait<0>();
     float y_vnew[2];
     diagonal_of(d_product, warp, y_vnew);
@@ -576,6 +585,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
   }
 
   // 2. This warpgroup's 64 features of dO S^T and Y S^T.
+  const bool asks_for_v = !(fabsf(beta_of_four) >= kLeastDivisor);  // a row of four threads
+  uint4 v_pieces[4];
+  load_v_row(z.value_row<Element>(in, threadIdx.x / 4, beta_of_four), z.values(in), v_pieces);
   if (!z.odd) Barrier::wait(&s.state_here, 0);
   asm volatile("" ::: "memory");
   Tensor dq = accumulator(), dk = accumulator();  // (rows, features)
@@ -586,6 +598,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
   };
   through_state(s.dout, s.state, dq);
   through_state(s.y, s.state, dk);
+  if (__any_sync(0xffffffffu, asks_for_v)) {
+    const float y_v = dot_with_v(s.y, v_pieces, z.values(in));
+    if (threadIdx.x % 4 == 0 && asks_for_v) s.y_dot[threadIdx.x / 4] = y_v;
+  }
   warpgroup_wait<0>();
   __syncthreads();  // dO and Y are free
   if (threadIdx.x == 0) load_states(s.d_state, args.d_states, &s.d_state_here, z);
@@ -612,12 +628,20 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
     for (int x = 0; x < size(dq); ++x) settle(dq(x), dk(x));
   }
 
-  // 3. V' dS^T
+  // 3. S . dS, then V' dS^T, in halves: both at once, registers would be spilled. Under the first E and F for
+  // step 4 in both orientations, as left operands; their columns carry the norms of what they multiply.
   Barrier::wait(&s.d_state_here, 0);
   asm volatile("" ::: "memory");
   float through = 0.f;
+  if (args.dg != nullptr) {
+    if (wg < value_images)
+      through = dot_of_states(s.state + 2 * wg * kImage, s.d_state + 2 * wg * kImage, warp);
+    CUTE_UNROLL
+    for (int step = 16; step >= 1; step /= 2) through += __shfl_xor_sync(0xffffffffu, through, step);
+    settle(through);
+    __syncthreads();  // S is free
+  }
   {
-    // In halves: both at once, registers would be spilled.
     Tensor to_end = partition_fragment_C(typename Traits::MmaHalf{}, cute::Shape<Int<kRows>, Int<32>>{});
     float decay[2], dot[2] = {0.f, 0.f};
     CUTE_UNROLL
@@ -627,11 +651,20 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
       multiply_half<Traits, true>(s.v_new, s.d_state + wg * kImage, half, to_end);
       if (value_images == 2)
         multiply_half<Traits, false>(s.v_new + kImage, s.d_state + (2 + wg) * kImage, half, to_end);
-      if (half == 0 && args.dg != nullptr) {
-        if (wg < value_images)
-          through = dot_of_states(s.state + 2 * wg * kImage, s.d_state + 2 * wg * kImage, warp);
+      if (half == 0) {
+        uint32_t direct[16], transposed[16];
         CUTE_UNROLL
-        for (int step = 16; step >= 1; step /= 2) through += __shfl_xor_sync(0xffffffffu, through, step);
+        for (int n = 0; n < 8; ++n) {
+          const float2 k_j = *reinterpret_cast<const float2*>(&s.k_norm[8 * n + 2 * quad]);
+          CUTE_UNROLL
+          for (int h = 0; h < 2; ++h) {
+            const float2 w = unpack<Element>(weights[2 * n + h]);
+            direct[2 * n + h] = pack<Element>(w.x * k_j.x, w.y * k_j.y);
+            transposed[2 * n + h] = pack<Element>(w.x * left_norm[h], w.y * left_norm[h]);
+          }
+        }
+        store_both_ways(wg == 0 ? s.e : s.f, wg == 0 ? s.e_t : s.f_t, warp, direct, transposed);
+        cutlass::arch::fence_view_async_shared();
       }
       warpgroup_wait<0>();
       float part[2];
@@ -643,48 +676,24 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
     }
     keep_dots(2, dot);
   }
-  __syncthreads();  // S and dS are free
-  if (threadIdx.x < sizeof(ChunkRows) / 16) {
-    const auto* rows = reinterpret_cast<const uint128_t*>(args.rows + z.chunk);
-    SM80_CP_ASYNC_CACHEGLOBAL<uint128_t>::copy(rows[threadIdx.x],
-                                               reinterpret_cast<uint128_t*>(&s.sums.rows)[threadIdx.x]);
-    cp_async_fence();
-  }
+  __syncthreads();  // dS is free, E and F are there
 
-  // 4. E and F in both orientations, as left operands; their columns carry the norms of what they multiply.
-  {
-    uint32_t direct[16], transposed[16];
-    CUTE_UNROLL
-    for (int n = 0; n < 8; ++n) {
-      const float2 k_j = *reinterpret_cast<const float2*>(&s.k_norm[8 * n + 2 * quad]);
-      CUTE_UNROLL
-      for (int h = 0; h < 2; ++h) {
-        const float2 w = unpack<Element>(weights[2 * n + h]);
-        direct[2 * n + h] = pack<Element>(w.x * k_j.x, w.y * k_j.y);
-        transposed[2 * n + h] = pack<Element>(w.x * left_norm[h], w.y * left_norm[h]);
-      }
-    }
-    store_rows(wg == 0 ? s.e : s.f, warp, direct);
-    store_transposed(wg == 0 ? s.e_t : s.f_t, warp, transposed);
-    cutlass::arch::fence_view_async_shared();
-  }
-  CUTE_UNROLL
-  for (int h = 0; h < 2; ++h) s.sums.dots[quad][wg][row0 + 8 * h] = dots[h];
-  *reinterpret_cast<float2*>(&s.sums.pairs[threadIdx.x / 32][column_after_sum()]) = pairs;
-  if (lane == 0) s.sums.through[threadIdx.x / 32] = through;
-  cp_async_wait<0>();
-  __syncthreads();
+  // 4. What E and F add. The sums meanwhile, to the place of dS.
   multiply<false, Features>(mma_features, s.f, k_image, dq);
   multiply<false, Features>(mma_features, s.e, k_image, dk);
   multiply<false, Features>(mma_features, s.e_t, k_image, dk);
   multiply<false, Features>(mma_features, s.f_t, q_image, dk);
-  if (warp == 0) wg == 0 ? finish_beta(args, z, s.sums, s.y_dot) : finish_gate(args, z, s.sums);
   float q_norm[2], k_norm[2];
   CUTE_UNROLL
   for (int h = 0; h < 2; ++h) {
-    q_norm[h] = s.sums.rows.q_norm[row0 + 8 * h];
-    k_norm[h] = s.sums.rows.k_norm[row0 + 8 * h];
+    s.sums.dots[quad][wg][row0 + 8 * h] = dots[h];
+    q_norm[h] = args.rows[z.chunk].q_norm[row0 + 8 * h];
+    k_norm[h] = s.k_norm[row0 + 8 * h];
   }
+  *reinterpret_cast<float2*>(&s.sums.pairs[threadIdx.x / 32][column_after_sum()]) = pairs;
+  if (lane == 0) s.sums.through[threadIdx.x / 32] = through;
+  if (warp == 0) wg == 0 ? finish_beta<Traits>(args, z, s) : finish_gate<Traits>(args, z, s);
+  else cutlass::arch::NamedBarrier::arrive(Traits::kThreads, kSumsHere);
   warpgroup_wait<0>();
   scale_rows(dq, q_norm[0], q_norm[1]);
   scale_rows(dk, k_norm[0], k_norm[1]);

@@ -54,6 +54,50 @@ __device__ __forceinline__ void multiply_half(Element* a, Element* b, int half, 
   warpgroup_fence_operand(acc);
 }
 
+// ---- Matrices of an image ----
+
+// Addresses of `ldmatrix` and `stmatrix` are opaque: the compiler would compute a dozen of them early, hold
+// them across the products and spill them.
+__device__ __forceinline__ uint32_t opaque_address(const void* shared) {
+  uint32_t at = cast_smem_ptr_to_uint(shared);
+  asm volatile("" : "+r"(at));
+  return at;
+}
+// Where a lane begins with a warp's 16 rows of an image, at piece `first_piece`. Pieces of a row are permuted
+// by XOR, so those j further on are where some of the bits 4 to 6 are flipped.
+template <class Element>
+__device__ __forceinline__ uint32_t rows_at(Element* image, int warp, int first_piece = 0) {
+  return opaque_address(&matrices_at<true>(image, 16 * warp, first_piece));
+}
+__device__ __forceinline__ void load_matrices(uint32_t at, int j, uint32_t (&words)[4]) {
+  asm volatile("ldmatrix.sync.aligned.x4.m8n8.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(at ^ j * 16)
+               : "memory");
+}
+// store_rows of a whole image and store_transposed.
+template <class Element>
+__device__ __forceinline__ void store_both_ways(Element* image, Element* image_transposed, int warp,
+                                                const uint32_t (&words)[16],
+                                                const uint32_t (&transposed)[16]) {
+  const uint32_t at = rows_at(image, warp);
+  CUTE_UNROLL
+  for (int j = 0; j < 8; j += 2) {
+    asm volatile("stmatrix.sync.aligned.x4.m8n8.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at ^ j * 16),
+                 "r"(words[2 * j]), "r"(words[2 * j + 1]), "r"(words[2 * j + 2]), "r"(words[2 * j + 3])
+                 : "memory");
+  }
+  const uint32_t at_transposed = opaque_address(&matrices_at<false>(image_transposed, 0, 2 * warp));
+  CUTE_UNROLL
+  for (int j = 0; j < 8; j += 2) {
+    asm volatile("stmatrix.sync.aligned.x4.trans.m8n8.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                     at_transposed + 8 * j * kImageColumns * 2),
+                 "r"(transposed[2 * j]), "r"(transposed[2 * j + 1]), "r"(transposed[2 * j + 2]),
+                 "r"(transposed[2 * j + 3])
+                 : "memory");
+  }
+}
+
 // ---- Rows, diagonals and sums ----
 
 // Sums that the compiler must have by here: it would hold what they are made of, in registers that are
@@ -66,22 +110,6 @@ __device__ __forceinline__ void settle(Sums&... sums) {
 // Of a (64, 8 pieces) accumulator: the product of 64 rows with all columns of an image, or some of them.
 template <class Acc>
 constexpr int kPiecesOf = decltype(size(std::declval<Acc>()))::value / 4;
-
-// Matrices of a warp's 16 rows of an image, from piece `first_piece` on: where a lane begins, and four of
-// them. Pieces of a row are permuted by XOR, so others are the first one's address with some of the bits 4 to
-// 6 flipped; it is opaque, or a dozen of them would be held across the products.
-template <class Element>
-__device__ __forceinline__ uint32_t rows_at(Element* image, int warp, int first_piece) {
-  uint32_t at = cast_smem_ptr_to_uint(&matrices_at<true>(image, 16 * warp, first_piece));
-  asm volatile("" : "+r"(at));
-  return at;
-}
-__device__ __forceinline__ void load_matrices(uint32_t at, int j, uint32_t (&words)[4]) {
-  asm volatile("ldmatrix.sync.aligned.x4.m8n8.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-               : "r"(at ^ j * 16)
-               : "memory");
-}
 
 // The rows of an accumulator times those of an image, summed over the columns: for rows 16 warp + lane / 4
 // and + 8, in every lane of a quad.
@@ -150,7 +178,7 @@ __device__ __forceinline__ void diagonal_of(const Acc& acc, int warp, float (&di
 template <class Element>
 __device__ __forceinline__ float dot_of_states(Element* state, Element* d_state, int warp) {
   float upper[4] = {}, lower[4] = {};
-  const uint32_t at_state = rows_at(state, warp, 0), at_d_state = rows_at(d_state, warp, 0);
+  const uint32_t at_state = rows_at(state, warp), at_d_state = rows_at(d_state, warp);
   CUTE_UNROLL
   for (int k = 0; k < 2; ++k) {
     CUTE_UNROLL
@@ -166,19 +194,28 @@ __device__ __forceinline__ float dot_of_states(Element* state, Element* d_state,
   return has_diagonal() ? (odd ? upper[1] + lower[3] : upper[0] + lower[2]) : 0.f;
 }
 
-// Four threads per row: the dot product of Y with V in rows that ask for it.
+// Four threads per row, in rows that ask for it, of which there are few: a thread's share of a row of V, and
+// the dot product of Y with it. All reads at once: each is one of memory.
 template <class Element>
-__device__ __forceinline__ float dot_with_v(Element* y, const Element* v, int columns) {
+__device__ __forceinline__ void load_v_row(const Element* v, int columns, uint4 (&pieces)[4]) {
+  CUTE_UNROLL
+  for (int m = 0; m < 4; ++m) {
+    const int piece = 4 * m + static_cast<int>(threadIdx.x % 4);
+    pieces[m] = uint4{0, 0, 0, 0};
+    if (v != nullptr && piece * 8 < columns) pieces[m] = *reinterpret_cast<const uint4*>(v + piece * 8);
+  }
+}
+template <class Element>
+__device__ __forceinline__ float dot_with_v(Element* y, const uint4 (&pieces)[4], int columns) {
   constexpr uint32_t kAll = 0xffffffffu;
-  if (!__any_sync(kAll, v != nullptr)) return 0.f;
   const int row = threadIdx.x / 4, part = threadIdx.x % 4;
   float sum = 0.f;
   CUTE_UNROLL
   for (int m = 0; m < 4; ++m) {
     const int piece = 4 * m + part;
-    if (piece * 8 >= columns || v == nullptr) continue;
+    if (piece * 8 >= columns) continue;
     const uint4 a = *reinterpret_cast<const uint4*>(image_piece(y + piece / 8 * kImage, row, piece % 8));
-    const uint4 b = *reinterpret_cast<const uint4*>(v + piece * 8);
+    const uint4 b = pieces[m];
     const uint32_t left[4] = {a.x, a.y, a.z, a.w}, right[4] = {b.x, b.y, b.z, b.w};
     CUTE_UNROLL
     for (int w = 0; w < 4; ++w) {
