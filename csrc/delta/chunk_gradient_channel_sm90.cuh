@@ -771,7 +771,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   }
   scale_rows(dq, q_norm[0], q_norm[1]);
   scale_rows(dk_row, k_norm[0], k_norm[1]);
-  finish_rows(args, z, s.sums, part.block, part.image(s.q), part.image(s.k), dq, dk_row, q_norm, k_norm);
+  finish_rows(args, z, s.sums, part.block, part.image(s.q), part.image(s.k), part.image(s.q), part.image(s.k),
+              dq, dk_row, q_norm, k_norm);  // in place: a warp's own
 }
 
 template <class Tag, int kKeyDim>

@@ -50,9 +50,9 @@ struct ChunkGradientTraits {
     float q_dq[2][kRows], k_dk[2][kRows];
   };
   struct Storage {
-    alignas(1024) Element q[kTile];  // in the end dq on the way out, as dk in K; to y ten images in a row
+    alignas(1024) Element q[kTile];  // to y ten images in a row
     alignas(1024) Element k[kTile];
-    alignas(1024) Element v_new[kTile];
+    alignas(1024) Element v_new[kTile];  // in the end dq on the way out, and dk behind the sums
     union {
       struct {
         alignas(1024) Element dout[kTile];
@@ -74,10 +74,14 @@ struct ChunkGradientTraits {
     float k_norm[kRows];
     float y_dot[kRows];  // Y . V', or where |beta| < kLeastDivisor Y . V
     GradientPlace place;
-    uint64_t qk_here, values_here, state_here, d_state_here;
+    uint64_t qk_here, values_here, state_here, state_made, d_state_here;
   };
+  static_assert(sizeof(Sums) <= 2 * kImageBytes);
   static_assert(2 * (sizeof(Storage) + 1024) <= 228 * 1024, "two CTAs on an SM");
 };
+
+// Barriers at which one warp, or a warp of each warpgroup, waits for the others.
+enum ChunkGradientBarrier : uint32_t { kValuesRead, kKeysRead, kDoutAndYRead, kSumsHere };
 
 struct ChunkGradientMaps {
   CUtensorMap q, k, dout;
@@ -180,11 +184,13 @@ __device__ __forceinline__ void clear_tail(Element* images, int count, int valid
 }
 
 // dq and dk of this warpgroup's features, times the factors of the norms, to where they belong. A warp has
-// rows 16 warp and following. q and k: the images with these features, overwritten. All threads.
+// rows 16 warp and following. q and k: the images with these features; dq_image and dk_image: places for
+// those on the way out. All threads.
 template <class Element, class Sums, class Acc>
 __device__ __forceinline__ void finish_rows(const ChunkGradientArgs& args, const GradientPlace& z, Sums& sums,
-                                            int warp, Element* q, Element* k, Acc& dq, Acc& dk,
-                                            const float (&q_norm)[2], const float (&k_norm)[2]) {
+                                            int warp, Element* q, Element* k, Element* dq_image,
+                                            Element* dk_image, Acc& dq, Acc& dk, const float (&q_norm)[2],
+                                            const float (&k_norm)[2]) {
   const InputsSm90& in = args.in;
   const int wg = threadIdx.x / 128, lane = threadIdx.x % 32;
   constexpr int kColumns = 8 * kPiecesOf<Acc>, kGroups = static_cast<int>(std::extent_v<decltype(sums.q_dq)>);
@@ -222,15 +228,13 @@ __device__ __forceinline__ void finish_rows(const ChunkGradientArgs& args, const
     subtract_rows(q, warp, along[0], dq, first_piece);
     subtract_rows(k, warp, along[1], dk, first_piece);
   }
-  cutlass::arch::NamedBarrier::sync(128, 1 + wg);  // Q and K have been read
   // one block, and as many value heads as key heads
   const int64_t out = z.first_row * in.key_dim + first_key, stride = z.row * in.key_dim;
-  store_gradient(q, warp, first_piece, dq, static_cast<Element*>(args.dq) + out, stride, z.valid, columns);
-  store_gradient(k, warp, first_piece, dk, static_cast<Element*>(args.dk) + out, stride, z.valid, columns);
+  store_gradient(dq_image, warp, first_piece, dq, static_cast<Element*>(args.dq) + out, stride, z.valid,
+                 columns);
+  store_gradient(dk_image, warp, first_piece, dk, static_cast<Element*>(args.dk) + out, stride, z.valid,
+                 columns);
 }
-
-// Reads of memory that the warps which finish dbeta and dg begin before the sums are there.
-constexpr uint32_t kSumsHere = 5;
 
 // One warp, two tokens per lane: dbeta from the sums, and through the activation.
 template <class Traits>
@@ -338,16 +342,16 @@ __device__ __forceinline__ void finish_gate(const ChunkGradientArgs& a, const Gr
 
 // The entering state of an odd chunk from that of the chunk before, S <- e^{G_C} S + Kt^T V', rounded once
 // more: a warp has 16 values. Warp 1 calls load_y as soon as V' of the chunk before has been read, warp 0
-// load_dout after K. Seldom there is a state nevertheless, and what load_before asked for has come in vain.
-// All threads.
+// load_dout after K. Who waits for state_made sees it. Seldom there is a state nevertheless, and what
+// load_before asked for has come in vain. All threads.
 template <class Traits, class LoadY, class LoadDout>
 __device__ __forceinline__ void enter_odd(typename Traits::Storage& s, const ChunkGradientArgs& args,
                                           const GradientPlace& z, const LoadY& load_y,
                                           const LoadDout& load_dout) {
   using Element = typename Traits::Element;
   using cutlass::arch::NamedBarrier;
+  using Barrier = cutlass::arch::ClusterTransactionBarrier;
   constexpr int kKeyDim = Traits::kKeyDim;
-  constexpr uint32_t kValuesRead = 3, kKeysRead = 4;
   const int wg = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x % 128 / 32, 0), quad = threadIdx.x % 4;
   // The warp that loads is the only one that waits for the others.
@@ -356,6 +360,10 @@ __device__ __forceinline__ void enter_odd(typename Traits::Storage& s, const Chu
     NamedBarrier::sync(Traits::kThreads, barrier);
     if (threadIdx.x % 32 == 0) load();
     __syncwarp();
+  };
+  const auto made = [&] {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) Barrier::arrive(&s.state_made);
   };
   const auto has_read = [&](uint32_t barrier, int loader) {
     if (wg != 0 || warp != loader) NamedBarrier::arrive(Traits::kThreads, barrier);
@@ -368,7 +376,7 @@ __device__ __forceinline__ void enter_odd(typename Traits::Storage& s, const Chu
     k_write[j] = *reinterpret_cast<const float2*>(&before.k_write[8 * j + 2 * quad]);
   const float decay = exp2_fast(before.G[kRows - 1]);
   const bool given = z.first_of_state(args) != kNoState;
-  cutlass::arch::ClusterTransactionBarrier::wait(&s.state_here, 0);
+  Barrier::wait(&s.state_here, 0);
   asm volatile("" ::: "memory");
   if (given) {
     __syncthreads();  // all have seen the barrier's first phase
@@ -379,7 +387,8 @@ __device__ __forceinline__ void enter_odd(typename Traits::Storage& s, const Chu
       load_y();
     }
     __syncwarp();
-    cutlass::arch::ClusterTransactionBarrier::wait(&s.state_here, 1);
+    Barrier::wait(&s.state_here, 1);
+    made();
     return;
   }
   if (wg < value_images) {
@@ -427,7 +436,7 @@ __device__ __forceinline__ void enter_odd(typename Traits::Storage& s, const Chu
     NamedBarrier::arrive(Traits::kThreads, kValuesRead);
     NamedBarrier::arrive(Traits::kThreads, kKeysRead);
   }
-  __syncthreads();
+  made();
 }
 
 // ---- Kernel and launch ----
@@ -450,6 +459,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
 
   if (threadIdx.x == 0) {
     Barrier::init(&s.qk_here, 3);
+    Barrier::init(&s.state_made, Traits::kThreads / 32);
     for (uint64_t* barrier : {&s.values_here, &s.state_here, &s.d_state_here}) Barrier::init(barrier, 1);
     cutlass::arch::fence_barrier_init();
   }
@@ -588,7 +598,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
   const bool asks_for_v = !(fabsf(beta_of_four) >= kLeastDivisor);  // a row of four threads
   uint4 v_pieces[4];
   load_v_row(z.value_row<Element>(in, threadIdx.x / 4, beta_of_four), z.values(in), v_pieces);
-  if (!z.odd) Barrier::wait(&s.state_here, 0);
+  Barrier::wait(z.odd ? &s.state_made : &s.state_here, 0);
   asm volatile("" ::: "memory");
   Tensor dq = accumulator(), dk = accumulator();  // (rows, features)
   const auto through_state = [&](Element* left, Element* state_images, auto& acc) {
@@ -603,8 +613,13 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
     if (threadIdx.x % 4 == 0 && asks_for_v) s.y_dot[threadIdx.x / 4] = y_v;
   }
   warpgroup_wait<0>();
-  __syncthreads();  // dO and Y are free
-  if (threadIdx.x == 0) load_states(s.d_state, args.d_states, &s.d_state_here, z);
+  if (threadIdx.x / 32 == 0) {
+    cutlass::arch::NamedBarrier::sync(Traits::kThreads, kDoutAndYRead);
+    if (lane == 0) load_states(s.d_state, args.d_states, &s.d_state_here, z);
+    __syncwarp();
+  } else {
+    cutlass::arch::NamedBarrier::arrive(Traits::kThreads, kDoutAndYRead);
+  }
   const auto keep_dots = [&](int which, const float (&dot)[2]) {
     CUTE_UNROLL
     for (int h = 0; h < 2; ++h) dots[h] = quad == which ? dot[h] : dots[h];
@@ -698,7 +713,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
   scale_rows(dq, q_norm[0], q_norm[1]);
   scale_rows(dk, k_norm[0], k_norm[1]);
 
-  finish_rows(args, z, s.sums, warp, q_image, k_image, dq, dk, q_norm, k_norm);
+  finish_rows(args, z, s.sums, warp, q_image, k_image, s.v_new + wg * kImage, s.d_state + (2 + wg) * kImage,
+              dq, dk, q_norm, k_norm);
 }
 
 template <class Traits, class Kernel>
