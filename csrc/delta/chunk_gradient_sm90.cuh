@@ -403,7 +403,6 @@ __device__ __forceinline__ void enter_odd(typename Traits::Storage& s, const Chu
       const float2 v = unpack<Element>(v_words[x]);
       v_words[x] = pack<Element>(k_write[x / 2].x * v.x, k_write[x / 2].y * v.y);
     }
-    has_read(kValuesRead, 1);
     Element* images = s.state + Traits::kImages * wg * kImage;
     CUTE_UNROLL
     for (int j = 0; j < kKeyDim / 8; j += 2) {
@@ -416,6 +415,7 @@ __device__ __forceinline__ void enter_odd(typename Traits::Storage& s, const Chu
         S(4 * j + 2 * w) = decay * x.x, S(4 * j + 2 * w + 1) = decay * x.y;
       }
     }
+    has_read(kValuesRead, 1);  // by now it has come
     load_behind(kValuesRead, 1, load_y);
     const auto keys =
         mma.get_slice(threadIdx.x % 128)
