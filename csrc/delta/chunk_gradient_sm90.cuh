@@ -415,12 +415,13 @@ __device__ __forceinline__ void enter_odd(typename Traits::Storage& s, const Chu
         S(4 * j + 2 * w) = decay * x.x, S(4 * j + 2 * w + 1) = decay * x.y;
       }
     }
-    has_read(kValuesRead, 1);  // by now it has come
-    load_behind(kValuesRead, 1, load_y);
     const auto keys =
         mma.get_slice(threadIdx.x % 128)
             .partition_fragment_B(make_tensor(make_smem_ptr(s.dout), LayoutByFeature<Element, kKeyDim>{}));
     issue_gemm<false>(mma, V16, keys, S);
+    // Not before: a barrier does not wait for `ldmatrix`, but the product does, which has V' in registers.
+    has_read(kValuesRead, 1);
+    load_behind(kValuesRead, 1, load_y);
     warpgroup_wait<0>();
     has_read(kKeysRead, 0);
     load_behind(kKeysRead, 0, load_dout);
