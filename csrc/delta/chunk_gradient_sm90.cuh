@@ -21,6 +21,7 @@ template <class Tag, int kKeyDim_>
 struct ChunkGradientTraits {
   using Element = element_t<Tag>;
   static constexpr int kKeyDim = kKeyDim_;
+  static constexpr bool kAlwaysY = delta::kAlwaysY<Tag, /*kChannelGate=*/false>;
   static_assert(kKeyDim == 128, "each of the two warpgroups has an image of 64 key features");
   static constexpr int kThreads = 256;
   static constexpr int kImages = 2;  // of key or value features
@@ -84,7 +85,7 @@ struct ChunkGradientTraits {
 enum ChunkGradientBarrier : uint32_t { kValuesRead, kKeysRead, kDoutAndYRead, kSumsHere };
 
 struct ChunkGradientMaps {
-  CUtensorMap q, k, dout;
+  CUtensorMap q, k, dout, dv;
 };
 
 // ---- Steps ----
@@ -163,7 +164,14 @@ __device__ __forceinline__ void load_before(Storage& s, const ChunkGradientMaps&
   load_tokens<128>(maps.k, &s.state_here, s.dout, 0, z.token - kRows, static_cast<int>(z.head_k),
                    z.sequence.batch);
 }
-// One thread, behind wait_for_walk.
+// One thread, behind wait_for_walk: Y, or dV in its place.
+template <class Storage>
+__device__ __forceinline__ void load_dv(Storage& s, const ChunkGradientMaps& maps, const GradientPlace& z) {
+  const int head = static_cast<int>(z.head), first = static_cast<int>(z.block * kValueBlock);
+  for (int v = 0; v < z.value_images; ++v)
+    load_tokens<64>(maps.dv, &s.values_here, s.y + v * kImage, first + 64 * v, z.token, head,
+                    z.sequence.batch);
+}
 template <class Storage>
 __device__ __forceinline__ void load_y(Storage& s, const ChunkGradientArgs& args, const GradientPlace& z) {
   copy_in(s.y, static_cast<const char*>(args.y) + z.first_image * kImageBytes, z.value_images * kImageBytes,
@@ -236,6 +244,12 @@ __device__ __forceinline__ void finish_rows(const ChunkGradientArgs& args, const
                  columns);
 }
 
+// A warp, with two write strengths a lane: this chunk has Y, else dV in its place.
+template <class Traits>
+__device__ __forceinline__ bool gradient_has_y(float2 beta) {
+  return Traits::kAlwaysY || needs_y(fminf(fabsf(beta.x), fabsf(beta.y)));
+}
+
 // One warp, two tokens per lane: dbeta from the sums, and through the activation.
 template <class Traits>
 __device__ __forceinline__ void finish_beta(const ChunkGradientArgs& a, const GradientPlace& z,
@@ -244,6 +258,7 @@ __device__ __forceinline__ void finish_beta(const ChunkGradientArgs& a, const Gr
   const auto& sums = s.sums;
   const int lane = threadIdx.x % 32;
   const float2 betas = reinterpret_cast<const float2*>(a.rows[z.chunk].beta)[lane];
+  const bool with_y = gradient_has_y<Traits>(betas);
   const float2 k_reads = reinterpret_cast<const float2*>(a.rows[z.chunk].k_read)[lane];
   cutlass::arch::NamedBarrier::sync(Traits::kThreads, kSumsHere);
   CUTE_UNROLL
@@ -253,8 +268,14 @@ __device__ __forceinline__ void finish_beta(const ChunkGradientArgs& a, const Gr
     const float beta = e ? betas.y : betas.x, k_read = e ? k_reads.y : k_reads.x;
     const float k_dot = sums.dots[1][0][i] + sums.dots[1][1][i];
     // V'_i / beta_i is the error r_i against the memory just before token i, and dbeta_i = Y_i . r_i.
-    float dbeta =
-        fabsf(beta) >= kLeastDivisor ? s.y_dot[i] / beta : s.y_dot[i] + k_read * k_dot + sums.dots[3][0][i];
+    float dbeta;
+    if (!with_y) {
+      dbeta = s.y_dot[i] / beta / beta;
+    } else if (fabsf(beta) >= kLeastDivisor) {
+      dbeta = s.y_dot[i] / beta;
+    } else {
+      dbeta = s.y_dot[i] + k_read * k_dot + sums.dots[3][0][i];
+    }
     if (in.beta_activation != BetaActivation::kNone) {
       const float top = in.beta_activation == BetaActivation::kSigmoid2 ? 2.f : 1.f;
       dbeta *= beta * (1.f - beta / top);
@@ -272,8 +293,10 @@ __device__ __forceinline__ void finish_gate(const ChunkGradientArgs& a, const Gr
   const int lane = threadIdx.x % 32;
   const auto of_rows = [&](const float* row) { return reinterpret_cast<const float2*>(row)[lane]; };
   const ChunkRows& rows = a.rows[z.chunk];
-  const float2 beta = of_rows(rows.beta), q_read = of_rows(rows.q_read), k_read = of_rows(rows.k_read);
+  float2 beta = of_rows(rows.beta);
+  const float2 q_read = of_rows(rows.q_read), k_read = of_rows(rows.k_read);
   const float2 k_write = of_rows(rows.k_write);
+  if (!gradient_has_y<Traits>(beta)) beta = {1.f, 1.f};  // of dV, not of Y
   cutlass::arch::NamedBarrier::sync(Traits::kThreads, kSumsHere);
   if (a.dg == nullptr) return;
   constexpr uint32_t kAll = 0xffffffffu;
@@ -474,9 +497,13 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
   }
   const int value_images = here.value_images;
   // Each warp that asks for something takes its time.
+  const float2 betas = reinterpret_cast<const float2*>(args.rows[here.chunk].beta)[lane];
+  bool with_y;
+  const auto load_y_or_dv = [&] { with_y ? load_y(s, args, here) : load_dv(s, maps, here); };
   if (threadIdx.x / 32 == 1) {
     wait_for_walk(args, here);
-    if (lane == 0 && !here.odd) load_y(s, args, here);
+    with_y = gradient_has_y<Traits>(betas);
+    if (lane == 0 && !here.odd) load_y_or_dv();
   } else if (lane == 0) {
     switch (threadIdx.x / 32) {
       case 0:
@@ -503,7 +530,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
   __syncwarp();
   // This thread's rows of every accumulator: 16 warp + lane / 4 and + 8.
   const int row0 = 16 * warp + lane / 4;
-  float beta[2], left_norm[2], beta_of_four;
+  float beta[2], left_norm[2], beta_of_four;  // 1 for beta where dV is in the place of Y
   {
     const ChunkRows& rows = args.rows[here.chunk];
     CUTE_UNROLL
@@ -513,8 +540,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
     }
     beta_of_four = rows.beta[threadIdx.x / 4];
   }
+  with_y = gradient_has_y<Traits>(betas);
+  if (!with_y) beta[0] = beta[1] = beta_of_four = 1.f;
   if (here.odd) {
-    enter_odd<Traits>(s, args, here, [&] { load_y(s, args, here); }, [&] { load_dout(s, maps, here); });
+    enter_odd<Traits>(s, args, here, load_y_or_dv, [&] { load_dout(s, maps, here); });
   }
   Barrier::wait(&s.qk_here, 0);
   asm volatile("" ::: "memory");
@@ -730,6 +759,7 @@ cudaError_t launch_chunk_gradient(Kernel kernel, const ChunkGradientArgs& args, 
   cudaError_t e = encode(&maps.q, in.q, in.key_dim, in.heads);
   if (e == cudaSuccess) e = encode(&maps.k, in.k, in.key_dim, in.heads);
   if (e == cudaSuccess) e = encode(&maps.dout, args.d_o, in.value_dim, in.value_heads);
+  if (e == cudaSuccess) e = encode(&maps.dv, args.dv, in.value_dim, in.value_heads);
   if (e != cudaSuccess) return e;
   const int64_t grid = ChunkSlots(in).total * in.value_heads * value_blocks(in);
   if (grid > std::numeric_limits<int>::max()) return cudaErrorInvalidConfiguration;
