@@ -250,6 +250,17 @@ def test_constant_beta(beta: float, gate: str, dtype: torch.dtype) -> None:
     check(args, factor=2)
 
 
+# Chunks with and without a write strength so small that dv no longer tells what multiplies it.
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("gate", ["none", "head"])
+@pytest.mark.parametrize("least", [0.0, 1e-12, 1e-8])
+def test_few_tiny_betas(least: float, gate: str, dtype: torch.dtype) -> None:
+    args = make(T=500, K=128, V=128, gate=gate, dtype=dtype)
+    for row in (70, 130, 191, 320):
+        args["beta"][:, row] = least
+    check(args)
+
+
 @pytest.mark.parametrize("gate", ["head", "channel"])
 def test_zero_rows(gate: str) -> None:
     args: dict[str, Any] = make(T=100, K=128, V=128, gate=gate, dtype=torch.bfloat16)

@@ -46,7 +46,7 @@ struct ChunkGradientChannelTraits : ChunkGradientTraits<Tag, kKeyDim_> {
     float y_vnew[kRows], y_v[kRows];
     float q_dq[kGroups][kRows], k_dk[kGroups][kRows];
   };
-  struct Storage {
+  struct Storage {                   // q to y: ten images in a row
     alignas(1024) Element q[kTile];  // in the end dq on the way out, as dk in K
     alignas(1024) Element k[kTile];
     alignas(1024) Element v_new[kTile];
@@ -544,7 +544,8 @@ __device__ __forceinline__ void finish_gates(typename Traits::Storage& s, const 
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     chunk_gradient_channel_kernel(const __grid_constant__ ChunkGradientMaps maps,
-                                  const __grid_constant__ ChunkGradientArgs args) {
+                                  const __grid_constant__ ChunkGradientArgs args,
+                                  const __grid_constant__ GradientGrid grid) {
   using Element = typename Traits::Element;
   using Barrier = cutlass::arch::ClusterTransactionBarrier;
   constexpr int kKeyDim = Traits::kKeyDim, kGateRow = Traits::kGateRow;
@@ -558,7 +559,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     for (uint64_t* barrier : {&s.qk_here, &s.values_here, &s.state_here, &s.d_state_here})
       Barrier::init(barrier, 1);
     cutlass::arch::fence_barrier_init();
-    s.place.find(args);
+    s.place.find(args, grid);
   }
   __syncthreads();
   const GradientPlace& z = s.place;
@@ -584,7 +585,11 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     copy_in(s.k_norm, rows.k_norm, kRows * 4, &s.qk_here);
     copy_in(s.q_norm, rows.q_norm, kRows * 4, &s.qk_here);
   } else if (warp == 1) {
-    if (lane == 0) load_values(s, maps, args, z);
+    if (lane == 0) {
+      load_values(s, args, z);
+      load_dout(s, maps, z);
+      load_states(s.state, args.states, &s.state_here, z);
+    }
   } else if (warp == 2) {
     wait_for_walk(args, z);
     if (lane == 0) {
@@ -602,7 +607,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   Barrier::wait(&s.qk_here, 0);
   Barrier::wait(&s.values_here, 0);
   asm volatile("" ::: "memory");
-  clear_tail(s, z.valid);
+  clear_tail(s.q, 10, z.valid);
 
   // This thread's rows of every accumulator, its columns of a piece of 8 channels, and their gates.
   const int row0 = part.first_row() + lane / 4;
@@ -625,9 +630,12 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   if (threadIdx.x < 4 * kRows) {
     const int row = threadIdx.x / 4;
     const bool asked = fabsf(s.beta[row]) < kLeastDivisor;
-    const float y_v =
-        dot_with_v(s.y, asked ? z.value_row<Element>(in, row, rows.beta[row]) : nullptr, z.values(in));
-    if (threadIdx.x % 4 == 0) s.sums.y_v[row] = y_v;
+    if (__any_sync(0xffffffffu, asked)) {
+      uint4 v[4];
+      load_v_row(asked ? z.value_row<Element>(in, row, rows.beta[row]) : nullptr, z.values(in), v);
+      const float y_v = dot_with_v(s.y, v, z.values(in));
+      if (threadIdx.x % 4 == 0) s.sums.y_v[row] = y_v;
+    }
   }
 
   // 2. Through the entering state: dq = s e^G dO S^T, dk = -e^G Y S^T (without beta).
@@ -763,7 +771,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   }
   scale_rows(dq, q_norm[0], q_norm[1]);
   scale_rows(dk_row, k_norm[0], k_norm[1]);
-  finish_rows(args, z, s.sums, part.block, part.image(s.q), part.image(s.k), dq, dk_row, q_norm, k_norm);
+  finish_rows(args, z, s.sums, part.block, part.image(s.q), part.image(s.k), part.image(s.q), part.image(s.k),
+              dq, dk_row, q_norm, k_norm);  // in place: a warp's own
 }
 
 template <class Tag, int kKeyDim>

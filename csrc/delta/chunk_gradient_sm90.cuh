@@ -10,8 +10,6 @@
 // decay across t. dS takes the place of dO and Y, E and F that of S.
 #pragma once
 
-#include <cute/arch/copy_sm80.hpp>
-
 #include "delta/gradient_place_sm90.cuh"
 #include "delta/gradient_steps_sm90.cuh"
 
@@ -23,6 +21,7 @@ template <class Tag, int kKeyDim_>
 struct ChunkGradientTraits {
   using Element = element_t<Tag>;
   static constexpr int kKeyDim = kKeyDim_;
+  static constexpr bool kAlwaysY = delta::kAlwaysY<Tag, /*kChannelGate=*/false>;
   static_assert(kKeyDim == 128, "each of the two warpgroups has an image of 64 key features");
   static constexpr int kThreads = 256;
   static constexpr int kImages = 2;  // of key or value features
@@ -50,12 +49,11 @@ struct ChunkGradientTraits {
     float pairs[8][kRows];
     float through[8];
     float q_dq[2][kRows], k_dk[2][kRows];
-    alignas(16) ChunkRows rows;
   };
   struct Storage {
-    alignas(1024) Element q[kTile];  // in the end dq on the way out, as dk in K
+    alignas(1024) Element q[kTile];  // to y ten images in a row
     alignas(1024) Element k[kTile];
-    alignas(1024) Element v_new[kTile];
+    alignas(1024) Element v_new[kTile];  // in the end dq on the way out, and dk behind the sums
     union {
       struct {
         alignas(1024) Element dout[kTile];
@@ -77,13 +75,17 @@ struct ChunkGradientTraits {
     float k_norm[kRows];
     float y_dot[kRows];  // Y . V', or where |beta| < kLeastDivisor Y . V
     GradientPlace place;
-    uint64_t qk_here, values_here, state_here, d_state_here;
+    uint64_t qk_here, values_here, state_here, state_made, d_state_here;
   };
+  static_assert(sizeof(Sums) <= 2 * kImageBytes);
   static_assert(2 * (sizeof(Storage) + 1024) <= 228 * 1024, "two CTAs on an SM");
 };
 
+// Barriers at which one warp, or a warp of each warpgroup, waits for the others.
+enum ChunkGradientBarrier : uint32_t { kValuesRead, kKeysRead, kDoutAndYRead, kSumsHere };
+
 struct ChunkGradientMaps {
-  CUtensorMap q, k, dout;
+  CUtensorMap q, k, dout, dv;
 };
 
 // ---- Steps ----
@@ -116,18 +118,22 @@ __device__ __forceinline__ void wait_for_end_of_walk() {
   if (blockIdx.x == gridDim.x - 1) asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
-// One thread: K and Q, cumulative gates and the factors of K's norms.
+// One thread each: K, cumulative gates and the factors of K's norms; Q.
 template <class Storage>
 __device__ __forceinline__ void load_keys(Storage& s, const ChunkGradientMaps& maps,
                                           const ChunkGradientArgs& args, const GradientPlace& z) {
-  const int head = static_cast<int>(z.head_k);
   const ChunkRows& rows = args.rows[z.chunk];
   cutlass::arch::ClusterTransactionBarrier::arrive_and_expect_tx(
-      &s.qk_here, static_cast<int>(sizeof(s.k) + sizeof(s.q) + sizeof(s.G) + sizeof(s.k_norm)));
-  load_tokens<128>(maps.k, &s.qk_here, s.k, 0, z.token, head, z.sequence.batch);
-  load_tokens<128>(maps.q, &s.qk_here, s.q, 0, z.token, head, z.sequence.batch);
+      &s.qk_here, static_cast<int>(sizeof(s.k) + sizeof(s.G) + sizeof(s.k_norm)));
+  load_tokens<128>(maps.k, &s.qk_here, s.k, 0, z.token, static_cast<int>(z.head_k), z.sequence.batch);
   copy_in(s.G, rows.G, sizeof(s.G), &s.qk_here);
   copy_in(s.k_norm, rows.k_norm, sizeof(s.k_norm), &s.qk_here);
+}
+template <class Storage>
+__device__ __forceinline__ void load_queries(Storage& s, const ChunkGradientMaps& maps,
+                                             const GradientPlace& z) {
+  cutlass::arch::ClusterTransactionBarrier::arrive_and_expect_tx(&s.qk_here, static_cast<int>(sizeof(s.q)));
+  load_tokens<128>(maps.q, &s.qk_here, s.q, 0, z.token, static_cast<int>(z.head_k), z.sequence.batch);
 }
 // One thread.
 template <class Storage>
@@ -137,42 +143,48 @@ __device__ __forceinline__ void load_dout(Storage& s, const ChunkGradientMaps& m
     load_tokens<64>(maps.dout, &s.values_here, s.dout + v * kImage, first + 64 * v, z.token, head,
                     z.sequence.batch);
 }
-// One thread: V', dO and S. Y arrives at the barrier of V' and dO, too. Where S follows from the chunk
-// before, S, K and V' of that come instead, the latter two to the places of dO and Y.
+// One thread: V'. dO and Y arrive at its barrier, too.
 template <class Storage>
-__device__ __forceinline__ void load_values(Storage& s, const ChunkGradientMaps& maps,
-                                            const ChunkGradientArgs& args, const GradientPlace& z) {
-  using Barrier = cutlass::arch::ClusterTransactionBarrier;
+__device__ __forceinline__ void load_values(Storage& s, const ChunkGradientArgs& args,
+                                            const GradientPlace& z) {
   const int bytes = z.value_images * kImageBytes;
-  Barrier::arrive_and_expect_tx(&s.values_here, 3 * bytes);
+  cutlass::arch::ClusterTransactionBarrier::arrive_and_expect_tx(&s.values_here, 3 * bytes);
   copy_in(s.v_new, static_cast<const char*>(args.v_new) + z.first_image * kImageBytes, bytes, &s.values_here);
-  if (!z.from_before) {
-    load_dout(s, maps, z);
-    load_states(s.state, args.states, &s.state_here, z);
-    return;
-  }
+}
+// One thread: S, K and V' of the chunk before, the latter two to the places of dO and Y.
+template <class Storage>
+__device__ __forceinline__ void load_before(Storage& s, const ChunkGradientMaps& maps,
+                                            const ChunkGradientArgs& args, const GradientPlace& z) {
+  const int bytes = z.value_images * kImageBytes;
   const int64_t image = z.image_before(args.in);
-  Barrier::arrive_and_expect_tx(&s.state_here, 3 * bytes + static_cast<int>(sizeof(s.dout)));
+  cutlass::arch::ClusterTransactionBarrier::arrive_and_expect_tx(
+      &s.state_here, 3 * bytes + static_cast<int>(sizeof(s.dout)));
+  copy_in(s.y, static_cast<const char*>(args.v_new) + image * kImageBytes, bytes, &s.state_here);
   copy_in(s.state, static_cast<const char*>(args.states) + 2 * image * kImageBytes, 2 * bytes, &s.state_here);
   load_tokens<128>(maps.k, &s.state_here, s.dout, 0, z.token - kRows, static_cast<int>(z.head_k),
                    z.sequence.batch);
-  copy_in(s.y, static_cast<const char*>(args.v_new) + image * kImageBytes, bytes, &s.state_here);
 }
-// One thread, behind wait_for_walk.
+// One thread, behind wait_for_walk: Y, or dV in its place.
+template <class Storage>
+__device__ __forceinline__ void load_dv(Storage& s, const ChunkGradientMaps& maps, const GradientPlace& z) {
+  const int head = static_cast<int>(z.head), first = static_cast<int>(z.block * kValueBlock);
+  for (int v = 0; v < z.value_images; ++v)
+    load_tokens<64>(maps.dv, &s.values_here, s.y + v * kImage, first + 64 * v, z.token, head,
+                    z.sequence.batch);
+}
 template <class Storage>
 __device__ __forceinline__ void load_y(Storage& s, const ChunkGradientArgs& args, const GradientPlace& z) {
   copy_in(s.y, static_cast<const char*>(args.y) + z.first_image * kImageBytes, z.value_images * kImageBytes,
           &s.values_here);
 }
-// Rows past the end are the next sequence, or padding that may hold NaN. All threads.
-template <class Storage>
-__device__ __forceinline__ void clear_tail(Storage& s, int valid) {
+// Rows past the end are the next sequence, or padding that may hold NaN: of so many images. All threads.
+template <class Element>
+__device__ __forceinline__ void clear_tail(Element* images, int count, int valid) {
   if (valid == kRows) return;
   const int pieces = (kRows - valid) * (kImageColumns / 8);
-  static_assert(offsetof(Storage, y) == 4 * sizeof(s.q), "ten images in a row");
   CUTE_NO_UNROLL
-  for (int i = threadIdx.x; i < 10 * pieces; i += static_cast<int>(blockDim.x)) {
-    auto* first = reinterpret_cast<uint4*>(s.q + i / pieces * kImage + valid * kImageColumns);
+  for (int i = threadIdx.x; i < count * pieces; i += static_cast<int>(blockDim.x)) {
+    auto* first = reinterpret_cast<uint4*>(images + i / pieces * kImage + valid * kImageColumns);
     first[i % pieces] = uint4{0, 0, 0, 0};
   }
   cutlass::arch::fence_view_async_shared();
@@ -180,11 +192,13 @@ __device__ __forceinline__ void clear_tail(Storage& s, int valid) {
 }
 
 // dq and dk of this warpgroup's features, times the factors of the norms, to where they belong. A warp has
-// rows 16 warp and following. q and k: the images with these features, overwritten. All threads.
+// rows 16 warp and following. q and k: the images with these features; dq_image and dk_image: places for
+// those on the way out. All threads.
 template <class Element, class Sums, class Acc>
 __device__ __forceinline__ void finish_rows(const ChunkGradientArgs& args, const GradientPlace& z, Sums& sums,
-                                            int warp, Element* q, Element* k, Acc& dq, Acc& dk,
-                                            const float (&q_norm)[2], const float (&k_norm)[2]) {
+                                            int warp, Element* q, Element* k, Element* dq_image,
+                                            Element* dk_image, Acc& dq, Acc& dk, const float (&q_norm)[2],
+                                            const float (&k_norm)[2]) {
   const InputsSm90& in = args.in;
   const int wg = threadIdx.x / 128, lane = threadIdx.x % 32;
   constexpr int kColumns = 8 * kPiecesOf<Acc>, kGroups = static_cast<int>(std::extent_v<decltype(sums.q_dq)>);
@@ -222,25 +236,46 @@ __device__ __forceinline__ void finish_rows(const ChunkGradientArgs& args, const
     subtract_rows(q, warp, along[0], dq, first_piece);
     subtract_rows(k, warp, along[1], dk, first_piece);
   }
-  cutlass::arch::NamedBarrier::sync(128, 1 + wg);  // Q and K have been read
   // one block, and as many value heads as key heads
   const int64_t out = z.first_row * in.key_dim + first_key, stride = z.row * in.key_dim;
-  store_gradient(q, warp, first_piece, dq, static_cast<Element*>(args.dq) + out, stride, z.valid, columns);
-  store_gradient(k, warp, first_piece, dk, static_cast<Element*>(args.dk) + out, stride, z.valid, columns);
+  store_gradient(dq_image, warp, first_piece, dq, static_cast<Element*>(args.dq) + out, stride, z.valid,
+                 columns);
+  store_gradient(dk_image, warp, first_piece, dk, static_cast<Element*>(args.dk) + out, stride, z.valid,
+                 columns);
+}
+
+// A warp, with two write strengths a lane: this chunk has Y, else dV in its place.
+template <class Traits>
+__device__ __forceinline__ bool gradient_has_y(float2 beta) {
+  return Traits::kAlwaysY || needs_y(fminf(fabsf(beta.x), fabsf(beta.y)));
 }
 
 // One warp, two tokens per lane: dbeta from the sums, and through the activation.
-template <class Sums>
+template <class Traits>
 __device__ __forceinline__ void finish_beta(const ChunkGradientArgs& a, const GradientPlace& z,
-                                            const Sums& sums, const float* y_dot) {
+                                            const typename Traits::Storage& s) {
   const InputsSm90& in = a.in;
+  const auto& sums = s.sums;
+  const int lane = threadIdx.x % 32;
+  const float2 betas = reinterpret_cast<const float2*>(a.rows[z.chunk].beta)[lane];
+  const bool with_y = gradient_has_y<Traits>(betas);
+  const float2 k_reads = reinterpret_cast<const float2*>(a.rows[z.chunk].k_read)[lane];
+  cutlass::arch::NamedBarrier::sync(Traits::kThreads, kSumsHere);
   CUTE_UNROLL
-  for (int i = threadIdx.x % 32; i < kRows; i += 32) {
+  for (int e = 0; e < 2; ++e) {
+    const int i = 2 * lane + e;
     if (i >= z.valid) continue;
-    const float beta = sums.rows.beta[i], k_dot = sums.dots[1][0][i] + sums.dots[1][1][i];
+    const float beta = e ? betas.y : betas.x, k_read = e ? k_reads.y : k_reads.x;
+    const float k_dot = sums.dots[1][0][i] + sums.dots[1][1][i];
     // V'_i / beta_i is the error r_i against the memory just before token i, and dbeta_i = Y_i . r_i.
-    float dbeta = fabsf(beta) >= kLeastDivisor ? y_dot[i] / beta
-                                               : y_dot[i] + sums.rows.k_read[i] * k_dot + sums.dots[3][0][i];
+    float dbeta;
+    if (!with_y) {
+      dbeta = s.y_dot[i] / beta / beta;
+    } else if (fabsf(beta) >= kLeastDivisor) {
+      dbeta = s.y_dot[i] / beta;
+    } else {
+      dbeta = s.y_dot[i] + k_read * k_dot + sums.dots[3][0][i];
+    }
     if (in.beta_activation != BetaActivation::kNone) {
       const float top = in.beta_activation == BetaActivation::kSigmoid2 ? 2.f : 1.f;
       dbeta *= beta * (1.f - beta / top);
@@ -250,22 +285,28 @@ __device__ __forceinline__ void finish_beta(const ChunkGradientArgs& a, const Gr
 }
 
 // One warp, two tokens per lane: dg from the sums, and through the activation.
-template <class Sums>
+template <class Traits>
 __device__ __forceinline__ void finish_gate(const ChunkGradientArgs& a, const GradientPlace& z,
-                                            const Sums& sums) {
-  if (a.dg == nullptr) return;
+                                            const typename Traits::Storage& s) {
   const InputsSm90& in = a.in;
-  const ChunkRows& rows = sums.rows;
+  const auto& sums = s.sums;
   const int lane = threadIdx.x % 32;
+  const auto of_rows = [&](const float* row) { return reinterpret_cast<const float2*>(row)[lane]; };
+  const ChunkRows& rows = a.rows[z.chunk];
+  float2 beta = of_rows(rows.beta);
+  const float2 q_read = of_rows(rows.q_read), k_read = of_rows(rows.k_read);
+  const float2 k_write = of_rows(rows.k_write);
+  if (!gradient_has_y<Traits>(beta)) beta = {1.f, 1.f};  // of dV, not of Y
+  cutlass::arch::NamedBarrier::sync(Traits::kThreads, kSumsHere);
+  if (a.dg == nullptr) return;
   constexpr uint32_t kAll = 0xffffffffu;
-  float enter[2], leave[2];
-  CUTE_UNROLL
-  for (int e = 0; e < 2; ++e) {
+  const auto dot = [&](int which, int e) {
     const int i = 2 * lane + e;
-    const auto dot = [&](int which) { return sums.dots[which][0][i] + sums.dots[which][1][i]; };
-    enter[e] = rows.q_read[i] * dot(0) + rows.beta[i] * rows.k_read[i] * dot(1);
-    leave[e] = rows.k_write[i] * dot(2);
-  }
+    return sums.dots[which][0][i] + sums.dots[which][1][i];
+  };
+  const float enter[2] = {q_read.x * dot(0, 0) + beta.x * k_read.x * dot(1, 0),
+                          q_read.y * dot(0, 1) + beta.y * k_read.y * dot(1, 1)};
+  const float leave[2] = {k_write.x * dot(2, 0), k_write.y * dot(2, 1)};
   // Readers from t on, sources before t.
   float from = enter[0] + enter[1], before = leave[0] + leave[1];
   CUTE_UNROLL
@@ -280,7 +321,7 @@ __device__ __forceinline__ void finish_gate(const ChunkGradientArgs& a, const Gr
   float through = 0.f;
   CUTE_UNROLL
   for (int w = 0; w < 8; ++w) through += sums.through[w];
-  through *= exp2_fast(rows.G[kRows - 1]);
+  through *= exp2_fast(s.G[kRows - 1]);
 
   const float rate = in.A_log != nullptr ? expf(in.A_log[z.head]) : 1.f;
   const float bias = in.dt_bias != nullptr ? in.dt_bias[z.head] : 0.f;
@@ -322,25 +363,69 @@ __device__ __forceinline__ void finish_gate(const ChunkGradientArgs& a, const Gr
   }
 }
 
-// The entering state from that of the chunk before, S <- e^{G_C} S + Kt^T V', rounded once more: a warp has
-// 16 values. All threads.
-template <class Traits>
-__device__ __forceinline__ void enter_from_before(typename Traits::Storage& s, const ChunkRows& before,
-                                                  int value_images) {
+// The entering state of an odd chunk from that of the chunk before, S <- e^{G_C} S + Kt^T V', rounded once
+// more: a warp has 16 values. Warp 1 calls load_y as soon as V' of the chunk before has been read, warp 0
+// load_dout after K. Who waits for state_made sees it. Seldom there is a state nevertheless, and what
+// load_before asked for has come in vain. All threads.
+template <class Traits, class LoadY, class LoadDout>
+__device__ __forceinline__ void enter_odd(typename Traits::Storage& s, const ChunkGradientArgs& args,
+                                          const GradientPlace& z, const LoadY& load_y,
+                                          const LoadDout& load_dout) {
   using Element = typename Traits::Element;
+  using cutlass::arch::NamedBarrier;
+  using Barrier = cutlass::arch::ClusterTransactionBarrier;
   constexpr int kKeyDim = Traits::kKeyDim;
   const int wg = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x % 128 / 32, 0), quad = threadIdx.x % 4;
+  // The warp that loads is the only one that waits for the others.
+  const auto load_behind = [&](uint32_t barrier, int loader, const auto& load) {
+    if (wg != 0 || warp != loader) return;
+    NamedBarrier::sync(Traits::kThreads, barrier);
+    if (threadIdx.x % 32 == 0) load();
+    __syncwarp();
+  };
+  const auto made = [&] {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) Barrier::arrive(&s.state_made);
+  };
+  const auto has_read = [&](uint32_t barrier, int loader) {
+    if (wg != 0 || warp != loader) NamedBarrier::arrive(Traits::kThreads, barrier);
+  };
+  const ChunkRows& before = args.rows[z.chunk - args.in.value_heads];
+  const int value_images = z.value_images;
   float2 k_write[8];
   CUTE_UNROLL
   for (int j = 0; j < 8; ++j)
     k_write[j] = *reinterpret_cast<const float2*>(&before.k_write[8 * j + 2 * quad]);
   const float decay = exp2_fast(before.G[kRows - 1]);
-  cutlass::arch::ClusterTransactionBarrier::wait(&s.state_here, 0);
+  const bool given = z.first_of_state(args) != kNoState;
+  Barrier::wait(&s.state_here, 0);
   asm volatile("" ::: "memory");
+  if (given) {
+    __syncthreads();  // all have seen the barrier's first phase
+    if (threadIdx.x == 0) {
+      load_states(s.state, args.states, &s.state_here, z);
+      load_dout();
+    } else if (threadIdx.x == 32) {
+      load_y();
+    }
+    __syncwarp();
+    Barrier::wait(&s.state_here, 1);
+    made();
+    return;
+  }
   if (wg < value_images) {
     typename Traits::MmaToState mma;
     Tensor S = partition_fragment_C(mma, cute::Shape<Int<64>, Int<kKeyDim>>{});  // S^T
+    Tensor R = partition_fragment_C(mma, cute::Shape<Int<64>, Int<kRows>>{});    // V'^T, for its layout
+    Tensor V16 = make_tensor<Element>(accumulator_as_a(R.layout()));
+    auto* v_words = reinterpret_cast<uint32_t*>(V16.data());
+    load_transposed(s.y + wg * kImage, warp, v_words);
+    CUTE_UNROLL
+    for (int x = 0; x < 16; ++x) {
+      const float2 v = unpack<Element>(v_words[x]);
+      v_words[x] = pack<Element>(k_write[x / 2].x * v.x, k_write[x / 2].y * v.y);
+    }
     Element* images = s.state + Traits::kImages * wg * kImage;
     CUTE_UNROLL
     for (int j = 0; j < kKeyDim / 8; j += 2) {
@@ -353,20 +438,16 @@ __device__ __forceinline__ void enter_from_before(typename Traits::Storage& s, c
         S(4 * j + 2 * w) = decay * x.x, S(4 * j + 2 * w + 1) = decay * x.y;
       }
     }
-    Tensor R = partition_fragment_C(mma, cute::Shape<Int<64>, Int<kRows>>{});  // V'^T, for its layout
-    Tensor V16 = make_tensor<Element>(accumulator_as_a(R.layout()));
-    auto* v_words = reinterpret_cast<uint32_t*>(V16.data());
-    load_transposed(s.y + wg * kImage, warp, v_words);
-    CUTE_UNROLL
-    for (int x = 0; x < 16; ++x) {
-      const float2 v = unpack<Element>(v_words[x]);
-      v_words[x] = pack<Element>(k_write[x / 2].x * v.x, k_write[x / 2].y * v.y);
-    }
     const auto keys =
         mma.get_slice(threadIdx.x % 128)
             .partition_fragment_B(make_tensor(make_smem_ptr(s.dout), LayoutByFeature<Element, kKeyDim>{}));
     issue_gemm<false>(mma, V16, keys, S);
+    // Not before: a barrier does not wait for `ldmatrix`, but the product does, which has V' in registers.
+    has_read(kValuesRead, 1);
+    load_behind(kValuesRead, 1, load_y);
     warpgroup_wait<0>();
+    has_read(kKeysRead, 0);
+    load_behind(kKeysRead, 0, load_dout);
     CUTE_UNROLL
     for (int k = 0; k < Traits::kImages; ++k) {
       uint32_t words[16];
@@ -375,8 +456,11 @@ __device__ __forceinline__ void enter_from_before(typename Traits::Storage& s, c
       store_rows(images + k * kImage, warp, words);
     }
     cutlass::arch::fence_view_async_shared();
+  } else {
+    NamedBarrier::arrive(Traits::kThreads, kValuesRead);
+    NamedBarrier::arrive(Traits::kThreads, kKeysRead);
   }
-  __syncthreads();
+  made();
 }
 
 // ---- Kernel and launch ----
@@ -384,7 +468,8 @@ __device__ __forceinline__ void enter_from_before(typename Traits::Storage& s, c
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 2)
     chunk_gradient_kernel(const __grid_constant__ ChunkGradientMaps maps,
-                          const __grid_constant__ ChunkGradientArgs args) {
+                          const __grid_constant__ ChunkGradientArgs args,
+                          const __grid_constant__ GradientGrid grid) {
   using Element = typename Traits::Element;
   using Barrier = cutlass::arch::ClusterTransactionBarrier;
   using Features = LayoutByFeature<Element, kImageColumns>;
@@ -397,46 +482,73 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
   const int lane = threadIdx.x % 32, quad = lane % 4;
 
   if (threadIdx.x == 0) {
-    for (uint64_t* barrier : {&s.qk_here, &s.values_here, &s.state_here, &s.d_state_here})
-      Barrier::init(barrier, 1);
+    Barrier::init(&s.qk_here, 3);
+    Barrier::init(&s.state_made, Traits::kThreads / 32);
+    for (uint64_t* barrier : {&s.values_here, &s.state_here, &s.d_state_here}) Barrier::init(barrier, 1);
     cutlass::arch::fence_barrier_init();
-    s.place.find(args);
-    if (s.place.inside) {
-      load_keys(s, maps, args, s.place);  // before a read of memory
-      s.place.from_before = s.place.lacks_state(args);
-    }
   }
+  GradientPlace here;  // each warp needs some of it
+  here.find(args, grid);
   __syncthreads();
-  const GradientPlace& z = s.place;
-  if (!z.inside) {
+  if (!here.inside) {
     if (args.rate_parts != nullptr && threadIdx.x == 0)
-      args.rate_parts[z.part(in, 1, 0)] = args.bias_parts[z.part(in, 1, 0)] = 0.f;
+      args.rate_parts[here.part(in, 1, 0)] = args.bias_parts[here.part(in, 1, 0)] = 0.f;
     return;
   }
-  const int value_images = z.value_images;
-  const ChunkRows& rows = args.rows[z.chunk];
-  if (threadIdx.x == 0) load_values(s, maps, args, z);
+  const int value_images = here.value_images;
+  // Each warp that asks for something takes its time.
+  const float2 betas = reinterpret_cast<const float2*>(args.rows[here.chunk].beta)[lane];
+  bool with_y;
+  const auto load_y_or_dv = [&] { with_y ? load_y(s, args, here) : load_dv(s, maps, here); };
+  if (threadIdx.x / 32 == 1) {
+    wait_for_walk(args, here);
+    with_y = gradient_has_y<Traits>(betas);
+    if (lane == 0 && !here.odd) load_y_or_dv();
+  } else if (lane == 0) {
+    switch (threadIdx.x / 32) {
+      case 0:
+        here.odd ? load_before(s, maps, args, here) : load_dout(s, maps, here);
+        break;
+      case 2:
+        load_keys(s, maps, args, here);
+        break;
+      case 3:
+        load_queries(s, maps, here);
+        break;
+      case 4:
+        load_values(s, args, here);
+        break;
+      case 5:
+        if (!here.odd) load_states(s.state, args.states, &s.state_here, here);
+        break;
+      case 6:
+        s.place = here;
+        Barrier::arrive(&s.qk_here);
+        break;
+    }
+  }
+  __syncwarp();
   // This thread's rows of every accumulator: 16 warp + lane / 4 and + 8.
   const int row0 = 16 * warp + lane / 4;
-  float beta[2], left_norm[2];
-  CUTE_UNROLL
-  for (int h = 0; h < 2; ++h) {
-    beta[h] = rows.beta[row0 + 8 * h];
-    left_norm[h] = wg == 0 ? rows.k_norm[row0 + 8 * h] : rows.q_norm[row0 + 8 * h];
+  float beta[2], left_norm[2], beta_of_four;  // 1 for beta where dV is in the place of Y
+  {
+    const ChunkRows& rows = args.rows[here.chunk];
+    CUTE_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      beta[h] = rows.beta[row0 + 8 * h];
+      left_norm[h] = wg == 0 ? rows.k_norm[row0 + 8 * h] : rows.q_norm[row0 + 8 * h];
+    }
+    beta_of_four = rows.beta[threadIdx.x / 4];
   }
-  const float beta_of_four = rows.beta[threadIdx.x / 4];
-  if (z.from_before) {
-    enter_from_before<Traits>(s, args.rows[z.chunk - in.value_heads], value_images);
-    if (threadIdx.x == 0) load_dout(s, maps, z);
-  }
-  if (threadIdx.x / 32 == 1) {
-    wait_for_walk(args, z);
-    if (lane == 0) load_y(s, args, z);
+  with_y = gradient_has_y<Traits>(betas);
+  if (!with_y) beta[0] = beta[1] = beta_of_four = 1.f;
+  if (here.odd) {
+    enter_odd<Traits>(s, args, here, load_y_or_dv, [&] { load_dout(s, maps, here); });
   }
   Barrier::wait(&s.qk_here, 0);
-  Barrier::wait(&s.values_here, 0);
   asm volatile("" ::: "memory");
-  clear_tail(s, z.valid);
+  const GradientPlace& z = s.place;
+  clear_tail(s.q, 4, z.valid);
 
   // 1. First warpgroup: Y V'^T and K K^T. Second: dO V'^T and Q K^T. (rows i, rows j)
   typename Traits::MmaRows mma_rows;
@@ -448,14 +560,43 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
   float dots[2] = {0.f, 0.f};  // of the two rows, what this lane keeps for its quad
   float2 pairs{0.f, 0.f};
   {
-    Tensor product = accumulator(), d_product = accumulator();
+    Tensor product = accumulator(), decay = accumulator();
     Element *left = wg == 0 ? s.k : s.q, *d_left = wg == 0 ? s.y : s.dout;
     multiply<true, ByRow>(mma_rows, left, s.k, product);
     multiply<false, ByRow>(mma_rows, left + kImage, s.k + kImage, product);
+    warpgroup_wait<0>();
+    // For each pair of a row and a column: f(place in an accumulator, h, e, kept, strict).
+    const auto for_pairs = [&](const auto& f) {
+      CUTE_UNROLL
+      for (int pair = 0; pair < 4; ++pair) {
+        if (pair > warp) continue;  // above the diagonal
+        CUTE_UNROLL
+        for (int x = 0; x < 8; ++x) {
+          const int n = 2 * pair + x / 4, h = x / 2 % 2, e = x % 2;
+          const int i = row0 + 8 * h, j = 8 * n + 2 * quad + e;
+          f(4 * n + 2 * h + e, h, j, i > j || (wg == 1 && i == j), i > j);
+        }
+      }
+    };
+    float G[2], weight_row[2];
+    const float sign = wg == 0 ? -1.f : static_cast<float>(in.scale);
+    CUTE_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      G[h] = s.G[row0 + 8 * h];
+      weight_row[h] = sign * (wg == 0 ? beta[h] : 1.f);
+    }
+    // While Y is on its way.
+    for_pairs([&](int at, int h, int j, bool kept, bool) {
+      decay(at) = exp2_fast(kept ? G[h] - s.G[j] : 0.f);
+      product(at) *= left_norm[h] * s.k_norm[j];
+      settle(decay(at), product(at));
+    });
+    Barrier::wait(&s.values_here, 0);
+    asm volatile("" ::: "memory");
+    clear_tail(s.v_new, 6, z.valid);
+    Tensor d_product = accumulator();
     multiply<true, ByRow>(mma_rows, d_left, s.v_new, d_product);
     if (value_images == 2) multiply<false, ByRow>(mma_rows, d_left + kImage, s.v_new + kImage, d_product);
-    const float y_v = dot_with_v(s.y, z.value_row<Element>(in, threadIdx.x / 4, beta_of_four), z.values(in));
-    if (threadIdx.x % 4 == 0 && !(fabsf(beta_of_four) >= kLeastDivisor)) s.y_dot[threadIdx.x / 4] = y_v;
     warpgroup_wait<0>();
     float y_vnew[2];
     diagonal_of(d_product, warp, y_vnew);
@@ -464,38 +605,16 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
       for (int h = 0; h < 2; ++h)
         if (fabsf(beta[h]) >= kLeastDivisor) s.y_dot[row0 + 8 * h] = y_vnew[h];
     }
-    const float sign = wg == 0 ? -1.f : static_cast<float>(in.scale);
-    float G[2], weight_row[2];
     CUTE_UNROLL
-    for (int h = 0; h < 2; ++h) {
-      G[h] = s.G[row0 + 8 * h];
-      weight_row[h] = sign * (wg == 0 ? beta[h] : 1.f);
-    }
-    CUTE_UNROLL
-    for (int n = 0; n < 8; ++n) {
-      weights[2 * n] = weights[2 * n + 1] = 0;
-      if (n > 2 * warp + 1) continue;  // above the diagonal
-      const int j = 8 * n + 2 * quad;
-      const float2 G_j = *reinterpret_cast<const float2*>(&s.G[j]);
-      const float2 k_j = *reinterpret_cast<const float2*>(&s.k_norm[j]);
-      CUTE_UNROLL
-      for (int h = 0; h < 2; ++h) {
-        const int i = row0 + 8 * h;
-        float weight[2];
-        CUTE_UNROLL
-        for (int e = 0; e < 2; ++e) {
-          const int at = 4 * n + 2 * h + e;
-          const bool strict = i > j + e, kept = strict || (wg == 1 && i == j + e);
-          const float decay = exp2_fast(kept ? G[h] - (e ? G_j.y : G_j.x) : 0.f);
-          const float d = kept ? d_product(at) * decay : 0.f;
-          const float pair = d * (left_norm[h] * (e ? k_j.y : k_j.x) * product(at));
-          weight[e] = weight_row[h] * d;
-          dots[h] -= strict ? pair : 0.f;
-          product(at) = strict ? weight_row[h] * pair : 0.f;
-        }
-        weights[2 * n + h] = pack<Element>(weight[0], weight[1]);
-      }
-    }
+    for (int x = 0; x < 16; ++x) weights[x] = 0;
+    for_pairs([&](int at, int h, int, bool kept, bool strict) {
+      d_product(at) = kept ? d_product(at) * decay(at) : 0.f;
+      const float pair = d_product(at) * product(at);
+      dots[h] -= strict ? pair : 0.f;
+      product(at) = strict ? weight_row[h] * pair : 0.f;
+      if (at % 2 == 1)
+        weights[at / 2] = pack<Element>(weight_row[h] * d_product(at - 1), weight_row[h] * d_product(at));
+    });
     CUTE_UNROLL
     for (int h = 0; h < 2; ++h) {
       dots[h] += __shfl_xor_sync(0xffffffffu, dots[h], 1);
@@ -506,7 +625,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
   }
 
   // 2. This warpgroup's 64 features of dO S^T and Y S^T.
-  Barrier::wait(&s.state_here, 0);
+  const bool asks_for_v = !(fabsf(beta_of_four) >= kLeastDivisor);  // a row of four threads
+  uint4 v_pieces[4];
+  load_v_row(z.value_row<Element>(in, threadIdx.x / 4, beta_of_four), z.values(in), v_pieces);
+  Barrier::wait(z.odd ? &s.state_made : &s.state_here, 0);
   asm volatile("" ::: "memory");
   Tensor dq = accumulator(), dk = accumulator();  // (rows, features)
   const auto through_state = [&](Element* left, Element* state_images, auto& acc) {
@@ -516,9 +638,18 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
   };
   through_state(s.dout, s.state, dq);
   through_state(s.y, s.state, dk);
+  if (__any_sync(0xffffffffu, asks_for_v)) {
+    const float y_v = dot_with_v(s.y, v_pieces, z.values(in));
+    if (threadIdx.x % 4 == 0 && asks_for_v) s.y_dot[threadIdx.x / 4] = y_v;
+  }
   warpgroup_wait<0>();
-  __syncthreads();  // dO and Y are free
-  if (threadIdx.x == 0) load_states(s.d_state, args.d_states, &s.d_state_here, z);
+  if (threadIdx.x / 32 == 0) {
+    cutlass::arch::NamedBarrier::sync(Traits::kThreads, kDoutAndYRead);
+    if (lane == 0) load_states(s.d_state, args.d_states, &s.d_state_here, z);
+    __syncwarp();
+  } else {
+    cutlass::arch::NamedBarrier::arrive(Traits::kThreads, kDoutAndYRead);
+  }
   const auto keep_dots = [&](int which, const float (&dot)[2]) {
     CUTE_UNROLL
     for (int h = 0; h < 2; ++h) dots[h] = quad == which ? dot[h] : dots[h];
@@ -538,14 +669,24 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
     const float scale = static_cast<float>(in.scale);
     scale_rows(dq, scale * decay[0], scale * decay[1]);
     scale_rows(dk, -beta[0] * decay[0], -beta[1] * decay[1]);
+    CUTE_UNROLL
+    for (int x = 0; x < size(dq); ++x) settle(dq(x), dk(x));
   }
 
-  // 3. V' dS^T
+  // 3. S . dS, then V' dS^T, in halves: both at once, registers would be spilled. Under the first E and F for
+  // step 4 in both orientations, as left operands; their columns carry the norms of what they multiply.
   Barrier::wait(&s.d_state_here, 0);
   asm volatile("" ::: "memory");
   float through = 0.f;
+  if (args.dg != nullptr) {
+    if (wg < value_images)
+      through = dot_of_states(s.state + 2 * wg * kImage, s.d_state + 2 * wg * kImage, warp);
+    CUTE_UNROLL
+    for (int step = 16; step >= 1; step /= 2) through += __shfl_xor_sync(0xffffffffu, through, step);
+    settle(through);
+    __syncthreads();  // S is free
+  }
   {
-    // In halves: both at once, registers would be spilled.
     Tensor to_end = partition_fragment_C(typename Traits::MmaHalf{}, cute::Shape<Int<kRows>, Int<32>>{});
     float decay[2], dot[2] = {0.f, 0.f};
     CUTE_UNROLL
@@ -555,11 +696,20 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
       multiply_half<Traits, true>(s.v_new, s.d_state + wg * kImage, half, to_end);
       if (value_images == 2)
         multiply_half<Traits, false>(s.v_new + kImage, s.d_state + (2 + wg) * kImage, half, to_end);
-      if (half == 0 && args.dg != nullptr) {
-        if (wg < value_images)
-          through = dot_of_states(s.state + 2 * wg * kImage, s.d_state + 2 * wg * kImage, warp);
+      if (half == 0) {
+        uint32_t direct[16], transposed[16];
         CUTE_UNROLL
-        for (int step = 16; step >= 1; step /= 2) through += __shfl_xor_sync(0xffffffffu, through, step);
+        for (int n = 0; n < 8; ++n) {
+          const float2 k_j = *reinterpret_cast<const float2*>(&s.k_norm[8 * n + 2 * quad]);
+          CUTE_UNROLL
+          for (int h = 0; h < 2; ++h) {
+            const float2 w = unpack<Element>(weights[2 * n + h]);
+            direct[2 * n + h] = pack<Element>(w.x * k_j.x, w.y * k_j.y);
+            transposed[2 * n + h] = pack<Element>(w.x * left_norm[h], w.y * left_norm[h]);
+          }
+        }
+        store_both_ways(wg == 0 ? s.e : s.f, wg == 0 ? s.e_t : s.f_t, warp, direct, transposed);
+        cutlass::arch::fence_view_async_shared();
       }
       warpgroup_wait<0>();
       float part[2];
@@ -571,52 +721,30 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
     }
     keep_dots(2, dot);
   }
-  __syncthreads();  // S and dS are free
-  if (threadIdx.x < sizeof(ChunkRows) / 16) {
-    SM80_CP_ASYNC_CACHEGLOBAL<uint128_t>::copy(reinterpret_cast<const uint128_t*>(&rows)[threadIdx.x],
-                                               reinterpret_cast<uint128_t*>(&s.sums.rows)[threadIdx.x]);
-    cp_async_fence();
-  }
+  __syncthreads();  // dS is free, E and F are there
 
-  // 4. E and F in both orientations, as left operands; their columns carry the norms of what they multiply.
-  {
-    uint32_t direct[16], transposed[16];
-    CUTE_UNROLL
-    for (int n = 0; n < 8; ++n) {
-      const float2 k_j = *reinterpret_cast<const float2*>(&s.k_norm[8 * n + 2 * quad]);
-      CUTE_UNROLL
-      for (int h = 0; h < 2; ++h) {
-        const float2 w = unpack<Element>(weights[2 * n + h]);
-        direct[2 * n + h] = pack<Element>(w.x * k_j.x, w.y * k_j.y);
-        transposed[2 * n + h] = pack<Element>(w.x * left_norm[h], w.y * left_norm[h]);
-      }
-    }
-    store_rows(wg == 0 ? s.e : s.f, warp, direct);
-    store_transposed(wg == 0 ? s.e_t : s.f_t, warp, transposed);
-    cutlass::arch::fence_view_async_shared();
-  }
-  CUTE_UNROLL
-  for (int h = 0; h < 2; ++h) s.sums.dots[quad][wg][row0 + 8 * h] = dots[h];
-  *reinterpret_cast<float2*>(&s.sums.pairs[threadIdx.x / 32][column_after_sum()]) = pairs;
-  if (lane == 0) s.sums.through[threadIdx.x / 32] = through;
-  cp_async_wait<0>();
-  __syncthreads();
+  // 4. What E and F add. The sums meanwhile, to the place of dS.
   multiply<false, Features>(mma_features, s.f, k_image, dq);
   multiply<false, Features>(mma_features, s.e, k_image, dk);
   multiply<false, Features>(mma_features, s.e_t, k_image, dk);
   multiply<false, Features>(mma_features, s.f_t, q_image, dk);
-  if (warp == 0) wg == 0 ? finish_beta(args, z, s.sums, s.y_dot) : finish_gate(args, z, s.sums);
   float q_norm[2], k_norm[2];
   CUTE_UNROLL
   for (int h = 0; h < 2; ++h) {
-    q_norm[h] = s.sums.rows.q_norm[row0 + 8 * h];
-    k_norm[h] = s.sums.rows.k_norm[row0 + 8 * h];
+    s.sums.dots[quad][wg][row0 + 8 * h] = dots[h];
+    q_norm[h] = args.rows[z.chunk].q_norm[row0 + 8 * h];
+    k_norm[h] = s.k_norm[row0 + 8 * h];
   }
+  *reinterpret_cast<float2*>(&s.sums.pairs[threadIdx.x / 32][column_after_sum()]) = pairs;
+  if (lane == 0) s.sums.through[threadIdx.x / 32] = through;
+  if (warp == 0) wg == 0 ? finish_beta<Traits>(args, z, s) : finish_gate<Traits>(args, z, s);
+  else cutlass::arch::NamedBarrier::arrive(Traits::kThreads, kSumsHere);
   warpgroup_wait<0>();
   scale_rows(dq, q_norm[0], q_norm[1]);
   scale_rows(dk, k_norm[0], k_norm[1]);
 
-  finish_rows(args, z, s.sums, warp, q_image, k_image, dq, dk, q_norm, k_norm);
+  finish_rows(args, z, s.sums, warp, q_image, k_image, s.v_new + wg * kImage, s.d_state + (2 + wg) * kImage,
+              dq, dk, q_norm, k_norm);
 }
 
 template <class Traits, class Kernel>
@@ -631,6 +759,7 @@ cudaError_t launch_chunk_gradient(Kernel kernel, const ChunkGradientArgs& args, 
   cudaError_t e = encode(&maps.q, in.q, in.key_dim, in.heads);
   if (e == cudaSuccess) e = encode(&maps.k, in.k, in.key_dim, in.heads);
   if (e == cudaSuccess) e = encode(&maps.dout, args.d_o, in.value_dim, in.value_heads);
+  if (e == cudaSuccess) e = encode(&maps.dv, args.dv, in.value_dim, in.value_heads);
   if (e != cudaSuccess) return e;
   const int64_t grid = ChunkSlots(in).total * in.value_heads * value_blocks(in);
   if (grid > std::numeric_limits<int>::max()) return cudaErrorInvalidConfiguration;
@@ -641,7 +770,7 @@ cudaError_t launch_chunk_gradient(Kernel kernel, const ChunkGradientArgs& args, 
   config.gridDim = static_cast<unsigned>(grid), config.blockDim = Traits::kThreads;
   config.dynamicSmemBytes = kShared, config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &beside_walk, config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, maps, args);
+  return cudaLaunchKernelEx(&config, kernel, maps, args, GradientGrid(in, args.early));
 }
 
 template <class Tag, int kKeyDim>

@@ -235,6 +235,20 @@ struct Part {
   }
 };
 
+// ---- Y of the backward ----
+
+// The gradient multiplies Y, or with a gate per head dV = beta Y, which leaves anyway and in bfloat16, with
+// the exponents of float32, has as many digits: Y, too, stays in memory only where a |beta| of the chunk is
+// below kLeastBetaOfDv.
+template <class Tag, bool kChannelGate>
+constexpr bool kAlwaysY = kChannelGate || !std::is_same_v<Tag, bf16>;
+constexpr float kLeastBetaOfDv = 0x1p-30f;
+
+// A warp with all write strengths of a chunk: the least |beta| that a lane has.
+__device__ __forceinline__ bool needs_y(float least) {
+  return __any_sync(0xffffffffu, least < kLeastBetaOfDv);
+}
+
 // ---- Gates and write strengths ----
 
 __device__ __forceinline__ float sigmoid(float x) { return 1.f / (1.f + __expf(-x)); }

@@ -172,7 +172,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> delta
     check_launch(op, choice.reverse(pass, stream));
 
     ChunkGradientArgs gradient{in, start.chunks.rows, start.chunks.G};
-    gradient.d_o = pass.d_o;
+    gradient.d_o = pass.d_o, gradient.dv = rows<void>(dv);
     gradient.y = pass.y, gradient.v_new = start.v_new;
     gradient.announced = pass.announced;
     gradient.early = early_chunks(in, sms);

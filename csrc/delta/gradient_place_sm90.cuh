@@ -1,6 +1,10 @@
 // Which chunk, value head and block of values a CTA of the chunk gradients takes, and in which order.
 #pragma once
 
+#include <cutlass/fast_math.h>
+
+#include <algorithm>
+
 #include "delta/chunk_sm90.cuh"
 #include "delta/sm90_bwd.h"
 
@@ -9,15 +13,40 @@ namespace nearfield::delta {
 // Below this |beta|, V'_i / beta_i has lost digits of V'_i (in fp16, to its smallest numbers).
 constexpr float kLeastDivisor = 1.f / 64;
 
+// What divides the grid, as multipliers: every warp of a CTA divides before it can ask for anything.
+struct GradientGrid {
+  cutlass::FastDivmod blocks, value_heads, sequences, group, early, late;
+  int tiles, slots;  // of a value head; of a sequence, or packed of all
+
+  GradientGrid(const InputsSm90& in, uint32_t early_of_16) {
+    const auto divide_by = [](int64_t n) {
+      return cutlass::FastDivmod(static_cast<int>(std::max<int64_t>(n, 1)));
+    };
+    const bool packed = in.cu_seqlens != nullptr;
+    blocks = divide_by(value_blocks(in)), value_heads = divide_by(in.value_heads);
+    sequences = divide_by(packed ? 1 : in.sequences), group = divide_by(in.value_heads / in.heads);
+    early = divide_by(early_of_16), late = divide_by(16 - early_of_16);
+    tiles = static_cast<int>((in.value_dim + kImageColumns - 1) / kImageColumns);
+    slots = static_cast<int>(ChunkSlots(in).total / (packed ? 1 : in.sequences));
+  }
+};
+
 // The walk goes from the last chunk of a sequence to the first, and announces chunks faster than the SMs that
 // it leaves free can take them. So CTAs first take `early` of every 16, evenly spread and close behind the
 // walk, while the L2 cache still has what it wrote; then the others, those it wrote last first. Returns how
-// many of the n chunks the walk has done before the `which`-th that is taken.
-__device__ __forceinline__ uint32_t done_before(uint32_t which, uint32_t early, uint32_t n) {
-  const uint32_t groups = n / 16, late = 16 - early;
-  if (which < groups * early) return which / early * 16 + ((which % early + 1) * 16 + early - 1) / early - 1;
-  const uint32_t left = n - 1 - which;
-  if (left < groups * late) return left / late * 16 + left % late * 16 / late;
+// many of the chunks of a sequence the walk has done before the `which`-th that is taken.
+__device__ __forceinline__ int done_before(int which, int early, const GradientGrid& grid) {
+  const int groups = grid.slots / 16, late = 16 - early;
+  int q, r;
+  if (which < groups * early) {
+    grid.early(q, r, which);
+    return q * 16 + grid.early.div((r + 1) * 16 + early - 1) - 1;
+  }
+  const int left = grid.slots - 1 - which;
+  if (left < groups * late) {
+    grid.late(q, r, left);
+    return q * 16 + grid.late.div(r * 16);
+  }
   return left + groups * early;
 }
 
@@ -29,41 +58,38 @@ struct GradientPlace {
   int64_t first_row, row;  // in [B, T, HV, blocks]: the first token, and from one to the next
   int64_t first_image;     // of this block, among images of values; with keys, one per 64 of them
   int valid, value_images;
-  bool inside;       // else there is no such chunk
-  bool from_before;  // its entering state follows from that of the chunk before
+  bool inside;  // else there is no such chunk
+  bool odd;     // of its sequence: its entering state may have to be made from that of the chunk before
 
-  __device__ __forceinline__ void find(const ChunkGradientArgs& args) {
+  // In 32 bits, as far as the grid is: few instructions that wait for each other.
+  __device__ __forceinline__ void find(const ChunkGradientArgs& args, const GradientGrid& grid) {
     const InputsSm90& in = args.in;
-    const bool packed = in.cu_seqlens != nullptr;
-    const int64_t tiles = (in.value_dim + kImageColumns - 1) / kImageColumns;
-    const auto value_heads = static_cast<uint32_t>(in.value_heads);
-    const uint32_t block_count = static_cast<uint32_t>(tiles + 1) / 2, index = blockIdx.x / block_count;
-    const uint32_t h = index % value_heads, rest = index / value_heads;
-    const uint32_t sequences = packed ? 1u : static_cast<uint32_t>(in.sequences), n = rest % sequences;
-    const uint32_t slots =
-        gridDim.x / (block_count * value_heads * sequences);  // of a sequence, or packed of all
-    blocks = block_count;
-    block = blockIdx.x % block_count;
-    head = h;
-    head_k = h / (value_heads / static_cast<uint32_t>(in.heads));
-    slot = (n + 1) * slots - 1 - done_before(rest / sequences, args.early, slots);
-    chunk = slot * in.value_heads + head;
-    sequence = sequence_of(in, packed ? sequence_at_slot(in, slot) : n);
-    const int64_t first = (slot - sequence.first_slot) * kRows;
+    int index, b, h, rest, n, which;
+    grid.blocks(index, b, static_cast<int>(blockIdx.x));
+    grid.value_heads(rest, h, index);
+    grid.sequences(which, n, rest);
+    const int of_sequence = grid.slots - 1 - done_before(which, static_cast<int>(args.early), grid);
+    slot = n * grid.slots + of_sequence;
+    sequence = in.cu_seqlens != nullptr ? sequence_of(in, sequence_at_slot(in, slot))
+                                        : Sequence{n, 0, in.tokens, n * grid.slots};
+    const int ordinal = static_cast<int>(slot - sequence.first_slot);
+    const int64_t first = static_cast<int64_t>(ordinal) * kRows;
+    block = b, blocks = grid.blocks.divisor;
+    head = h, head_k = grid.group.div(h);
+    chunk = static_cast<int>(slot) * grid.value_heads.divisor + h;
     token = sequence.begin + first;
-    row = in.value_heads * blocks;
-    first_row = (sequence.batch * in.tokens + token) * row + head * blocks + block;
-    value_images = static_cast<int>(min(tiles - 2 * block, static_cast<int64_t>(2)));
-    first_image = chunk * tiles + 2 * block;
+    row = grid.value_heads.divisor * grid.blocks.divisor;
+    first_row = (sequence.batch * in.tokens + token) * row + h * grid.blocks.divisor + b;
+    value_images = min(grid.tiles - 2 * b, 2);
+    first_image = static_cast<int64_t>(static_cast<int>(chunk)) * grid.tiles + 2 * b;
     valid = static_cast<int>(min(static_cast<int64_t>(kRows), sequence.length - first));
     inside = first >= 0 && first < sequence.length;
-    from_before = false;
+    odd = ordinal % 2 != 0;
   }
-  // Without its entering state; see kNoState.
-  __device__ __forceinline__ bool lacks_state(const ChunkGradientArgs& args) const {
-    if ((slot - sequence.first_slot) % 2 == 0) return false;
+  // The first elements of its entering state, of which kNoState says that it is missing.
+  __device__ __forceinline__ uint32_t first_of_state(const ChunkGradientArgs& args) const {
     return *reinterpret_cast<const uint32_t*>(static_cast<const char*>(args.states) +
-                                              2 * first_image * kImageBytes) == kNoState;
+                                              2 * first_image * kImageBytes);
   }
   // first_image of the chunk before.
   __device__ __forceinline__ int64_t image_before(const InputsSm90& in) const {

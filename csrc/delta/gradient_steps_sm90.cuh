@@ -54,6 +54,50 @@ __device__ __forceinline__ void multiply_half(Element* a, Element* b, int half, 
   warpgroup_fence_operand(acc);
 }
 
+// ---- Matrices of an image ----
+
+// Addresses of `ldmatrix` and `stmatrix` are opaque: the compiler would compute a dozen of them early, hold
+// them across the products and spill them.
+__device__ __forceinline__ uint32_t opaque_address(const void* shared) {
+  uint32_t at = cast_smem_ptr_to_uint(shared);
+  asm volatile("" : "+r"(at));
+  return at;
+}
+// Where a lane begins with a warp's 16 rows of an image, at piece `first_piece`. Pieces of a row are permuted
+// by XOR, so those j further on are where some of the bits 4 to 6 are flipped.
+template <class Element>
+__device__ __forceinline__ uint32_t rows_at(Element* image, int warp, int first_piece = 0) {
+  return opaque_address(&matrices_at<true>(image, 16 * warp, first_piece));
+}
+__device__ __forceinline__ void load_matrices(uint32_t at, int j, uint32_t (&words)[4]) {
+  asm volatile("ldmatrix.sync.aligned.x4.m8n8.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(at ^ j * 16)
+               : "memory");
+}
+// store_rows of a whole image and store_transposed.
+template <class Element>
+__device__ __forceinline__ void store_both_ways(Element* image, Element* image_transposed, int warp,
+                                                const uint32_t (&words)[16],
+                                                const uint32_t (&transposed)[16]) {
+  const uint32_t at = rows_at(image, warp);
+  CUTE_UNROLL
+  for (int j = 0; j < 8; j += 2) {
+    asm volatile("stmatrix.sync.aligned.x4.m8n8.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at ^ j * 16),
+                 "r"(words[2 * j]), "r"(words[2 * j + 1]), "r"(words[2 * j + 2]), "r"(words[2 * j + 3])
+                 : "memory");
+  }
+  const uint32_t at_transposed = opaque_address(&matrices_at<false>(image_transposed, 0, 2 * warp));
+  CUTE_UNROLL
+  for (int j = 0; j < 8; j += 2) {
+    asm volatile("stmatrix.sync.aligned.x4.trans.m8n8.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                     at_transposed + 8 * j * kImageColumns * 2),
+                 "r"(transposed[2 * j]), "r"(transposed[2 * j + 1]), "r"(transposed[2 * j + 2]),
+                 "r"(transposed[2 * j + 3])
+                 : "memory");
+  }
+}
+
 // ---- Rows, diagonals and sums ----
 
 // Sums that the compiler must have by here: it would hold what they are made of, in registers that are
@@ -72,17 +116,17 @@ constexpr int kPiecesOf = decltype(size(std::declval<Acc>()))::value / 4;
 template <class Element, class Acc>
 __device__ __forceinline__ void row_dots(Element* image, int warp, const Acc& acc, float (&sum)[2],
                                          int first_piece = 0) {
+  const uint32_t at = rows_at(image, warp, first_piece);
   sum[0] = sum[1] = 0.f;
   CUTE_UNROLL
   for (int j = 0; j < kPiecesOf<Acc>; j += 2) {
     uint32_t words[4];
-    SM75_U32x4_LDSM_N::copy(matrices_at<true>(image, 16 * warp, first_piece + j), words[0], words[1],
-                            words[2], words[3]);
+    load_matrices(at, j, words);
     CUTE_UNROLL
     for (int w = 0; w < 4; ++w) {
       const float2 x = unpack<Element>(words[w]);
-      const int at = 4 * (j + w / 2) + 2 * (w % 2);
-      sum[w % 2] += x.x * acc(at) + x.y * acc(at + 1);
+      const int e = 4 * (j + w / 2) + 2 * (w % 2);
+      sum[w % 2] += x.x * acc(e) + x.y * acc(e + 1);
     }
   }
   CUTE_UNROLL
@@ -102,17 +146,17 @@ __device__ __forceinline__ void scale_rows(Acc& acc, float first, float second) 
 template <class Element, class Acc>
 __device__ __forceinline__ void subtract_rows(Element* image, int warp, const float (&factor)[2], Acc& acc,
                                               int first_piece) {
+  const uint32_t at = rows_at(image, warp, first_piece);
   CUTE_UNROLL
   for (int j = 0; j < kPiecesOf<Acc>; j += 2) {
     uint32_t words[4];
-    SM75_U32x4_LDSM_N::copy(matrices_at<true>(image, 16 * warp, first_piece + j), words[0], words[1],
-                            words[2], words[3]);
+    load_matrices(at, j, words);
     CUTE_UNROLL
     for (int w = 0; w < 4; ++w) {
       const float2 x = unpack<Element>(words[w]);
-      const int at = 4 * (j + w / 2) + 2 * (w % 2);
-      acc(at) -= factor[w % 2] * x.x;
-      acc(at + 1) -= factor[w % 2] * x.y;
+      const int e = 4 * (j + w / 2) + 2 * (w % 2);
+      acc(e) -= factor[w % 2] * x.x;
+      acc(e + 1) -= factor[w % 2] * x.y;
     }
   }
 }
@@ -134,13 +178,14 @@ __device__ __forceinline__ void diagonal_of(const Acc& acc, int warp, float (&di
 template <class Element>
 __device__ __forceinline__ float dot_of_states(Element* state, Element* d_state, int warp) {
   float upper[4] = {}, lower[4] = {};
+  const uint32_t at_state = rows_at(state, warp), at_d_state = rows_at(d_state, warp);
   CUTE_UNROLL
   for (int k = 0; k < 2; ++k) {
     CUTE_UNROLL
     for (int j = 0; j < 8; j += 2) {
       uint32_t a[4], b[4];
-      SM75_U32x4_LDSM_N::copy(matrices_at<true>(state + k * kImage, 16 * warp, j), a[0], a[1], a[2], a[3]);
-      SM75_U32x4_LDSM_N::copy(matrices_at<true>(d_state + k * kImage, 16 * warp, j), b[0], b[1], b[2], b[3]);
+      load_matrices(at_state + k * kImageBytes, j, a);
+      load_matrices(at_d_state + k * kImageBytes, j, b);
       warp_mma<Element>(upper, a, b[0], b[2]);
       warp_mma<Element>(lower, a, b[1], b[3]);
     }
@@ -149,19 +194,28 @@ __device__ __forceinline__ float dot_of_states(Element* state, Element* d_state,
   return has_diagonal() ? (odd ? upper[1] + lower[3] : upper[0] + lower[2]) : 0.f;
 }
 
-// Four threads per row: the dot product of Y with V in rows that ask for it.
+// Four threads per row, in rows that ask for it, of which there are few: a thread's share of a row of V, and
+// the dot product of Y with it. All reads at once: each is one of memory.
 template <class Element>
-__device__ __forceinline__ float dot_with_v(Element* y, const Element* v, int columns) {
+__device__ __forceinline__ void load_v_row(const Element* v, int columns, uint4 (&pieces)[4]) {
+  CUTE_UNROLL
+  for (int m = 0; m < 4; ++m) {
+    const int piece = 4 * m + static_cast<int>(threadIdx.x % 4);
+    pieces[m] = uint4{0, 0, 0, 0};
+    if (v != nullptr && piece * 8 < columns) pieces[m] = *reinterpret_cast<const uint4*>(v + piece * 8);
+  }
+}
+template <class Element>
+__device__ __forceinline__ float dot_with_v(Element* y, const uint4 (&pieces)[4], int columns) {
   constexpr uint32_t kAll = 0xffffffffu;
-  if (!__any_sync(kAll, v != nullptr)) return 0.f;
   const int row = threadIdx.x / 4, part = threadIdx.x % 4;
   float sum = 0.f;
   CUTE_UNROLL
   for (int m = 0; m < 4; ++m) {
     const int piece = 4 * m + part;
-    if (piece * 8 >= columns || v == nullptr) continue;
+    if (piece * 8 >= columns) continue;
     const uint4 a = *reinterpret_cast<const uint4*>(image_piece(y + piece / 8 * kImage, row, piece % 8));
-    const uint4 b = *reinterpret_cast<const uint4*>(v + piece * 8);
+    const uint4 b = pieces[m];
     const uint32_t left[4] = {a.x, a.y, a.z, a.w}, right[4] = {b.x, b.y, b.z, b.w};
     CUTE_UNROLL
     for (int w = 0; w < 4; ++w) {
@@ -209,22 +263,25 @@ __device__ __forceinline__ float2 pair_sums(const Acc& m, int warp) {
   constexpr uint32_t kAll = 0xffffffffu;
   float column[16] = {}, before[2] = {0.f, 0.f};  // before: the columns of earlier n
   CUTE_UNROLL
-  for (int n = 0; n < 8; ++n) {
-    if (n > 2 * warp + 1) break;  // above the diagonal
+  for (int pair = 0; pair < 4; ++pair) {  // their sums over the quad side by side: shuffles are slow
+    if (pair > warp) break;               // above the diagonal
+    float earlier[2][2], all[2][2];
     CUTE_UNROLL
-    for (int h = 0; h < 2; ++h) {
-      const int i = 16 * warp + 8 * h + lane / 4;
-      const float a = m(4 * n + 2 * h), b = m(4 * n + 2 * h + 1);
-      float sum = a + b, below = __shfl_up_sync(kAll, sum, 1, 4);
-      if (quad >= 1) sum += below;
-      below = __shfl_up_sync(kAll, sum, 2, 4);
-      if (quad >= 2) sum += below;
-      below = __shfl_up_sync(kAll, sum, 1, 4);
-      const float here = before[h] + (quad > 0 ? below : 0.f);
-      const int t = 8 * n + 2 * quad;
+    for (int x = 0; x < 4; ++x) {
+      const int at = 8 * pair + 2 * x;
+      const float sum = m(at) + m(at + 1), beside = __shfl_xor_sync(kAll, sum, 1);
+      const float two = sum + beside, others = __shfl_xor_sync(kAll, two, 2);
+      earlier[x / 2][x % 2] = (quad % 2 ? beside : 0.f) + (quad / 2 ? others : 0.f);
+      all[x / 2][x % 2] = two + others;
+    }
+    CUTE_UNROLL
+    for (int x = 0; x < 4; ++x) {
+      const int n = 2 * pair + x / 2, h = x % 2;
+      const int i = 16 * warp + 8 * h + lane / 4, t = 8 * n + 2 * quad;
+      const float here = before[h] + earlier[x / 2][h];
       column[2 * n] += t <= i ? here : 0.f;
-      column[2 * n + 1] += t + 1 <= i ? here + a : 0.f;
-      before[h] += __shfl_sync(kAll, sum, 3, 4);
+      column[2 * n + 1] += t + 1 <= i ? here + m(4 * n + 2 * h) : 0.f;
+      before[h] += all[x / 2][h];
     }
   }
   return sum_over_rows(column);

@@ -3,9 +3,10 @@
 // values, K] in float32 registers, and every intermediate leaves the tensor cores as left operand of the next
 // product:
 //   dV'^T = dS^T Kt^T + s dO^T P,  Y^T = dV'^T + dV'^T N,  dS^T <- e^{G_C} dS^T + s dO^T Qh - beta Y^T Kh
-// One warp streams the tiles of the next chunks, one carries dV away, one dS and Y, and one tells the
-// gradient, which may run beside the walk, what is in memory. With a gate per head, decays and norms are
-// factors of columns of the accumulators; with one per channel, prepare has left Kh, Kt and s Qh.
+// One warp streams the tiles of the next chunks, one carries dV away, one dS and, where the gradient needs
+// it, Y, and one tells the gradient, which may run beside the walk, what is in memory. With a gate per head,
+// decays and norms are factors of columns of the accumulators; with one per channel, prepare has left Kh, Kt
+// and s Qh.
 #pragma once
 
 #include "delta/sm90_bwd.h"
@@ -20,7 +21,7 @@ struct ReversePassTraits {
   using Forward = StatePassTraits<Tag, kKeyDim_, kChannelGate_, false>;
   using Element = typename Forward::Element;
   static constexpr int kKeyDim = kKeyDim_, kKeyImages = Forward::kKeyImages, kKeyTile = Forward::kKeyTile;
-  static constexpr bool kChannelGate = kChannelGate_;
+  static constexpr bool kChannelGate = kChannelGate_, kAlwaysY = delta::kAlwaysY<Tag, kChannelGate_>;
   static constexpr int kStages = kChannelGate ? 2 : 3;
   static constexpr bool kAhead = kStages > 2;  // begins the next chunk before it is done with this one
   static constexpr int kThreads =
@@ -57,7 +58,8 @@ struct ReversePassTraits {
     Ring<kStages> ring;
     Ring<1> ring_state;     // dS: chain -> the thread that stores it
     Ring<1> ring_out;       // Y and dV: chain -> storing warps
-    Ring<kNews> ring_news;  // a chunk in memory: the thread that stores Y -> the one that tells
+    Ring<kNews> ring_news;  // a chunk in memory: the warps that store -> the thread that tells
+    bool with_y;            // Y is to leave
   };
   static_assert(sizeof(Storage) <= 227 * 1024, "a Hopper CTA has 227 KB of shared memory");
 };
@@ -122,40 +124,49 @@ __device__ __forceinline__ void wait_for_memory() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kLeft) : "memory");
 }
 
-// One thread: dS and Y, whole images. Once those of a chunk are in memory, it goes to the thread that tells
-// the gradient: a fence takes as long as a chunk, and the chain may not wait for it.
+// A chunk goes to the thread that tells the gradient: a fence takes as long as a chunk, and the chain may not
+// wait for it.
+template <class Traits>
+__device__ __forceinline__ void pass_on(typename Traits::Storage& s, RingIndex<Traits::kNews>& at) {
+  s.ring_news.wait_empty(at);
+  s.ring_news.arrive_full(at);
+  at.advance();
+}
+
+// One thread: dS and Y, whole images.
 template <class Traits>
 __device__ void store_ds_and_y(typename Traits::Storage& s, const ReversePassArgs& a, const ReversePlace& z) {
   using Element = typename Traits::Element;
   const int chunks = z.sequence.chunks();
   RingIndex<1> at;
   RingIndex<Traits::kNews> at_news;
-  const auto send = [&](Ring<1>& ring, void* to, int images, int c, const Element* from) {
-    ring.wait_full(at);
-    compiler_fence();
+  const auto send = [&](void* to, int images, int c, const Element* from) {
     copy_out(
         static_cast<Element*>(to) + first_image(a.in, z.sequence, c, z.head, z.first_value, images) * kImage,
         from, images * kImageBytes);
-    tma_store_arrive();
+  };
+  const auto release = [&](Ring<1>& ring) {
+    tma_store_arrive();  // maybe of nothing
     tma_store_wait<0>();
     ring.release(at);
   };
-  const auto tell = [&] {
-    s.ring_news.wait_empty(at_news);
-    s.ring_news.arrive_full(at_news);
-    at_news.advance();
-  };
   for (int c = chunks - 1; c >= 0; --c) {
-    send(s.ring_state, a.d_states, Traits::kKeyImages, c, s.state);
-    send(s.ring_out, a.y, 1, c, s.y);
+    s.ring_state.wait_full(at);
+    compiler_fence();
+    send(a.d_states, Traits::kKeyImages, c, s.state);
+    release(s.ring_state);
+    s.ring_out.wait_full(at);
+    compiler_fence();
+    if (Traits::kAlwaysY || s.with_y) send(a.y, 1, c, s.y);
+    release(s.ring_out);
     at.advance();
     if (c == chunks - 1) continue;
     wait_for_memory<2>();  // the chunk before
-    tell();
+    pass_on<Traits>(s, at_news);
   }
   if (chunks == 0) return;
   wait_for_memory<0>();
-  tell();
+  pass_on<Traits>(s, at_news);
 }
 
 // One thread: tells the gradient which chunks are in memory, several at a time.
@@ -188,6 +199,7 @@ __device__ void store_dv(typename Traits::Storage& s, const ReversePassArgs& a, 
              z.first_value + piece * 8;
   const bool inside = z.first_value + piece * 8 < a.in.value_dim;
   RingIndex<1> at;
+  RingIndex<Traits::kNews> at_news;
   for (int c = z.sequence.chunks() - 1; c >= 0; --c) {
     const int rows = inside ? valid_rows(z.sequence, c) - row : 0;
     Element* to = dv + static_cast<int64_t>(c) * kRows * stride;
@@ -206,6 +218,7 @@ __device__ void store_dv(typename Traits::Storage& s, const ReversePassArgs& a, 
     __syncwarp();
     s.ring_out.release(at);
     at.advance();
+    if (lane == 0) pass_on<Traits>(s, at_news);
   }
 }
 
@@ -351,6 +364,13 @@ __device__ void walk_reverse(typename Traits::Storage& s, const ReversePassArgs&
     float2 beta[8], k_read[8];
     read_factors(beta, rows.beta);
     if constexpr (!Traits::kChannelGate) read_factors(k_read, rows.k_read);
+    bool with_y = true;
+    if constexpr (!Traits::kAlwaysY) {
+      float least = fabsf(beta[0].x);
+      CUTE_UNROLL
+      for (int x = 1; x < 16; ++x) least = fminf(least, fabsf(x % 2 ? beta[x / 2].y : beta[x / 2].x));
+      with_y = needs_y(least);
+    }
     hold();
     warpgroup_wait<0>();
 
@@ -369,7 +389,8 @@ __device__ void walk_reverse(typename Traits::Storage& s, const ReversePassArgs&
     issue_gemm<false>(mma_state, X16, by_key(stage.k), S);
     hold();
     s.ring_out.wait_empty(at_out);
-    store_transposed(s.y, warp, words_of(Y16));
+    if (with_y) store_transposed(s.y, warp, words_of(Y16));
+    if (thread == 0) s.with_y = with_y;
     store_transposed(s.dv, warp, words_of(dv16));
     cutlass::arch::fence_view_async_shared();
     __syncwarp();
@@ -422,7 +443,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     s.ring.init(1, 4);
     s.ring_state.init(4, 1);
     s.ring_out.init(4, 2);
-    s.ring_news.init(1, 1);
+    s.ring_news.init(2, 1);
     cutlass::arch::fence_barrier_init();
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");  // this CTA has its place on an SM
   }

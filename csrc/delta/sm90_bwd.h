@@ -43,10 +43,10 @@ struct ReversePassArgs {
   Rows<void> d_o;        // [B, T, HV, V], readable like v
   const float* d_final;  // like initial_state, or null: zero
   void* d_states;        // like StatePassArgs.states: gradient of the state after the chunk
-  void* y;               // like StatePassArgs.v_new: Y
+  void* y;               // like StatePassArgs.v_new: Y, where dV does not serve (chunk_sm90.cuh)
   void* dv;              // [B, T, HV, V] contiguous: the result
   float* d_initial;      // like initial_state, or null
-  int* announced;        // [slot][value head][V / 64], zeros: set to 1 when d_states and y are in memory
+  int* announced;        // [slot][value head][V / 64], zeros: set to 1 when d_states, y and dv are in memory
 };
 
 // The walk over the chunks of a sequence from the last to the first. One CTA per (sequence, value head, 64
@@ -67,7 +67,7 @@ struct ChunkGradientArgs {
   InputsSm90 in;
   const ChunkRows* rows;
   const float* G;                             // ChunkScratch.G: with a gate per channel
-  Rows<void> d_o;                             // [B, T, HV, V]
+  Rows<void> d_o, dv;                         // [B, T, HV, V]
   const void *y, *v_new, *states, *d_states;  // as the walks leave them
   // The launch may begin when the last CTA of the reverse pass has; a chunk waits for what this announces
   // (see ReversePassArgs). states and v_new are there already.
