@@ -328,6 +328,17 @@ def test_bitwise_repeatable(H: int, gate: str) -> None:
         assert_same(run(delta_rule, args, *upstream, None), first)
 
 
+# Long enough that chunks no longer wait for the walk, and enough heads that two of them share an SM: then shared
+# memory is slow to read, and what was told to be read too early is overwritten before it is.
+@pytest.mark.parametrize("gate", GATE_KINDS)
+def test_bitwise_repeatable_on_a_full_gpu(gate: str) -> None:
+    args = cuda(make(B=4, T=2048, H=16, HV=16, K=128, V=128, gate=gate, strength=0.1, dtype=torch.bfloat16))
+    upstream = output_gradients(args)
+    first = run(delta_rule, args, *upstream, None)
+    for _ in range(5):
+        assert_same(run(delta_rule, args, *upstream, None), first)
+
+
 def operands(args: dict[str, Any], d_o: Tensor | None, d_state: Tensor | None) -> tuple[Any, ...]:
     names = ("q", "k", "v", "beta", "g", "initial_state", "A_log", "dt_bias", "cu_seqlens")
     return (d_o, d_state, *(args.get(n) for n in names), 0.1, False, 0, 0, -5.0, False)

@@ -565,7 +565,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
     multiply<true, ByRow>(mma_rows, left, s.k, product);
     multiply<false, ByRow>(mma_rows, left + kImage, s.k + kImage, product);
     warpgroup_wait<0>();
-    // For each pair of a row and a column: f(place in an accumulator, h, e, kept, strict).
+    // For each pair of a row and a column j: f(place in an accumulator, h, j, kept, strict).
     const auto for_pairs = [&](const auto& f) {
       CUTE_UNROLL
       for (int pair = 0; pair < 4; ++pair) {
