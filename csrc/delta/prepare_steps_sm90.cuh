@@ -13,7 +13,7 @@ struct ChunkPlace {
   int head_k, valid;
 
   // False: the slot has no chunk.
-  __device__ __forceinline__ bool find(const InputsSm90& in, int64_t at, int64_t value_head) {
+  __device__ __forceinline__ bool find(const ForwardInputsSm90& in, int64_t at, int64_t value_head) {
     slot = at, head = value_head;
     // Slots and heads fit 32 bits, whose division is short.
     const auto divided = [](int64_t a, int64_t b) {
@@ -25,14 +25,14 @@ struct ChunkPlace {
     const int64_t first = (slot - sequence.first_slot) * kRows;
     batch = sequence.batch;
     token = sequence.begin + first;
-    index = slot * in.value_heads + head;
+    index = slot * in.slot_heads + head;
     head_k = static_cast<int>(divided(head, divided(in.value_heads, in.heads)));
     valid = static_cast<int>(min(static_cast<int64_t>(kRows), sequence.length - first));
     return first >= 0 && first < sequence.length;
   }
   // Index of a token of the chunk in [B, T, HV].
-  __device__ __forceinline__ int64_t token_head(const InputsSm90& in, int row) const {
-    return (batch * in.tokens + token + row) * in.value_heads + head;
+  __device__ __forceinline__ int64_t token_head(const ForwardInputsSm90& in, int row) const {
+    return (batch * in.tokens + token + row) * in.token_heads + head;
   }
 };
 
@@ -137,7 +137,7 @@ __device__ __forceinline__ bool is_hard(const float (&sums)[4], int rows) {
 // ---- Write strengths ----
 
 // One warp, two tokens per lane.
-__device__ __forceinline__ float2 load_betas(const InputsSm90& in, const ChunkPlace& place) {
+__device__ __forceinline__ float2 load_betas(const ForwardInputsSm90& in, const ChunkPlace& place) {
   const int lane = threadIdx.x % 32;
   return {lane < place.valid ? in.beta[place.token_head(in, lane)] : 0.f,
           lane + 32 < place.valid ? in.beta[place.token_head(in, lane + 32)] : 0.f};

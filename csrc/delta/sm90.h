@@ -40,6 +40,14 @@ struct Spans {
   }
 };
 
+// Of the kernels of the forward: all value heads, or some of one sequence in the memory of all.
+struct ForwardInputsSm90 : InputsSm90 {
+  int64_t token_heads;  // value heads from a token of beta, g and o to the next
+  int64_t slot_heads;   // the same for a slot of the scratch
+  ForwardInputsSm90(const InputsSm90& in)
+      : InputsSm90(in), token_heads(in.value_heads), slot_heads(in.value_heads) {}
+};
+
 // ---- Scratch: what `prepare` finds out about a chunk; arrays indexed [slot][value head] ----
 
 // Gates in units of log2 are cut off where 2^g is 0 in float32 anyway, so that -inf has differences.
@@ -82,7 +90,7 @@ constexpr float kHardSquare = 0.75f;
 constexpr int kReady = 1, kReadyHard = 2;
 
 struct PrepareArgs {
-  InputsSm90 in;
+  ForwardInputsSm90 in;
   ChunkScratch scratch;
   int64_t slots;  // of ChunkSlots
   int ctas;       // they stay on as many SMs; with a gate per channel only beside the state pass
@@ -97,7 +105,7 @@ struct prepare_sm90 {
 };
 
 struct StatePassArgs {
-  InputsSm90 in;
+  ForwardInputsSm90 in;
   ChunkScratch scratch;
   const int*
       ready;      // as above: the launch begins when prepare has its SMs, and waits chunk by chunk; or null
