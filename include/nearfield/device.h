@@ -25,8 +25,9 @@ class SideStream {
   int wait();           // what is launched here from now on waits for it
   int join();           // what is launched to the main stream from now on waits for what is here
 
- private:
   struct Streams;
+
+ private:
   void* main_;
   Streams* streams_;
   bool joined_ = true;

@@ -121,7 +121,8 @@ def _plan(
         kernels = ("head_cluster_sm90",)
         if rest:
             kernels += split_kernels if span_chunks else _KERNELS["hopper", False]
-            how = f"; beside them {rest} more on {preparing} multiprocessors" + (f", {spans}" if span_chunks else "")
+            how = f"; beside them {rest} more on {preparing} multiprocessors"
+            how += f", {spans}" if span_chunks else ""
         return kernels, f"a cluster of four thread blocks per head{how}"
     if span_chunks:
         return split_kernels, f"sequences {spans}"
