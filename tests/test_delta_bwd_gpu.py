@@ -98,15 +98,11 @@ def test_lengths(T: int, gate: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-@pytest.mark.parametrize(
-    "shape",
-    [(2, 9, 9, 1000), (1, 31, 31, 4133), (2, 8, 16, 4500), (2, 18, 18, 4500)],
-    ids=["whole", "beside", "beside-groups", "cut"],
-)
-def test_kept_by_clusters(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
-    """Sequences that clusters of CTAs prepare and walk over; some more take other SMs, or are cut."""
-    B, H, HV, T = shape
-    check(make(B=B, T=T, H=H, HV=HV, K=128, V=128, strength=0.1, dtype=dtype))
+@pytest.mark.parametrize("shape", [(9, 1000), (16, 4500)], ids=["whole", "cut"])
+def test_kept_by_clusters(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """Sequences that clusters of CTAs prepare and walk over; more of them than clusters are cut."""
+    H, T = shape
+    check(make(B=2, T=T, H=H, HV=H, K=128, V=128, strength=0.1, dtype=dtype))
 
 
 @pytest.mark.parametrize("gate", ["head", "channel"])

@@ -54,18 +54,6 @@ struct LastHeads {
     const int64_t token = sequence * all.tokens * all.value_heads + head;
     return static_cast<uint16_t*>(o) + token * all.value_dim;
   }
-  // Of an array [slot][value head] of so many bytes each.
-  void* in_slots(void* data, int64_t bytes) const {
-    const int64_t chunk = sequence * ChunkSlots(all).per_sequence * all.value_heads + head;
-    return data == nullptr ? nullptr : static_cast<char*>(data) + chunk * bytes;
-  }
-  ChunkScratch scratch(ChunkScratch s) const {
-    constexpr int64_t image = kImage * 2;
-    s.rows = static_cast<ChunkRows*>(in_slots(s.rows, sizeof(ChunkRows)));
-    s.hard = static_cast<float*>(in_slots(s.hard, sizeof(float)));
-    for (void** images : {&s.N, &s.P, &s.N_low, &s.P_low}) *images = in_slots(*images, image);
-    return s;
-  }
 };
 
 // ---- Operator ----
@@ -158,18 +146,9 @@ Results forward(Tensor q, Tensor k, Tensor v, Tensor beta, OptTensor g, OptTenso
     stream = beside->stream();
     const LastHeads rest(in, plan.rest);
     pass.in = rest.inputs();
-    if (keep) {
-      const int64_t images = kImage * 2 * ceil_div(x.V, kImageColumns);
-      pass.in.slot_heads = x.HV;
-      pass.scratch = rest.scratch(scratch.chunks);
-      pass.states = rest.in_slots(pass.states, images * (kBackwardKeyDim / kImageColumns));
-      pass.v_new = rest.in_slots(pass.v_new, images);
-    } else {
-      pass.in.slot_heads = plan.rest;
-      own = allocate_scratch(q, pass.in, choice, plan.prepare_P);
-      allocate_low_halves(own, q, pass.in, choice, plan.prepare_P);
-      pass.scratch = own.chunks;
-    }
+    own = allocate_scratch(q, pass.in, choice, plan.prepare_P);
+    allocate_low_halves(own, q, pass.in, choice, plan.prepare_P);
+    pass.scratch = own.chunks;
     pass.o = rest.output(pass.o), pass.final_state = rest.state(pass.final_state);
   }
 

@@ -18,8 +18,9 @@ constexpr double kChunkUs = 1.07, kTransitionUs = 0.87;  // with and without out
 constexpr double kComposeUs = 5.5, kSpanUs = 1.5;        // a launch, and a span of it
 // Clusters: the launch, those that begin where others have ended, and each chunk.
 constexpr double kClusterLaunchUs = 5, kClusterUs = 30, kClusterChunkUs = 1.1;
-// Clusters for most heads and split sequences for the rest, which cost each other memory.
-constexpr double kSideBySide = 1.03;
+// A few heads too many: what each chunk takes more where heads are cut, as clusters are at different tokens
+// then, and what it takes more to split sequences beside the clusters.
+constexpr double kOutOfStepUs = 0.1, kBesideClustersUs = 50;
 // With what the backward keeps all of it takes longer, and two kernels at least what memory needs.
 constexpr double kKeep = 1.3, kKeepInClusters = 1.25, kKeptChunkUs = 0.07;
 // To prepare a chunk, times the SMs that do: before the walk, and beside it, where also the walk is slower.
@@ -120,23 +121,20 @@ inline Plan make_plan(const InputsSm90& in, int64_t key_dim, int64_t sms, int64_
     const auto count = static_cast<int64_t>(parts.size());
     const double turns = static_cast<double>(count) / static_cast<double>(clusters);
     const int64_t piece = std::max(chunks, ceil_div(rows * chunks, clusters));
-    const auto cluster_us = [&](double turns, int64_t length) {
-      const double us = kClusterLaunchUs + std::max(turns - 1, 0.) * kClusterUs +
-                        static_cast<double>(length) * kClusterChunkUs;
-      return us * (keep ? kKeepInClusters : 1);
-    };
-    if (const double us = cluster_us(turns, piece); us < best && count <= HeadClusterArgs::kMostParts)
-      best = us, plan = {0, true, 0, std::move(parts)};
+    const double us = kClusterLaunchUs + std::max(turns - 1, 0.) * kClusterUs +
+                      static_cast<double>(piece) * kClusterChunkUs;
+    if (us * (keep ? kKeepInClusters : 1) < best && count <= HeadClusterArgs::kMostParts)
+      best = us + static_cast<double>(piece) * kOutOfStepUs, plan = {0, true, 0, std::move(parts)};
     // All clusters must be there before the rest takes an SM, so there is no second turn of them. Key heads
-    // are not divided.
+    // are not divided. With what the backward keeps memory is the limit, and cutting costs less.
     const int64_t group = in.value_heads / in.heads;
-    for (int64_t rest = ceil_div(rows - clusters, group) * group; rest > 0 && rest < rows; rest += group) {
+    for (int64_t rest = ceil_div(rows - clusters, group) * group; !keep && rest > 0 && rest < rows;
+         rest += group) {
       const int64_t left = sms - HeadClusterArgs::kCluster * (rows - rest);
       if (rest > in.value_heads || rest * value_tiles > left) break;
       const auto [walks_us, span_chunks] = split(rest, left);
-      const double rest_us = prepare_us(kPrepareUs, rest, left) + walks_us;
-      const double us =
-          kSideBySide * std::max(cluster_us(1, chunks), kClusterLaunchUs + rest_us * (keep ? kKeep : 1));
+      const double rest_us = prepare_us(kPrepareUs, rest, left) + walks_us + kBesideClustersUs;
+      const double us = std::max(static_cast<double>(chunks) * kClusterChunkUs, rest_us) + kClusterLaunchUs;
       if (us < best)
         best = us, plan = {span_chunks, true, left, cut_heads(rows - rest, chunks, clusters), rest};
     }

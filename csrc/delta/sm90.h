@@ -40,12 +40,11 @@ struct Spans {
   }
 };
 
-// Of the kernels of the forward: all value heads, or some of one sequence in the memory of all.
+// Of the kernels of the forward: all value heads, or some of one sequence, whose beta, g and o lie among
+// those of all.
 struct ForwardInputsSm90 : InputsSm90 {
   int64_t token_heads;  // value heads from a token of beta, g and o to the next
-  int64_t slot_heads;   // the same for a slot of the scratch
-  ForwardInputsSm90(const InputsSm90& in)
-      : InputsSm90(in), token_heads(in.value_heads), slot_heads(in.value_heads) {}
+  ForwardInputsSm90(const InputsSm90& in) : InputsSm90(in), token_heads(in.value_heads) {}
 };
 
 // ---- Scratch: what `prepare` finds out about a chunk; arrays indexed [slot][value head] ----

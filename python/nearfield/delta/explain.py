@@ -118,7 +118,7 @@ def _plan(
     if parts:
         cut = sum(part[4] >= 0 for part in parts)
         how = f", {cut} of {len(parts)} begin where another has ended" if cut else ""
-        kernels = ("head_cluster_sm90",)
+        kernels: tuple[str, ...] = ("head_cluster_sm90",)
         if rest:
             kernels += split_kernels if span_chunks else _KERNELS["hopper", False]
             how = f"; beside them {rest} more on {preparing} multiprocessors"
