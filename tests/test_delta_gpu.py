@@ -155,7 +155,7 @@ def test_a_gate_per_channel_beside_the_walk(
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("gate", ["none", "head"])
 @pytest.mark.parametrize("repeated", [slice(0), slice(1000), slice(290, 460)], ids=str)
-@pytest.mark.parametrize("shape", [(10, 1000), (16, 8192)], ids=["whole", "cut"])
+@pytest.mark.parametrize("shape", [(10, 1000), (18, 8192)], ids=["whole", "cut"])
 def test_heads_in_clusters(
     backend: str, shape: tuple[int, int], repeated: slice, gate: str, dtype: torch.dtype
 ) -> None:
@@ -167,6 +167,42 @@ def test_heads_in_clusters(
     first = delta_rule(**cuda(args))[0]
     for _ in range(5):
         assert torch.equal(first, delta_rule(**cuda(args))[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("gate", ["none", "head", "softplus"])
+@pytest.mark.parametrize("repeated", [slice(0), slice(8000), slice(290, 460)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 31, 31, 128, 128, 8229), (2, 8, 16, 64, 72, 16037)], ids=str)
+def test_heads_beside_clusters(
+    backend: str, shape: tuple[int, int, int, int, int, int], repeated: slice, gate: str, dtype: torch.dtype
+) -> None:
+    """The last heads of the last sequence, for which no cluster is left, take the SMs that the others leave."""
+    B, H, HV, K, V, T = shape
+    args = repeated_keys(
+        repeated, K=K, B=B, T=T, H=H, HV=HV, V=V, gate="none" if gate == "none" else "head", dtype=dtype
+    )
+    if gate == "softplus":
+        args |= {"gate": "softplus", "A_log": torch.randn(HV) - 5, "dt_bias": torch.randn(HV)}
+        args |= {"g": torch.randn(B, T, HV), "use_qk_l2norm": True, "state_v_first": True}
+        args["initial_state"] = args["initial_state"].transpose(-1, -2).contiguous()
+    # K = 64: as many tokens in a chunk as key channels, so keys are correlated.
+    first = check(args, factor=2 if repeated.stop or K == 64 else 1)
+    args = cuda(args)
+    for _ in range(3):
+        assert all(map(torch.equal, first, delta_rule(**args, output_final_state=True)))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        twice = [delta_rule(**args, output_final_state=True) for _ in range(2)]
+    for captured in twice:
+        captured[0].fill_(math.nan)
+    assert all(map(torch.equal, first, delta_rule(**args, output_final_state=True)))  # between captures
+    graph.replay()
+    for captured in twice:
+        assert all(map(torch.equal, first, captured))
+    names = [event.name for event in kernels(args)]
+    assert all(
+        any(kernel in name for name in names) for kernel in ("head_cluster", "prepare", "state_pass")
+    ) == (backend == "hopper")
 
 
 @pytest.mark.parametrize("dims", [(128, 128), (64, 72), (72, 200)], ids=str)

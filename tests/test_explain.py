@@ -331,7 +331,9 @@ def test_delta_rule_names_its_backend(
 @pytest.mark.parametrize("T,H,V,gate,packed,kernels,plan", [
     (8192, 16, 128, 3, False, ["head_cluster"], "a cluster of four thread blocks per head"),
     (8192, 16, 72, None, False, ["head_cluster"], "a cluster of four thread blocks per head"),
-    (32768, 32, 128, 3, False, ["head_cluster"], "29 of 61 begin where another has ended"),
+    (32768, 32, 128, 3, False, ["head_cluster", "prepare", "state_pass", "compose_spans", "state_pass"],
+     "per head; beside them 2 more on 12 multiprocessors, split into spans of 10944 tokens"),
+    (32768, 36, 128, 3, False, ["head_cluster"], "29 of 65 begin where another has ended"),
     (8192, 16, 64, 3, False, ["prepare", "state_pass", "compose_spans", "state_pass"], "spans of 2048 tokens"),
     (8192, 16, 128, 4, False, ["prepare", "state_pass"], "100 multiprocessors prepare chunks beside the walk"),
     (8192, 8, 128, 4, False, ["prepare", "state_pass", "compose_spans", "state_pass"], "spans of 2048 tokens"),

@@ -312,7 +312,7 @@ def test_delta_plan_covers_every_chunk_once(
     keep: bool,
     states: bool,
 ) -> None:
-    span, prepare_p, preparing, parts = _planner.delta_plan(
+    span, prepare_p, preparing, parts, rest = _planner.delta_plan(
         sequences=1, tokens=tokens, value_heads=value_heads, key_dim=key_dim, value_dim=value_dim, sms=sms,
         clusters=clusters, channel_gate=channel_gate, keep=keep, states_on_the_way=states,
     )  # fmt: skip
@@ -320,7 +320,15 @@ def test_delta_plan_covers_every_chunk_once(
     assert 0 <= span < max(chunks, 1)
     assert 0 <= preparing < sms
     assert prepare_p or not (keep or channel_gate or span or preparing or parts)
-    assert (span > 0) + (preparing > 0) + (len(parts) > 0) <= 1
+    if rest:
+        assert 0 < rest < value_heads
+        assert parts == [(row, 0, chunks, -1, -1) for row in range(value_heads - rest)]  # all of them at once
+        assert len(parts) <= clusters
+        assert preparing == sms - 4 * len(parts)
+        assert rest * -(-value_dim // 64) <= preparing
+        value_heads -= rest
+    else:
+        assert (span > 0) + (preparing > 0) + (len(parts) > 0) <= 1
     if not parts:
         return
     assert clusters > 0
@@ -343,16 +351,50 @@ def test_delta_plan_covers_every_chunk_once(
     assert ends == dict.fromkeys(range(value_heads), chunks)
 
 
-@pytest.mark.parametrize("heads", [24, 30, 32, 40])
+@pytest.mark.parametrize("heads", [24, 30, 34, 40])
 def test_heads_beyond_the_clusters_are_cut_evenly(heads: int) -> None:
-    *_, parts = _planner.delta_plan(
+    *_, parts, rest = _planner.delta_plan(
         sequences=1, tokens=32768, value_heads=heads, key_dim=128, value_dim=128, sms=132, clusters=30
     )
+    assert rest == 0
     if heads <= 30:
         assert parts == [(row, 0, 512, -1, -1) for row in range(heads)]
     else:
         assert max(end - begin for _, begin, end, _, _ in parts) <= -(-heads * 512 // 30)
         assert len(parts) == heads + 30 - 1
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize(
+    ("sequences", "tokens", "heads", "group", "rest"),
+    [
+        (1, 32768, 30, 1, 0),
+        (1, 32768, 31, 1, 1),
+        (1, 32768, 31, 31, 0),
+        (1, 32768, 32, 1, 2),
+        (1, 32768, 32, 2, 2),
+        (1, 32768, 32, 4, 0),
+        (1, 32768, 33, 1, 0),
+        (1, 8192, 31, 1, 1),
+        (1, 8192, 32, 1, 0),
+        (2, 32768, 16, 1, 2),
+        (16, 32768, 2, 1, 2),
+        (32, 32768, 1, 1, 0),
+    ],
+)
+def test_heads_for_which_no_cluster_is_left_take_the_other_multiprocessors(
+    sequences: int, tokens: int, heads: int, group: int, rest: int, keep: bool
+) -> None:
+    """Whole groups of value heads of one sequence, and so few that they are done with the clusters."""
+    span, _, preparing, parts, found = _planner.delta_plan(
+        sequences=sequences, tokens=tokens, value_heads=heads, heads=heads // group, key_dim=128, value_dim=128,
+        sms=132, clusters=30, keep=keep,
+    )  # fmt: skip
+    assert found == (0 if keep else rest)
+    if found:
+        assert preparing == 132 - 4 * len(parts)
+        assert len(parts) == sequences * heads - rest
+        assert 0 < span < tokens // 64
 
 
 @pytest.mark.parametrize(
@@ -363,7 +405,7 @@ def test_chunks_with_a_gate_per_channel_are_prepared_beside_few_walks(
     sequences: int, tokens: int, heads: int, keep: bool, beside: int
 ) -> None:
     """Where the walks leave most of the GPU idle, and only without what the backward keeps."""
-    span, _, preparing, parts = _planner.delta_plan(
+    span, _, preparing, parts, _ = _planner.delta_plan(
         sequences=sequences, tokens=tokens, value_heads=heads, key_dim=128, value_dim=128, sms=132, clusters=30,
         channel_gate=True, keep=keep,
     )  # fmt: skip

@@ -5,6 +5,7 @@
 #endif
 #ifdef NEARFIELD_DELTA
 #include <algorithm>
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -18,6 +19,42 @@
 
 namespace nearfield::delta {
 namespace {
+
+// ---- Some value heads of one sequence ----
+
+// The last `count` value heads of the last sequence, as a whole by themselves: views of the same memory. Not
+// packed, elements of 16 bit, whole groups of value heads.
+struct LastHeads {
+  const InputsSm90& all;
+  int64_t count, head, sequence;
+
+  LastHeads(const InputsSm90& in, int64_t count)
+      : all(in), count(count), head(in.value_heads - count), sequence(in.sequences - 1) {}
+
+  ForwardInputsSm90 inputs() const {
+    ForwardInputsSm90 in = all;
+    const int64_t group = all.value_heads / all.heads, token = sequence * all.tokens * all.value_heads + head;
+    const auto from = [&](Rows<void>& rows, int64_t first_head) {
+      rows.data = static_cast<const uint16_t*>(rows.data) + sequence * rows.batch + first_head * rows.head;
+    };
+    in.batch = in.sequences = 1, in.value_heads = count, in.heads = count / group;
+    from(in.q, head / group), from(in.k, head / group), from(in.v, head);
+    in.beta += token;
+    if (in.g != nullptr) in.g += token;
+    if (in.A_log != nullptr) in.A_log += head;
+    if (in.dt_bias != nullptr) in.dt_bias += head;
+    in.initial_state = state(in.initial_state);
+    return in;
+  }
+  template <class T>
+  T* state(T* states) const {
+    return states == nullptr ? nullptr : states + (sequence * all.value_heads + head) * all.state_size();
+  }
+  void* output(void* o) const {
+    const int64_t token = sequence * all.tokens * all.value_heads + head;
+    return static_cast<uint16_t*>(o) + token * all.value_dim;
+  }
+};
 
 // ---- Operator ----
 
@@ -66,7 +103,7 @@ Results forward(Tensor q, Tensor k, Tensor v, Tensor beta, OptTensor g, OptTenso
   const int64_t clusters = choice.head_cluster.at_once != nullptr ? choice.head_cluster.at_once() : 0;
   const Plan plan = make_plan(in, choice.key.key_dim, sms, clusters, keep, states_every > 0);
 
-  Scratch scratch;
+  Scratch scratch, own;  // own: of the heads that are not for clusters
   void *entering = nullptr, *v_new = nullptr;
   if (keep) {
     kept = allocate(q, {KeptSm90(in, nullptr).bytes}, ScalarType::Byte);
@@ -77,28 +114,12 @@ Results forward(Tensor q, Tensor k, Tensor v, Tensor beta, OptTensor g, OptTenso
   }
   allocate_low_halves(scratch, q, in, choice, plan.prepare_P);
   void* stream = current_stream(q);
-  int* ready = nullptr;
-  const int64_t slots = ChunkSlots(in).total;
-  if (plan.preparing_sms > 0) {
-    scratch.memory.push_back(new_zeros(q, {slots * x.HV}, ScalarType::Int));
-    ready = static_cast<int*>(scratch.memory.back().mutable_data_ptr());
-  }
-  const auto preparing = static_cast<int>(plan.preparing_sms > 0 ? plan.preparing_sms : sms);
-  if (plan.parts.empty())
-    check_launch(op, choice.prepare({in, scratch.chunks, slots, preparing, ready}, stream));
-  StatePassArgs pass{in, scratch.chunks, ready, slots};
-  if (const int64_t span = plan.span_chunks) {
-    pass.span_chunks = span;
-    const int64_t values = ceil_div(x.V, kImageColumns) * kImageColumns;
-    const int64_t rows = Spans(in, span).total * x.HV, key_dim = choice.key.key_dim;
-    const auto floats = [&](int64_t n) { return static_cast<float*>(scratch.bytes(q, n * 4)); };
-    float* states = floats(rows * values * key_dim);
-    pass.transitions = floats(rows * (values + key_dim) * key_dim);
-    check_launch(op, choice.state_pass(pass, stream));
-    check_launch(op, choice.compose_spans({in, span, pass.transitions, states}, stream));
-    pass.transitions = nullptr;
-    pass.span_states = states;
-  }
+  const auto zeros = [&](int64_t n) {
+    scratch.memory.push_back(new_zeros(q, {n}, ScalarType::Int));
+    return static_cast<int*>(scratch.memory.back().mutable_data_ptr());
+  };
+  std::optional<SideStream> beside;  // of the clusters
+  StatePassArgs pass{in, scratch.chunks};
   pass.o = o.mutable_data_ptr();
   pass.states = entering, pass.v_new = v_new;
   if (output_final_state) pass.final_state = static_cast<float*>(final_state.mutable_data_ptr());
@@ -116,13 +137,42 @@ Results forward(Tensor q, Tensor k, Tensor v, Tensor beta, OptTensor g, OptTenso
       const int64_t tiles = ceil_div(x.V, kImageColumns);
       args.handed_states =
           static_cast<float*>(scratch.bytes(q, handed * tiles * kImageColumns * choice.key.key_dim * 4));
-      scratch.memory.push_back(new_zeros(q, {handed * tiles}, ScalarType::Int));
-      args.handed = static_cast<int*>(scratch.memory.back().mutable_data_ptr());
+      args.handed = zeros(handed * tiles);
     }
-    check_launch(op, choice.head_cluster.run(args, stream));
-  } else {
-    check_launch(op, choice.state_pass(pass, stream));
+    if (plan.rest > 0) {
+      const LastHeads rest(in, plan.rest);
+      pass.in = rest.inputs();
+      pass.o = rest.output(pass.o), pass.final_state = rest.state(pass.final_state);
+      own = allocate_scratch(q, pass.in, choice, plan.prepare_P);
+      allocate_low_halves(own, q, pass.in, choice, plan.prepare_P);
+      pass.scratch = own.chunks;
+      beside.emplace(stream);
+    }
+    check_launch(op, choice.head_cluster.run(args, stream, beside ? beside->event() : nullptr));
+    if (!beside) return {o, final_state, states, kept};
+    check_launch(op, beside->wait());
+    stream = beside->stream();
   }
+
+  PrepareArgs prepare{pass.in, pass.scratch, ChunkSlots(pass.in).total};
+  prepare.ctas = static_cast<int>(plan.preparing_sms > 0 ? plan.preparing_sms : sms);
+  if (plan.preparing_sms > 0 && !beside) prepare.ready = zeros(prepare.slots * x.HV);
+  check_launch(op, choice.prepare(prepare, stream));
+  pass.ready = prepare.ready, pass.slots = prepare.slots;
+  if (const int64_t span = pass.span_chunks = plan.span_chunks) {
+    const int64_t values = ceil_div(x.V, kImageColumns) * kImageColumns;
+    const int64_t rows = Spans(pass.in, span).total * pass.in.value_heads, key_dim = choice.key.key_dim;
+    const auto floats = [&](int64_t n) { return static_cast<float*>(scratch.bytes(q, n * 4)); };
+    StatePassArgs transitions{pass.in, pass.scratch};
+    transitions.span_chunks = span;
+    transitions.transitions = floats(rows * (values + key_dim) * key_dim);
+    float* states = floats(rows * values * key_dim);
+    check_launch(op, choice.state_pass(transitions, stream));
+    check_launch(op, choice.compose_spans({pass.in, span, transitions.transitions, states}, stream));
+    pass.span_states = states;
+  }
+  check_launch(op, choice.state_pass(pass, stream));
+  if (beside) check_launch(op, beside->join());
   return {o, final_state, states, kept};
 }
 

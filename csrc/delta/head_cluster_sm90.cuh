@@ -17,7 +17,7 @@
 
 namespace nearfield::delta {
 
-constexpr int kHeadCluster = 4;  // CTAs
+constexpr int kHeadCluster = HeadClusterArgs::kCluster;
 
 template <class Tag, int kKeyDim, bool kKeep_>
 struct HeadClusterTraits {
@@ -248,27 +248,30 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
 }
 
 template <class Traits, class Use>
-cudaError_t with_head_cluster_config(int clusters, cudaStream_t stream, const Use& use) {
+cudaError_t with_head_cluster_config(int clusters, cudaStream_t stream, cudaEvent_t begun, const Use& use) {
   constexpr int kShared = sizeof(typename Traits::Storage);
   const auto kernel = head_cluster_kernel<Traits>;
   if (const cudaError_t e = allow_shared_memory(kernel, kShared)) return e;
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {kHeadCluster, 1, 1};
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {kHeadCluster, 1, 1};
+  attributes[1].id = cudaLaunchAttributeLaunchCompletionEvent;
+  attributes[1].val.launchCompletionEvent.event = begun;
   cudaLaunchConfig_t config{};
   config.gridDim = static_cast<unsigned>(clusters * kHeadCluster), config.blockDim = Traits::kThreads;
   config.dynamicSmemBytes = kShared, config.stream = stream;
-  config.attrs = &cluster, config.numAttrs = 1;
+  config.attrs = attributes, config.numAttrs = begun != nullptr ? 2 : 1;
   return use(config, kernel);
 }
 
 template <class Tag, int kKeyDim>
-int head_cluster_sm90<Tag, kKeyDim>::run(const HeadClusterArgs& args, void* stream) {
+int head_cluster_sm90<Tag, kKeyDim>::run(const HeadClusterArgs& args, void* stream, void* begun) {
   TokenMaps maps{};
   if (const cudaError_t e = encode_inputs(&maps, args.in, std::is_same_v<Tag, bf16>)) return e;
   const auto launch = [&](auto keep) {
     using Traits = HeadClusterTraits<Tag, kKeyDim, decltype(keep)::value>;
     return with_head_cluster_config<Traits>(args.num_parts, static_cast<cudaStream_t>(stream),
+                                            static_cast<cudaEvent_t>(begun),
                                             [&](const cudaLaunchConfig_t& config, auto kernel) {
                                               return cudaLaunchKernelEx(&config, kernel, maps, args);
                                             });
@@ -288,7 +291,7 @@ int head_cluster_sm90<Tag, kKeyDim>::at_once() {
   if (cudaGetDevice(&device) != cudaSuccess) return 0;
   std::call_once(once[device], [&] {
     const cudaError_t e = with_head_cluster_config<HeadClusterTraits<Tag, kKeyDim, false>>(
-        1, nullptr, [&](const cudaLaunchConfig_t& config, auto kernel) {
+        1, nullptr, nullptr, [&](const cudaLaunchConfig_t& config, auto kernel) {
           return cudaOccupancyMaxActiveClusters(&known[device], kernel, &config);
         });
     if (e != cudaSuccess) known[device] = 0;

@@ -8,6 +8,7 @@ namespace nearfield::delta {
 // For sequences that are not packed, a gate per head, 65 to 128 values, without states on the way, spans and
 // transitions. Of the scratch the low halves only, or, if states and V' are kept, all of it.
 struct HeadClusterArgs : StatePassArgs {
+  static constexpr int kCluster = 4;  // CTAs
   // What a cluster walks over: chunks of a sequence and value head. A part in the middle of one takes its
   // state from a part that stands before it.
   struct Part {
@@ -21,10 +22,11 @@ struct HeadClusterArgs : StatePassArgs {
   int* handed;           // [place][V / 64], zeros: 1 when it is there. Both null if there are none
 };
 
-// Prepare and walk in one, by clusters of four CTAs.
+// Prepare and walk in one, by clusters of four CTAs. `begun`, a cudaEvent_t or null, is recorded when all of
+// them have their SMs.
 template <class Tag, int kKeyDim>
 struct head_cluster_sm90 {
-  static int run(const HeadClusterArgs& args, void* stream);
+  static int run(const HeadClusterArgs& args, void* stream, void* begun);
   static int at_once();  // how many of these clusters the current device runs side by side
 };
 

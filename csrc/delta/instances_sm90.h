@@ -37,7 +37,7 @@ struct InstancesSm90 {
   std::vector<Entry<StatePassArgs>> state_pass;
   struct HeadCluster {
     Key key;
-    int (*run)(const HeadClusterArgs&, void*);
+    int (*run)(const HeadClusterArgs&, void*, void*);
     int (*at_once)();
   };
   std::vector<HeadCluster> head_cluster;

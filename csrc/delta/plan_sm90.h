@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -17,6 +18,9 @@ constexpr double kChunkUs = 1.07, kTransitionUs = 0.87;  // with and without out
 constexpr double kComposeUs = 5.5, kSpanUs = 1.5;        // a launch, and a span of it
 // Clusters: the launch, those that begin where others have ended, and each chunk.
 constexpr double kClusterLaunchUs = 5, kClusterUs = 30, kClusterChunkUs = 1.1;
+// A few heads too many: what each chunk takes more where heads are cut, as clusters are at different tokens
+// then, and what it takes more to split sequences beside the clusters.
+constexpr double kOutOfStepUs = 0.1, kBesideClustersUs = 50;
 // With what the backward keeps all of it takes longer, and two kernels at least what memory needs.
 constexpr double kKeep = 1.3, kKeepInClusters = 1.25, kKeptChunkUs = 0.07;
 // To prepare a chunk, times the SMs that do: before the walk, and beside it, where also the walk is slower.
@@ -30,6 +34,9 @@ struct Plan {
   bool prepare_P = true;                          // else the state pass computes P
   int64_t preparing_sms = 0;                      // beside the state pass; 0: all of them, before it
   std::vector<HeadClusterArgs::Part> parts = {};  // for clusters, which do both; empty: not so
+  // So many heads, the last of the last sequence, are not for clusters. They take the SMs that these leave,
+  // which first prepare (preparing_sms), then walk.
+  int64_t rest = 0;
 };
 
 // So many rows of so many chunks for so many clusters at once: all chunks in a line, cut into pieces at least
@@ -63,43 +70,50 @@ inline std::vector<HeadClusterArgs::Part> cut_heads(int64_t rows, int64_t chunks
 // from its true state, for the output. That wins where the SMs would be idle otherwise. Packed sequences are
 // taken as equally long. Or the walk takes the SMs that it needs, and the others prepare chunks beside it:
 // without split sequences, which need all transitions first. Or clusters do both, where heads have two value
-// tiles; `clusters` run at once.
+// tiles; `clusters` run at once. A few heads more are cut, or their sequences are split on the SMs that the
+// clusters leave.
 inline Plan make_plan(const InputsSm90& in, int64_t key_dim, int64_t sms, int64_t clusters, bool keep,
                       bool states_on_the_way) {
   const int64_t value_tiles = ceil_div(in.value_dim, kImageColumns), key_tiles = key_dim / kImageColumns;
   const int64_t rows = in.sequences * in.value_heads, walks = rows * value_tiles;
   const int64_t chunks = ceil_div(in.cu_seqlens ? ceil_div(in.tokens, in.sequences) : in.tokens, kChunk);
-  const auto walk_us = [&](int64_t ctas, int64_t length, bool output) {
+  const auto walk_us = [&](int64_t ctas, int64_t length, bool output, int64_t on) {
     const int64_t key_images = key_tiles * (1 + in.channel_gate + output), images = key_images + 2 + output;
-    const double bytes = static_cast<double>(images * kImage * 2 * std::min(ctas, sms));
+    const double bytes = static_cast<double>(images * kImage * 2 * std::min(ctas, on));
     const double chunk_us = std::max(output ? kChunkUs : kTransitionUs, bytes / kBytesPerUs);
-    return kLaunchUs + static_cast<double>(ceil_div(ctas, sms) * length) * chunk_us;
+    return kLaunchUs + static_cast<double>(ceil_div(ctas, on) * length) * chunk_us;
+  };
+  // Both passes over some rows, split for so many SMs; and the chunks of a span, or 0.
+  const auto split = [&](int64_t of, int64_t on) -> std::pair<double, int64_t> {
+    std::pair<double, int64_t> best{walk_us(of * value_tiles, chunks, true, on), 0};
+    for (int64_t spans = 2; spans <= std::min<int64_t>(chunks, 2 * on); ++spans) {
+      const int64_t length = ceil_div(chunks, spans);
+      if (ceil_div(chunks, length) != spans) continue;
+      const int64_t transitions = of * ((spans - 1) * value_tiles + (spans - 2) * key_tiles);
+      const double compositions = static_cast<double>((spans - 2) * ceil_div(of * value_tiles * 8, on));
+      const double us = walk_us(transitions, length, false, on) + kComposeUs + kSpanUs * compositions +
+                        walk_us(of * spans * value_tiles, length, true, on);
+      if (us < best.first) best = {us, length};
+    }
+    return best;
   };
   Plan plan;
-  double best = walk_us(walks, chunks, true);
-  for (int64_t spans = 2; spans <= std::min<int64_t>(chunks, 2 * sms); ++spans) {
-    const int64_t length = ceil_div(chunks, spans);
-    if (ceil_div(chunks, length) != spans) continue;
-    const int64_t transitions = rows * ((spans - 1) * value_tiles + (spans - 2) * key_tiles);
-    const double compositions = static_cast<double>((spans - 2) * ceil_div(walks * 8, sms));
-    const double us = walk_us(transitions, length, false) + kComposeUs + kSpanUs * compositions +
-                      walk_us(rows * spans * value_tiles, length, true);
-    if (us < best) best = us, plan.span_chunks = length;
-  }
-  const auto prepare_us = [&](double us, int64_t on) {
-    return us * static_cast<double>(rows * chunks) / static_cast<double>(on);
+  double best;
+  std::tie(best, plan.span_chunks) = split(rows, sms);
+  const auto prepare_us = [&](double us, int64_t of, int64_t on) {
+    return us * static_cast<double>(of * chunks) / static_cast<double>(on);
   };
   // P costs a second read of Q, a write and a read. On a full GPU memory is the limit; on others the chain,
   // which a second warpgroup on the SM slows down.
   plan.prepare_P = in.channel_gate || plan.span_chunks > 0 || keep || walks < sms * 3 / 4;
   const double before_us = plan.prepare_P ? kPrepareUs : kPrepareWithoutPUs;
-  best += prepare_us(in.channel_gate ? kPrepareChannelUs : before_us, sms);
+  best += prepare_us(in.channel_gate ? kPrepareChannelUs : before_us, rows, sms);
   if (keep) best = std::max(best * kKeep, kKeptChunkUs * static_cast<double>(rows * chunks));
   const bool plain = !in.cu_seqlens && !states_on_the_way;
   if (plain && !keep && walks < sms) {
     const double walk = kLaunchUs + kChunkBesideUs * static_cast<double>(chunks);
     const double beside_us = in.channel_gate ? kPrepareChannelBesideUs : kPrepareBesideUs;
-    const double us = std::max(walk, prepare_us(beside_us, sms - walks));
+    const double us = std::max(walk, prepare_us(beside_us, rows, sms - walks));
     if (us < best) best = us, plan = {0, true, sms - walks};
   }
   if (plain && !in.channel_gate && value_tiles == 2 && clusters > 0 && rows <= HeadClusterArgs::kMostParts) {
@@ -110,7 +124,20 @@ inline Plan make_plan(const InputsSm90& in, int64_t key_dim, int64_t sms, int64_
     const double us = kClusterLaunchUs + std::max(turns - 1, 0.) * kClusterUs +
                       static_cast<double>(piece) * kClusterChunkUs;
     if (us * (keep ? kKeepInClusters : 1) < best && count <= HeadClusterArgs::kMostParts)
-      plan = {0, true, 0, std::move(parts)};
+      best = us + static_cast<double>(piece) * kOutOfStepUs, plan = {0, true, 0, std::move(parts)};
+    // All clusters must be there before the rest takes an SM, so there is no second turn of them. Key heads
+    // are not divided. With what the backward keeps memory is the limit, and cutting costs less.
+    const int64_t group = in.value_heads / in.heads;
+    for (int64_t rest = ceil_div(rows - clusters, group) * group; !keep && rest > 0 && rest < rows;
+         rest += group) {
+      const int64_t left = sms - HeadClusterArgs::kCluster * (rows - rest);
+      if (rest > in.value_heads || rest * value_tiles > left) break;
+      const auto [walks_us, span_chunks] = split(rest, left);
+      const double rest_us = prepare_us(kPrepareUs, rest, left) + walks_us + kBesideClustersUs;
+      const double us = std::max(static_cast<double>(chunks) * kClusterChunkUs, rest_us) + kClusterLaunchUs;
+      if (us < best)
+        best = us, plan = {span_chunks, true, left, cut_heads(rows - rest, chunks, clusters), rest};
+    }
   }
   return plan;
 }

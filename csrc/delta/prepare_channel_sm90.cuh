@@ -136,7 +136,7 @@ struct Columns {
   // also the first row's. Rows past the end have gate 0.
   __device__ __forceinline__ void load_gates(typename Traits::Storage& s, const PrepareArgs& args,
                                              const ChunkPlace& place) {
-    const InputsSm90& in = args.in;
+    const ForwardInputsSm90& in = args.in;
     const int c = channel(), before = kBlockRows * block;
     const bool inside = c < in.key_dim;
     const int count = inside ? place.valid - before : 0;
@@ -396,7 +396,7 @@ __device__ __forceinline__ uint32_t prepare_channel_chunk(typename Traits::Stora
   using Element = typename Traits::Element;
   using Barrier = cutlass::arch::ClusterTransactionBarrier;
   constexpr int kKeyDim = Traits::kKeyDim, kHalfRows = Traits::kHalfRows;
-  const InputsSm90& in = args.in;
+  const ForwardInputsSm90& in = args.in;
   const auto now_index = [&] {
     return kBeside ? static_cast<int64_t>(*const_cast<const volatile uint32_t*>(&s.now.index)) : place.index;
   };

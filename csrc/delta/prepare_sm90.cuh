@@ -44,7 +44,7 @@ struct PrepareTraits {
 
 // One warp: gates of two tokens per lane, and their cumulative sum over the chunk. Tokens past the end have
 // gate 0.
-__device__ __forceinline__ float2 load_gates(const InputsSm90& in, const ChunkPlace& place) {
+__device__ __forceinline__ float2 load_gates(const ForwardInputsSm90& in, const ChunkPlace& place) {
   const int row = 2 * (threadIdx.x % 32);
   return {in.gated && row < place.valid ? in.g[place.token_head(in, row)] : 0.f,
           in.gated && row + 1 < place.valid ? in.g[place.token_head(in, row + 1)] : 0.f};
@@ -103,7 +103,7 @@ struct Fetched {
 
   template <class Traits>
   __device__ __forceinline__ void fetch(typename Traits::Group& s, const TokenMaps& maps,
-                                        const InputsSm90& in) {
+                                        const ForwardInputsSm90& in) {
     constexpr int kKeyDim = Traits::kKeyDim;
     const int thread = threadIdx.x % 128;
     if (thread == 0) {
@@ -121,7 +121,7 @@ struct Fetched {
 // By a warpgroup with a barrier of its own; `turn` counts its chunks. Once K and Q are read it calls
 // fetch_next(). The first thread of the last warp, which has the least to do, sends the results away.
 template <class Traits, class To, class FetchNext>
-__device__ __forceinline__ void prepare_chunk(typename Traits::Group& s, const InputsSm90& in,
+__device__ __forceinline__ void prepare_chunk(typename Traits::Group& s, const ForwardInputsSm90& in,
                                               const ChunkScratch& scratch, const Fetched& fetched,
                                               uint32_t turn, uint32_t barrier, To& to,
                                               const FetchNext& fetch_next) {

@@ -45,8 +45,8 @@ struct ChunkPlace {
     return true;
   }
   // Index of a token of the chunk in [B, T, HV].
-  __device__ __forceinline__ int64_t token_head(const InputsSm90& in, int row) const {
-    return (batch * in.tokens + token + row) * in.value_heads + head;
+  __device__ __forceinline__ int64_t token_head(const ForwardInputsSm90& in, int row) const {
+    return (batch * in.tokens + token + row) * in.token_heads + head;
   }
 };
 
@@ -162,7 +162,7 @@ __device__ __forceinline__ bool is_hard(const float (&sums)[4], int rows) {
 // ---- Write strengths ----
 
 // One warp, two tokens per lane.
-__device__ __forceinline__ float2 load_betas(const InputsSm90& in, const ChunkPlace& place) {
+__device__ __forceinline__ float2 load_betas(const ForwardInputsSm90& in, const ChunkPlace& place) {
   const int lane = threadIdx.x % 32;
   return {lane < place.valid ? in.beta[place.token_head(in, lane)] : 0.f,
           lane + 32 < place.valid ? in.beta[place.token_head(in, lane + 32)] : 0.f};

@@ -40,6 +40,13 @@ struct Spans {
   }
 };
 
+// Of the kernels of the forward: all value heads, or some of one sequence, whose beta, g and o lie among
+// those of all.
+struct ForwardInputsSm90 : InputsSm90 {
+  int64_t token_heads;  // value heads from a token of beta, g and o to the next
+  ForwardInputsSm90(const InputsSm90& in) : InputsSm90(in), token_heads(in.value_heads) {}
+};
+
 // ---- Scratch: what `prepare` finds out about a chunk; arrays indexed [slot][value head] ----
 
 // Gates in units of log2 are cut off where 2^g is 0 in float32 anyway, so that -inf has differences.
@@ -82,7 +89,7 @@ constexpr float kHardSquare = 0.75f;
 constexpr int kReady = 1, kReadyHard = 2;
 
 struct PrepareArgs {
-  InputsSm90 in;
+  ForwardInputsSm90 in;
   ChunkScratch scratch;
   int64_t slots;  // of ChunkSlots
   int ctas;       // they stay on as many SMs; with a gate per channel only beside the state pass
@@ -97,7 +104,7 @@ struct prepare_sm90 {
 };
 
 struct StatePassArgs {
-  InputsSm90 in;
+  ForwardInputsSm90 in;
   ChunkScratch scratch;
   const int*
       ready;      // as above: the launch begins when prepare has its SMs, and waits chunk by chunk; or null

@@ -243,7 +243,7 @@ __device__ void store(typename Traits::Storage& s, const StatePassArgs& a, const
   using Element = typename Traits::Element;
   auto* out = static_cast<Element*>(a.o);
   const int lane = threadIdx.x % 32, piece = lane % 8, chunks = sequence.chunks();
-  const int64_t stride = a.in.value_heads * a.in.value_dim;
+  const int64_t stride = a.in.token_heads * a.in.value_dim;
   out += (sequence.batch * a.in.tokens + sequence.begin) * stride + head * a.in.value_dim + first_value +
          piece * 8;
   const bool inside = piece * 8 < a.in.value_dim - first_value;

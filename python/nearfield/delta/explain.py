@@ -100,10 +100,11 @@ def _plan(
     if _planner is None:
         return _KERNELS["hopper", False], "not known, this build has no planner (a portable wheel)"
     batch, tokens, heads, values = v.shape
-    span_chunks, prepare_p, preparing, parts = _planner.delta_plan(
+    span_chunks, prepare_p, preparing, parts, rest = _planner.delta_plan(
         sequences=batch if cu_seqlens is None else cu_seqlens.shape[0] - 1,
         tokens=tokens,
         value_heads=heads,
+        heads=q.shape[2],
         key_dim=64 if q.shape[3] <= 64 and not keep else 128,
         value_dim=values,
         packed=cu_seqlens is not None,
@@ -112,13 +113,19 @@ def _plan(
         sms=_H100_SMS,
         clusters=_H100_CLUSTERS,
     )
+    split_kernels = ("prepare_sm90", "state_pass_sm90", "compose_spans_sm90", "state_pass_sm90")
+    spans = f"split into spans of {span_chunks * op.CHUNK} tokens"
     if parts:
         cut = sum(part[4] >= 0 for part in parts)
         how = f", {cut} of {len(parts)} begin where another has ended" if cut else ""
-        return ("head_cluster_sm90",), f"a cluster of four thread blocks per head{how}"
+        kernels: tuple[str, ...] = ("head_cluster_sm90",)
+        if rest:
+            kernels += split_kernels if span_chunks else _KERNELS["hopper", False]
+            how = f"; beside them {rest} more on {preparing} multiprocessors"
+            how += f", {spans}" if span_chunks else ""
+        return kernels, f"a cluster of four thread blocks per head{how}"
     if span_chunks:
-        kernels = ("prepare_sm90", "state_pass_sm90", "compose_spans_sm90", "state_pass_sm90")
-        return kernels, f"sequences split into spans of {span_chunks * op.CHUNK} tokens"
+        return split_kernels, f"sequences {spans}"
     if preparing:
         return _KERNELS["hopper", False], f"{preparing} multiprocessors prepare chunks beside the walk"
     where = "before the walk" if prepare_p else "before the walk, which computes P"
