@@ -98,6 +98,14 @@ CASES = [
          periodic=(False, True, True), label="torus-video"),
     Case((20, 22), (5, 5), scale=-0.7, dim=64, label="negative-scale"),
     Case((20, 22), (5, 5), scale=0.0, dim=64, label="scale-0"),
+    # Tiles with many visits and more of them than multiprocessors: dQ of the first heads is rounded beside the others.
+    Case((1101,), (800,), dim=128, heads=8, heads_kv=4, batch=10, label="many-visits-gqa"),
+    Case((1700,), (1500,), causal=(True,), dim=64, heads=20, label="many-visits-64"),
+    Case((903,), (760,), (3,), dim=32, heads=8, batch=4, label="many-visits-32"),
+    Case((900,), (760,), dim=256, heads=4, heads_kv=2, batch=5, label="many-visits-256"),
+    Case((2701,), (800,), dilation=(3,), dim=128, heads=7, batch=4, label="many-visits-per-group"),
+    Case((41, 39), (36, 38), dim=128, heads=8, batch=2, label="many-visits-2d"),
+    Case((10, 12, 14), (10, 11, 13), causal=(True, False, False), dim=128, heads=16, label="many-visits-3d"),
 ]  # fmt: skip
 
 

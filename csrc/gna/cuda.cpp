@@ -277,7 +277,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cuda(
   args.dk = tokens_of<void>(dk, p.rank);
   args.dv = tokens_of<void>(dv, p.rank);
   args.dq_out = tokens_of<void>(dq, p.rank);
-  Tensor next_work = allocate(q, {1}, ScalarType::Int);
+  Tensor next_work = allocate(q, {plan.counters}, ScalarType::Int);
   args.next_work = static_cast<int*>(next_work.data_ptr());
   args.num_sms = device.num_sms;
   if (with_additional) {
@@ -303,6 +303,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cuda(
     launch.q_box = step.tiles.q;
     launch.kv_box = step.tiles.kv;
     launch.to_additional = step.additional;
+    launch.rounds = step.rounds;
     if (step.additional && step.kernel == Kernel::kKeys) {
       launch.dk = tokens_of<void>(add_dk, 1);
       launch.dv = tokens_of<void>(add_dv, 1);
@@ -341,6 +342,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cuda(
         break;
       case Kernel::kRoundDq:
         check(with_ends(dtype, [&](auto ends) {
+          if (step.rounds) {
+            return ends.finish_rest(launch.problem, step.head_dim, launch.scale, launch.dq, launch.dq_out,
+                                    launch.next_work, stream);
+          }
           return ends.finish(launch.problem, launch.scale, launch.dq, launch.dq_out, step.accumulate, stream);
         }));
         break;

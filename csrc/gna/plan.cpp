@@ -167,6 +167,17 @@ int64_t count_boxes(const Problem& p, const Box& box) {
   return count;
 }
 
+// Whether a launch rounds dQ of finished heads beside its products (round_dq_sm90.cuh): tokens of a head must
+// be evenly spaced, and tiles long enough for a warp that also plans them.
+bool rounds_beside(const Step& step) {
+  constexpr int64_t kVisits = 12;
+  const Problem& p = step.problem;
+  const bool spaced =
+      p.rank == 1 || (step.distance[0] == 1 && step.distance[1] == 1 && step.distance[2] == 1);
+  return p.dim == step.head_dim && p.additional == 0 && p.groups() == 1 && spaced && step.launches() == 1 &&
+         p.batch * p.heads_kv > 1 && step.tiles.visited >= kVisits * count_boxes(p, step.tiles.kv);
+}
+
 // Queries that stay: the additional tokens are further tiles of the same loop.
 Tiles query_stationary_tiles(const Step& step, bool biased, int block_m, int block_n) {
   const Problem& p = step.problem;
@@ -334,9 +345,12 @@ Plan plan_backward(const Request& request, const Call& call, bool deterministic,
     if (with_bias_gradient) {
       for (const Step& step : bias_gradient_steps(all, portable_head_dim, bytes)) plan.steps.push_back(step);
     }
-    for_each_launch(all, 0, [&](const Step& group) {
+    for_each_launch(all, 0, [&](Step group) {
       if (!deterministic) add(group, Kernel::kClearDq);
       add(group, Kernel::kKeys);
+      Step& keys = plan.steps.back();
+      group.rounds = keys.rounds = !deterministic && !call.biased && rounds_beside(keys);
+      plan.counters = std::max(plan.counters, 1 + DqCounters(group.problem, group.rounds).total());
       if (deterministic) return add(group, Kernel::kQueries);
       if (additional > 0 && undilated) add(extra, Kernel::kKeys);
       add(group, Kernel::kRoundDq);

@@ -73,8 +73,9 @@ struct BwdSm90Args {
   float* dq;                     // bwd_sm90 adds to this DqBuffer; null: dQ is left to bwd_dq_sm90
   Tokens<void> dq_out;           // [B, X, H, D]: of bwd_dq_sm90
   BiasTable<const float> bias;
+  bool rounds;  // of bwd_sm90: dq_out of finished heads, as far as it gets (DqCounters)
   Box q_box, kv_box;
-  int* next_work;
+  int* next_work;  // DqCounters behind it
   int num_sms;
 };
 
@@ -103,6 +104,16 @@ struct DqBuffer {
   }
 };
 
+// Counters of a launch that rounds dQ beside its products: of each key/value head of a batch entry the tiles
+// whose share in dQ is there, then of each query head the parts of rounded_rows() that somebody rounds.
+struct DqCounters {
+  int64_t done = 0, taken = 0;
+  DqCounters(const Problem& p, bool rounds) {
+    if (rounds) done = p.batch * p.heads_kv, taken = p.batch * p.heads;
+  }
+  int64_t total() const { return done + taken; }
+};
+
 // The memory-bound ends of the backward.
 template <class Element>
 struct bwd_ends_sm80 {
@@ -114,6 +125,9 @@ struct bwd_ends_sm80 {
   // dq = scale * buffer (+ dq), rounded.
   static int finish(const Problem& problem, float scale, const float* buffer, const Tokens<void>& dq,
                     bool accumulate, void* stream);
+  // The same of the parts of heads that bwd_sm90 has not taken.
+  static int finish_rest(const Problem& problem, int head_dim, float scale, const float* buffer,
+                         const Tokens<void>& dq, const int* next_work, void* stream);
 };
 
 }  // namespace nearfield::gna
