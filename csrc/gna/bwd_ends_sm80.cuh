@@ -164,16 +164,16 @@ int bwd_ends_sm80<Tag>::finish(const Problem& p, float scale, const float* buffe
 
 template <class Tag>
 int bwd_ends_sm80<Tag>::finish_rest(const Problem& p, int head_dim, float scale, const float* buffer,
-                                    const Tokens<void>& dq, const int* next_work, void* stream) {
+                                    const Tokens<void>& dq, int* next_work, void* stream) {
   constexpr int64_t kBlocks = 4096;  // all together: most find nothing to do
-  const DqCounters counters(p, true);
+  const DqCounters counters(p, true, next_work + 1);
   const int rows = rounded_rows(head_dim);
   const int64_t parts = (p.tokens() + rows - 1) / rows;
-  const dim3 grid(static_cast<unsigned>(counters.taken),
-                  static_cast<unsigned>(std::clamp<int64_t>(kBlocks / counters.taken, 1, parts)));
+  const dim3 grid(static_cast<unsigned>(counters.heads),
+                  static_cast<unsigned>(std::clamp<int64_t>(kBlocks / counters.heads, 1, parts)));
   finish_rest_kernel<end_element_t<Tag>><<<grid, kEndThreads, 0, static_cast<cudaStream_t>(stream)>>>(
       static_cast<int>(p.heads), static_cast<int>(p.tokens()), static_cast<int>(p.dim), rows, scale, buffer,
-      dq, next_work + 1 + counters.done);
+      dq, counters.rounding(0));
   return cudaGetLastError();
 }
 

@@ -3,8 +3,8 @@
 #pragma once
 
 #include "gna/bias_sm90.cuh"
+#include "gna/dq_beside_sm90.cuh"
 #include "gna/plan_sm90.cuh"
-#include "gna/round_dq_sm90.cuh"
 #include "gna/traits_sm90.cuh"
 
 namespace nearfield::gna {
@@ -25,7 +25,7 @@ struct BwdKernelParams {
   void *dk_data, *dv_data;
   BiasParams bias;
   bool with_dq;
-  RoundParams round;
+  DqBesideParams beside;
   int* next_work;
 };
 
@@ -164,7 +164,9 @@ __device__ void add_dq(typename Traits::Storage& s, const BwdMaps& maps, const B
   RingIndex<Traits::kDqStages> at;
   // The first dQ of the next tile is microseconds away.
   const auto after = [&](const StayingTile& tile) {
-    if (p.round.done != nullptr && threadIdx.x % 32 == 0) count_tile(p.round, tile);
+    if (p.beside.counters.units > 0 && threadIdx.x % 32 == 0) {
+      count_arrived(p.beside.counters.done(tile.batch * p.beside.heads_kv + tile.head));
+    }
   };
   follow_queries(s, p, after, [&](const StayingTile& tile, int head, const int (&first)[3]) {
     for (int round = 0; round < kRounds; ++round) {
@@ -196,22 +198,17 @@ __device__ void add_dq(typename Traits::Storage& s, const BwdMaps& maps, const B
 }
 
 template <class Traits>
-__device__ __forceinline__ void plan_and_round(typename Traits::Storage& s, const BwdKernelParams& p) {
-  const auto plan = [&](const auto& beside) {
+__device__ __forceinline__ void plan_and_work_beside(typename Traits::Storage& s, const BwdKernelParams& p) {
+  const auto plan = [&](auto&& beside) {
     plan_tiles_of_cta<Direction::kBackward>(s, p, p.kv_box, p.q_box, p.kv_rows,
                                             static_cast<int>(p.problem.heads_per_kv()), 0, beside);
   };
   if constexpr (Traits::kBiased) {
-    plan([](const auto&) {});
+    plan(NothingBeside{});
   } else {
-    Rounder<Traits> rounder{s.rounding, p.round};
-    plan([&](const auto& draw_is_due) {
-      while (p.round.done != nullptr && !__any_sync(0xffffffffu, draw_is_due())) {
-        if (!rounder.round_part()) __nanosleep(1000);
-      }
-    });
-    while (p.round.done != nullptr && rounder.round_part()) {
-    }
+    DqBeside<Traits> beside(s.beside, p.beside);
+    plan(beside);
+    beside.finish();
   }
 }
 
@@ -257,7 +254,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     s.ring_dout.init(1, Traits::kConsumerWarps);
     s.ring_dq.init(Traits::kConsumerWarps, 1);
     s.ring_draw.init(1, 1);
-    if constexpr (!Traits::kBiased) cutlass::arch::ClusterTransactionBarrier::init(&s.rounding.full, 1);
+    if constexpr (!Traits::kBiased) cutlass::arch::ClusterTransactionBarrier::init(&s.beside.full, 1);
     s.ring_plan.init(1, Traits::kConsumerWarps + 3);  // and three producer warps
     cutlass::arch::fence_barrier_init();
   }
@@ -293,7 +290,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     if (warp == 0) load_queries<Traits>(s, maps, p);
     if (warp == 1) add_dq<Traits>(s, maps, p);
     if (warp == 2) gather_stats<Traits>(s, p);
-    if (warp == 3) plan_and_round<Traits>(s, p);
+    if (warp == 3) plan_and_work_beside<Traits>(s, p);
   } else {
     cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
     multiply(Traits{}, s, p);
@@ -325,24 +322,23 @@ int launch_key_stationary(const BwdSm90Args& a, void* stream_) {
   p.next_work = a.next_work;
   const Launches launches(problem, kHeadDim);
   p.problem.batch = launches.batch;
-  const DqCounters counters(problem, a.rounds);
+  const DqCounters counters(problem, a.beside, a.next_work + 1);
   p.schedule = a.to_additional ? Schedule(p.problem, static_cast<int>(problem.additional), Traits::kBlockN,
                                           problem.heads_kv)
                                : Schedule(p.problem, a.kv_box, problem.heads_kv);
   if (p.schedule.total > std::numeric_limits<int>::max() / 2) return cudaErrorInvalidConfiguration;
   if (a.to_additional) p.kv_box = Box{{1, 1, Traits::kBlockN}};
-  if (a.rounds) {
-    p.round.done = a.next_work + 1;
-    p.round.taken = p.round.done + counters.done;
-    p.round.heads = static_cast<int>(problem.heads);
-    p.round.heads_per_kv = static_cast<int>(problem.heads_per_kv());
-    p.round.all_heads = static_cast<int>(counters.taken);
-    p.round.tiles = static_cast<int>(p.schedule.total / counters.done);
-    p.round.tokens = static_cast<int>(problem.tokens());
-    p.round.parts = (p.round.tokens + rounded_rows(kHeadDim) - 1) / rounded_rows(kHeadDim);
-    p.round.scale = a.scale;
-    p.round.buffer = a.dq;
-    p.round.dq = a.dq_out;
+  if (a.beside) {
+    p.beside.counters = counters;
+    p.beside.cleared = static_cast<int>(units_at_once(problem, a.kv_box, a.num_sms));
+    p.beside.tiles = static_cast<int>(p.schedule.total / counters.units);
+    p.beside.heads = static_cast<int>(problem.heads);
+    p.beside.heads_kv = static_cast<int>(problem.heads_kv);
+    p.beside.heads_per_kv = static_cast<int>(problem.heads_per_kv());
+    p.beside.tokens = static_cast<int>(problem.tokens());
+    p.beside.scale = a.scale;
+    p.beside.buffer = a.dq;
+    p.beside.dq = a.dq_out;
   }
   const DqBuffer buffer(p.problem);
   for (int64_t b = 0; b < launches.count; ++b) {

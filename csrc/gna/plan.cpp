@@ -167,9 +167,9 @@ int64_t count_boxes(const Problem& p, const Box& box) {
   return count;
 }
 
-// Whether a launch rounds dQ of finished heads beside its products (round_dq_sm90.cuh): tokens of a head must
-// be evenly spaced, and tiles long enough for a warp that also plans them.
-bool rounds_beside(const Step& step) {
+// Whether a launch clears and rounds dQ beside its products (dq_beside_sm90.cuh): tokens of a head must be
+// evenly spaced, and tiles long enough for a warp that also plans them.
+bool works_beside(const Step& step) {
   constexpr int64_t kVisits = 12;
   const Problem& p = step.problem;
   const bool spaced =
@@ -295,11 +295,14 @@ Plan plan_backward(const Request& request, const Call& call, bool deterministic,
     query_tile.kBlockM = queries.kStaying, query_tile.kBlockN = queries.kMoving;
   }
   plan.stats_rows = whole.batch * whole.tokens() * whole.heads;
+  const auto tiles_of = [&](const Step& keys) {
+    const bool biased = call.biased && !keys.additional;
+    return choose_tiles(keys, biased, tile.kBlockM, tile.kBlockN, Direction::kBackward);
+  };
   const auto add = [&](Step step, Kernel kernel) {
     step.kernel = kernel;
     if (kernel == Kernel::kKeys) {
-      const bool biased = call.biased && !step.additional;
-      step.tiles = choose_tiles(step, biased, tile.kBlockM, tile.kBlockN, Direction::kBackward);
+      step.tiles = tiles_of(step);
       if (step.additional) {
         step.tiles.kv = Box{{1, 1, tile.kBlockN}};
         const int64_t staying = (additional + tile.kBlockN - 1) / tile.kBlockN;
@@ -346,11 +349,11 @@ Plan plan_backward(const Request& request, const Call& call, bool deterministic,
       for (const Step& step : bias_gradient_steps(all, portable_head_dim, bytes)) plan.steps.push_back(step);
     }
     for_each_launch(all, 0, [&](Step group) {
+      group.tiles = tiles_of(group);
+      group.beside = !deterministic && !call.biased && works_beside(group);
+      plan.counters = std::max(plan.counters, 1 + DqCounters(group.problem, group.beside).total());
       if (!deterministic) add(group, Kernel::kClearDq);
       add(group, Kernel::kKeys);
-      Step& keys = plan.steps.back();
-      group.rounds = keys.rounds = !deterministic && !call.biased && rounds_beside(keys);
-      plan.counters = std::max(plan.counters, 1 + DqCounters(group.problem, group.rounds).total());
       if (deterministic) return add(group, Kernel::kQueries);
       if (additional > 0 && undilated) add(extra, Kernel::kKeys);
       add(group, Kernel::kRoundDq);

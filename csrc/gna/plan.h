@@ -37,7 +37,7 @@ struct Step {
   int first[3] = {0, 0, 0}, distance[3] = {1, 1, 1};
   bool additional = false;  // the staying keys are the additional tokens, seen by the whole grid
   bool accumulate = false;  // kRoundDq: adds to what an earlier step wrote
-  bool rounds = false;      // kKeys: rounds dQ of finished heads; kRoundDq: only what that has left
+  bool beside = false;  // kKeys clears and rounds dQ beside its products, kClearDq and kRoundDq do the rest
   Tiles tiles{};
 
   bool is_tiled() const {
