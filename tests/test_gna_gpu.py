@@ -98,6 +98,12 @@ CASES = [
          periodic=(False, True, True), label="torus-video"),
     Case((20, 22), (5, 5), scale=-0.7, dim=64, label="negative-scale"),
     Case((20, 22), (5, 5), scale=0.0, dim=64, label="scale-0"),
+    # Tiles with many visits, and more tiles than multiprocessors: dQ of the first heads is rounded beside the others.
+    Case((33, 31), (25, 28), dim=128, heads=8, heads_kv=4, batch=6, label="many-visits-gqa"),
+    Case((45, 43), (40, 43), dim=64, heads=12, label="many-visits-64"),
+    Case((31, 33), (29, 30), causal=(True, False), dim=32, heads=8, batch=4, label="many-visits-32"),
+    Case((30, 32), (27, 30), dim=256, heads=6, heads_kv=2, batch=5, label="many-visits-256"),
+    Case((10, 12, 14), (10, 11, 13), causal=(True, False, False), dim=128, heads=16, label="many-visits-3d"),
 ]  # fmt: skip
 
 

@@ -8,7 +8,10 @@
 #include <cutlass/half.h>
 #include <cutlass/numeric_conversion.h>
 
+#include <algorithm>
+
 #include "gna/sm90.h"
+#include "gna/tiles.h"
 
 namespace nearfield::gna {
 
@@ -102,6 +105,28 @@ __global__ void finish_kernel(const __grid_constant__ Problem p, const __grid_co
   *target = rounded;
 }
 
+// Block (head, n): parts n, n + gridDim.y, .. of those of the head that bwd_sm90 has not taken.
+template <class Element>
+__global__ void finish_rest_kernel(int heads, int tokens, int dim, int rows, float scale, const float* buffer,
+                                   const __grid_constant__ Tokens<void> dq, const int* taken) {
+  const int head = blockIdx.x, parts = (tokens + rows - 1) / rows, pieces = dim / kPiece;
+  Element* const target = static_cast<Element*>(dq.data) + head / heads * dq.batch + head % heads * dq.head;
+  for (int part = taken[head] + static_cast<int>(blockIdx.y); part < parts; part += gridDim.y) {
+    for (int i = threadIdx.x; i < rows * pieces; i += kEndThreads) {
+      const int token = part * rows + i / pieces, at = i % pieces * kPiece;
+      if (token >= tokens) break;
+      const auto value = *reinterpret_cast<const cutlass::AlignedArray<float, kPiece, 16>*>(
+          buffer + (int64_t{head} * tokens + token) * dim + at);
+      cutlass::AlignedArray<Element, kPiece, 16> rounded;
+#pragma unroll
+      for (int n = 0; n < kPiece; ++n) {
+        rounded[n] = static_cast<Element>(value[n / 2 + n % 2 * (kPiece / 2)] * scale);
+      }
+      *reinterpret_cast<cutlass::AlignedArray<Element, kPiece, 16>*>(target + token * dq.x[2] + at) = rounded;
+    }
+  }
+}
+
 inline unsigned blocks_for(int64_t threads) {
   return static_cast<unsigned>((threads + kEndThreads - 1) / kEndThreads);
 }
@@ -134,6 +159,21 @@ int bwd_ends_sm80<Tag>::finish(const Problem& p, float scale, const float* buffe
   finish_kernel<end_element_t<Tag>>
       <<<blocks_for(pieces), kEndThreads, 0, static_cast<cudaStream_t>(stream)>>>(p, DqBuffer(p), scale,
                                                                                   buffer, dq, accumulate);
+  return cudaGetLastError();
+}
+
+template <class Tag>
+int bwd_ends_sm80<Tag>::finish_rest(const Problem& p, int head_dim, float scale, const float* buffer,
+                                    const Tokens<void>& dq, int* next_work, void* stream) {
+  constexpr int64_t kBlocks = 4096;  // all together: most find nothing to do
+  const DqCounters counters(p, true, next_work + 1);
+  const int rows = rounded_rows(head_dim);
+  const int64_t parts = (p.tokens() + rows - 1) / rows;
+  const dim3 grid(static_cast<unsigned>(counters.heads),
+                  static_cast<unsigned>(std::clamp<int64_t>(kBlocks / counters.heads, 1, parts)));
+  finish_rest_kernel<end_element_t<Tag>><<<grid, kEndThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+      static_cast<int>(p.heads), static_cast<int>(p.tokens()), static_cast<int>(p.dim), rows, scale, buffer,
+      dq, counters.rounding(0));
   return cudaGetLastError();
 }
 

@@ -81,6 +81,7 @@ struct SplitFeatures : HeadTraits<Tag, kHeadDim_> {
     Ring<kDqStages> ring_dq;
     Ring<kPlannedTiles> ring_plan;
     Ring<1> ring_draw;
+    DqBesideStorage<kHeadDim, !kBiased> beside;
   };
   using Bias = BiasSlices<kBlockN, kBlockM, kStages, bias_places(kHeadDim), Direction::kBackward>;
 };

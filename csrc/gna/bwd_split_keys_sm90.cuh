@@ -91,6 +91,7 @@ struct SplitKeys : HeadTraits<Tag, kHeadDim_> {
     Ring<1> ring_dq;
     Ring<kPlannedTiles> ring_plan;
     Ring<1> ring_draw;
+    DqBesideStorage<kHeadDim, !kBiased> beside;
   };
   using Bias = BiasSlices<kBlockN, kBlockM, kStages, bias_places(kHeadDim), Direction::kBackward>;
 };

@@ -277,7 +277,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cuda(
   args.dk = tokens_of<void>(dk, p.rank);
   args.dv = tokens_of<void>(dv, p.rank);
   args.dq_out = tokens_of<void>(dq, p.rank);
-  Tensor next_work = allocate(q, {1}, ScalarType::Int);
+  Tensor next_work = allocate(q, {plan.counters}, ScalarType::Int);
   args.next_work = static_cast<int*>(next_work.data_ptr());
   args.num_sms = device.num_sms;
   if (with_additional) {
@@ -303,6 +303,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cuda(
     launch.q_box = step.tiles.q;
     launch.kv_box = step.tiles.kv;
     launch.to_additional = step.additional;
+    launch.beside = step.beside;
     if (step.additional && step.kernel == Kernel::kKeys) {
       launch.dk = tokens_of<void>(add_dk, 1);
       launch.dv = tokens_of<void>(add_dv, 1);
@@ -327,7 +328,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cuda(
         break;
       case Kernel::kClearDq:
         check(with_ends(dtype, [&](auto ends) {
-          return ends.clear(launch.dq, DqBuffer(step.problem).elements, stream);
+          const Problem& all = step.problem;
+          const int64_t units = all.batch * all.heads_kv, elements = DqBuffer(all).elements;
+          const int64_t now = step.beside ? units_at_once(all, step.tiles.kv, device.num_sms) : units;
+          return ends.clear(launch.dq, elements / units * now, stream);
         }));
         break;
       case Kernel::kKeys:
@@ -341,6 +345,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cuda(
         break;
       case Kernel::kRoundDq:
         check(with_ends(dtype, [&](auto ends) {
+          if (step.beside) {
+            return ends.finish_rest(launch.problem, step.head_dim, launch.scale, launch.dq, launch.dq_out,
+                                    launch.next_work, stream);
+          }
           return ends.finish(launch.problem, launch.scale, launch.dq, launch.dq_out, step.accumulate, stream);
         }));
         break;

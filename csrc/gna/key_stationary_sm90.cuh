@@ -3,6 +3,7 @@
 #pragma once
 
 #include "gna/bias_sm90.cuh"
+#include "gna/dq_beside_sm90.cuh"
 #include "gna/plan_sm90.cuh"
 #include "gna/traits_sm90.cuh"
 
@@ -24,6 +25,7 @@ struct BwdKernelParams {
   void *dk_data, *dv_data;
   BiasParams bias;
   bool with_dq;
+  DqBesideParams beside;
   int* next_work;
 };
 
@@ -89,9 +91,11 @@ __device__ void load_queries(typename Traits::Storage& s, const BwdMaps& maps, c
   });
 }
 
-// Calls visit(tile, head, first query of the box) for every query tile that load_queries loads.
-template <class Storage, class Visit>
-__device__ __forceinline__ void follow_queries(Storage& s, const BwdKernelParams& p, const Visit& visit) {
+// Calls visit(tile, head, first query of the box) for every query tile that load_queries loads, and
+// after(tile) behind the last one of a tile.
+template <class Storage, class After, class Visit>
+__device__ __forceinline__ void follow_queries(Storage& s, const BwdKernelParams& p, const After& after,
+                                               const Visit& visit) {
   const int group_size = static_cast<int>(p.problem.heads_per_kv());
   follow_plan(s, [&](const StayingTile& tile) {
     for (int g = 0; g < group_size; ++g) {
@@ -102,6 +106,7 @@ __device__ __forceinline__ void follow_queries(Storage& s, const BwdKernelParams
         visit(tile, tile.head * group_size + g, first);
       }
     }
+    after(tile);
   });
 }
 
@@ -112,7 +117,8 @@ __device__ void gather_stats(typename Traits::Storage& s, const BwdKernelParams&
   constexpr int kM = Traits::kBlockM;
   const int lane = threadIdx.x % 32;
   RingIndex<Traits::kStages> at;
-  follow_queries(s, p, [&](const StayingTile& tile, int head, const int (&first)[3]) {
+  const auto after = [](const StayingTile&) {};
+  follow_queries(s, p, after, [&](const StayingTile& tile, int head, const int (&first)[3]) {
     int64_t box_at = (tile.batch + p.batch_offset) * p.stats.batch + head * p.stats.head;
     bool whole = true;  // inside the grid
 #pragma unroll
@@ -156,7 +162,13 @@ __device__ void add_dq(typename Traits::Storage& s, const BwdMaps& maps, const B
   constexpr int kChunk = 32;  // floats in a 128-byte swizzle span
   constexpr int kRounds = Traits::kDqRounds, kChunks = Traits::kHeadDim / kChunk / kRounds;
   RingIndex<Traits::kDqStages> at;
-  follow_queries(s, p, [&](const StayingTile& tile, int head, const int (&first)[3]) {
+  // The first dQ of the next tile is microseconds away.
+  const auto after = [&](const StayingTile& tile) {
+    if (p.beside.counters.units > 0 && threadIdx.x % 32 == 0) {
+      count_arrived(p.beside.counters.done(tile.batch * p.beside.heads_kv + tile.head));
+    }
+  };
+  follow_queries(s, p, after, [&](const StayingTile& tile, int head, const int (&first)[3]) {
     for (int round = 0; round < kRounds; ++round) {
       s.ring_dq.wait_full(at);
       if (p.with_dq && threadIdx.x % 32 == 0) {
@@ -183,6 +195,21 @@ __device__ void add_dq(typename Traits::Storage& s, const BwdMaps& maps, const B
       at.advance();
     }
   });
+}
+
+template <class Traits>
+__device__ __forceinline__ void plan_and_work_beside(typename Traits::Storage& s, const BwdKernelParams& p) {
+  const auto plan = [&](auto&& beside) {
+    plan_tiles_of_cta<Direction::kBackward>(s, p, p.kv_box, p.q_box, p.kv_rows,
+                                            static_cast<int>(p.problem.heads_per_kv()), 0, beside);
+  };
+  if constexpr (Traits::kBiased) {
+    plan(NothingBeside{});
+  } else {
+    DqBeside<Traits> beside(s.beside, p.beside);
+    plan(beside);
+    beside.finish();
+  }
 }
 
 // ---- Consumers ----
@@ -227,6 +254,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     s.ring_dout.init(1, Traits::kConsumerWarps);
     s.ring_dq.init(Traits::kConsumerWarps, 1);
     s.ring_draw.init(1, 1);
+    if constexpr (!Traits::kBiased) cutlass::arch::ClusterTransactionBarrier::init(&s.beside.full, 1);
     s.ring_plan.init(1, Traits::kConsumerWarps + 3);  // and three producer warps
     cutlass::arch::fence_barrier_init();
   }
@@ -262,10 +290,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     if (warp == 0) load_queries<Traits>(s, maps, p);
     if (warp == 1) add_dq<Traits>(s, maps, p);
     if (warp == 2) gather_stats<Traits>(s, p);
-    if (warp == 3) {
-      plan_tiles_of_cta<Direction::kBackward>(s, p, p.kv_box, p.q_box, p.kv_rows,
-                                              static_cast<int>(p.problem.heads_per_kv()), 0);
-    }
+    if (warp == 3) plan_and_work_beside<Traits>(s, p);
   } else {
     cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
     multiply(Traits{}, s, p);
@@ -297,11 +322,24 @@ int launch_key_stationary(const BwdSm90Args& a, void* stream_) {
   p.next_work = a.next_work;
   const Launches launches(problem, kHeadDim);
   p.problem.batch = launches.batch;
+  const DqCounters counters(problem, a.beside, a.next_work + 1);
   p.schedule = a.to_additional ? Schedule(p.problem, static_cast<int>(problem.additional), Traits::kBlockN,
                                           problem.heads_kv)
                                : Schedule(p.problem, a.kv_box, problem.heads_kv);
   if (p.schedule.total > std::numeric_limits<int>::max() / 2) return cudaErrorInvalidConfiguration;
   if (a.to_additional) p.kv_box = Box{{1, 1, Traits::kBlockN}};
+  if (a.beside) {
+    p.beside.counters = counters;
+    p.beside.cleared = static_cast<int>(units_at_once(problem, a.kv_box, a.num_sms));
+    p.beside.tiles = static_cast<int>(p.schedule.total / counters.units);
+    p.beside.heads = static_cast<int>(problem.heads);
+    p.beside.heads_kv = static_cast<int>(problem.heads_kv);
+    p.beside.heads_per_kv = static_cast<int>(problem.heads_per_kv());
+    p.beside.tokens = static_cast<int>(problem.tokens());
+    p.beside.scale = a.scale;
+    p.beside.buffer = a.dq;
+    p.beside.dq = a.dq_out;
+  }
   const DqBuffer buffer(p.problem);
   for (int64_t b = 0; b < launches.count; ++b) {
     const TokenEncoder encode{launches, b, sizeof(typename Traits::Element), kHeadDim, problem};
@@ -334,7 +372,7 @@ int launch_key_stationary(const BwdSm90Args& a, void* stream_) {
       }
       e = encode_tma(&maps.dq, dq);
     }
-    if (e == cudaSuccess) e = cudaMemsetAsync(a.next_work, 0, sizeof(int), stream);
+    if (e == cudaSuccess) e = cudaMemsetAsync(a.next_work, 0, (1 + counters.total()) * sizeof(int), stream);
     if (e != cudaSuccess) return e;
     p.batch_offset = b;
     const int grid = static_cast<int>(std::min<int64_t>(p.schedule.total, a.num_sms));

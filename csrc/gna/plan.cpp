@@ -167,6 +167,17 @@ int64_t count_boxes(const Problem& p, const Box& box) {
   return count;
 }
 
+// Whether a launch clears and rounds dQ beside its products (dq_beside_sm90.cuh): tokens of a head must be
+// evenly spaced, and tiles long enough for a warp that also plans them.
+bool works_beside(const Step& step) {
+  constexpr int64_t kVisits = 12;
+  const Problem& p = step.problem;
+  const bool spaced =
+      p.rank == 1 || (step.distance[0] == 1 && step.distance[1] == 1 && step.distance[2] == 1);
+  return p.dim == step.head_dim && p.additional == 0 && p.groups() == 1 && spaced && step.launches() == 1 &&
+         p.batch * p.heads_kv > 1 && step.tiles.visited >= kVisits * count_boxes(p, step.tiles.kv);
+}
+
 // Queries that stay: the additional tokens are further tiles of the same loop.
 Tiles query_stationary_tiles(const Step& step, bool biased, int block_m, int block_n) {
   const Problem& p = step.problem;
@@ -284,11 +295,14 @@ Plan plan_backward(const Request& request, const Call& call, bool deterministic,
     query_tile.kBlockM = queries.kStaying, query_tile.kBlockN = queries.kMoving;
   }
   plan.stats_rows = whole.batch * whole.tokens() * whole.heads;
+  const auto tiles_of = [&](const Step& keys) {
+    const bool biased = call.biased && !keys.additional;
+    return choose_tiles(keys, biased, tile.kBlockM, tile.kBlockN, Direction::kBackward);
+  };
   const auto add = [&](Step step, Kernel kernel) {
     step.kernel = kernel;
     if (kernel == Kernel::kKeys) {
-      const bool biased = call.biased && !step.additional;
-      step.tiles = choose_tiles(step, biased, tile.kBlockM, tile.kBlockN, Direction::kBackward);
+      step.tiles = tiles_of(step);
       if (step.additional) {
         step.tiles.kv = Box{{1, 1, tile.kBlockN}};
         const int64_t staying = (additional + tile.kBlockN - 1) / tile.kBlockN;
@@ -334,7 +348,10 @@ Plan plan_backward(const Request& request, const Call& call, bool deterministic,
     if (with_bias_gradient) {
       for (const Step& step : bias_gradient_steps(all, portable_head_dim, bytes)) plan.steps.push_back(step);
     }
-    for_each_launch(all, 0, [&](const Step& group) {
+    for_each_launch(all, 0, [&](Step group) {
+      group.tiles = tiles_of(group);
+      group.beside = !deterministic && !call.biased && works_beside(group);
+      plan.counters = std::max(plan.counters, 1 + DqCounters(group.problem, group.beside).total());
       if (!deterministic) add(group, Kernel::kClearDq);
       add(group, Kernel::kKeys);
       if (deterministic) return add(group, Kernel::kQueries);

@@ -37,6 +37,7 @@ struct Step {
   int first[3] = {0, 0, 0}, distance[3] = {1, 1, 1};
   bool additional = false;  // the staying keys are the additional tokens, seen by the whole grid
   bool accumulate = false;  // kRoundDq: adds to what an earlier step wrote
+  bool beside = false;  // kKeys clears and rounds dQ beside its products, kClearDq and kRoundDq do the rest
   Tiles tiles{};
 
   bool is_tiled() const {
@@ -54,10 +55,12 @@ struct Plan {
   int64_t dq_elements = 0;    // of the float32 dQ
   int64_t bias_elements = 0;  // of the bias of all heads, in each of the parts of its gradient
   int bias_parts = 0;
+  int64_t counters = 1;  // the scheduler's, and DqCounters
 
   // Beside outputs and copies of tensors that the copy engine cannot read; with the scheduler's counter.
   int64_t workspace_bytes() const {
-    return stats_rows * sizeof(RowStats) + (dq_elements + bias_parts * bias_elements) * 4 + sizeof(int);
+    return stats_rows * sizeof(RowStats) + (dq_elements + bias_parts * bias_elements) * 4 +
+           counters * sizeof(int);
   }
 };
 

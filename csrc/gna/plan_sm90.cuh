@@ -20,11 +20,19 @@ __device__ __forceinline__ void allow_draw(Storage& s, int left, int before) {
   if (left == kDrawAhead || (left == before && left < kDrawAhead)) s.ring_draw.arrive_full({});
 }
 
+struct NothingBeside {
+  __device__ __forceinline__ void prepare(const StayingTile&) const {}
+  template <class Due>
+  __device__ __forceinline__ void work(const Due&) const {}
+};
+
 // Plans every work item of this CTA, then announces the end. `visits_per_tile` is how often each visited tile
-// is met (once per query head of a group), `extra` counts visits beyond the neighborhood.
-template <Direction kDirection, class Storage, class Params, class T>
+// is met (once per query head of a group), `extra` counts visits beyond the neighborhood. Before a tile is
+// announced beside.prepare(tile) is called, and where the warp would wait for the next draw beside.work(due),
+// with a function that says when that is due.
+template <Direction kDirection, class Storage, class Params, class T, class Beside>
 __device__ void plan_tiles_of_cta(Storage& s, const Params& p, const Box& staying, const Box& moving,
-                                  const Tokens<T>& index, int visits_per_tile, int extra) {
+                                  const Tokens<T>& index, int visits_per_tile, int extra, Beside&& beside) {
   const int lane = threadIdx.x % 32;
   RingIndex<kPlannedTiles> at;
   RingIndex<1> at_draw;
@@ -38,8 +46,10 @@ __device__ void plan_tiles_of_cta(Storage& s, const Params& p, const Box& stayin
       plan.num_tiles = plan.tile.num_visits() * visits_per_tile + extra;
       plan.template fill<kDirection>(s.plan_scratch, p.problem, staying, plan.tile.batch + p.batch_offset,
                                      index, p.schedule.line > 0, lane);
+      beside.prepare(plan.tile);
       if (lane == 0) s.ring_plan.arrive_full(at);
       at.advance();
+      beside.work([&] { return Ring<1>::Barrier::test_wait(&s.ring_draw.full[0], at_draw.phase, true); });
       s.ring_draw.wait_full(at_draw);
       at_draw.advance();
     }

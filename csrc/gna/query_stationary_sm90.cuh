@@ -152,7 +152,7 @@ __device__ __forceinline__ void produce(typename Traits::Storage& s, const Query
   }
   if (warp == 1) {
     const int add_tiles = static_cast<int>((p.problem.additional + Traits::kBlockN - 1) / Traits::kBlockN);
-    plan_tiles_of_cta<Direction::kForward>(s, p, p.q_box, p.kv_box, p.lse, 1, add_tiles);
+    plan_tiles_of_cta<Direction::kForward>(s, p, p.q_box, p.kv_box, p.lse, 1, add_tiles, NothingBeside{});
   }
 }
 

@@ -1,6 +1,8 @@
 // The contract between cuda.cpp, which knows tensors, and the Hopper kernels, which do not.
 #pragma once
 
+#include <algorithm>
+
 #include "gna/bias.h"
 #include "nearfield/dtype.h"
 
@@ -73,8 +75,9 @@ struct BwdSm90Args {
   float* dq;                     // bwd_sm90 adds to this DqBuffer; null: dQ is left to bwd_dq_sm90
   Tokens<void> dq_out;           // [B, X, H, D]: of bwd_dq_sm90
   BiasTable<const float> bias;
+  bool beside;  // bwd_sm90 clears dq after units_at_once() and rounds it to dq_out as far as it gets
   Box q_box, kv_box;
-  int* next_work;
+  int* next_work;  // DqCounters behind it
   int num_sms;
 };
 
@@ -103,6 +106,33 @@ struct DqBuffer {
   }
 };
 
+// Counters of a launch that clears and rounds dQ beside its products (dq_beside_sm90.cuh). A unit is a
+// key/value head of a batch entry with its query heads.
+struct DqCounters {
+  int units = 0, heads = 0;  // of all batch entries
+  int* data = nullptr;
+
+  DqCounters() = default;
+  DqCounters(const Problem& p, bool beside, int* counters = nullptr) : data(counters) {
+    if (beside) units = static_cast<int>(p.batch * p.heads_kv), heads = static_cast<int>(p.batch * p.heads);
+  }
+  int64_t total() const { return int64_t{3} * units + heads; }
+  // Parts of a unit's zeros that somebody writes; that are there.
+  NEARFIELD_HOST_DEVICE int* zeroing(int unit) const { return data + unit; }
+  NEARFIELD_HOST_DEVICE int* zeroed(int unit) const { return data + units + unit; }
+  // Tiles of keys whose share in dQ is there.
+  NEARFIELD_HOST_DEVICE int* done(int unit) const { return data + 2 * units + unit; }
+  // Parts of a query head, of rounded_rows() each, that somebody rounds.
+  NEARFIELD_HOST_DEVICE int* rounding(int head) const { return data + 3 * units + head; }
+};
+
+// Units that must have zeros when such a launch begins: those of the tiles that CTAs begin with.
+inline int64_t units_at_once(const Problem& p, const Box& kv_box, int num_sms) {
+  int64_t tiles = 1;
+  for (int d = 0; d < 3; ++d) tiles *= (p.size[d] + kv_box.side[d] - 1) / kv_box.side[d];
+  return std::min(p.batch * p.heads_kv, (num_sms + tiles - 1) / tiles);
+}
+
 // The memory-bound ends of the backward.
 template <class Element>
 struct bwd_ends_sm80 {
@@ -114,6 +144,9 @@ struct bwd_ends_sm80 {
   // dq = scale * buffer (+ dq), rounded.
   static int finish(const Problem& problem, float scale, const float* buffer, const Tokens<void>& dq,
                     bool accumulate, void* stream);
+  // The same of the parts of heads that bwd_sm90 has not taken.
+  static int finish_rest(const Problem& problem, int head_dim, float scale, const float* buffer,
+                         const Tokens<void>& dq, int* next_work, void* stream);
 };
 
 }  // namespace nearfield::gna

@@ -39,6 +39,9 @@ constexpr BwdTile bwd_tile(int head_dim) {
   return {head_dim == 64 ? 128 : 64, head_dim <= 128 ? 128 : 64, 2};
 }
 
+// Rows of the float32 dQ that are rounded at a time beside the products: 16 KB, 8 at D = 256.
+constexpr int rounded_rows(int head_dim) { return head_dim <= 128 ? 4096 / head_dim : 8; }
+
 // Relative positions between two boxes for which Hopper's kernels have room, with a bias: 16 bytes each.
 // Boxes of 8 x 16 and 8 x 16 have 465, 4 x 4 x 8 and 4 x 4 x 8 have 735; at D = 256 the blocks are smaller.
 constexpr int bias_places(int head_dim) { return head_dim <= 128 ? 1024 : 576; }
