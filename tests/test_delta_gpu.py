@@ -169,10 +169,14 @@ def test_heads_in_clusters(
         assert torch.equal(first, delta_rule(**cuda(args))[0])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-@pytest.mark.parametrize("gate", ["none", "head", "softplus"])
-@pytest.mark.parametrize("repeated", [slice(0), slice(8000), slice(290, 460)], ids=str)
-@pytest.mark.parametrize("shape", [(1, 31, 31, 128, 128, 8229), (2, 8, 16, 64, 72, 16037)], ids=str)
+@pytest.mark.parametrize("backend", ["hopper"], indirect=True)
+@pytest.mark.parametrize(("shape", "repeated", "gate", "dtype"), [
+    ((1, 31, 31, 128, 128, 8229), slice(0), "none", torch.bfloat16),
+    ((1, 31, 31, 128, 128, 8229), slice(1000), "head", torch.bfloat16),
+    ((1, 31, 31, 128, 128, 8229), slice(290, 460), "softplus", torch.float16),
+    ((2, 8, 16, 64, 72, 16037), slice(290, 460), "head", torch.bfloat16),
+    ((2, 8, 16, 64, 72, 16037), slice(0), "softplus", torch.float16),
+], ids=str)  # fmt: skip
 def test_heads_beside_clusters(
     backend: str, shape: tuple[int, int, int, int, int, int], repeated: slice, gate: str, dtype: torch.dtype
 ) -> None:
@@ -200,9 +204,8 @@ def test_heads_beside_clusters(
     for captured in twice:
         assert all(map(torch.equal, first, captured))
     names = [event.name for event in kernels(args)]
-    assert all(
-        any(kernel in name for name in names) for kernel in ("head_cluster", "prepare", "state_pass")
-    ) == (backend == "hopper")
+    for kernel in ("head_cluster", "prepare", "state_pass"):
+        assert any(kernel in name for name in names)
 
 
 @pytest.mark.parametrize("dims", [(128, 128), (64, 72), (72, 200)], ids=str)

@@ -303,7 +303,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cuda(
     launch.q_box = step.tiles.q;
     launch.kv_box = step.tiles.kv;
     launch.to_additional = step.additional;
-    launch.beside = step.beside;
+    launch.beside = step.beside, launch.clears = step.clears;
     if (step.additional && step.kernel == Kernel::kKeys) {
       launch.dk = tokens_of<void>(add_dk, 1);
       launch.dv = tokens_of<void>(add_dv, 1);
@@ -330,7 +330,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cuda(
         check(with_ends(dtype, [&](auto ends) {
           const Problem& all = step.problem;
           const int64_t units = all.batch * all.heads_kv, elements = DqBuffer(all).elements;
-          const int64_t now = step.beside ? units_at_once(all, step.tiles.kv, device.num_sms) : units;
+          const int64_t now = step.clears ? units_at_once(all, step.tiles.kv, device.num_sms) : units;
           return ends.clear(launch.dq, elements / units * now, stream);
         }));
         break;

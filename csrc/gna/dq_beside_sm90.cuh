@@ -1,13 +1,13 @@
 // The ends of dQ beside the products that sum it: zeros for heads to come, rounding of heads that are done.
 // Work goes head by head. Both are handed out in parts, by counters per head, and the planning warp of a CTA
 // takes parts while it has nothing to plan.
-//   Zeros:    of the heads that the first tiles belong to from a kernel before. A tile is announced when its
-//             head has all zeros; its planning warp writes what nobody has taken, and waits for nothing but
-//             parts that others are writing at that moment.
-//   Rounding: CTAs count the tiles whose additions have arrived. Parts of a head that has all of them are
-//   there
-//             for whoever asks; what nobody has taken when the kernel ends is left to the kernel after
-//             (bwd_ends_sm80.cuh).
+//
+// Zeros. Heads of the tiles that CTAs begin with have them from a kernel before. A tile is announced when its
+// head has all of them: the planning warp writes what nobody has taken, and waits for nothing but parts that
+// others are writing at that moment.
+//
+// Rounding. CTAs count the tiles whose additions have arrived; a head that has all is rounded by whoever
+// asks. Nobody waits: what is not taken when the kernel ends is left to the kernel after (bwd_ends_sm80.cuh).
 #pragma once
 
 #include "gna/traits_sm90.cuh"

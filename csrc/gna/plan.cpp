@@ -167,15 +167,18 @@ int64_t count_boxes(const Problem& p, const Box& box) {
   return count;
 }
 
-// Whether a launch clears and rounds dQ beside its products (dq_beside_sm90.cuh): tokens of a head must be
-// evenly spaced, and tiles long enough for a warp that also plans them.
-bool works_beside(const Step& step) {
-  constexpr int64_t kVisits = 12;
+// Whether a launch rounds and clears dQ beside its products (dq_beside_sm90.cuh): tokens of a head must be
+// evenly spaced, and tiles long enough for a warp that also plans them. Where they are very long there is
+// little to clear, and all wait for it at once.
+void work_beside(Step& step) {
+  constexpr int64_t kVisits = 12, kClearingVisits = 96;
   const Problem& p = step.problem;
+  const int64_t boxes = count_boxes(p, step.tiles.kv);
   const bool spaced =
       p.rank == 1 || (step.distance[0] == 1 && step.distance[1] == 1 && step.distance[2] == 1);
-  return p.dim == step.head_dim && p.additional == 0 && p.groups() == 1 && spaced && step.launches() == 1 &&
-         p.batch * p.heads_kv > 1 && step.tiles.visited >= kVisits * count_boxes(p, step.tiles.kv);
+  step.beside = p.dim == step.head_dim && p.additional == 0 && p.groups() == 1 && spaced &&
+                step.launches() == 1 && p.batch * p.heads_kv > 1 && step.tiles.visited >= kVisits * boxes;
+  step.clears = step.beside && step.tiles.visited < kClearingVisits * boxes;
 }
 
 // Queries that stay: the additional tokens are further tiles of the same loop.
@@ -350,7 +353,7 @@ Plan plan_backward(const Request& request, const Call& call, bool deterministic,
     }
     for_each_launch(all, 0, [&](Step group) {
       group.tiles = tiles_of(group);
-      group.beside = !deterministic && !call.biased && works_beside(group);
+      if (!deterministic && !call.biased) work_beside(group);
       plan.counters = std::max(plan.counters, 1 + DqCounters(group.problem, group.beside).total());
       if (!deterministic) add(group, Kernel::kClearDq);
       add(group, Kernel::kKeys);

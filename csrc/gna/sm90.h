@@ -75,7 +75,8 @@ struct BwdSm90Args {
   float* dq;                     // bwd_sm90 adds to this DqBuffer; null: dQ is left to bwd_dq_sm90
   Tokens<void> dq_out;           // [B, X, H, D]: of bwd_dq_sm90
   BiasTable<const float> bias;
-  bool beside;  // bwd_sm90 clears dq after units_at_once() and rounds it to dq_out as far as it gets
+  bool beside;  // bwd_sm90 rounds dq to dq_out as far as it gets,
+  bool clears;  // and clears all of it but units_at_once() before it adds
   Box q_box, kv_box;
   int* next_work;  // DqCounters behind it
   int num_sms;
