@@ -3,7 +3,7 @@
 // the columns, of which a warp has rows 16 warp and following.
 #pragma once
 
-#include "delta/chunk_sm90.cuh"
+#include "delta/gradient_place_sm90.cuh"
 
 namespace nearfield::delta {
 
@@ -325,6 +325,59 @@ __device__ __forceinline__ void store_head_gradient(int warp, const Acc& acc, fl
             float2{acc(4 * n + 2 * h), acc(4 * n + 2 * h + 1)};
     }
   }
+}
+
+// dq and dk of this warpgroup's features, times the factors of the norms, to where they belong. A warp has
+// rows 16 warp and following. q and k: the images with these features; dq_image and dk_image: places for
+// those on the way out. All threads.
+template <class Element, class Sums, class Acc>
+__device__ __forceinline__ void finish_rows(const ChunkGradientArgs& args, const GradientPlace& z, Sums& sums,
+                                            int warp, Element* q, Element* k, Element* dq_image,
+                                            Element* dk_image, Acc& dq, Acc& dk, const float (&q_norm)[2],
+                                            const float (&k_norm)[2]) {
+  const InputsSm90& in = args.in;
+  const int wg = threadIdx.x / 128, lane = threadIdx.x % 32;
+  constexpr int kColumns = 8 * kPiecesOf<Acc>, kGroups = static_cast<int>(std::extent_v<decltype(sums.q_dq)>);
+  const int row0 = 16 * warp + lane / 4, first_key = wg * kColumns;
+  const int first_piece = first_key % kImageColumns / 8;
+  const int columns = static_cast<int>(in.key_dim) - first_key;
+  if (args.dq_heads != nullptr) {
+    const int64_t out = z.first_row * in.key_dim + first_key, stride = z.row * in.key_dim;
+    store_head_gradient(warp, dq, args.dq_heads + out, stride, z.valid, columns);
+    store_head_gradient(warp, dk, args.dk_heads + out, stride, z.valid, columns);
+    return;
+  }
+  if (in.qk_l2norm) {  // dx = z - x rstd^2 (x . z), where z = rstd dy
+    float q_dot[2], k_dot[2];
+    row_dots(q, warp, dq, q_dot, first_piece);
+    row_dots(k, warp, dk, k_dot, first_piece);
+    if (lane % 4 == 0) {
+      CUTE_UNROLL
+      for (int h = 0; h < 2; ++h) {
+        sums.q_dq[wg][row0 + 8 * h] = q_dot[h];
+        sums.k_dk[wg][row0 + 8 * h] = k_dot[h];
+      }
+    }
+    __syncthreads();
+    float along[2][2];
+    CUTE_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      const int i = row0 + 8 * h;
+      float of_q = 0.f, of_k = 0.f;
+      CUTE_UNROLL
+      for (int g = 0; g < kGroups; ++g) of_q += sums.q_dq[g][i], of_k += sums.k_dk[g][i];
+      along[0][h] = q_norm[h] * q_norm[h] * of_q;
+      along[1][h] = k_norm[h] * k_norm[h] * of_k;
+    }
+    subtract_rows(q, warp, along[0], dq, first_piece);
+    subtract_rows(k, warp, along[1], dk, first_piece);
+  }
+  // one block, and as many value heads as key heads
+  const int64_t out = z.first_row * in.key_dim + first_key, stride = z.row * in.key_dim;
+  store_gradient(dq_image, warp, first_piece, dq, static_cast<Element*>(args.dq) + out, stride, z.valid,
+                 columns);
+  store_gradient(dk_image, warp, first_piece, dk, static_cast<Element*>(args.dk) + out, stride, z.valid,
+                 columns);
 }
 
 }  // namespace nearfield::delta
