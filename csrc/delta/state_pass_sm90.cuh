@@ -589,7 +589,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     if constexpr (Traits::kComputeP) cutlass::arch::warpgroup_reg_dealloc<Traits::kHelperRegisters>();
     if (warp == Traits::kHelpers / 32) {
       load<Traits>(s, maps, a, part.sequence, head, first_value, [](int) {});
-      // The next launch waits for this one only, and may take the scratch.
+      // The next launch may take the scratch, so this one ends after `prepare`.
       if (a.ready != nullptr) asm volatile("griddepcontrol.wait;" ::: "memory");
     }
     if constexpr (Traits::kOutput) {
