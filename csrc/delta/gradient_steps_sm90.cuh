@@ -4,6 +4,7 @@
 #pragma once
 
 #include "delta/gradient_place_sm90.cuh"
+#include "nearfield/matrices.cuh"
 
 namespace nearfield::delta {
 
@@ -56,24 +57,11 @@ __device__ __forceinline__ void multiply_half(Element* a, Element* b, int half, 
 
 // ---- Matrices of an image ----
 
-// Addresses of `ldmatrix` and `stmatrix` are opaque: the compiler would compute a dozen of them early, hold
-// them across the products and spill them.
-__device__ __forceinline__ uint32_t opaque_address(const void* shared) {
-  uint32_t at = cast_smem_ptr_to_uint(shared);
-  asm volatile("" : "+r"(at));
-  return at;
-}
 // Where a lane begins with a warp's 16 rows of an image, at piece `first_piece`. Pieces of a row are permuted
 // by XOR, so those j further on are where some of the bits 4 to 6 are flipped.
 template <class Element>
 __device__ __forceinline__ uint32_t rows_at(Element* image, int warp, int first_piece = 0) {
-  return opaque_address(&matrices_at<true>(image, 16 * warp, first_piece));
-}
-__device__ __forceinline__ void load_matrices(uint32_t at, int j, uint32_t (&words)[4]) {
-  asm volatile("ldmatrix.sync.aligned.x4.m8n8.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-               : "r"(at ^ j * 16)
-               : "memory");
+  return opaque(cast_smem_ptr_to_uint(&matrices_at<true>(image, 16 * warp, first_piece)));
 }
 // store_rows of a whole image and store_transposed.
 template <class Element>
@@ -83,18 +71,14 @@ __device__ __forceinline__ void store_both_ways(Element* image, Element* image_t
   const uint32_t at = rows_at(image, warp);
   CUTE_UNROLL
   for (int j = 0; j < 8; j += 2) {
-    asm volatile("stmatrix.sync.aligned.x4.m8n8.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at ^ j * 16),
-                 "r"(words[2 * j]), "r"(words[2 * j + 1]), "r"(words[2 * j + 2]), "r"(words[2 * j + 3])
-                 : "memory");
+    store_matrices(at ^ j * 16, words[2 * j], words[2 * j + 1], words[2 * j + 2], words[2 * j + 3]);
   }
-  const uint32_t at_transposed = opaque_address(&matrices_at<false>(image_transposed, 0, 2 * warp));
+  const uint32_t at_transposed =
+      opaque(cast_smem_ptr_to_uint(&matrices_at<false>(image_transposed, 0, 2 * warp)));
   CUTE_UNROLL
   for (int j = 0; j < 8; j += 2) {
-    asm volatile("stmatrix.sync.aligned.x4.trans.m8n8.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-                     at_transposed + 8 * j * kImageColumns * 2),
-                 "r"(transposed[2 * j]), "r"(transposed[2 * j + 1]), "r"(transposed[2 * j + 2]),
-                 "r"(transposed[2 * j + 3])
-                 : "memory");
+    store_matrices_transposed(at_transposed + 8 * j * kImageColumns * 2, transposed[2 * j],
+                              transposed[2 * j + 1], transposed[2 * j + 2], transposed[2 * j + 3]);
   }
 }
 
@@ -121,7 +105,7 @@ __device__ __forceinline__ void row_dots(Element* image, int warp, const Acc& ac
   CUTE_UNROLL
   for (int j = 0; j < kPiecesOf<Acc>; j += 2) {
     uint32_t words[4];
-    load_matrices(at, j, words);
+    load_matrices(at ^ j * 16, words);
     CUTE_UNROLL
     for (int w = 0; w < 4; ++w) {
       const float2 x = unpack<Element>(words[w]);
@@ -150,7 +134,7 @@ __device__ __forceinline__ void subtract_rows(Element* image, int warp, const fl
   CUTE_UNROLL
   for (int j = 0; j < kPiecesOf<Acc>; j += 2) {
     uint32_t words[4];
-    load_matrices(at, j, words);
+    load_matrices(at ^ j * 16, words);
     CUTE_UNROLL
     for (int w = 0; w < 4; ++w) {
       const float2 x = unpack<Element>(words[w]);
@@ -184,8 +168,8 @@ __device__ __forceinline__ float dot_of_states(Element* state, Element* d_state,
     CUTE_UNROLL
     for (int j = 0; j < 8; j += 2) {
       uint32_t a[4], b[4];
-      load_matrices(at_state + k * kImageBytes, j, a);
-      load_matrices(at_d_state + k * kImageBytes, j, b);
+      load_matrices((at_state + k * kImageBytes) ^ j * 16, a);
+      load_matrices((at_d_state + k * kImageBytes) ^ j * 16, b);
       warp_mma<Element>(upper, a, b[0], b[2]);
       warp_mma<Element>(lower, a, b[1], b[3]);
     }

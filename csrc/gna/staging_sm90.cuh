@@ -3,6 +3,7 @@
 #pragma once
 
 #include "gna/traits_sm90.cuh"
+#include "nearfield/matrices.cuh"
 #include "nearfield/pairs.cuh"
 
 namespace nearfield::gna {
@@ -59,21 +60,6 @@ __device__ void store_rows(Element* staging, const TensorO& rO, const Rows& row,
     }
   }
   __syncwarp();
-}
-
-// The 8 x 8 matrices of a warp, four at a time, to 16 bytes a lane.
-__device__ __forceinline__ void store_matrices(uint32_t at, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-  asm volatile("stmatrix.sync.aligned.x4.m8n8.shared.b16 [%0], {%1, %2, %3, %4};"
-               :
-               : "r"(at), "r"(a), "r"(b), "r"(c), "r"(d)
-               : "memory");
-}
-
-// A value that the compiler must take as it is: what follows from it is computed where it is used, instead of
-// ahead of the loop into registers that the accumulators need.
-__device__ __forceinline__ uint32_t opaque(uint32_t x) {
-  asm volatile("" : "+r"(x));
-  return x;
 }
 
 // Rows of 128 bytes in the 128-byte swizzle: a lane's pieces of 16 bytes are permuted by its row (XOR).
