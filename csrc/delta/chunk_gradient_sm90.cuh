@@ -7,7 +7,8 @@
 //   3. dKt = V' dS^T;  4. dq += F K, dk += (E + E^T) K + F^T Q
 // Raw k and q are the operands; the factors of their norms go into rows and columns of E and F (columns
 // before rounding, rows after the products). dg is the sum over pairs of README.md: every term carries the
-// decay across t. dS takes the place of dO and Y, E and F that of S.
+// decay across t. dS takes the place of dO and Y, E and F that of S. Where Y is said, it may be dV in its
+// place, with 1 for beta (chunk_sm90.cuh).
 #pragma once
 
 #include "delta/gradient_loads_sm90.cuh"

@@ -55,13 +55,17 @@ __device__ __forceinline__ void load_queries(Storage& s, const ChunkGradientMaps
   cutlass::arch::ClusterTransactionBarrier::arrive_and_expect_tx(&s.qk_here, static_cast<int>(sizeof(s.q)));
   load_tokens<128>(maps.q, &s.qk_here, s.q, 0, z.token, static_cast<int>(z.head_k), z.sequence.batch);
 }
-// One thread.
-template <class Storage>
-__device__ __forceinline__ void load_dout(Storage& s, const ChunkGradientMaps& maps, const GradientPlace& z) {
+// One thread: the values of dO, or of dV.
+template <class Element>
+__device__ __forceinline__ void load_value_rows(const CUtensorMap& map, uint64_t* barrier, Element* to,
+                                                const GradientPlace& z) {
   const int head = static_cast<int>(z.head), first = static_cast<int>(z.block * kValueBlock);
   for (int v = 0; v < z.value_images; ++v)
-    load_tokens<64>(maps.dout, &s.values_here, s.dout + v * kImage, first + 64 * v, z.token, head,
-                    z.sequence.batch);
+    load_tokens<64>(map, barrier, to + v * kImage, first + 64 * v, z.token, head, z.sequence.batch);
+}
+template <class Storage>
+__device__ __forceinline__ void load_dout(Storage& s, const ChunkGradientMaps& maps, const GradientPlace& z) {
+  load_value_rows(maps.dout, &s.values_here, s.dout, z);
 }
 // One thread: V'. dO and Y arrive at its barrier, too.
 template <class Storage>
@@ -87,10 +91,7 @@ __device__ __forceinline__ void load_before(Storage& s, const ChunkGradientMaps&
 // One thread, behind wait_for_walk: Y, or dV in its place.
 template <class Storage>
 __device__ __forceinline__ void load_dv(Storage& s, const ChunkGradientMaps& maps, const GradientPlace& z) {
-  const int head = static_cast<int>(z.head), first = static_cast<int>(z.block * kValueBlock);
-  for (int v = 0; v < z.value_images; ++v)
-    load_tokens<64>(maps.dv, &s.values_here, s.y + v * kImage, first + 64 * v, z.token, head,
-                    z.sequence.batch);
+  load_value_rows(maps.dv, &s.values_here, s.y, z);
 }
 template <class Storage>
 __device__ __forceinline__ void load_y(Storage& s, const ChunkGradientArgs& args, const GradientPlace& z) {

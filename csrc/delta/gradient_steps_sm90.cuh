@@ -95,24 +95,29 @@ __device__ __forceinline__ void settle(Sums&... sums) {
 template <class Acc>
 constexpr int kPiecesOf = decltype(size(std::declval<Acc>()))::value / 4;
 
-// The rows of an accumulator times those of an image, summed over the columns: for rows 16 warp + lane / 4
-// and + 8, in every lane of a quad.
-template <class Element, class Acc>
-__device__ __forceinline__ void row_dots(Element* image, int warp, const Acc& acc, float (&sum)[2],
-                                         int first_piece = 0) {
+// For each pair of columns of an accumulator and the same of an image, from a piece on: f(place in the
+// accumulator, h, pair), in row 16 warp + lane / 4 + 8 h.
+template <class Element, class Acc, class F>
+__device__ __forceinline__ void for_pairs_of(Element* image, int warp, int first_piece, const Acc&,
+                                             const F& f) {
   const uint32_t at = rows_at(image, warp, first_piece);
-  sum[0] = sum[1] = 0.f;
   CUTE_UNROLL
   for (int j = 0; j < kPiecesOf<Acc>; j += 2) {
     uint32_t words[4];
     load_matrices(at ^ j * 16, words);
     CUTE_UNROLL
-    for (int w = 0; w < 4; ++w) {
-      const float2 x = unpack<Element>(words[w]);
-      const int e = 4 * (j + w / 2) + 2 * (w % 2);
-      sum[w % 2] += x.x * acc(e) + x.y * acc(e + 1);
-    }
+    for (int w = 0; w < 4; ++w) f(4 * (j + w / 2) + 2 * (w % 2), w % 2, unpack<Element>(words[w]));
   }
+}
+
+// The rows of an accumulator times those of an image, summed over the columns: for rows 16 warp + lane / 4
+// and + 8, in every lane of a quad.
+template <class Element, class Acc>
+__device__ __forceinline__ void row_dots(Element* image, int warp, const Acc& acc, float (&sum)[2],
+                                         int first_piece = 0) {
+  sum[0] = sum[1] = 0.f;
+  for_pairs_of(image, warp, first_piece, acc,
+               [&](int at, int h, float2 x) { sum[h] += x.x * acc(at) + x.y * acc(at + 1); });
   CUTE_UNROLL
   for (int h = 0; h < 2; ++h) {
     sum[h] += __shfl_xor_sync(0xffffffffu, sum[h], 1);
@@ -130,19 +135,10 @@ __device__ __forceinline__ void scale_rows(Acc& acc, float first, float second) 
 template <class Element, class Acc>
 __device__ __forceinline__ void subtract_rows(Element* image, int warp, const float (&factor)[2], Acc& acc,
                                               int first_piece) {
-  const uint32_t at = rows_at(image, warp, first_piece);
-  CUTE_UNROLL
-  for (int j = 0; j < kPiecesOf<Acc>; j += 2) {
-    uint32_t words[4];
-    load_matrices(at ^ j * 16, words);
-    CUTE_UNROLL
-    for (int w = 0; w < 4; ++w) {
-      const float2 x = unpack<Element>(words[w]);
-      const int e = 4 * (j + w / 2) + 2 * (w % 2);
-      acc(e) -= factor[w % 2] * x.x;
-      acc(e + 1) -= factor[w % 2] * x.y;
-    }
-  }
+  for_pairs_of(image, warp, first_piece, acc, [&](int at, int h, float2 x) {
+    acc(at) -= factor[h] * x.x;
+    acc(at + 1) -= factor[h] * x.y;
+  });
 }
 
 // The diagonal of a (64, 64) accumulator: rows 16 warp + lane / 4 and + 8, in the lanes that have it.

@@ -303,7 +303,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cuda(
     launch.q_box = step.tiles.q;
     launch.kv_box = step.tiles.kv;
     launch.to_additional = step.additional;
-    launch.beside = step.beside, launch.clears = step.clears;
+    launch.beside = step.beside, launch.cleared = units_cleared_before(step, device.num_sms);
     if (step.additional && step.kernel == Kernel::kKeys) {
       launch.dk = tokens_of<void>(add_dk, 1);
       launch.dv = tokens_of<void>(add_dv, 1);
@@ -328,10 +328,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cuda(
         break;
       case Kernel::kClearDq:
         check(with_ends(dtype, [&](auto ends) {
-          const Problem& all = step.problem;
-          const int64_t units = all.batch * all.heads_kv, elements = DqBuffer(all).elements;
-          const int64_t now = step.clears ? units_at_once(all, step.tiles.kv, device.num_sms) : units;
-          return ends.clear(launch.dq, elements / units * now, stream);
+          const int64_t units = step.problem.batch * step.problem.heads_kv;
+          return ends.clear(launch.dq, DqBuffer(step.problem).elements / units * launch.cleared, stream);
         }));
         break;
       case Kernel::kKeys:

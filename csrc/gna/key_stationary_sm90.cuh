@@ -330,8 +330,7 @@ int launch_key_stationary(const BwdSm90Args& a, void* stream_) {
   if (a.to_additional) p.kv_box = Box{{1, 1, Traits::kBlockN}};
   if (a.beside) {
     p.beside.counters = counters;
-    p.beside.cleared = counters.units;
-    if (a.clears) p.beside.cleared = static_cast<int>(units_at_once(problem, a.kv_box, a.num_sms));
+    p.beside.cleared = static_cast<int>(a.cleared);
     p.beside.tiles = static_cast<int>(p.schedule.total / counters.units);
     p.beside.heads = static_cast<int>(problem.heads);
     p.beside.heads_kv = static_cast<int>(problem.heads_kv);

@@ -272,6 +272,13 @@ Plan plan_forward(const Request& request, const Call& call) {
   return plan;
 }
 
+int64_t units_cleared_before(const Step& step, int num_sms) {
+  const int64_t units = step.problem.batch * step.problem.heads_kv;
+  if (!step.clears) return units;
+  const int64_t tiles = count_boxes(step.problem, step.tiles.kv);
+  return std::min(units, (num_sms + tiles - 1) / tiles);
+}
+
 Plan plan_backward(const Request& request, const Call& call, bool deterministic, bool bias_gradient) {
   const Problem& whole = call.whole;
   STD_TORCH_CHECK(request.dtype != ScalarType::Float8_e4m3fn, request.op,
@@ -304,16 +311,14 @@ Plan plan_backward(const Request& request, const Call& call, bool deterministic,
   };
   const auto add = [&](Step step, Kernel kernel) {
     step.kernel = kernel;
-    if (kernel == Kernel::kKeys) {
+    if (kernel == Kernel::kKeys && step.additional) {
       step.tiles = tiles_of(step);
-      if (step.additional) {
-        step.tiles.kv = Box{{1, 1, tile.kBlockN}};
-        const int64_t staying = (additional + tile.kBlockN - 1) / tile.kBlockN;
-        int64_t full = staying;
-        for (int d = 0; d < 3; ++d) full *= step.problem.size[d] / step.tiles.q.side[d];
-        step.tiles.visited = staying * count_boxes(step.problem, step.tiles.q);
-        step.tiles.full = step.tiles.q.volume() == tile.kBlockM ? full : 0;
-      }
+      step.tiles.kv = Box{{1, 1, tile.kBlockN}};
+      const int64_t staying = (additional + tile.kBlockN - 1) / tile.kBlockN;
+      int64_t full = staying;
+      for (int d = 0; d < 3; ++d) full *= step.problem.size[d] / step.tiles.q.side[d];
+      step.tiles.visited = staying * count_boxes(step.problem, step.tiles.q);
+      step.tiles.full = step.tiles.q.volume() == tile.kBlockM ? full : 0;
     }
     // Launches follow each other on one stream and share the buffer.
     if (kernel == Kernel::kClearDq)

@@ -48,6 +48,10 @@ struct Step {
   int64_t launches() const { return is_tiled() && !portable ? Launches(problem, head_dim).count : 1; }
 };
 
+// Units (see DqCounters) that have been cleared when kKeys begins: all, or, if that clears, those of the
+// tiles that thread blocks begin with.
+int64_t units_cleared_before(const Step& step, int num_sms);
+
 struct Plan {
   std::vector<Step> steps;
   bool portable = false;      // all steps are

@@ -1,8 +1,6 @@
 // The contract between cuda.cpp, which knows tensors, and the Hopper kernels, which do not.
 #pragma once
 
-#include <algorithm>
-
 #include "gna/bias.h"
 #include "nearfield/dtype.h"
 
@@ -73,10 +71,10 @@ struct BwdSm90Args {
   Tokens<void> dk, dv;           // [B, X, Hkv, D], [B, X, Hkv, Dv], contiguous
   bool to_additional;            // the keys that stay are the additional tokens; dk and dv are theirs
   float* dq;                     // bwd_sm90 adds to this DqBuffer; null: dQ is left to bwd_dq_sm90
-  Tokens<void> dq_out;           // [B, X, H, D]: of bwd_dq_sm90
+  Tokens<void> dq_out;           // [B, X, H, D]: of bwd_dq_sm90, and what follows from dq
   BiasTable<const float> bias;
-  bool beside;  // bwd_sm90 rounds dq to dq_out as far as it gets,
-  bool clears;  // and clears all of it but units_at_once() before it adds
+  bool beside;      // bwd_sm90 rounds dq to dq_out as far as it gets,
+  int64_t cleared;  // and clears it but for so many units, which have been
   Box q_box, kv_box;
   int* next_work;  // DqCounters behind it
   int num_sms;
@@ -126,13 +124,6 @@ struct DqCounters {
   // Parts of a query head, of rounded_rows() each, that somebody rounds.
   NEARFIELD_HOST_DEVICE int* rounding(int head) const { return data + 3 * units + head; }
 };
-
-// Units that must have zeros when such a launch begins: those of the tiles that CTAs begin with.
-inline int64_t units_at_once(const Problem& p, const Box& kv_box, int num_sms) {
-  int64_t tiles = 1;
-  for (int d = 0; d < 3; ++d) tiles *= (p.size[d] + kv_box.side[d] - 1) / kv_box.side[d];
-  return std::min(p.batch * p.heads_kv, (num_sms + tiles - 1) / tiles);
-}
 
 // The memory-bound ends of the backward.
 template <class Element>
