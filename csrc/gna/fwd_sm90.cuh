@@ -28,6 +28,8 @@ struct FwdTraits : HeadTraits<Tag, kHeadDim_> {
   static constexpr int kThreads = (kConsumers + 1) * 128;
   static constexpr int kConsumerWarps = kConsumers * 4;
   static constexpr bool kBarePlan = kTile.kBarePlan;
+  // Not for small head dims: tiles with few visits wait for the warp that plans, and it prefetches as well.
+  static constexpr int kQueryParts = kHeadDim == 128 && !kBiased && !kIs8Bit ? kConsumers : 1;
   static constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
   static_assert(registers_fit(kProducerRegisters, kConsumerRegisters, kConsumers));
 
@@ -60,7 +62,7 @@ struct FwdTraits : HeadTraits<Tag, kHeadDim_> {
     using Plan = std::conditional_t<kBarePlan, BarePlan<kBlockM>, PlannedTile<kBlockM>>;
     Plan plan[kPlannedTiles];
     typename Plan::Scratch plan_scratch;
-    Ring<1> ring_q;
+    Ring<kQueryParts> ring_q;  // each warpgroup's, or the first for both
     Ring<kStages> ring_k, ring_v;
     Ring<kPlannedTiles> ring_plan;
     Ring<1> ring_draw;
@@ -147,7 +149,10 @@ __device__ void attend(typename Traits::Storage& s, const QueryParams& p) {
 
   const int first_row = warpgroup * 64 + thread % 128 / 32 * 16 + thread % 32 / 4;  // and first_row + 8
   Range keys[2][3];
-  RingIndex<1> at_q;
+  uint32_t q_phase = 0;
+  const auto at_q = [&] {
+    return RingIndex<Traits::kQueryParts>{Traits::kQueryParts > 1 && p.q_parts > 1 ? warpgroup : 0, q_phase};
+  };
   RingIndex<kPlannedTiles> at_plan;
   RingIndex<Traits::kStages> at_k, at_v;
 
@@ -169,7 +174,7 @@ __device__ void attend(typename Traits::Storage& s, const QueryParams& p) {
     }
     OnlineSoftmax<2, Traits::kLift> softmax(scale_log2);
     float rescale[2];
-    s.ring_q.wait_full(at_q);
+    s.ring_q.wait_full(at_q());
     s.ring_k.wait_full(at_k);
     issue_gemm<true>(mma_qk, tSrQ, tSrK(_, _, _, at_k.stage), tSrS);
     MovingTile key_tile = s.key_tile[at_k.stage];
@@ -206,7 +211,7 @@ __device__ void attend(typename Traits::Storage& s, const QueryParams& p) {
       round_p();
       scale_rows(outputs, rescale);
     }
-    if constexpr (Traits::kTile.kOwnOutput) s.ring_q.release(at_q);
+    if constexpr (Traits::kTile.kOwnOutput) s.ring_q.release(at_q());
     values.ring_v.wait_full(at_v);
     issue_gemm<false>(mma_pv, tOrP, tOrV(_, _, _, at_v.stage), tOrO);
     float inverse[2], lse[2];
@@ -243,9 +248,9 @@ __device__ void attend(typename Traits::Storage& s, const QueryParams& p) {
     if constexpr (!Traits::kTile.kOwnOutput) {
       cutlass::arch::fence_view_async_shared();  // the next Q comes through the async proxy
       __syncwarp();
-      s.ring_q.release(at_q);
+      s.ring_q.release(at_q());
     }
-    at_q.advance();
+    q_phase ^= 1;
     s.ring_plan.release(at_plan);
     at_plan.advance();
   }
