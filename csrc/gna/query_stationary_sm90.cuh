@@ -12,13 +12,16 @@ namespace nearfield::gna {
 struct QueryMaps {
   CUtensorMap q, k, v, add_k, add_v;
   CUtensorMap dout;  // for the gradient of the queries only
+  CUtensorMap out;   // of the forward, if out_in_boxes
 };
 
 struct QueryParams {
   Problem problem;
   Schedule schedule;
   Box q_box, kv_box;
-  TokenMap fold_q, fold_k, fold_v, fold_add_k, fold_add_v, fold_dout;
+  Box q_part;   // what is copied of q_box at a time: the rows of a warpgroup, where they are a box, or all
+  int q_parts;  // of them in q_box
+  TokenMap fold_q, fold_k, fold_v, fold_add_k, fold_add_v, fold_dout, fold_out;
   float scale, scale_log2;
   int64_t batch_offset;  // of a launch that handles one batch entry (split folding of 3-D problems)
   void* out;          // O or dQ, [B, X, H, features], contiguous but for the dilation of a launch per group
@@ -27,9 +30,8 @@ struct QueryParams {
   BiasParams bias;
   Descales descale;  // of 8-bit inputs, as out_is_fp16
   bool out_is_fp16;
+  bool out_in_boxes;  // the output leaves as boxes, one for each warpgroup
   int* next_work;
-  Box q_part;   // what is copied of q_box at a time: the rows of a warpgroup, where they are a box, or all
-  int q_parts;  // of them in q_box
 };
 
 // A warpgroup that is done with its queries gets the next ones, whatever the other does.
@@ -109,13 +111,9 @@ __device__ void load(typename Traits::Storage& s, const QueryMaps& maps, const Q
       constexpr int kParts = kQueryParts<Traits>, kRows = kM / kParts;
 #pragma unroll
       for (int i = 0; i < kParts; ++i) {
-        if (kParts > 1 && i == p.q_parts) break;
+        if (i == p.q_parts) break;
         int x[3];
-        if constexpr (kParts > 1) {
-          position_of_part(p, tile, i, x);
-        } else {
-          tile.position(p.problem, tile.first, x);
-        }
+        position_of_part(p, tile, i, x);
         const RingIndex<kParts> at{i, q_phase};
         s.ring_q.wait_empty(at);
         s.ring_q.expect_bytes(at, q_bytes * (Traits::kWithDout ? 2 : 1));
@@ -234,7 +232,7 @@ __device__ __forceinline__ void prepare_storage(typename Traits::Storage& s, con
     prefetch_map(maps.q);
     prefetch_map(maps.k);
     prefetch_map(maps.v);
-    s.ring_q.init(1, kQueryParts<Traits> > 1 ? Traits::kConsumerWarps / p.q_parts : Traits::kConsumerWarps);
+    s.ring_q.init(1, Traits::kConsumerWarps / p.q_parts);
     s.ring_k.init(1, Traits::kConsumerWarps);
     s.ring_v.init(1, Traits::kTransposers > 0 ? Traits::kTransposers : Traits::kConsumerWarps);
     if constexpr (Traits::kTransposers > 0) {
@@ -333,6 +331,12 @@ cudaError_t launch_query_stationary(const Args& a, const Tokens<float>& lse, Que
     if constexpr (Traits::kWithDout) {
       if (e == cudaSuccess)
         e = encode(&maps.dout, &p.fold_dout, a.dout, problem.dim_v, problem.heads, a.q_box);
+    } else if constexpr (Traits::kOutInBoxes) {
+      // The engine steps over tokens when it reads, not when it writes.
+      p.out_in_boxes = p.q_parts == Traits::kConsumers && problem.groups() == 1;
+      const Tokens<const void> out{a.out.data, a.out.batch, {a.out.x[0], a.out.x[1], a.out.x[2]}, a.out.head};
+      if (e == cudaSuccess && p.out_in_boxes)
+        e = encode(&maps.out, &p.fold_out, out, problem.dim_v, problem.heads, p.q_part);
     }
     if (e == cudaSuccess && problem.additional > 0) {
       e = encode.line(&maps.add_k, &p.fold_add_k, a.add_k, problem.dim, Traits::kBlockN);
