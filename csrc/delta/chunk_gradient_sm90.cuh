@@ -5,10 +5,10 @@
 //      the decays they give E = beta dA . D, F = dP . D, and the pair sums that dbeta and dg need
 //   2. dQh = s dO S^T, dKh = -Y S^T (without beta), each warpgroup for half of the key features
 //   3. dKt = V' dS^T;  4. dq += F K, dk += (E + E^T) K + F^T Q
-// Raw k and q are the operands; the factors of their norms go into rows and columns of E and F (columns
-// before rounding, rows after the products). dg is the sum over pairs of README.md: every term carries the
-// decay across t. dS takes the place of dO and Y, E and F that of S. Where Y is said, it may be dV in its
-// place, with 1 for beta (chunk_sm90.cuh).
+// Raw k and q are the operands; the factors of their norms go into rows and columns of E and F before
+// rounding, and into the rows of what comes through the states (in float16 rows come after the products). dg
+// is the sum over pairs of README.md: every term carries the decay across t. dS takes the place of dO and Y,
+// E and F that of S. Where Y is said, it may be dV in its place, with 1 for beta (chunk_sm90.cuh).
 #pragma once
 
 #include "delta/gradient_loads_sm90.cuh"
@@ -28,27 +28,34 @@ struct ChunkGradientTraits {
   static constexpr int kImages = 2;  // of key or value features
   static constexpr int kTile = kImages * kImage;
 
-  template <GMMA::Major kMajorB>
+  // E and F carry the norms of their rows and columns, so one image of each serves both ways. In float16 two
+  // such factors may be out of range: there are two images, with the norms of the columns.
+  static constexpr bool kNormsInside = std::is_same_v<Element, cutlass::bfloat16_t>;
+
+  template <GMMA::Major kMajorA, GMMA::Major kMajorB>
   using Mma = decltype(make_tiled_mma(
-      GMMA::ss_op_selector<Element, Element, float, cute::Shape<Int<64>, Int<64>, Int<64>>, GMMA::Major::K,
+      GMMA::ss_op_selector<Element, Element, float, cute::Shape<Int<64>, Int<64>, Int<64>>, kMajorA,
                            kMajorB>()));
   // (64 values, K)
   using MmaToState = decltype(make_tiled_mma(
       GMMA::rs_op_selector<Element, Element, float, cute::Shape<Int<64>, Int<kKeyDim>, Int<64>>,
                            GMMA::Major::K, GMMA::Major::MN>()));
-  using MmaRows = Mma<GMMA::Major::K>;       // right operand: rows of an image as N
-  using MmaFeatures = Mma<GMMA::Major::MN>;  // right operand: features of an image as N
+  using MmaRows = Mma<GMMA::Major::K, GMMA::Major::K>;       // right operand: rows of an image as N
+  using MmaFeatures = Mma<GMMA::Major::K, GMMA::Major::MN>;  // right operand: features of an image as N
+  using MmaColumns = Mma<GMMA::Major::MN, GMMA::Major::MN>;  // and columns of the left one as M
   using HalfAtom =
       std::conditional_t<std::is_same_v<Element, cutlass::bfloat16_t>,
                          SM90::GMMA::MMA_64x32x16_F32BF16BF16_SS<GMMA::Major::K, GMMA::Major::MN>,
                          SM90::GMMA::MMA_64x32x16_F32F16F16_SS<GMMA::Major::K, GMMA::Major::MN>>;
   using MmaHalf = decltype(make_tiled_mma(HalfAtom{}));
 
-  struct Sums {  // per row; [2] of a warpgroup, [8] of a warp
+  struct OfWarp {  // what dg needs of each
+    float pairs[kRows], through;
+  };
+  struct Sums {  // per row; [2] of a warpgroup
     // q . dO S^T, -k . Y S^T, k . V' dS^T and, of the first warpgroup, -dA . Abar: a lane of a quad has one
     float dots[4][2][kRows];
-    float pairs[8][kRows];
-    float through[8];
+    OfWarp of_warp[kNormsInside ? 0 : 8];
     float q_dq[2][kRows], k_dk[2][kRows];
   };
   struct Storage {
@@ -71,12 +78,25 @@ struct ChunkGradientTraits {
         alignas(1024) Element f[kImage];
         alignas(1024) Element f_t[kImage];
       };
+      // With one image of E and F: each warp's sums are where it alone has read of S in the end.
+      struct {
+        Element of_pairs[kImage];
+        struct {
+          OfWarp sums;
+          float rest[kImageBytes / 16 - sizeof(OfWarp) / 4];
+        } of_warp[4];
+      } half[2];
     };
     alignas(16) float G[kRows];
     float k_norm[kRows];
     float y_dot[kRows];  // Y . V', or where |beta| < kLeastDivisor Y . V
     GradientPlace place;
     uint64_t qk_here, values_here, state_here, state_made, d_state_here;
+
+    __device__ __forceinline__ OfWarp& of_warp(int wg, int warp) {
+      if constexpr (kNormsInside) return half[wg].of_warp[warp].sums;
+      else return sums.of_warp[4 * wg + warp];
+    }
   };
   static_assert(sizeof(Sums) <= 2 * kImageBytes);
   static_assert(2 * (sizeof(Storage) + 1024) <= 228 * 1024, "two CTAs on an SM");
@@ -130,7 +150,7 @@ __device__ __forceinline__ void finish_beta(const ChunkGradientArgs& a, const Gr
 // One warp, two tokens per lane: dg from the sums, and through the activation.
 template <class Traits>
 __device__ __forceinline__ void finish_gate(const ChunkGradientArgs& a, const GradientPlace& z,
-                                            const typename Traits::Storage& s) {
+                                            typename Traits::Storage& s) {
   const InputsSm90& in = a.in;
   const auto& sums = s.sums;
   const int lane = threadIdx.x % 32;
@@ -163,7 +183,7 @@ __device__ __forceinline__ void finish_gate(const ChunkGradientArgs& a, const Gr
   const float later = __shfl_down_sync(kAll, from, 1);
   float through = 0.f;
   CUTE_UNROLL
-  for (int w = 0; w < 8; ++w) through += sums.through[w];
+  for (int w = 0; w < 8; ++w) through += s.of_warp(w / 4, w % 4).through;
   through *= exp2_fast(s.G[kRows - 1]);
 
   const float rate = in.A_log != nullptr ? expf(in.A_log[z.head]) : 1.f;
@@ -175,7 +195,7 @@ __device__ __forceinline__ void finish_gate(const ChunkGradientArgs& a, const Gr
     if (i >= z.valid) continue;
     float pairs = 0.f;
     CUTE_UNROLL
-    for (int w = 0; w < 8; ++w) pairs += sums.pairs[w][i];
+    for (int w = 0; w < 8; ++w) pairs += s.of_warp(w / 4, w % 4).pairs[i];
     const float readers = e == 0 ? from : (lane < 31 ? later : 0.f) + enter[1];
     const float sources = e == 0 ? before : before + leave[0];
     const float dg = through + readers + sources + pairs;
@@ -399,25 +419,29 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
   const auto accumulator = [&] {
     return partition_fragment_C(mma_rows, cute::Shape<Int<kRows>, Int<kRows>>{});
   };
-  uint32_t weights[16];        // E or F, before the norms
+  uint32_t weights[16];        // E or F, with kNormsInside
   float dots[2] = {0.f, 0.f};  // of the two rows, what this lane keeps for its quad
-  float2 pairs{0.f, 0.f};
+  float pairs[2] = {0.f, 0.f};
   {
     Tensor product = accumulator(), decay = accumulator();
     Element *left = wg == 0 ? s.k : s.q, *d_left = wg == 0 ? s.y : s.dout;
-    multiply<true, ByRow>(mma_rows, left, s.k, product);
-    multiply<false, ByRow>(mma_rows, left + kImage, s.k + kImage, product);
+    multiply<true, ByRow, ByRow>(mma_rows, left, s.k, product);
+    multiply<false, ByRow, ByRow>(mma_rows, left + kImage, s.k + kImage, product);
     warpgroup_wait<0>();
-    // For each pair of a row and a column j: f(place in an accumulator, h, j, kept, strict).
+    // For each pair of a row and a column j: f(place in an accumulator, h, j, kept, strict). Written by 8 x 8
+    // triangles: of most pairs the warp decides, not the lane.
+    const int r = lane / 4, c = 2 * quad;
     const auto for_pairs = [&](const auto& f) {
       CUTE_UNROLL
       for (int pair = 0; pair < 4; ++pair) {
         if (pair > warp) continue;  // above the diagonal
+        const bool below = pair < warp;
         CUTE_UNROLL
         for (int x = 0; x < 8; ++x) {
-          const int n = 2 * pair + x / 4, h = x / 2 % 2, e = x % 2;
-          const int i = row0 + 8 * h, j = 8 * n + 2 * quad + e;
-          f(4 * n + 2 * h + e, h, j, i > j || (wg == 1 && i == j), i > j);
+          const int n = x / 4, h = x / 2 % 2, e = x % 2;
+          const bool strict = n < h || below || (n == h && r > c + e);
+          const bool kept = n < h || below || (n == h && r + wg > c + e);
+          f(8 * pair + 4 * n + 2 * h + e, h, 16 * pair + 8 * n + c + e, kept, strict);
         }
       }
     };
@@ -428,18 +452,20 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
       G[h] = s.G[row0 + 8 * h];
       weight_row[h] = sign * (wg == 0 ? beta[h] : 1.f);
     }
-    // While Y is on its way.
-    for_pairs([&](int at, int h, int j, bool kept, bool) {
-      decay(at) = exp2_fast(kept ? G[h] - s.G[j] : 0.f);
-      product(at) *= left_norm[h] * s.k_norm[j];
+    // While Y is on its way. What is not kept has a decay of 0, and is not in the sums.
+    for_pairs([&](int at, int h, int j, bool kept, bool strict) {
+      decay(at) = exp2_fast(kept ? G[h] - s.G[j] : -INFINITY);
+      (Traits::kNormsInside ? decay : product)(at) *= left_norm[h] * s.k_norm[j];
+      if (!strict) product(at) = 0.f;
       settle(decay(at), product(at));
     });
     Barrier::wait(&s.values_here, 0);
     asm volatile("" ::: "memory");
     clear_tail(s.v_new, 6, z.valid);
     Tensor d_product = accumulator();
-    multiply<true, ByRow>(mma_rows, d_left, s.v_new, d_product);
-    if (value_images == 2) multiply<false, ByRow>(mma_rows, d_left + kImage, s.v_new + kImage, d_product);
+    multiply<true, ByRow, ByRow>(mma_rows, d_left, s.v_new, d_product);
+    if (value_images == 2)
+      multiply<false, ByRow, ByRow>(mma_rows, d_left + kImage, s.v_new + kImage, d_product);
     warpgroup_wait<0>();
     float y_vnew[2];
     diagonal_of(d_product, warp, y_vnew);
@@ -450,34 +476,36 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
     }
     CUTE_UNROLL
     for (int x = 0; x < 16; ++x) weights[x] = 0;
-    for_pairs([&](int at, int h, int, bool kept, bool strict) {
-      d_product(at) = kept ? d_product(at) * decay(at) : 0.f;
-      const float pair = d_product(at) * product(at);
-      dots[h] -= strict ? pair : 0.f;
-      product(at) = strict ? weight_row[h] * pair : 0.f;
-      if (at % 2 == 1)
-        weights[at / 2] = pack<Element>(weight_row[h] * d_product(at - 1), weight_row[h] * d_product(at));
+    for_pairs([&](int at, int h, int, bool, bool) {
+      const float d = d_product(at) * decay(at);
+      dots[h] -= d * product(at);
+      d_product(at) = weight_row[h] * d;
+      product(at) *= d_product(at);
+      if (at % 2 == 1) weights[at / 2] = pack<Element>(d_product(at - 1), d_product(at));
     });
     CUTE_UNROLL
     for (int h = 0; h < 2; ++h) {
       dots[h] += __shfl_xor_sync(0xffffffffu, dots[h], 1);
       dots[h] += __shfl_xor_sync(0xffffffffu, dots[h], 2);
     }
-    if (args.dg != nullptr) pairs = pair_sums(product, warp);
-    settle(dots[0], dots[1], pairs.x, pairs.y);
+    if (args.dg != nullptr) pair_sums(product, warp, pairs);
+    settle(dots[0], dots[1], pairs[0], pairs[1]);
   }
 
   // 2. This warpgroup's 64 features of dO S^T and Y S^T.
   const bool asks_for_v = !(fabsf(beta_of_four) >= kLeastDivisor);  // a row of four threads
   uint4 v_pieces[4];
   load_v_row(z.value_row<Element>(in, threadIdx.x / 4, beta_of_four), z.values(in), v_pieces);
+  float q_norm[2];
+  CUTE_UNROLL
+  for (int h = 0; h < 2; ++h) q_norm[h] = args.rows[z.chunk].q_norm[row0 + 8 * h];
   Barrier::wait(z.odd ? &s.state_made : &s.state_here, 0);
   asm volatile("" ::: "memory");
   Tensor dq = accumulator(), dk = accumulator();  // (rows, features)
   const auto through_state = [&](Element* left, Element* state_images, auto& acc) {
-    multiply<true, Features>(mma_features, left, state_images + wg * kImage, acc);
+    multiply<true, ByRow, Features>(mma_features, left, state_images + wg * kImage, acc);
     if (value_images == 2)
-      multiply<false, Features>(mma_features, left + kImage, state_images + (2 + wg) * kImage, acc);
+      multiply<false, ByRow, Features>(mma_features, left + kImage, state_images + (2 + wg) * kImage, acc);
   };
   through_state(s.dout, s.state, dq);
   through_state(s.y, s.state, dk);
@@ -501,45 +529,73 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
   Element *q_image = s.q + wg * kImage, *k_image = s.k + wg * kImage;
   {
     float dot[2];
-    row_dots(q_image, warp, dq, dot);
-    keep_dots(0, dot);
+    if (args.dg != nullptr) {
+      row_dots(q_image, warp, dq, dot);
+      keep_dots(0, dot);
+    }
     row_dots(k_image, warp, dk, dot);
     dot[0] = -dot[0], dot[1] = -dot[1];
     keep_dots(1, dot);
-    float decay[2];
+    float to_q[2], to_k[2];
     CUTE_UNROLL
-    for (int h = 0; h < 2; ++h) decay[h] = exp2_fast(s.G[row0 + 8 * h]);
-    const float scale = static_cast<float>(in.scale);
-    scale_rows(dq, scale * decay[0], scale * decay[1]);
-    scale_rows(dk, -beta[0] * decay[0], -beta[1] * decay[1]);
-    CUTE_UNROLL
-    for (int x = 0; x < size(dq); ++x) settle(dq(x), dk(x));
+    for (int h = 0; h < 2; ++h) {
+      const float decay = exp2_fast(s.G[row0 + 8 * h]);
+      to_q[h] = static_cast<float>(in.scale) * decay, to_k[h] = -beta[h] * decay;
+      if constexpr (Traits::kNormsInside) to_q[h] *= q_norm[h], to_k[h] *= s.k_norm[row0 + 8 * h];
+    }
+    scale_rows(dq, to_q[0], to_q[1]);
+    scale_rows(dk, to_k[0], to_k[1]);
   }
 
-  // 3. S . dS, then V' dS^T, in halves: both at once, registers would be spilled. Under the first E and F for
-  // step 4 in both orientations, as left operands; their columns carry the norms of what they multiply.
+  // 3. S . dS, then V' dS^T, in halves: both at once, registers would be spilled. E and F for step 4 go to
+  // the place of S, where a warp overwrites piece by piece what only it still has to read; images for both
+  // ways go under the first half.
   Barrier::wait(&s.d_state_here, 0);
   asm volatile("" ::: "memory");
   float through = 0.f;
-  if (args.dg != nullptr) {
-    if (wg < value_images)
-      through = dot_of_states(s.state + 2 * wg * kImage, s.d_state + 2 * wg * kImage, warp);
+  const auto keep_warp_sums = [&] {
+    auto& to = s.of_warp(wg, warp);
     CUTE_UNROLL
-    for (int step = 16; step >= 1; step /= 2) through += __shfl_xor_sync(0xffffffffu, through, step);
-    settle(through);
-    __syncthreads();  // S is free
+    for (int e = 0; e < 2; ++e) to.pairs[16 * quad + lane / 4 + 8 * e] = pairs[e];
+    if (lane == 0) to.through = through;
+  };
+  {
+    const uint32_t to_weights = rows_at(wg == 0 ? s.e : s.f, warp);
+    const auto store_weights = [&](int j) {
+      if constexpr (Traits::kNormsInside)
+        store_matrices(to_weights ^ j * 16, weights[2 * j], weights[2 * j + 1], weights[2 * j + 2],
+                       weights[2 * j + 3]);
+    };
+    if (args.dg != nullptr && wg < value_images) {
+      through = dot_of_states(s.state + 2 * wg * kImage, s.d_state + 2 * wg * kImage, warp, store_weights);
+      CUTE_UNROLL
+      for (int step = 16; step >= 1; step /= 2) through += __shfl_xor_sync(0xffffffffu, through, step);
+      settle(through);
+    } else {
+      CUTE_UNROLL
+      for (int j = 0; j < 8; j += 2) store_weights(j);
+    }
+    if constexpr (Traits::kNormsInside) {
+      cutlass::arch::fence_view_async_shared();
+      keep_warp_sums();
+    } else if (args.dg != nullptr) {
+      __syncthreads();
+    }
   }
   {
     Tensor to_end = partition_fragment_C(typename Traits::MmaHalf{}, cute::Shape<Int<kRows>, Int<32>>{});
-    float decay[2], dot[2] = {0.f, 0.f};
+    float factor[2], dot[2] = {0.f, 0.f};
     CUTE_UNROLL
-    for (int h = 0; h < 2; ++h) decay[h] = exp2_fast(s.G[kRows - 1] - s.G[row0 + 8 * h]);
+    for (int h = 0; h < 2; ++h) {
+      factor[h] = exp2_fast(s.G[kRows - 1] - s.G[row0 + 8 * h]);
+      if constexpr (Traits::kNormsInside) factor[h] *= s.k_norm[row0 + 8 * h];
+    }
     CUTE_UNROLL
     for (int half = 0; half < 2; ++half) {
       multiply_half<Traits, true>(s.v_new, s.d_state + wg * kImage, half, to_end);
       if (value_images == 2)
         multiply_half<Traits, false>(s.v_new + kImage, s.d_state + (2 + wg) * kImage, half, to_end);
-      if (half == 0) {
+      if (!Traits::kNormsInside && half == 0) {
         uint32_t direct[16], transposed[16];
         CUTE_UNROLL
         for (int n = 0; n < 8; ++n) {
@@ -555,36 +611,45 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
         cutlass::arch::fence_view_async_shared();
       }
       warpgroup_wait<0>();
-      float part[2];
-      row_dots(k_image, warp, to_end, part, 4 * half);
+      if (args.dg != nullptr) {
+        float part[2];
+        row_dots(k_image, warp, to_end, part, 4 * half);
+        CUTE_UNROLL
+        for (int h = 0; h < 2; ++h) dot[h] += part[h];
+      }
       CUTE_UNROLL
-      for (int h = 0; h < 2; ++h) dot[h] += part[h];
-      CUTE_UNROLL
-      for (int x = 0; x < size(to_end); ++x) dk(16 * half + x) += decay[x % 4 / 2] * to_end(x);
+      for (int x = 0; x < size(to_end); ++x) dk(16 * half + x) += factor[x % 4 / 2] * to_end(x);
     }
     keep_dots(2, dot);
   }
   __syncthreads();  // dS is free, E and F are there
 
   // 4. What E and F add. The sums meanwhile, to the place of dS.
-  multiply<false, Features>(mma_features, s.f, k_image, dq);
-  multiply<false, Features>(mma_features, s.e, k_image, dk);
-  multiply<false, Features>(mma_features, s.e_t, k_image, dk);
-  multiply<false, Features>(mma_features, s.f_t, q_image, dk);
-  float q_norm[2], k_norm[2];
+  multiply<false, ByRow, Features>(mma_features, s.f, k_image, dq);
+  multiply<false, ByRow, Features>(mma_features, s.e, k_image, dk);
+  if constexpr (Traits::kNormsInside) {
+    typename Traits::MmaColumns mma_columns;
+    multiply<false, Features, Features>(mma_columns, s.e, k_image, dk);
+    multiply<false, Features, Features>(mma_columns, s.f, q_image, dk);
+  } else {
+    multiply<false, ByRow, Features>(mma_features, s.e_t, k_image, dk);
+    multiply<false, ByRow, Features>(mma_features, s.f_t, q_image, dk);
+  }
+  float k_norm[2];
   CUTE_UNROLL
   for (int h = 0; h < 2; ++h) {
     s.sums.dots[quad][wg][row0 + 8 * h] = dots[h];
     q_norm[h] = args.rows[z.chunk].q_norm[row0 + 8 * h];
     k_norm[h] = s.k_norm[row0 + 8 * h];
   }
-  *reinterpret_cast<float2*>(&s.sums.pairs[threadIdx.x / 32][column_after_sum()]) = pairs;
-  if (lane == 0) s.sums.through[threadIdx.x / 32] = through;
+  if constexpr (!Traits::kNormsInside) keep_warp_sums();
   if (warp == 0) wg == 0 ? finish_beta<Traits>(args, z, s) : finish_gate<Traits>(args, z, s);
   else cutlass::arch::NamedBarrier::arrive(Traits::kThreads, kSumsHere);
   warpgroup_wait<0>();
-  scale_rows(dq, q_norm[0], q_norm[1]);
-  scale_rows(dk, k_norm[0], k_norm[1]);
+  if constexpr (!Traits::kNormsInside) {
+    scale_rows(dq, q_norm[0], q_norm[1]);
+    scale_rows(dk, k_norm[0], k_norm[1]);
+  }
 
   finish_rows(args, z, s.sums, warp, q_image, k_image, s.v_new + wg * kImage, s.d_state + (2 + wg) * kImage,
               dq, dk, q_norm, k_norm);

@@ -98,8 +98,20 @@ __device__ __forceinline__ void store_rows(Element* image, int warp, const uint3
 __device__ __forceinline__ void copy_in(void* shared, const void* global, int bytes, uint64_t* barrier) {
   SM90_BULK_COPY_G2S::copy(global, barrier, shared, bytes);
 }
-__device__ __forceinline__ void copy_out(void* global, const void* shared, int bytes) {
-  SM90_BULK_COPY_S2G::copy(shared, global, bytes);
+// What the L2 cache should give up first: EVICT_FIRST is for what nobody needs again soon.
+using CacheHint = TMA::CacheHintSm90;
+constexpr CacheHint kStays = CacheHint::EVICT_NORMAL, kLeavesFirst = CacheHint::EVICT_FIRST;
+
+__device__ __forceinline__ void copy_out(void* global, const void* shared, int bytes,
+                                         CacheHint hint = kStays) {
+  if (hint == kStays) {
+    SM90_BULK_COPY_S2G::copy(shared, global, bytes);
+  } else {
+    asm volatile(
+        "cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [%0], [%1], %2, %3;" ::"l"(global),
+        "r"(cute::cast_smem_ptr_to_uint(shared)), "r"(bytes), "l"(static_cast<uint64_t>(hint))
+        : "memory");
+  }
 }
 
 // ---- Token tensors ----
@@ -143,12 +155,13 @@ __device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
 
 template <int kFeatures, class Element>
 __device__ __forceinline__ void load_tokens(const CUtensorMap& map, uint64_t* barrier, Element* images,
-                                            int first_feature, int64_t token, int head, int64_t batch) {
+                                            int first_feature, int64_t token, int head, int64_t batch,
+                                            CacheHint hint = kStays) {
   CUTE_UNROLL
   for (int c = 0; c < kFeatures / kImageColumns; ++c) {
-    SM90_TMA_LOAD_5D::copy(&map, barrier, static_cast<uint64_t>(TMA::CacheHintSm90::EVICT_NORMAL),
-                           images + c * kImage, first_feature + c * kImageColumns, static_cast<int>(token),
-                           head, static_cast<int>(batch), 0);
+    SM90_TMA_LOAD_5D::copy(&map, barrier, static_cast<uint64_t>(hint), images + c * kImage,
+                           first_feature + c * kImageColumns, static_cast<int>(token), head,
+                           static_cast<int>(batch), 0);
   }
 }
 

@@ -19,11 +19,11 @@ __device__ __forceinline__ void warp_mma(float (&c)[4], const uint32_t (&a)[4], 
 }
 
 // acc (+)= A B of two images, contracting 64.
-template <bool kZeroInit, class Layout, class Element, class Mma, class Acc>
+template <bool kZeroInit, class LayoutA, class LayoutB, class Element, class Mma, class Acc>
 __device__ __forceinline__ void multiply(Mma& mma, Element* a, Element* b, Acc& acc) {
   const auto thread_mma = mma.get_slice(threadIdx.x % 128);
-  Tensor sA = make_tensor(make_smem_ptr(a), LayoutByRow<Element, kImageColumns>{});
-  Tensor sB = make_tensor(make_smem_ptr(b), Layout{});
+  Tensor sA = make_tensor(make_smem_ptr(a), LayoutA{});
+  Tensor sB = make_tensor(make_smem_ptr(b), LayoutB{});
   issue_gemm<kZeroInit>(mma, thread_mma.partition_fragment_A(sA), thread_mma.partition_fragment_B(sB), acc);
 }
 
@@ -154,9 +154,11 @@ __device__ __forceinline__ void diagonal_of(const Acc& acc, int warp, float (&di
 }
 
 // This lane's share of the sum of products of 16 rows (values) of two states, each [K / 64] images: the
-// diagonals of 8 x 8 blocks of S dS^T by mma.sync, half of which is thrown away.
-template <class Element>
-__device__ __forceinline__ float dot_of_states(Element* state, Element* d_state, int warp) {
+// diagonals of 8 x 8 blocks of S dS^T by mma.sync, half of which is thrown away. has_read(j): its pieces j
+// and j + 1 of the state's first image.
+template <class Element, class Read>
+__device__ __forceinline__ float dot_of_states(Element* state, Element* d_state, int warp,
+                                               const Read& has_read) {
   float upper[4] = {}, lower[4] = {};
   const uint32_t at_state = rows_at(state, warp), at_d_state = rows_at(d_state, warp);
   CUTE_UNROLL
@@ -168,6 +170,7 @@ __device__ __forceinline__ float dot_of_states(Element* state, Element* d_state,
       load_matrices((at_d_state + k * kImageBytes) ^ j * 16, b);
       warp_mma<Element>(upper, a, b[0], b[2]);
       warp_mma<Element>(lower, a, b[1], b[3]);
+      if (k == 0) has_read(j);
     }
   }
   const bool odd = threadIdx.x & 4;
@@ -235,36 +238,64 @@ __device__ __forceinline__ int column_after_sum() {
   return 8 * (lane / (64 / kColumns)) + 2 * (lane % 4);
 }
 
-// Sum over rows i >= t and columns j < t of a strictly lower (64, 64) accumulator, over this warp's 16 rows:
-// the lane ends with t = column_after_sum() and t + 1.
+// Sum over rows i >= t and columns j < t of a strictly lower (64, 64) accumulator M, over this warp's 16
+// rows: the lane ends with t = 16 (lane % 4) + lane / 4 and t + 8. By products of triangles and blocks of
+// ones with M^T, whose accumulator has M's words as right operands, in two halves of bfloat16.
 template <class Acc>
-__device__ __forceinline__ float2 pair_sums(const Acc& m, int warp) {
-  const int lane = threadIdx.x % 32, quad = lane % 4;
-  constexpr uint32_t kAll = 0xffffffffu;
-  float column[16] = {}, before[2] = {0.f, 0.f};  // before: the columns of earlier n
+__device__ __forceinline__ void pair_sums(const Acc& m, int warp, float (&sum)[2]) {
+  using Half = cutlass::bfloat16_t;
+  const int lane = threadIdx.x % 32, quad = lane % 4, r = lane / 4;
+  constexpr uint32_t kAll = 0xffffffffu, kOnes = 0x3f803f80u;
+  const uint32_t below = (2 * quad < r ? kOnes & 0xffffu : 0u) | (2 * quad + 1 < r ? kOnes << 16 : 0u);
+  const uint32_t ones[4] = {kOnes, kOnes, kOnes, kOnes}, triangle[4] = {below, kOnes, 0u, below};
+  float column[8] = {}, last[2] = {};  // of rows t; of those of the block on the diagonal
+  float before[2][4] = {};             // [h][..] with rows t, columns i: all columns j of earlier blocks
   CUTE_UNROLL
-  for (int pair = 0; pair < 4; ++pair) {  // their sums over the quad side by side: shuffles are slow
-    if (pair > warp) break;               // above the diagonal
-    float earlier[2][2], all[2][2];
+  for (int block = 0; block < 4; ++block) {
+    float all[2][4];
     CUTE_UNROLL
-    for (int x = 0; x < 4; ++x) {
-      const int at = 8 * pair + 2 * x;
-      const float sum = m(at) + m(at + 1), beside = __shfl_xor_sync(kAll, sum, 1);
-      const float two = sum + beside, others = __shfl_xor_sync(kAll, two, 2);
-      earlier[x / 2][x % 2] = (quad % 2 ? beside : 0.f) + (quad / 2 ? others : 0.f);
-      all[x / 2][x % 2] = two + others;
+    for (int h = 0; h < 2; ++h) {
+      const int at = 8 * block + 2 * h;
+      uint32_t high[2], low[2];
+      CUTE_UNROLL
+      for (int x = 0; x < 2; ++x) {
+        high[x] = pack<Half>(m(at + 4 * x), m(at + 4 * x + 1));
+        low[x] = pack_low<Half>(m(at + 4 * x), m(at + 4 * x + 1), high[x]);
+      }
+      CUTE_UNROLL
+      for (int x = 0; x < 4; ++x) all[h][x] = before[h][x];
+      warp_mma<Half>(all[h], triangle, high[0], high[1]);
+      warp_mma<Half>(all[h], triangle, low[0], low[1]);
+      if (block < warp) {
+        warp_mma<Half>(before[h], ones, high[0], high[1]);
+        warp_mma<Half>(before[h], ones, low[0], low[1]);
+      }
     }
-    CUTE_UNROLL
-    for (int x = 0; x < 4; ++x) {
-      const int n = 2 * pair + x / 2, h = x % 2;
-      const int i = 16 * warp + 8 * h + lane / 4, t = 8 * n + 2 * quad;
-      const float here = before[h] + earlier[x / 2][h];
-      column[2 * n] += t <= i ? here : 0.f;
-      column[2 * n + 1] += t + 1 <= i ? here + m(4 * n + 2 * h) : 0.f;
-      before[h] += all[x / 2][h];
+    if (block == warp) {  // rows i = 2 quad and the next beside t = lane / 4, in 8 of each
+      const auto from_t = [&](float even, float odd) {
+        return (2 * quad >= r ? even : 0.f) + (2 * quad + 1 >= r ? odd : 0.f);
+      };
+      last[0] = from_t(all[0][0], all[0][1]) + (all[1][0] + all[1][1]);
+      last[1] = from_t(all[1][2], all[1][3]);
+      break;
     }
+    column[2 * block] = (all[0][0] + all[0][1]) + (all[1][0] + all[1][1]);
+    column[2 * block + 1] = (all[0][2] + all[0][3]) + (all[1][2] + all[1][3]);
   }
-  return sum_over_rows(column);
+  CUTE_UNROLL
+  for (int x = 0; x < 8; ++x)
+    if (x / 2 == warp) column[x] = last[x % 2];
+  float half[4];
+  CUTE_UNROLL
+  for (int x = 0; x < 4; ++x) {
+    const float give = quad & 2 ? column[x] : column[x + 4], keep = quad & 2 ? column[x + 4] : column[x];
+    half[x] = keep + __shfl_xor_sync(kAll, give, 2);
+  }
+  CUTE_UNROLL
+  for (int x = 0; x < 2; ++x) {
+    const float give = quad & 1 ? half[x] : half[x + 2], keep = quad & 1 ? half[x + 2] : half[x];
+    sum[x] = keep + __shfl_xor_sync(kAll, give, 1);
+  }
 }
 
 // ---- Out ----

@@ -63,6 +63,7 @@ __device__ __forceinline__ void copy_to_cta(uint32_t rank, void* there, const vo
 // Where prepare_chunk sends its results: to a stage of both walks, and to memory if they are kept.
 template <class Traits>
 struct ToWalks {
+  static constexpr bool kFetchLate = Traits::kKeep;
   using Barrier = cutlass::arch::ClusterTransactionBarrier;
   const HeadClusterArgs& args;
   int group, stage;
@@ -86,11 +87,12 @@ struct ToWalks {
       __threadfence();
     }
     if constexpr (Traits::kKeep) {
+      constexpr CacheHint kHint = Traits::Walk::kLastUse;
       const ChunkScratch& kept = args.scratch;
       const int64_t index = place.index;
-      copy_out(kept.rows + index, &s.rows[turn % 2], sizeof(ChunkRows));
-      copy_out(static_cast<char*>(kept.N) + index * kImageBytes, s.n, kImageBytes);
-      copy_out(static_cast<char*>(kept.P) + index * kImageBytes, s.p, kImageBytes);
+      copy_out(kept.rows + index, &s.rows[turn % 2], sizeof(ChunkRows), kHint);
+      copy_out(static_cast<char*>(kept.N) + index * kImageBytes, s.n, kImageBytes, kHint);
+      copy_out(static_cast<char*>(kept.P) + index * kImageBytes, s.p, kImageBytes, kHint);
       tma_store_arrive();
     }
     Barrier::wait(&shared().room[group], turn % 2);

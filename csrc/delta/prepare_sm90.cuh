@@ -73,6 +73,7 @@ __device__ __forceinline__ void sum_gates(const InputsSm90& in, ChunkRows& rows,
 
 // Where the results of prepare_chunk go: to memory. Called by the thread that sends them, unless said.
 struct ToMemory {
+  static constexpr bool kFetchLate = false;
   const PrepareArgs& args;
   int64_t sent = -1;  // index of the last chunk, whose results are on their way
   bool sent_hard = false;
@@ -119,7 +120,8 @@ struct Fetched {
 };
 
 // By a warpgroup with a barrier of its own; `turn` counts its chunks. Once K and Q are read it calls
-// fetch_next(). The first thread of the last warp, which has the least to do, sends the results away.
+// fetch_next(); where the L2 cache is short, later, so that the walk finds them there. The first thread of
+// the last warp, which has the least to do, sends the results away.
 template <class Traits, class To, class FetchNext>
 __device__ __forceinline__ void prepare_chunk(typename Traits::Group& s, const ForwardInputsSm90& in,
                                               const ChunkScratch& scratch, const Fetched& fetched,
@@ -168,7 +170,7 @@ __device__ __forceinline__ void prepare_chunk(typename Traits::Group& s, const F
   }
   warpgroup_wait<0>();
   sync();  // K and Q are free, the rows complete
-  fetch_next();
+  if constexpr (!To::kFetchLate) fetch_next();
 
   // A = beta_i k_i . k_j e^{G_i - G_j} below the diagonal, P = scale q_i . k_j e^{G_i - G_j} with it.
   // Selected, not multiplied by 0: rows past the end may hold anything.
@@ -200,6 +202,7 @@ __device__ __forceinline__ void prepare_chunk(typename Traits::Group& s, const F
     }
   }
   to.wait_taken(turn);
+  if constexpr (To::kFetchLate) fetch_next();
   if constexpr (Traits::kWithP) store_rows(s.p, warp, p_words);
   put_squares(s.squares, invert<false>(s.a, s.triangular, s.n, s.n, barrier));
   cutlass::arch::fence_view_async_shared();

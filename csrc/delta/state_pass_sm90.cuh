@@ -340,7 +340,7 @@ __device__ __forceinline__ void walk(typename Traits::Storage& s, const StatePas
           CUTE_UNROLL
           for (int k = 0; k < Traits::kKeyImages; ++k) {
             copy_out(static_cast<Element*>(a.states) + (image + k) * kImage + warp * kWarpRows,
-                     s.state + k * kImage + warp * kWarpRows, kWarpRows * 2);
+                     s.state + k * kImage + warp * kWarpRows, kWarpRows * 2, Traits::kLastUse);
           }
           tma_store_arrive();
         }

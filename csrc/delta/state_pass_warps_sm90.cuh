@@ -21,6 +21,9 @@ struct StatePassTraits {
   static constexpr bool kReadP = kOutput && !kComputeP;
   static constexpr bool kInCluster = kInCluster_;
   static constexpr bool kKeep = kKeep_ || !kOutput;  // S and V' of every chunk, if asked for
+  // Keys and queries of a cluster come from memory when a chunk is prepared and from the L2 cache when it is
+  // walked over, 6 to 12 chunks later. What is kept meanwhile would drive them out.
+  static constexpr CacheHint kLastUse = kInCluster && kKeep ? kLeavesFirst : kStays;
   static constexpr int kKeyImages = kKeyDim / kImageColumns;
   static constexpr int kKeyTile = kKeyDim * kRows;  // elements
   static constexpr int kStages = kKeep_ && kChannelGate ? 2 : 3;
@@ -171,7 +174,7 @@ __device__ void load(typename Traits::Storage& s, const TokenMaps& maps, const S
     if constexpr (Traits::kChannelGate) {
       copy_in(stage.k, image(a.scratch.Kh, Traits::kKeyImages), Traits::kKeyTile * 2, full);
     } else {
-      load_tokens<kKeyDim>(maps.k, full, stage.k, 0, token, head_k, sequence.batch);
+      load_tokens<kKeyDim>(maps.k, full, stage.k, 0, token, head_k, sequence.batch, Traits::kLastUse);
     }
     if constexpr (!Traits::kInCluster) {
       const ChunkRows* rows = a.scratch.rows + chunk;
@@ -183,11 +186,11 @@ __device__ void load(typename Traits::Storage& s, const TokenMaps& maps, const S
       if constexpr (Traits::kChannelGate) {
         copy_in(stage.q, image(a.scratch.Qh, Traits::kKeyImages), Traits::kKeyTile * 2, full);
       } else {
-        load_tokens<kKeyDim>(maps.q, full, stage.q, 0, token, head_k, sequence.batch);
+        load_tokens<kKeyDim>(maps.q, full, stage.q, 0, token, head_k, sequence.batch, Traits::kLastUse);
       }
     }
     load_tokens<kImageColumns>(maps.v, full, stage.v, first_value, token, static_cast<int>(head),
-                               sequence.batch);
+                               sequence.batch, Traits::kLastUse);
     if constexpr (Traits::kChannelGate) {
       copy_in(stage.k_write, image(a.scratch.Kt, Traits::kKeyImages), Traits::kKeyTile * 2, full);
       copy_in(s.rows[at.stage].decay, a.scratch.decay + chunk * kKeyDim, kKeyDim * 4, full);
@@ -228,7 +231,7 @@ __device__ void store_v_new(typename Traits::Storage& s, const StatePassArgs& a,
     compiler_fence();
     copy_out(static_cast<typename Traits::Element*>(a.v_new) +
                  first_image(a.in, sequence, c, head, first_value) * kImage,
-             s.v_new, kImageBytes);
+             s.v_new, kImageBytes, Traits::kLastUse);
     tma_store_arrive();
     tma_store_wait<0>();
     s.ring_v_new.release(at);
@@ -264,7 +267,13 @@ __device__ void store(typename Traits::Storage& s, const StatePassArgs& a, const
       CUTE_UNROLL
       for (int x = 0; x < 4; ++x) {
         const int token = 4 * (i + x) + lane / 8;
-        if (token < valid && inside) *reinterpret_cast<uint4*>(out + token * stride) = words[x];
+        if (token >= valid || !inside) continue;
+        auto* to = reinterpret_cast<uint4*>(out + token * stride);
+        if constexpr (Traits::kLastUse == kLeavesFirst) {
+          __stcs(to, words[x]);
+        } else {
+          *to = words[x];
+        }
       }
     }
     __syncwarp();

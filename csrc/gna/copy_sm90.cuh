@@ -49,6 +49,39 @@ __device__ __forceinline__ void load_box(const CUtensorMap& map, const TokenMap&
   }
 }
 
+// Writes one box, kRows rows in shared memory as load_box leaves them; what is beyond the tensor is left out.
+template <int kHeadDim, int kRows, class Element>
+__device__ __forceinline__ void store_box(const CUtensorMap& map, const TokenMap& fold, const Element* smem,
+                                          const int (&x)[3], int head, int batch) {
+  constexpr int kChunk = chunk_of(kHeadDim, sizeof(Element));
+#pragma unroll
+  for (int c = 0; c < kHeadDim / kChunk; ++c) {
+    const int feature = c * kChunk;
+    const int c0 = fold.split ? feature : static_cast<int>(head * fold.head_stride) + feature;
+    const int c1 = fold.split ? head : x[2];
+    const int c2 = fold.split ? x[2] : x[1];
+    const int c3 = fold.split ? x[1] : x[0];
+    const int c4 = fold.split ? (fold.batch_is_x1 ? batch : x[0]) : batch;
+    cute::SM90_TMA_STORE_5D::copy(&map, smem + c * kRows * kChunk, c0, c1, c2, c3, c4);
+  }
+}
+
+// Brings the same into the L2 cache.
+template <int kHeadDim, int kElementBytes>
+__device__ __forceinline__ void prefetch_box(const CUtensorMap& map, const TokenMap& fold, const int (&x)[3],
+                                             int head, int batch) {
+  constexpr int kChunk = chunk_of(kHeadDim, kElementBytes);
+#pragma unroll 1
+  for (int feature = 0; feature < kHeadDim; feature += kChunk) {
+    const int c0 = fold.split ? feature : static_cast<int>(head * fold.head_stride) + feature;
+    const int c1 = fold.split ? head : x[2];
+    const int c2 = fold.split ? x[2] : x[1];
+    const int c3 = fold.split ? x[1] : x[0];
+    const int c4 = fold.split ? (fold.batch_is_x1 ? batch : x[0]) : batch;
+    cute::SM90_TMA_LOAD_5D::PREFETCH::copy(&map, c0, c1, c2, c3, c4);
+  }
+}
+
 // Describes a token tensor and its box. `features` is D or Dv, `x` the spatial sizes, `step` the dilation.
 inline cudaError_t encode_tokens(CUtensorMap* map, TokenMap* fold, const Tokens<const void>& t,
                                  int element_bytes, int head_dim, int64_t features, int64_t heads,

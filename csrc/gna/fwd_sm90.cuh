@@ -28,6 +28,9 @@ struct FwdTraits : HeadTraits<Tag, kHeadDim_> {
   static constexpr int kThreads = (kConsumers + 1) * 128;
   static constexpr int kConsumerWarps = kConsumers * 4;
   static constexpr bool kBarePlan = kTile.kBarePlan;
+  // Not for small head dims: tiles with few visits wait for the warp that plans, and it prefetches as well.
+  static constexpr int kQueryParts = kHeadDim == 128 && !kBiased && !kIs8Bit ? kConsumers : 1;
+  static constexpr bool kOutInBoxes = kQueryParts > 1;
   static constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
   static_assert(registers_fit(kProducerRegisters, kConsumerRegisters, kConsumers));
 
@@ -60,7 +63,7 @@ struct FwdTraits : HeadTraits<Tag, kHeadDim_> {
     using Plan = std::conditional_t<kBarePlan, BarePlan<kBlockM>, PlannedTile<kBlockM>>;
     Plan plan[kPlannedTiles];
     typename Plan::Scratch plan_scratch;
-    Ring<1> ring_q;
+    Ring<kQueryParts> ring_q;  // each warpgroup's, or the first for both
     Ring<kStages> ring_k, ring_v;
     Ring<kPlannedTiles> ring_plan;
     Ring<1> ring_draw;
@@ -113,8 +116,34 @@ struct PlannedRows {
   }
 };
 
+// Sends the rows of a warpgroup out, by the copy engine.
+template <class Traits, class TensorO>
+__device__ __forceinline__ void store_as_box(typename Traits::Storage& s, const QueryMaps& maps,
+                                             const QueryParams& p, const StayingTile& tile,
+                                             const TensorO& tOrO, int warpgroup) {
+  constexpr int kD = Traits::kHeadDim, kRows = 64;
+  auto* own = s.o + warpgroup * kRows * kD;
+  const bool sends = threadIdx.x % 128 == 0;
+  if (sends) tma_store_wait<0>();  // the last box has been read
+  cutlass::arch::NamedBarrier::sync(128, 1 + warpgroup);
+  CUTE_UNROLL
+  for (int c = 0; c < kD / 64; ++c) {
+    Tensor rounded = make_tensor<typename Traits::Element>(cute::Shape<_32>{});
+    convert_to(make_tensor(tOrO.data() + 32 * c, rounded.layout()), rounded);
+    store_transposed<64>(transposed_at(own + c * kRows * 64, threadIdx.x / 32 % 4, 0), rounded);
+  }
+  cutlass::arch::fence_view_async_shared();
+  cutlass::arch::NamedBarrier::sync(128, 1 + warpgroup);
+  if (sends) {
+    int x[3];
+    position_of_part(p, tile, warpgroup, x);
+    store_box<kD, kRows>(maps.out, p.fold_out, own, x, tile.head, tile.batch);
+    tma_store_arrive();
+  }
+}
+
 template <class Traits>
-__device__ void attend(typename Traits::Storage& s, const QueryParams& p) {
+__device__ void attend(typename Traits::Storage& s, const QueryMaps& maps, const QueryParams& p) {
   using Element = typename Traits::Element;
   constexpr int kM = Traits::kBlockM, kN = Traits::kBlockN, kD = Traits::kHeadDim;
   // Known to be the same in a whole warp, descriptors stay in uniform registers.
@@ -147,7 +176,8 @@ __device__ void attend(typename Traits::Storage& s, const QueryParams& p) {
 
   const int first_row = warpgroup * 64 + thread % 128 / 32 * 16 + thread % 32 / 4;  // and first_row + 8
   Range keys[2][3];
-  RingIndex<1> at_q;
+  uint32_t q_phase = 0;
+  const auto at_q = [&] { return RingIndex<Traits::kQueryParts>{p.q_parts > 1 ? warpgroup : 0, q_phase}; };
   RingIndex<kPlannedTiles> at_plan;
   RingIndex<Traits::kStages> at_k, at_v;
 
@@ -169,7 +199,7 @@ __device__ void attend(typename Traits::Storage& s, const QueryParams& p) {
     }
     OnlineSoftmax<2, Traits::kLift> softmax(scale_log2);
     float rescale[2];
-    s.ring_q.wait_full(at_q);
+    s.ring_q.wait_full(at_q());
     s.ring_k.wait_full(at_k);
     issue_gemm<true>(mma_qk, tSrQ, tSrK(_, _, _, at_k.stage), tSrS);
     MovingTile key_tile = s.key_tile[at_k.stage];
@@ -206,7 +236,7 @@ __device__ void attend(typename Traits::Storage& s, const QueryParams& p) {
       round_p();
       scale_rows(outputs, rescale);
     }
-    if constexpr (Traits::kTile.kOwnOutput) s.ring_q.release(at_q);
+    if constexpr (Traits::kTile.kOwnOutput) s.ring_q.release(at_q());
     values.ring_v.wait_full(at_v);
     issue_gemm<false>(mma_pv, tOrP, tOrV(_, _, _, at_v.stage), tOrO);
     float inverse[2], lse[2];
@@ -235,20 +265,32 @@ __device__ void attend(typename Traits::Storage& s, const QueryParams& p) {
       store_rows<kD, Traits::kIs8Bit>(static_cast<Output*>(sO), outputs, rows.from(warp * 16),
                                       static_cast<Output*>(p.out), p.problem.dim_v);
     };
-    if (Traits::kIs8Bit && p.out_is_fp16) {
-      store(cutlass::half_t{});
+    const auto store_as_rows = [&] {
+      if (Traits::kIs8Bit && p.out_is_fp16) {
+        store(cutlass::half_t{});
+      } else {
+        store(typename Traits::Output{});
+      }
+    };
+    if constexpr (Traits::kOutInBoxes) {
+      if (p.out_in_boxes) {
+        store_as_box<Traits>(s, maps, p, plan.tile, tOrO, warpgroup);
+      } else {
+        store_as_rows();
+      }
     } else {
-      store(typename Traits::Output{});
+      store_as_rows();
     }
     if constexpr (!Traits::kTile.kOwnOutput) {
       cutlass::arch::fence_view_async_shared();  // the next Q comes through the async proxy
       __syncwarp();
-      s.ring_q.release(at_q);
+      s.ring_q.release(at_q());
     }
-    at_q.advance();
+    q_phase ^= 1;
     s.ring_plan.release(at_plan);
     at_plan.advance();
   }
+  if (Traits::kOutInBoxes && thread % 128 == 0) tma_store_wait<0>();  // before the shared memory goes
 }
 
 // ---- Kernel and launch ----
@@ -263,7 +305,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     produce<Traits>(s, maps, p);
   } else {
     cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
-    attend<Traits>(s, p);
+    attend<Traits>(s, maps, p);
   }
 }
 

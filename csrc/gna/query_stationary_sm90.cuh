@@ -12,13 +12,16 @@ namespace nearfield::gna {
 struct QueryMaps {
   CUtensorMap q, k, v, add_k, add_v;
   CUtensorMap dout;  // for the gradient of the queries only
+  CUtensorMap out;   // of the forward, if out_in_boxes
 };
 
 struct QueryParams {
   Problem problem;
   Schedule schedule;
   Box q_box, kv_box;
-  TokenMap fold_q, fold_k, fold_v, fold_add_k, fold_add_v, fold_dout;
+  Box q_part;   // what is copied of q_box at a time: the rows of a warpgroup, where they are a box, or all
+  int q_parts;  // of them in q_box
+  TokenMap fold_q, fold_k, fold_v, fold_add_k, fold_add_v, fold_dout, fold_out;
   float scale, scale_log2;
   int64_t batch_offset;  // of a launch that handles one batch entry (split folding of 3-D problems)
   void* out;          // O or dQ, [B, X, H, features], contiguous but for the dilation of a launch per group
@@ -27,7 +30,62 @@ struct QueryParams {
   BiasParams bias;
   Descales descale;  // of 8-bit inputs, as out_is_fp16
   bool out_is_fp16;
+  bool out_in_boxes;  // the output leaves as boxes, one for each warpgroup
   int* next_work;
+};
+
+// A warpgroup that is done with its queries gets the next ones, whatever the other does.
+template <class Traits>
+constexpr int query_parts() {
+  if constexpr (Traits::kWithDout) {
+    return 1;
+  } else {
+    return Traits::kQueryParts;
+  }
+}
+template <class Traits>
+constexpr int kQueryParts = query_parts<Traits>();
+
+// The rows of each warpgroup, half of a full box, as boxes: half of its outermost dimension.
+template <class Traits>
+inline Box part_of(const Box& box) {
+  Box part = box;
+  if (kQueryParts<Traits> == 1 || box.volume() != Traits::kBlockM) return part;
+  int d = 0;
+  while (d < 2 && box.side[d] == 1) ++d;
+  if (box.side[d] % kQueryParts<Traits> == 0) part.side[d] /= kQueryParts<Traits>;
+  return part;
+}
+
+// Where part i of the queries of a tile begins on the grid.
+__device__ __forceinline__ void position_of_part(const QueryParams& p, const StayingTile& tile, int i,
+                                                 int (&x)[3]) {
+  int first[3];
+#pragma unroll
+  for (int d = 0; d < 3; ++d) {
+    first[d] = tile.first[d] + (p.q_part.side[d] < p.q_box.side[d] ? i * p.q_part.side[d] : 0);
+  }
+  tile.position(p.problem, first, x);
+}
+
+// Beside planning: the next queries, which the copy engine is asked for when the last ones have been read,
+// wait in the L2 cache.
+template <class Traits>
+struct PrefetchQueries : NothingBeside {
+  const QueryMaps& maps;
+  const QueryParams& p;
+
+  __device__ __forceinline__ PrefetchQueries(const QueryMaps& m, const QueryParams& params)
+      : maps(m), p(params) {}
+  __device__ __forceinline__ void prepare(const StayingTile& tile) const {
+    if constexpr (kQueryParts<Traits> == 1) return;
+    if (const int i = threadIdx.x % 32; i < p.q_parts) {
+      int x[3];
+      position_of_part(p, tile, i, x);
+      prefetch_box<Traits::kHeadDim, sizeof(typename Traits::Element)>(maps.q, p.fold_q, x, tile.head,
+                                                                       tile.batch);
+    }
+  }
 };
 
 // ---- Producers: one thread of warp 0 issues the copies, warp 1 plans, warp 2 brings the bias,
@@ -37,11 +95,11 @@ template <class Traits>
 __device__ void load(typename Traits::Storage& s, const QueryMaps& maps, const QueryParams& p) {
   constexpr int kD = Traits::kHeadDim, kM = Traits::kBlockM, kN = Traits::kBlockN;
   const uint32_t row_bytes = kD * sizeof(typename Traits::Element);
-  const uint32_t q_bytes = p.q_box.volume() * row_bytes, kv_bytes = p.kv_box.volume() * row_bytes;
+  const uint32_t q_bytes = p.q_part.volume() * row_bytes, kv_bytes = p.kv_box.volume() * row_bytes;
   const int add_tiles = static_cast<int>((p.problem.additional + kN - 1) / kN);
   const int group_size = static_cast<int>(p.problem.heads_per_kv());
   const bool box_fills_block = p.kv_box.volume() == kN;
-  RingIndex<1> at_q;
+  uint32_t q_phase = 0;
   RingIndex<Traits::kStages> at_k, at_v;
 
   follow_plan(s, [&](const StayingTile& tile) {
@@ -50,15 +108,23 @@ __device__ void load(typename Traits::Storage& s, const QueryMaps& maps, const Q
     const int head_kv = tile.head / group_size;
 
     const auto load_q = [&] {
-      int x[3];
-      tile.position(p.problem, tile.first, x);
-      s.ring_q.wait_empty(at_q);
-      s.ring_q.expect_bytes(at_q, q_bytes * (Traits::kWithDout ? 2 : 1));
-      load_box<kD, kM>(maps.q, p.fold_q, &s.ring_q.full[0], s.q, x, tile.head, tile.batch);
-      if constexpr (Traits::kWithDout) {
-        load_box<kD, kM>(maps.dout, p.fold_dout, &s.ring_q.full[0], s.dout, x, tile.head, tile.batch);
+      constexpr int kParts = kQueryParts<Traits>, kRows = kM / kParts;
+#pragma unroll
+      for (int i = 0; i < kParts; ++i) {
+        if (i == p.q_parts) break;
+        int x[3];
+        position_of_part(p, tile, i, x);
+        const RingIndex<kParts> at{i, q_phase};
+        s.ring_q.wait_empty(at);
+        s.ring_q.expect_bytes(at, q_bytes * (Traits::kWithDout ? 2 : 1));
+        load_box<kD, kM>(maps.q, p.fold_q, &s.ring_q.full[i],
+                         s.q + i * kRows * chunk_of(kD, sizeof(typename Traits::Element)), x, tile.head,
+                         tile.batch);
+        if constexpr (Traits::kWithDout) {
+          load_box<kD, kM>(maps.dout, p.fold_dout, &s.ring_q.full[0], s.dout, x, tile.head, tile.batch);
+        }
       }
-      at_q.advance();
+      q_phase ^= 1;
     };
     const auto describe = [&](const int (&first)[3], uint32_t tests) {
       MovingTile& t = s.key_tile[at_k.stage];
@@ -152,7 +218,8 @@ __device__ __forceinline__ void produce(typename Traits::Storage& s, const Query
   }
   if (warp == 1) {
     const int add_tiles = static_cast<int>((p.problem.additional + Traits::kBlockN - 1) / Traits::kBlockN);
-    plan_tiles_of_cta<Direction::kForward>(s, p, p.q_box, p.kv_box, p.lse, 1, add_tiles, NothingBeside{});
+    plan_tiles_of_cta<Direction::kForward>(s, p, p.q_box, p.kv_box, p.lse, 1, add_tiles,
+                                           PrefetchQueries<Traits>(maps, p));
   }
 }
 
@@ -165,7 +232,7 @@ __device__ __forceinline__ void prepare_storage(typename Traits::Storage& s, con
     prefetch_map(maps.q);
     prefetch_map(maps.k);
     prefetch_map(maps.v);
-    s.ring_q.init(1, Traits::kConsumerWarps);
+    s.ring_q.init(1, Traits::kConsumerWarps / p.q_parts);
     s.ring_k.init(1, Traits::kConsumerWarps);
     s.ring_v.init(1, Traits::kTransposers > 0 ? Traits::kTransposers : Traits::kConsumerWarps);
     if constexpr (Traits::kTransposers > 0) {
@@ -245,6 +312,8 @@ cudaError_t launch_query_stationary(const Args& a, const Tokens<float>& lse, Que
   p.problem = problem;
   p.q_box = a.q_box;
   p.kv_box = a.kv_box;
+  p.q_part = part_of<Traits>(a.q_box);
+  p.q_parts = a.q_box.volume() / p.q_part.volume();
   p.scale = a.scale;
   p.scale_log2 = a.scale * 1.44269504088896341f;
   p.lse = lse;
@@ -256,12 +325,18 @@ cudaError_t launch_query_stationary(const Args& a, const Tokens<float>& lse, Que
   if (p.schedule.total > std::numeric_limits<int>::max() / 2) return cudaErrorInvalidConfiguration;
   for (int64_t b = 0; b < launches.count; ++b) {
     const TokenEncoder encode{launches, b, sizeof(typename Traits::Element), kHeadDim, problem};
-    cudaError_t e = encode(&maps.q, &p.fold_q, a.q, problem.dim, problem.heads, a.q_box);
+    cudaError_t e = encode(&maps.q, &p.fold_q, a.q, problem.dim, problem.heads, p.q_part);
     if (e == cudaSuccess) e = encode(&maps.k, &p.fold_k, a.k, problem.dim, problem.heads_kv, a.kv_box);
     if (e == cudaSuccess) e = encode(&maps.v, &p.fold_v, a.v, problem.dim_v, problem.heads_kv, a.kv_box);
     if constexpr (Traits::kWithDout) {
       if (e == cudaSuccess)
         e = encode(&maps.dout, &p.fold_dout, a.dout, problem.dim_v, problem.heads, a.q_box);
+    } else if constexpr (Traits::kOutInBoxes) {
+      // The engine steps over tokens when it reads, not when it writes.
+      p.out_in_boxes = p.q_parts == Traits::kConsumers && problem.groups() == 1;
+      const Tokens<const void> out{a.out.data, a.out.batch, {a.out.x[0], a.out.x[1], a.out.x[2]}, a.out.head};
+      if (e == cudaSuccess && p.out_in_boxes)
+        e = encode(&maps.out, &p.fold_out, out, problem.dim_v, problem.heads, p.q_part);
     }
     if (e == cudaSuccess && problem.additional > 0) {
       e = encode.line(&maps.add_k, &p.fold_add_k, a.add_k, problem.dim, Traits::kBlockN);
