@@ -390,7 +390,7 @@ def test_heads_for_which_no_cluster_is_left_take_the_other_multiprocessors(
         sequences=sequences, tokens=tokens, value_heads=heads, heads=heads // group, key_dim=128, value_dim=128,
         sms=132, clusters=30, keep=keep,
     )  # fmt: skip
-    assert found == (0 if keep else rest)
+    assert found == rest
     if found:
         assert preparing == 132 - 4 * len(parts)
         assert len(parts) == sequences * heads - rest

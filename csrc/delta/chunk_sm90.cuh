@@ -202,6 +202,14 @@ __device__ __forceinline__ Sequence sequence_of(const InputsSm90& in, int64_t n)
   return {0, begin, end - begin, begin / kRows + n};
 }
 
+// Where arrays [slot][value head] have a chunk.
+__device__ __forceinline__ int64_t chunk_index(const InputsSm90& in, int64_t slot, int64_t head) {
+  return slot * in.value_heads + head;
+}
+__device__ __forceinline__ int64_t chunk_index(const ForwardInputsSm90& in, int64_t slot, int64_t head) {
+  return slot * in.slot_heads + head;
+}
+
 // The sequence whose slots, each of so many tokens, contain `slot`; its tokens there may lie beyond the end.
 __device__ __forceinline__ int64_t sequence_at_slot(const InputsSm90& in, int64_t slot,
                                                     int64_t tokens = kRows) {

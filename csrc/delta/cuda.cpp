@@ -23,17 +23,21 @@ namespace {
 // ---- Some value heads of one sequence ----
 
 // The last `count` value heads of the last sequence, as a whole by themselves: views of the same memory. Not
-// packed, elements of 16 bit, whole groups of value heads.
+// packed, a gate per head, elements of 16 bit, whole groups of value heads.
 struct LastHeads {
   const InputsSm90& all;
   int64_t count, head, sequence;
+  int64_t token, chunk;  // the first, among [B, T, HV] and [slot][value head]
 
   LastHeads(const InputsSm90& in, int64_t count)
-      : all(in), count(count), head(in.value_heads - count), sequence(in.sequences - 1) {}
+      : all(in), count(count), head(in.value_heads - count), sequence(in.sequences - 1) {
+    token = sequence * in.tokens * in.value_heads + head;
+    chunk = sequence * ChunkSlots(in).per_sequence * in.value_heads + head;
+  }
 
   ForwardInputsSm90 inputs() const {
     ForwardInputsSm90 in = all;
-    const int64_t group = all.value_heads / all.heads, token = sequence * all.tokens * all.value_heads + head;
+    const int64_t group = all.value_heads / all.heads;
     const auto from = [&](Rows<void>& rows, int64_t first_head) {
       rows.data = static_cast<const uint16_t*>(rows.data) + sequence * rows.batch + first_head * rows.head;
     };
@@ -50,9 +54,15 @@ struct LastHeads {
   T* state(T* states) const {
     return states == nullptr ? nullptr : states + (sequence * all.value_heads + head) * all.state_size();
   }
-  void* output(void* o) const {
-    const int64_t token = sequence * all.tokens * all.value_heads + head;
-    return static_cast<uint16_t*>(o) + token * all.value_dim;
+  void* output(void* o) const { return static_cast<uint16_t*>(o) + token * all.value_dim; }
+  void* images(void* of_chunks, int64_t per_chunk) const {
+    return of_chunks == nullptr ? nullptr : static_cast<uint16_t*>(of_chunks) + chunk * per_chunk * kImage;
+  }
+  ChunkScratch scratch(ChunkScratch s) const {
+    s.rows += chunk;
+    for (void** image : {&s.N, &s.P, &s.N_low, &s.P_low}) *image = images(*image, 1);
+    if (s.hard != nullptr) s.hard += chunk;
+    return s;
   }
 };
 
@@ -143,9 +153,16 @@ Results forward(Tensor q, Tensor k, Tensor v, Tensor beta, OptTensor g, OptTenso
       const LastHeads rest(in, plan.rest);
       pass.in = rest.inputs();
       pass.o = rest.output(pass.o), pass.final_state = rest.state(pass.final_state);
-      own = allocate_scratch(q, pass.in, choice, plan.prepare_P);
-      allocate_low_halves(own, q, pass.in, choice, plan.prepare_P);
-      pass.scratch = own.chunks;
+      if (keep) {
+        const int64_t tiles = ceil_div(x.V, kImageColumns);
+        pass.scratch = rest.scratch(scratch.chunks);
+        pass.states = rest.images(entering, tiles * (choice.key.key_dim / kImageColumns));
+        pass.v_new = rest.images(v_new, tiles);
+      } else {
+        own = allocate_scratch(q, pass.in, choice, plan.prepare_P);
+        allocate_low_halves(own, q, pass.in, choice, plan.prepare_P);
+        pass.scratch = own.chunks, pass.in.slot_heads = plan.rest;
+      }
       beside.emplace(stream);
     }
     check_launch(op, choice.head_cluster.run(args, stream, beside ? beside->event() : nullptr));

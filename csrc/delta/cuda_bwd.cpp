@@ -86,7 +86,7 @@ BackwardChoice choose_backward(const char* op, const Inputs& x) {
 
 // On an H100, in microseconds: a chunk of the walk, and what a chunk of the gradient beside it costs an SM,
 // memory that it takes from the walk included.
-constexpr double kWalkUs = 1.7, kGradientUs = 16, kChannelGradientUs = 28;
+constexpr double kWalkUs = 1.7, kGradientUs = 14, kChannelGradientUs = 28;
 
 // How many of 16 chunks the SMs that the walk leaves free take meanwhile: all, where they nearly can.
 uint32_t early_chunks(const InputsSm90& in, int64_t sms) {

@@ -123,18 +123,20 @@ inline Plan make_plan(const InputsSm90& in, int64_t key_dim, int64_t sms, int64_
     const int64_t piece = std::max(chunks, ceil_div(rows * chunks, clusters));
     const double us = kClusterLaunchUs + std::max(turns - 1, 0.) * kClusterUs +
                       static_cast<double>(piece) * kClusterChunkUs;
-    if (us * (keep ? kKeepInClusters : 1) < best && count <= HeadClusterArgs::kMostParts)
-      best = us + static_cast<double>(piece) * kOutOfStepUs, plan = {0, true, 0, std::move(parts)};
+    const double keeping = keep ? kKeepInClusters : 1;
+    if (us * keeping < best && count <= HeadClusterArgs::kMostParts)
+      best = us * keeping + static_cast<double>(piece) * kOutOfStepUs, plan = {0, true, 0, std::move(parts)};
     // All clusters must be there before the rest takes an SM, so there is no second turn of them. Key heads
-    // are not divided. With what the backward keeps memory is the limit, and cutting costs less.
+    // are not divided.
     const int64_t group = in.value_heads / in.heads;
-    for (int64_t rest = ceil_div(rows - clusters, group) * group; !keep && rest > 0 && rest < rows;
-         rest += group) {
+    for (int64_t rest = ceil_div(rows - clusters, group) * group; rest > 0 && rest < rows; rest += group) {
       const int64_t left = sms - HeadClusterArgs::kCluster * (rows - rest);
       if (rest > in.value_heads || rest * value_tiles > left) break;
       const auto [walks_us, span_chunks] = split(rest, left);
-      const double rest_us = prepare_us(kPrepareUs, rest, left) + walks_us + kBesideClustersUs;
-      const double us = std::max(static_cast<double>(chunks) * kClusterChunkUs, rest_us) + kClusterLaunchUs;
+      const double rest_us =
+          (prepare_us(kPrepareUs, rest, left) + walks_us) * (keep ? kKeep : 1) + kBesideClustersUs;
+      const double us =
+          std::max(static_cast<double>(chunks) * kClusterChunkUs * keeping, rest_us) + kClusterLaunchUs;
       if (us < best)
         best = us, plan = {span_chunks, true, left, cut_heads(rows - rest, chunks, clusters), rest};
     }

@@ -13,7 +13,7 @@ struct ChunkPlace {
   int head_k, valid;
 
   // False: the slot has no chunk.
-  __device__ __forceinline__ bool find(const InputsSm90& in, int64_t at, int64_t value_head) {
+  __device__ __forceinline__ bool find(const ForwardInputsSm90& in, int64_t at, int64_t value_head) {
     slot = at, head = value_head;
     // Slots and heads fit 32 bits, whose division is short.
     const auto divided = [](int64_t a, int64_t b) {
@@ -25,7 +25,7 @@ struct ChunkPlace {
     const int64_t first = (slot - sequence.first_slot) * kRows;
     batch = sequence.batch;
     token = sequence.begin + first;
-    index = slot * in.value_heads + head;
+    index = chunk_index(in, slot, head);
     head_k = static_cast<int>(divided(head, divided(in.value_heads, in.heads)));
     valid = static_cast<int>(min(static_cast<int64_t>(kRows), sequence.length - first));
     return first >= 0 && first < sequence.length;

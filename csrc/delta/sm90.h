@@ -41,10 +41,12 @@ struct Spans {
 };
 
 // Of the kernels of the forward: all value heads, or some of one sequence, whose beta, g and o lie among
-// those of all.
+// those of all, and perhaps also what `prepare` and the walk leave for each chunk.
 struct ForwardInputsSm90 : InputsSm90 {
   int64_t token_heads;  // value heads from a token of beta, g and o to the next
-  ForwardInputsSm90(const InputsSm90& in) : InputsSm90(in), token_heads(in.value_heads) {}
+  int64_t slot_heads;   // the same from slot to slot of ChunkScratch, states and V'
+  ForwardInputsSm90(const InputsSm90& in)
+      : InputsSm90(in), token_heads(in.value_heads), slot_heads(in.value_heads) {}
 };
 
 // ---- Scratch: what `prepare` finds out about a chunk; arrays indexed [slot][value head] ----

@@ -179,7 +179,7 @@ __device__ __forceinline__ void walk(typename Traits::Storage& s, const StatePas
   using Element = typename Traits::Element;
   constexpr int kKeyDim = Traits::kKeyDim;
   constexpr bool kOutput = Traits::kOutput;
-  const InputsSm90& in = a.in;
+  const ForwardInputsSm90& in = a.in;
   const int thread = threadIdx.x % 128, warp = thread / 32, quad = thread % 4;
   // A chunk that is not whole is for the full walk.
   const int chunks = Traits::kFull ? sequence.chunks() : static_cast<int>(sequence.length / kRows);
@@ -276,7 +276,7 @@ __device__ __forceinline__ void walk(typename Traits::Storage& s, const StatePas
                                       warp * (kImage / 4))[x % 16 * 32 + thread % 32];
     };
     if constexpr (Traits::kLow && Traits::kLowApart) {
-      if (hard()) ask_for_low(s, a, position.at_low, (sequence.first_slot + c) * in.value_heads + head);
+      if (hard()) ask_for_low(s, a, position.at_low, chunk_index(a.in, sequence.first_slot + c, head));
     }
     // Kh S; meanwhile beta V arrives
     issue_gemm<true>(mma_token, S16, by_row(stage.k, Int<kKeyDim>{}), R);
@@ -499,7 +499,7 @@ __device__ __forceinline__ void walk_through(typename Traits::Storage& s, const 
     if (a.states != nullptr && a.scratch.hard != nullptr && part.sequence.first_chunk > 0)
       position.after_hard =
           *const_cast<const volatile float*>(a.scratch.hard +
-                                             (part.sequence.first_slot - 1) * a.in.value_heads + head) != 0.f;
+                                             chunk_index(a.in, part.sequence.first_slot - 1, head)) != 0.f;
   }
   if (!full) walk<Traits>(s, a, part.sequence, head, first_value, S, position, keep);
   if (position.chunk < part.sequence.chunks()) {
@@ -573,7 +573,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   bool wants_full = a.boundary_chunks > 0;
   if (Traits::kMayBeHard && a.scratch.hard != nullptr && a.ready == nullptr) {
     for (int c = threadIdx.x; c < part.sequence.chunks(); c += Traits::kThreads)
-      wants_full |= a.scratch.hard[(part.sequence.first_slot + c) * a.in.value_heads + head] != 0.f;
+      wants_full |= a.scratch.hard[chunk_index(a.in, part.sequence.first_slot + c, head)] != 0.f;
   }
   const bool full = __syncthreads_or(wants_full) != 0;
   const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32;

@@ -117,7 +117,7 @@ struct ChunkNews {
   int chunks, first = 0, known = 0, mine = 0;
 
   __device__ __forceinline__ ChunkNews(const StatePassArgs& a, const Sequence& sequence, int64_t head)
-      : ready(a.ready), hard(a.scratch.hard), stride(a.in.value_heads), chunks(sequence.chunks()) {
+      : ready(a.ready), hard(a.scratch.hard), stride(a.in.slot_heads), chunks(sequence.chunks()) {
     if (ready != nullptr) ready += head * a.slots + sequence.first_slot;
     if (hard != nullptr) hard += sequence.first_slot * stride + head;
   }
@@ -167,7 +167,7 @@ __device__ void load(typename Traits::Storage& s, const TokenMaps& maps, const S
     auto& stage = s.stage[at.stage];
     uint64_t* full = &s.ring.full[at.stage];
     const int64_t token = sequence.begin + static_cast<int64_t>(c) * kRows;
-    const int64_t chunk = (sequence.first_slot + c) * a.in.value_heads + head;
+    const int64_t chunk = chunk_index(a.in, sequence.first_slot + c, head);
     const auto image = [&](void* scratch, int images) {
       return static_cast<Element*>(scratch) + chunk * images * kImage;
     };
@@ -212,10 +212,11 @@ __device__ void load(typename Traits::Storage& s, const TokenMaps& maps, const S
 // ---- Storing warps ----
 
 // Images [slot][value head][V / 64] of 64 values, or [..][K / 64] of them: the first of this CTA in chunk c.
-__device__ __forceinline__ int64_t first_image(const InputsSm90& in, const Sequence& sequence, int c,
+template <class Inputs>
+__device__ __forceinline__ int64_t first_image(const Inputs& in, const Sequence& sequence, int c,
                                                int64_t head, int first_value, int key_images = 1) {
   const int64_t tiles = (in.value_dim + kImageColumns - 1) / kImageColumns;
-  const int64_t chunk = (sequence.first_slot + c) * in.value_heads + head;
+  const int64_t chunk = chunk_index(in, sequence.first_slot + c, head);
   return (chunk * tiles + first_value / kImageColumns) * key_images;
 }
 
