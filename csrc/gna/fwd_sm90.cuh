@@ -136,7 +136,7 @@ __device__ __forceinline__ void store_as_box(typename Traits::Storage& s, const 
   cutlass::arch::NamedBarrier::sync(128, 1 + warpgroup);
   if (sends) {
     int x[3];
-    position_of_part(p, tile, warpgroup, x);
+    position_of_part<Traits>(p, tile, warpgroup, x);
     store_box<kD, kRows>(maps.out, p.fold_out, own, x, tile.head, tile.batch);
     tma_store_arrive();
   }
@@ -177,7 +177,9 @@ __device__ void attend(typename Traits::Storage& s, const QueryMaps& maps, const
   const int first_row = warpgroup * 64 + thread % 128 / 32 * 16 + thread % 32 / 4;  // and first_row + 8
   Range keys[2][3];
   uint32_t q_phase = 0;
-  const auto at_q = [&] { return RingIndex<Traits::kQueryParts>{p.q_parts > 1 ? warpgroup : 0, q_phase}; };
+  const auto at_q = [&] {
+    return RingIndex<Traits::kQueryParts>{query_parts_of<Traits>(p) > 1 ? warpgroup : 0, q_phase};
+  };
   RingIndex<kPlannedTiles> at_plan;
   RingIndex<Traits::kStages> at_k, at_v;
 

@@ -57,15 +57,26 @@ inline Box part_of(const Box& box) {
   return part;
 }
 
+// Constant where it can be, so that the kernels without parts do not pay for them.
+template <class Traits>
+__device__ __forceinline__ int query_parts_of(const QueryParams& p) {
+  return kQueryParts<Traits> == 1 ? 1 : p.q_parts;
+}
+
 // Where part i of the queries of a tile begins on the grid.
+template <class Traits>
 __device__ __forceinline__ void position_of_part(const QueryParams& p, const StayingTile& tile, int i,
                                                  int (&x)[3]) {
-  int first[3];
+  if constexpr (kQueryParts<Traits> == 1) {
+    tile.position(p.problem, tile.first, x);
+  } else {
+    int first[3];
 #pragma unroll
-  for (int d = 0; d < 3; ++d) {
-    first[d] = tile.first[d] + (p.q_part.side[d] < p.q_box.side[d] ? i * p.q_part.side[d] : 0);
+    for (int d = 0; d < 3; ++d) {
+      first[d] = tile.first[d] + (p.q_part.side[d] < p.q_box.side[d] ? i * p.q_part.side[d] : 0);
+    }
+    tile.position(p.problem, first, x);
   }
-  tile.position(p.problem, first, x);
 }
 
 // Beside planning: the next queries, which the copy engine is asked for when the last ones have been read,
@@ -81,7 +92,7 @@ struct PrefetchQueries : NothingBeside {
     if constexpr (kQueryParts<Traits> == 1) return;
     if (const int i = threadIdx.x % 32; i < p.q_parts) {
       int x[3];
-      position_of_part(p, tile, i, x);
+      position_of_part<Traits>(p, tile, i, x);
       prefetch_box<Traits::kHeadDim, sizeof(typename Traits::Element)>(maps.q, p.fold_q, x, tile.head,
                                                                        tile.batch);
     }
@@ -111,9 +122,9 @@ __device__ void load(typename Traits::Storage& s, const QueryMaps& maps, const Q
       constexpr int kParts = kQueryParts<Traits>, kRows = kM / kParts;
 #pragma unroll
       for (int i = 0; i < kParts; ++i) {
-        if (i == p.q_parts) break;
+        if (i == query_parts_of<Traits>(p)) break;
         int x[3];
-        position_of_part(p, tile, i, x);
+        position_of_part<Traits>(p, tile, i, x);
         const RingIndex<kParts> at{i, q_phase};
         s.ring_q.wait_empty(at);
         s.ring_q.expect_bytes(at, q_bytes * (Traits::kWithDout ? 2 : 1));
@@ -232,7 +243,7 @@ __device__ __forceinline__ void prepare_storage(typename Traits::Storage& s, con
     prefetch_map(maps.q);
     prefetch_map(maps.k);
     prefetch_map(maps.v);
-    s.ring_q.init(1, Traits::kConsumerWarps / p.q_parts);
+    s.ring_q.init(1, Traits::kConsumerWarps / query_parts_of<Traits>(p));
     s.ring_k.init(1, Traits::kConsumerWarps);
     s.ring_v.init(1, Traits::kTransposers > 0 ? Traits::kTransposers : Traits::kConsumerWarps);
     if constexpr (Traits::kTransposers > 0) {
