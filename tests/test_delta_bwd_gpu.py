@@ -107,10 +107,10 @@ def test_kept_by_clusters(shape: tuple[int, int], dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("backend", ["hopper"], indirect=True)
 @pytest.mark.parametrize(("shape", "repeated", "gate", "dtype"), [
-    ((1, 31, 128, 128, 6053), slice(0), "none", torch.bfloat16),
-    ((1, 31, 128, 128, 6053), slice(1000), "head", torch.bfloat16),
-    ((1, 31, 128, 128, 6053), slice(0), "head", torch.float16),
-    ((31, 1, 64, 72, 6053), slice(290, 460), "head", torch.bfloat16),
+    ((1, 31, 128, 128, 7013), slice(0), "none", torch.bfloat16),
+    ((1, 31, 128, 128, 7013), slice(1000), "head", torch.bfloat16),
+    ((1, 31, 128, 128, 7013), slice(0), "head", torch.float16),
+    ((31, 1, 64, 72, 7013), slice(290, 460), "head", torch.bfloat16),
 ], ids=str)  # fmt: skip
 def test_kept_beside_clusters(
     backend: str, shape: tuple[int, ...], repeated: slice, gate: str, dtype: torch.dtype

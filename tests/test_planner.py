@@ -366,26 +366,28 @@ def test_heads_beyond_the_clusters_are_cut_evenly(heads: int) -> None:
 
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize(
-    ("sequences", "tokens", "heads", "group", "rest"),
+    ("sequences", "tokens", "heads", "group", "rest", "with_kept"),
     [
-        (1, 32768, 30, 1, 0),
-        (1, 32768, 31, 1, 1),
-        (1, 32768, 31, 31, 0),
-        (1, 32768, 32, 1, 2),
-        (1, 32768, 32, 2, 2),
-        (1, 32768, 32, 4, 0),
-        (1, 32768, 33, 1, 0),
-        (1, 8192, 31, 1, 1),
-        (1, 8192, 32, 1, 0),
-        (2, 32768, 16, 1, 2),
-        (16, 32768, 2, 1, 2),
-        (32, 32768, 1, 1, 0),
+        (1, 32768, 30, 1, 0, 0),
+        (1, 32768, 31, 1, 1, 1),
+        (1, 32768, 31, 31, 0, 0),
+        (1, 32768, 32, 1, 2, 0),
+        (1, 32768, 32, 2, 2, 0),
+        (1, 32768, 32, 4, 0, 0),
+        (1, 32768, 33, 1, 0, 0),
+        (1, 8192, 31, 1, 1, 1),
+        (1, 8192, 32, 1, 0, 0),
+        (2, 32768, 16, 1, 2, 0),
+        (16, 32768, 2, 1, 2, 0),
+        (31, 32768, 1, 1, 1, 1),
+        (32, 32768, 1, 1, 0, 0),
     ],
 )
 def test_heads_for_which_no_cluster_is_left_take_the_other_multiprocessors(
-    sequences: int, tokens: int, heads: int, group: int, rest: int, keep: bool
+    sequences: int, tokens: int, heads: int, group: int, rest: int, with_kept: int, keep: bool
 ) -> None:
     """Whole groups of value heads of one sequence, and so few that they are done with the clusters."""
+    rest = with_kept if keep else rest
     span, _, preparing, parts, found = _planner.delta_plan(
         sequences=sequences, tokens=tokens, value_heads=heads, heads=heads // group, key_dim=128, value_dim=128,
         sms=132, clusters=30, keep=keep,

@@ -21,8 +21,9 @@ constexpr double kClusterLaunchUs = 5, kClusterUs = 30, kClusterChunkUs = 1.1;
 // A few heads too many: what each chunk takes more where heads are cut, as clusters are at different tokens
 // then, and what it takes more to split sequences beside the clusters.
 constexpr double kOutOfStepUs = 0.1, kBesideClustersUs = 50;
-// With what the backward keeps all of it takes longer, and two kernels at least what memory needs.
-constexpr double kKeep = 1.3, kKeepInClusters = 1.25, kKeptChunkUs = 0.07;
+// With what the backward keeps all of it takes longer, most of all beside clusters, which then have the
+// memory, and two kernels at least what memory needs.
+constexpr double kKeep = 1.3, kKeepInClusters = 1.25, kKeepBesideClusters = 1.5, kKeptChunkUs = 0.07;
 // To prepare a chunk, times the SMs that do: before the walk, and beside it, where also the walk is slower.
 constexpr double kPrepareUs = 2.4, kPrepareWithoutPUs = 1.9, kPrepareBesideUs = 3.3, kChunkBesideUs = 1.55;
 constexpr double kPrepareChannelUs = 10, kPrepareChannelBesideUs = 13.7;  // with a gate per channel
@@ -134,7 +135,8 @@ inline Plan make_plan(const InputsSm90& in, int64_t key_dim, int64_t sms, int64_
       if (rest > in.value_heads || rest * value_tiles > left) break;
       const auto [walks_us, span_chunks] = split(rest, left);
       const double rest_us =
-          (prepare_us(kPrepareUs, rest, left) + walks_us) * (keep ? kKeep : 1) + kBesideClustersUs;
+          (prepare_us(kPrepareUs, rest, left) + walks_us) * (keep ? kKeepBesideClusters : 1) +
+          kBesideClustersUs;
       const double us =
           std::max(static_cast<double>(chunks) * kClusterChunkUs * keeping, rest_us) + kClusterLaunchUs;
       if (us < best)
