@@ -776,14 +776,21 @@ __device__ __forceinline__ uint32_t prepare_channel_chunk(typename Traits::Stora
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kChunkThreads, Traits::kCtasOfSm)
     prepare_channel_kernel(const __grid_constant__ TokenMaps maps, const __grid_constant__ PrepareArgs args) {
+  // The state pass takes SMs that are free once all of these CTAs have theirs, and waits there.
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
   auto& s = shared_storage<typename Traits::Storage>();
   if (threadIdx.x == Traits::kSender) {
     cutlass::arch::ClusterTransactionBarrier::init(&s.arrived, 1);
     cutlass::arch::fence_barrier_init();
   }
+  // The walk begins with what was prepared last and is still in the L2 cache.
+  const uint32_t at = gridDim.x - 1 - blockIdx.x, heads = static_cast<uint32_t>(args.in.value_heads);
   ChunkPlace place;
-  const auto heads = static_cast<uint32_t>(args.in.value_heads);
-  if (!place.find(args.in, blockIdx.x / heads, blockIdx.x % heads)) return;
+  if (args.in.cu_seqlens != nullptr) {
+    if (!place.find(args.in, at / heads, at % heads)) return;
+  } else {
+    place.find_for_walks(args.in, at);
+  }
   __syncthreads();
   prepare_channel_chunk<Traits, false>(s, maps, args, place, 0, 1);
   if (threadIdx.x == Traits::kSender) tma_store_wait<0>();
