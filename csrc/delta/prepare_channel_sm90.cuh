@@ -5,8 +5,7 @@
 // and e^{m_I - m_(J+1)} between them where the blocks are not neighbors. Pairs of the same block are grouped by
 // the highest bit in which i and j differ (channel_levels.cuh).
 // A thread owns two channels of 16 rows and has their e^g in registers: every decay is a running product along
-// its rows, so there is one exponential per row and channel. L takes the place of K and Q, so that three CTAs
-// share an SM.
+// its rows, so there is one exponential per row and channel. L takes the place of K and Q.
 #pragma once
 
 #include "delta/channel_levels.cuh"
@@ -21,7 +20,7 @@ struct PrepareChannelTraits {
   using Element = element_t<Tag>;
   static constexpr int kKeyDim = kKeyDim_;
   static constexpr int kChunkThreads = 256;
-  static constexpr int kCtasOfSm = 3;
+  static constexpr int kCtasOfSm = 2;
   static constexpr int kSender = 128;            // of the warps that do not invert
   static constexpr int kTile = kKeyDim * kRows;  // elements
   static constexpr int kHalves = kKeyDim / kImageColumns;
@@ -34,30 +33,21 @@ struct PrepareChannelTraits {
                                      SM80_16x8x16_F32BF16BF16F32_TN>;
 
   struct Storage {  // of a chunk
+    alignas(1024) Element k[kTile];  // K, then the k of L: [K / 64][64][64]; block 0 R of block 0 for block 2
+    alignas(1024) Element q[kTile];  // Q, then the q of L; block 0 R of block 0 for block 3
     union {
-      alignas(1024) Element k[kTile];  // K, then the k of L: [K / 64][64][64]
-      struct {
-        alignas(1024) Element n[kImage];
-        alignas(1024) Element n_low[kImage];
-      };
-    };
-    union {
-      alignas(1024) Element q[kTile];  // Q, then the q of L
-      struct {
-        alignas(1024) Element p[kImage];
-        alignas(1024) Element p_low[kImage];
-      };
-    };
-    // Of a warp: rows of a level, [k; q] with its bit; then R of its rows and channels.
-    union {
+      // Rows of a level of a warp, [k; q] with its bit; then R. Block 3 has R of block 1 for block 3.
       alignas(1024) Element right[kTile];
-      SplitBlocks a;
+      alignas(1024) Element n_low[kImage];
     };
-    // And k without the bit; then the sums of the levels over its channels, of A and of P.
-    union {
+    union {  // of a warp: k of a level without its bit; then sums of the levels over its channels, of A and P
       alignas(1024) Element without[kTile / 2];
       float2 level_sums[kOwners][2][kLevelWords];
     };
+    alignas(1024) Element n[kImage];
+    alignas(1024) Element p[kImage];
+    alignas(1024) Element p_low[kImage];
+    SplitBlocks a;
     TriangularScratch triangular;
     alignas(16) float gates[kBlocks][kKeyDim];  // sums over the rows after each of a block, in log2
     alignas(16) float first[kKeyDim];           // gate of the first row
@@ -155,6 +145,7 @@ struct Columns {
   static constexpr int kBlockRows = Traits::kBlockRows;
   int block, half;           // rows 16 block and following, channels 64 half + 2 lane and the next
   float2 decay[kBlockRows];  // e^g of the row after; before take_decays g in units of log2
+  uint32_t k[kBlockRows];
 
   __device__ __forceinline__ int channel() const { return 64 * half + 2 * (threadIdx.x % 32); }
   __device__ __forceinline__ float2 of(const float* channels) const {
@@ -248,12 +239,18 @@ struct Columns {
     return {cast_smem_ptr_to_uint(&s) + number() * part * 2 + threadIdx.x % 32 * 4,
             bytes_to(s, tile), i};
   }
-  // Rows past the end may hold anything, and become 0.
-  __device__ __forceinline__ void clear_rows(typename Traits::Storage& s, int valid) const {
+  // K to registers. Q stays in shared memory, or registers would be spilled. Rows past the end may hold
+  // anything, and become 0.
+  __device__ __forceinline__ void load_k(typename Traits::Storage& s, int valid) {
+    CUTE_UNROLL
+    for (int i = 0; i < kBlockRows; ++i) k[i] = word(s, s.k, i);
     if (valid == kRows) return;
     CUTE_UNROLL
-    for (int i = 0; i < kBlockRows; ++i)
-      if (kBlockRows * block + i >= valid) word(s, s.k, i) = 0, word(s, s.q, i) = 0;
+    for (int i = 0; i < kBlockRows; ++i) {
+      if (kBlockRows * block + i < valid) continue;
+      k[i] = 0;
+      word(s, s.k, i) = 0, word(s, s.q, i) = 0;
+    }
     __syncwarp();
   }
 };
@@ -313,35 +310,26 @@ __device__ __forceinline__ float4 diagonal_level(typename Traits::Storage& s, co
     return pack<Element>(x.x, x.y);
   };
   __syncwarp();
+  uint32_t q[8];  // before they would wait for stores
   CUTE_UNROLL
-  for (int half = 0; half < 2; ++half) {  // eight rows: their loads together, which else wait for stores
-    uint32_t k[8], q[8];
+  for (int i = 0; i < kLevelBlock; ++i)
+    if (i & kStep) q[number_of<kLevel>(i)] = own.word(s, s.q, i);
+  CUTE_UNROLL
+  for (int m = kStep; m < kLevelBlock; m += 2 * kStep) {
+    put_with(number_of<kLevel>(m), own.k[m]);
+    put_with(8 + number_of<kLevel>(m), q[number_of<kLevel>(m)]);
+    float2 e = own.decay[m];
     CUTE_UNROLL
-    for (int i = 8 * half; i < 8 * half + 8; ++i) {
-      k[i % 8] = own.word(s, s.k, i);
-      if (i & kStep) q[i % 8] = own.word(s, s.q, i);
+    for (int i = m + 1; i < m + kStep; ++i) {
+      put_with(number_of<kLevel>(i), scaled(own.k[i], e));
+      put_with(8 + number_of<kLevel>(i), scaled(q[number_of<kLevel>(i)], e));
+      e = e * own.decay[i];
     }
+    e = own.decay[m - 1];
     CUTE_UNROLL
-    for (int m = kStep; m < kLevelBlock; m += 2 * kStep) {
-      if (m / 8 == half) {
-        put_with(number_of<kLevel>(m), k[m % 8]);
-        put_with(8 + number_of<kLevel>(m), q[m % 8]);
-        float2 e = own.decay[m];
-        CUTE_UNROLL
-        for (int i = m + 1; i < m + kStep; ++i) {
-          put_with(number_of<kLevel>(i), scaled(k[i % 8], e));
-          put_with(8 + number_of<kLevel>(i), scaled(q[i % 8], e));
-          e = e * own.decay[i];
-        }
-      }
-      if ((m - 1) / 8 == half) {
-        float2 e = own.decay[m - 1];
-        CUTE_UNROLL
-        for (int i = m - 1; i >= m - kStep; --i) {
-          put_without(number_of<kLevel>(i), scaled(k[i % 8], e));
-          if (i > m - kStep) e = e * own.decay[i - 1];
-        }
-      }
+    for (int i = m - 1; i >= m - kStep; --i) {
+      put_without(number_of<kLevel>(i), scaled(own.k[i], e));
+      if (i > m - kStep) e = e * own.decay[i - 1];
     }
   }
   __syncwarp();
@@ -435,12 +423,12 @@ __device__ __forceinline__ void put_factors(typename Traits::Storage& s, const F
   __syncwarp();
 }
 
-// Kh, scale Qh and Kt to scratch; L in the place of K and Q, and R.
+// Kh, scale Qh and Kt to scratch; L and R.
 template <class Traits>
 __device__ __forceinline__ void scale_rows(typename Traits::Storage& s, const PrepareArgs& args,
                                            int64_t index, const Columns<Traits>& own) {
   using Element = typename Traits::Element;
-  constexpr int kBlockRows = Traits::kBlockRows;
+  constexpr int kBlockRows = Traits::kBlockRows, kLast = Traits::kBlocks - 1;
   const int first = kBlockRows * own.block;
   const auto to = [&](void* scratch) {
     return own.own(static_cast<Element*>(scratch) + index * Traits::kTile);
@@ -449,42 +437,47 @@ __device__ __forceinline__ void scale_rows(typename Traits::Storage& s, const Pr
   const auto four = [&](const float (&of)[kRows], int i) {
     return *reinterpret_cast<const Four*>(&of[first + i / 4 * 4]);
   };
-  const auto put_scaled = [](Element* image, int i, float2 x, float2 e, float factor) {
-    x = x * (float2{factor, factor} * e);
-    put_pair_at(image, i, pack<Element>(x.x, x.y));
+  const auto rounded = [](float2 x) { return pack<Element>(x.x, x.y); };
+  const auto put_scaled = [&](Element* image, int i, float2 x, float2 e, float factor) {
+    put_pair_at(image, i, rounded(x * (float2{factor, factor} * e)));
   };
   Four k_norm, q_norm;
+  // L, which nobody needs of the first block.
+  const float2 start = own.start(s), from_start = exp2_fast(start);
+  if (own.block == kLast)
+    own.put(args.scratch.decay + index * Traits::kKeyDim, exp2_fast(start + own.of(s.gates[own.block])));
   constexpr int kTogether = 8;  // rows whose loads are not to wait for stores
-  uint32_t k_words[kTogether], q_words[kTogether];
-  const auto read = [&](const Element* tile, uint32_t (&to)[kTogether], int first) {
-    CUTE_UNROLL
-    for (int i = 0; i < kTogether; ++i) to[i] = own.word(s, tile, first + i);
-  };
-  const float2 to_end = exp2_fast(own.after(s));
+  uint32_t q_words[kTogether];
   float2 e{1.f, 1.f};
   CUTE_UNROLL
-  for (int i = kBlockRows - 1; i >= 0; --i) {
-    if (i % kTogether == kTogether - 1) read(s.k, k_words, i / kTogether * kTogether);
-    if (i % 4 == 3) k_norm = four(s.k_norm, i);
-    e = e * own.decay[i];
-    const float2 k = unpack<Element>(k_words[i % kTogether]) * e;
-    own.word(s, s.right, i) = pack<Element>(k.x, k.y);
-    put_scaled(Kt, i, k, to_end, k_norm.x[i % 4]);
-  }
-  const float2 start = own.start(s), from_start = exp2_fast(start);
-  if (own.block == Traits::kBlocks - 1)
-    own.put(args.scratch.decay + index * Traits::kKeyDim, exp2_fast(start + own.of(s.gates[own.block])));
-  e = {1.f, 1.f};
-  CUTE_UNROLL
   for (int i = 0; i < kBlockRows; ++i) {
-    if (i % kTogether == 0) read(s.k, k_words, i), read(s.q, q_words, i);
+    if (i % kTogether == 0) {
+      CUTE_UNROLL
+      for (int x = 0; x < kTogether; ++x) q_words[x] = own.word(s, s.q, i + x);
+    }
     if (i % 4 == 0) k_norm = four(s.k_norm, i), q_norm = four(s.p_row, i);
-    const float2 k = unpack<Element>(k_words[i % kTogether]) * e, q = unpack<Element>(q_words[i % kTogether]) * e;
-    own.word(s, s.k, i) = pack<Element>(k.x, k.y);
-    own.word(s, s.q, i) = pack<Element>(q.x, q.y);
+    const float2 k = unpack<Element>(own.k[i]) * e, q = unpack<Element>(q_words[i % kTogether]) * e;
+    if (own.block > 0) own.word(s, s.k, i) = rounded(k), own.word(s, s.q, i) = rounded(q);
     put_scaled(Kh, i, k, from_start, k_norm.x[i % 4]);
     put_scaled(Qh, i, q, from_start, q_norm.x[i % 4]);
     e = e * own.decay[i];
+  }
+  // R, which nobody needs of the last block; also for blocks that are not the next.
+  const float2 to_end = exp2_fast(own.after(s));
+  float2 far[2] = {};
+  if (own.block < 2) far[0] = exp2_fast(own.of(s.gates[own.block + 1]));
+  if (own.block == 0) far[1] = exp2_fast(own.of(s.gates[1]) + own.of(s.gates[2]));
+  const Element* far_tile = own.block == 0 ? s.k : s.right + (kLast - 1) * Traits::kPart;
+  e = {1.f, 1.f};
+  CUTE_UNROLL
+  for (int i = kBlockRows - 1; i >= 0; --i) {
+    if (i % 4 == 3) k_norm = four(s.k_norm, i);
+    e = e * own.decay[i];
+    const float2 k = unpack<Element>(own.k[i]) * e;
+    if (own.block < kLast) own.word(s, s.right, i) = rounded(k);
+    if (own.block < 2) own.word(s, far_tile, i) = rounded(k * far[0]);
+    if (own.block == 0) own.word(s, s.q, i) = rounded(k * far[1]);
+    put_scaled(Kt, i, k, to_end, k_norm.x[i % 4]);
   }
 }
 
@@ -530,37 +523,23 @@ template <class Traits>
 struct BlockProduct {
   float of_k[2][4] = {}, of_q[2][4] = {};  // columns 0 to 7 and 8 to 15
 
-  template <bool kNeighbors>
-  __device__ __forceinline__ void multiply(typename Traits::Storage& s, int I, int J) {
-    using Element = typename Traits::Element;
-    const int lane = threadIdx.x % 32, t = lane % 4;
+  __device__ __forceinline__ BlockProduct(typename Traits::Storage& s, int I, int J) {
+    const int lane = threadIdx.x % 32;
+    const int tile = bytes_to(s, I == J + 2 && J == 0 ? s.k : I == J + 3 ? s.q : s.right),
+              place = I == J + 2 && J == 1 ? I : J;
     const auto start = [&](int block) {
-      return cast_smem_ptr_to_uint(&s) + block * Traits::kBlockRows * kImageColumns * 2;
+      return cast_smem_ptr_to_uint(&s) + block * Traits::kPart * 2;
     };
     const uint32_t left_start = start(I) + matrix_start(lane / 8 % 2, lane / 16),
-                   right_start = start(J) + matrix_start(lane / 16, lane / 8 % 2);
+                   right_start = start(place) + tile + matrix_start(lane / 16, lane / 8 % 2);
     CUTE_UNROLL
     for (int half = 0; half < Traits::kHalves; ++half) {
       CUTE_UNROLL
       for (int piece = 0; piece < 8; piece += 2) {
         uint32_t k[4], q[4], right[4];
-        load_matrices(right_start, bytes_to(s, s.right + half * kImage), piece, right);
+        load_matrices(right_start, half * kImageBytes, piece, right);
         load_matrices(left_start, bytes_to(s, s.k + half * kImage), piece, k);
         load_matrices(left_start, bytes_to(s, s.q + half * kImage), piece, q);
-        if constexpr (!kNeighbors) {
-          CUTE_UNROLL
-          for (int x = 0; x < 2; ++x) {
-            const int c = half * kImageColumns + 8 * (piece + x) + 2 * t;
-            float2 between = *reinterpret_cast<const float2*>(&s.gates[J + 1][c]);
-            if (I - J > 2) between = between + *reinterpret_cast<const float2*>(&s.gates[J + 2][c]);
-            between = exp2_fast(between);
-            CUTE_UNROLL
-            for (int n = 0; n < 2; ++n) {
-              const float2 scaled = unpack<Element>(right[2 * n + x]) * between;
-              right[2 * n + x] = pack<Element>(scaled.x, scaled.y);
-            }
-          }
-        }
         CUTE_UNROLL
         for (int n = 0; n < 2; ++n) {
           const auto product = [&](float (&c)[4], const uint32_t (&a)[4]) {
@@ -669,10 +648,12 @@ __device__ __forceinline__ uint32_t prepare_channel_chunk(typename Traits::Stora
     load_tokens<kKeyDim>(maps.k, &s.arrived, s.k, 0, place.token, place.head_k, place.batch);
     load_tokens<kKeyDim>(maps.q, &s.arrived, s.q, 0, place.token, place.head_k, place.batch);
   }
-  if (warp == 7) put_betas(in, s.new_beta, place, load_betas(in, place));
+  float2 beta;
+  if (warp == 7) beta = load_betas(in, place);
   Columns<Traits> own;
   own.block = warp / Traits::kHalves, own.half = warp % Traits::kHalves;
   if (owns) own.load_gates(s, args, place);
+  if (warp == 7) put_betas(in, s.new_beta, place, beta);
   if (args.scratch.G != nullptr) {
     sync();
     if (owns) own.put_G(s, args, place.index);
@@ -681,7 +662,7 @@ __device__ __forceinline__ uint32_t prepare_channel_chunk(typename Traits::Stora
   asm volatile("" ::: "memory");
   if (owns) {
     own.take_decays();
-    own.clear_rows(s, now_valid());
+    own.load_k(s, now_valid());
     row_products<Traits>(s, own);
     diagonal_levels<Traits>(s, own);
   }
@@ -694,37 +675,31 @@ __device__ __forceinline__ uint32_t prepare_channel_chunk(typename Traits::Stora
   sync();  // L, R and the sums of levels are there
 
   // A_ij = beta_i k_i . k_j e^{G_i - G_j}, P_ij = scale q_i . k_j e^{G_i - G_j}.
-  float column[16];  // of a diagonal block of N
+  float squares = 0.f;  // of N
   if (warp < 4) {
     for_block<false, Traits>(s, warp, [&](int i, int j, float a) {
       s.triangular.diagonal[warp][j % 16][i % 16] = s.a_row[i] * s.k_norm[j] * a;
     });
     __syncwarp();
+    float column[16];
     invert_diagonal_block(s.triangular, warp, column);
+    squares = put_column(s.n, warp, column);
   } else {
-    const auto wait = [&] { cutlass::arch::NamedBarrier::sync(128, barrier + 2); };  // L and R have been read
-    if (warp == 4) {  // each block with the one before
-      BlockProduct<Traits> product[3];
-      CUTE_UNROLL
-      for (int J = 0; J < 3; ++J) product[J].template multiply<true>(s, J + 1, J);
-      wait();
-      CUTE_UNROLL
-      for (int J = 0; J < 3; ++J) product[J].put(s, J + 1, J);
+    const auto put_product = [&](int I, int J) { BlockProduct<Traits>(s, I, J).put(s, I, J); };
+    const int x = warp - 4;
+    put_product(x == 0 ? 1 : x == 1 ? 2 : 3, x == 1 || x == 2 ? x == 2 : 0);
+    if (x < 2) {
+      put_product(2 + x, 1 + x);
     } else {
-      const int I = warp == 5 ? 2 : 3, J = warp == 6 ? 1 : 0;
-      BlockProduct<Traits> product;
-      product.template multiply<false>(s, I, J);
-      wait();
-      product.put(s, I, J);
+      put_diagonal_of_P<Traits>(s, 2 * x - 4);
+      put_diagonal_of_P<Traits>(s, 2 * x - 3);
     }
-    put_diagonal_of_P<Traits>(s, warp - 4);
   }
   cutlass::arch::fence_view_async_shared();
   sync();  // A and P are there
   const int64_t index = now_index();
   const auto to = [&](void* scratch) { return static_cast<Element*>(scratch) + index * kImage; };
   if (warp < 4) {
-    const float squares = put_column(s.n, warp, column);
     put_squares(s.squares, put_other_blocks<false>(s.a, s.triangular, s.n, s.n, squares));
     cutlass::arch::fence_view_async_shared();
   } else if (sends) {
@@ -776,8 +751,6 @@ __device__ __forceinline__ uint32_t prepare_channel_chunk(typename Traits::Stora
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kChunkThreads, Traits::kCtasOfSm)
     prepare_channel_kernel(const __grid_constant__ TokenMaps maps, const __grid_constant__ PrepareArgs args) {
-  // The state pass takes SMs that are free once all of these CTAs have theirs, and waits there.
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
   auto& s = shared_storage<typename Traits::Storage>();
   if (threadIdx.x == Traits::kSender) {
     cutlass::arch::ClusterTransactionBarrier::init(&s.arrived, 1);

@@ -559,19 +559,16 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   auto& s = shared_storage<typename Traits::Storage>();
   const int tile = blockIdx.x % tiles, first_value = tile * kImageColumns;
   const int64_t row = blockIdx.x / tiles, head = row % a.in.value_heads, slot = row / a.in.value_heads;
+  Part part;
+  if (!part.find(a.in, slot, a.span_chunks * kRows)) return;
+  if (a.transitions != nullptr && !a.all_transitions) {  // those that nobody composes
+    if (part.last || (part.first && first_value >= a.in.value_dim)) return;
+  }
   if (threadIdx.x == 0) {
     init_rings(s);
     prefetch_map(maps.q);
     prefetch_map(maps.k);
     prefetch_map(maps.v);
-  }
-  // With a gate per channel it is launched when the last CTA of `prepare` has begun. All CTAs wait, also those
-  // without work, for what follows this launch also relies on `prepare`.
-  if (Traits::kChannelGate && a.ready == nullptr) asm volatile("griddepcontrol.wait;" ::: "memory");
-  Part part;
-  if (!part.find(a.in, slot, a.span_chunks * kRows)) return;
-  if (a.transitions != nullptr && !a.all_transitions) {  // those that nobody composes
-    if (part.last || (part.first && first_value >= a.in.value_dim)) return;
   }
   bool wants_full = a.boundary_chunks > 0;
   if (Traits::kMayBeHard && a.scratch.hard != nullptr && a.ready == nullptr) {
@@ -622,7 +619,7 @@ cudaError_t launch_state_pass(const StatePassArgs& args, bool is_bf16, cudaStrea
   cudaLaunchConfig_t config{};
   config.gridDim = static_cast<unsigned>(grid), config.blockDim = Traits::kThreads;
   config.dynamicSmemBytes = kShared, config.stream = stream;
-  config.attrs = &beside, config.numAttrs = Traits::kChannelGate || args.ready != nullptr;
+  config.attrs = &beside, config.numAttrs = args.ready != nullptr;
   return cudaLaunchKernelEx(&config, kernel, maps, args, static_cast<int>(tiles));
 }
 
