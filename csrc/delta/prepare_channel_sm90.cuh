@@ -29,6 +29,9 @@ struct PrepareChannelTraits {
   static constexpr int kPart = kBlockRows * kImageColumns;    // elements of the rows and channels of a warp
   static constexpr int kLevelWords = 64;                      // pairs of columns, all levels of a block
   static constexpr bool kLow = std::is_same_v<Tag, bf16>;
+  // Diagonal blocks are products of float16, for its digits, with rows scaled for its exponents.
+  static constexpr bool kScaled = !std::is_same_v<Element, cutlass::half_t>;
+  using LevelProduct = SM80_16x8x16_F32F16F16F32_TN;
   using Product = std::conditional_t<std::is_same_v<Element, cutlass::half_t>, SM80_16x8x16_F32F16F16F32_TN,
                                      SM80_16x8x16_F32BF16BF16F32_TN>;
 
@@ -45,9 +48,17 @@ struct PrepareChannelTraits {
       float2 level_sums[kOwners][2][kLevelWords];
     };
     alignas(1024) Element n[kImage];
-    alignas(1024) Element p[kImage];
-    alignas(1024) Element p_low[kImage];
+    union {
+      alignas(1024) Element scaled_q[kTile];  // in float16, for the levels
+      struct {
+        alignas(1024) Element p[kImage];
+        alignas(1024) Element p_low[kImage];
+      };
+    };
     SplitBlocks a;
+    // Of a warp, for its 16 rows of K and of Q: powers of two that bring its part of a row to a norm of at most
+    // 1, and back.
+    alignas(16) float scale[kOwners][2][kBlockRows], unscale[kOwners][2][kBlockRows];
     TriangularScratch triangular;
     alignas(16) float gates[kBlocks][kKeyDim];  // sums over the rows after each of a block, in log2
     alignas(16) float first[kKeyDim];           // gate of the first row
@@ -145,7 +156,7 @@ struct Columns {
   static constexpr int kBlockRows = Traits::kBlockRows;
   int block, half;           // rows 16 block and following, channels 64 half + 2 lane and the next
   float2 decay[kBlockRows];  // e^g of the row after; before take_decays g in units of log2
-  uint32_t k[kBlockRows];
+  uint32_t k[kBlockRows];    // K; for the levels in float16, scaled
 
   __device__ __forceinline__ int channel() const { return 64 * half + 2 * (threadIdx.x % 32); }
   __device__ __forceinline__ float2 of(const float* channels) const {
@@ -294,10 +305,47 @@ __device__ __forceinline__ void row_products(typename Traits::Storage& s, const 
 
 // ---- Diagonal blocks: each warp its channels ----
 
-// As in channel_levels.cuh, with rows rounded to 16 bit.
+// A warp: its rows of K and Q to float16, scaled, after its row_products.
+template <class Traits>
+__device__ __forceinline__ void scale_for_levels(typename Traits::Storage& s, Columns<Traits>& own) {
+  if constexpr (Traits::kScaled) {
+    using Element = typename Traits::Element;
+    const int lane = threadIdx.x % 32, row = lane % Traits::kBlockRows, of_q = lane / Traits::kBlockRows;
+    __syncwarp();
+    const float squares = s.products[own.half][of_q][Traits::kBlockRows * own.block + row];
+    const int power = (static_cast<int>(__float_as_uint(squares) >> 23 & 255) - 125) >> 1;
+    s.scale[own.number()][of_q][row] = __uint_as_float((127 - power) << 23);
+    s.unscale[own.number()][of_q][row] = __uint_as_float((127 + power) << 23);
+    __syncwarp();
+    const auto scaled = [](uint32_t pair, float factor) {
+      const float2 x = unpack<Element>(pair);
+      return pack<cutlass::half_t>(x.x * factor, x.y * factor);
+    };
+    CUTE_UNROLL
+    for (int first = 0; first < Traits::kBlockRows; first += 4) {
+      const Four k = *reinterpret_cast<const Four*>(&s.scale[own.number()][0][first]),
+                 q = *reinterpret_cast<const Four*>(&s.scale[own.number()][1][first]);
+      uint32_t words[4];
+      CUTE_UNROLL
+      for (int i = 0; i < 4; ++i) words[i] = own.word(s, s.q, first + i);
+      CUTE_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        own.k[first + i] = scaled(own.k[first + i], k.x[i]);
+        own.word(s, s.scaled_q, first + i) = scaled(words[i], q.x[i]);
+      }
+    }
+  }
+}
+
+__device__ __forceinline__ uint32_t multiply_half(uint32_t pair, uint32_t e) {
+  uint32_t product;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(pair), "r"(e));
+  return product;
+}
+
+// As in channel_levels.cuh, with rows and decays in float16.
 template <int kLevel, class Traits>
 __device__ __forceinline__ float4 diagonal_level(typename Traits::Storage& s, const Columns<Traits>& own) {
-  using Element = typename Traits::Element;
   constexpr int kStep = 1 << kLevel;
   const int lane = threadIdx.x % 32;
   const uint32_t start = cast_smem_ptr_to_uint(&s);
@@ -305,15 +353,11 @@ __device__ __forceinline__ float4 diagonal_level(typename Traits::Storage& s, co
   const auto put_without = [&](int row, uint32_t pair) {
     own.word(s, s.without, row, Traits::kPart / 2) = pair;
   };
-  const auto scaled = [](uint32_t pair, float2 e) {
-    const float2 x = unpack<Element>(pair) * e;
-    return pack<Element>(x.x, x.y);
-  };
   __syncwarp();
   uint32_t q[8];  // before they would wait for stores
   CUTE_UNROLL
   for (int i = 0; i < kLevelBlock; ++i)
-    if (i & kStep) q[number_of<kLevel>(i)] = own.word(s, s.q, i);
+    if (i & kStep) q[number_of<kLevel>(i)] = own.word(s, Traits::kScaled ? s.scaled_q : s.q, i);
   CUTE_UNROLL
   for (int m = kStep; m < kLevelBlock; m += 2 * kStep) {
     put_with(number_of<kLevel>(m), own.k[m]);
@@ -321,14 +365,15 @@ __device__ __forceinline__ float4 diagonal_level(typename Traits::Storage& s, co
     float2 e = own.decay[m];
     CUTE_UNROLL
     for (int i = m + 1; i < m + kStep; ++i) {
-      put_with(number_of<kLevel>(i), scaled(own.k[i], e));
-      put_with(8 + number_of<kLevel>(i), scaled(q[number_of<kLevel>(i)], e));
+      const uint32_t e_half = pack<cutlass::half_t>(e.x, e.y);
+      put_with(number_of<kLevel>(i), multiply_half(own.k[i], e_half));
+      put_with(8 + number_of<kLevel>(i), multiply_half(q[number_of<kLevel>(i)], e_half));
       e = e * own.decay[i];
     }
     e = own.decay[m - 1];
     CUTE_UNROLL
     for (int i = m - 1; i >= m - kStep; --i) {
-      put_without(number_of<kLevel>(i), scaled(own.k[i], e));
+      put_without(number_of<kLevel>(i), multiply_half(own.k[i], pack<cutlass::half_t>(e.x, e.y)));
       if (i > m - kStep) e = e * own.decay[i - 1];
     }
   }
@@ -345,8 +390,8 @@ __device__ __forceinline__ float4 diagonal_level(typename Traits::Storage& s, co
       load_matrices(start + own.number() * Traits::kPart * 2 + matrix_start(lane / 8 % 2, lane / 16),
                     bytes_to(s, s.right), piece + 2 * h, left);
       float (&c)[4] = sums[h];
-      Traits::Product::fma(c[0], c[1], c[2], c[3], left[0], left[1], left[2], left[3], right[2 * h],
-                           right[2 * h + 1], c[0], c[1], c[2], c[3]);
+      Traits::LevelProduct::fma(c[0], c[1], c[2], c[3], left[0], left[1], left[2], left[3], right[2 * h],
+                                right[2 * h + 1], c[0], c[1], c[2], c[3]);
     }
   }
   return {sums[0][0] + sums[1][0], sums[0][1] + sums[1][1], sums[0][2] + sums[1][2], sums[0][3] + sums[1][3]};
@@ -363,16 +408,25 @@ __device__ __forceinline__ int place_of_sums(int level) {
 // The levels of a diagonal block over a warp's channels.
 template <class Traits>
 __device__ __forceinline__ void diagonal_levels(typename Traits::Storage& s, const Columns<Traits>& own) {
-  const float4 sums[kLevels] = {diagonal_level<0>(s, own), diagonal_level<1>(s, own),
-                                diagonal_level<2>(s, own), diagonal_level<3>(s, own)};
+  float4 sums[kLevels] = {diagonal_level<0>(s, own), diagonal_level<1>(s, own), diagonal_level<2>(s, own),
+                          diagonal_level<3>(s, own)};
   __syncwarp();
   auto& to = s.level_sums[own.number()];
+  const auto& [k, q] = s.unscale[own.number()];
+  const int row = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
   CUTE_UNROLL
   for (int level = 0; level < kLevels; ++level) {
     const int at = place_of_sums(level);
     if (at < 0) continue;
-    to[0][at] = {sums[level].x, sums[level].y};
-    to[1][at] = {sums[level].z, sums[level].w};
+    float4& sum = sums[level];
+    if constexpr (Traits::kScaled) {
+      const int i = without_bit(level, row) | 1 << level;
+      const float2 of_column{k[without_bit(level, column)], k[without_bit(level, column + 1)]};
+      sum.x = sum.x * k[i] * of_column.x, sum.y = sum.y * k[i] * of_column.y;
+      sum.z = sum.z * q[i] * of_column.x, sum.w = sum.w * q[i] * of_column.y;
+    }
+    to[0][at] = {sum.x, sum.y};
+    to[1][at] = {sum.z, sum.w};
   }
 }
 
@@ -426,9 +480,13 @@ __device__ __forceinline__ void put_factors(typename Traits::Storage& s, const F
 // Kh, scale Qh and Kt to scratch; L and R.
 template <class Traits>
 __device__ __forceinline__ void scale_rows(typename Traits::Storage& s, const PrepareArgs& args,
-                                           int64_t index, const Columns<Traits>& own) {
+                                           int64_t index, Columns<Traits>& own) {
   using Element = typename Traits::Element;
   constexpr int kBlockRows = Traits::kBlockRows, kLast = Traits::kBlocks - 1;
+  if constexpr (Traits::kScaled) {
+    CUTE_UNROLL
+    for (int i = 0; i < kBlockRows; ++i) own.k[i] = own.word(s, s.k, i);
+  }
   const int first = kBlockRows * own.block;
   const auto to = [&](void* scratch) {
     return own.own(static_cast<Element*>(scratch) + index * Traits::kTile);
@@ -664,6 +722,7 @@ __device__ __forceinline__ uint32_t prepare_channel_chunk(typename Traits::Stora
     own.take_decays();
     own.load_k(s, now_valid());
     row_products<Traits>(s, own);
+    scale_for_levels<Traits>(s, own);
     diagonal_levels<Traits>(s, own);
   }
   sync();  // gates and products are there
