@@ -2,10 +2,10 @@
 // over 64 rows without overflow, so exponents are taken from rows between i and j, where no factor exceeds 1,
 // however strong the gate. Rows are in blocks of 16. Pairs of different blocks I > J:
 //   L_I = [k; q] e^{G_i - m_I} times R_J = k e^{m_(J+1) - G_j}, with m_I = G of the first row of block I,
-// and e^{m_I - m_(J+1)} between them where the blocks are not neighbors. Pairs of the same block are grouped by
-// the highest bit in which i and j differ (channel_levels.cuh).
-// A thread owns two channels of 16 rows and has their e^g in registers: every decay is a running product along
-// its rows, so there is one exponential per row and channel. L takes the place of K and Q.
+// and e^{m_I - m_(J+1)} between them where the blocks are not neighbors. Pairs of the same block are grouped
+// by the highest bit in which i and j differ (channel_levels.cuh). A thread owns two channels of 16 rows and
+// has their e^g in registers: every decay is a running product along its rows, so there is one exponential
+// per row and channel. L takes the place of K and Q.
 #pragma once
 
 #include "delta/channel_levels.cuh"
@@ -25,9 +25,9 @@ struct PrepareChannelTraits {
   static constexpr int kTile = kKeyDim * kRows;  // elements
   static constexpr int kHalves = kKeyDim / kImageColumns;
   static constexpr int kBlockRows = kLevelBlock, kBlocks = kRows / kBlockRows;
-  static constexpr int kOwners = kBlocks * kHalves;           // warps that own rows and channels
-  static constexpr int kPart = kBlockRows * kImageColumns;    // elements of the rows and channels of a warp
-  static constexpr int kLevelWords = 64;                      // pairs of columns, all levels of a block
+  static constexpr int kOwners = kBlocks * kHalves;         // warps that own rows and channels
+  static constexpr int kPart = kBlockRows * kImageColumns;  // elements of the rows and channels of a warp
+  static constexpr int kLevelWords = 64;                    // pairs of columns, all levels of a block
   static constexpr bool kLow = std::is_same_v<Tag, bf16>;
   // Diagonal blocks are products of float16, for its digits, with rows scaled for its exponents.
   static constexpr bool kScaled = !std::is_same_v<Element, cutlass::half_t>;
@@ -35,7 +35,7 @@ struct PrepareChannelTraits {
   using Product = std::conditional_t<std::is_same_v<Element, cutlass::half_t>, SM80_16x8x16_F32F16F16F32_TN,
                                      SM80_16x8x16_F32BF16BF16F32_TN>;
 
-  struct Storage {  // of a chunk
+  struct Storage {                   // of a chunk
     alignas(1024) Element k[kTile];  // K, then the k of L: [K / 64][64][64]; block 0 R of block 0 for block 2
     alignas(1024) Element q[kTile];  // Q, then the q of L; block 0 R of block 0 for block 3
     union {
@@ -56,8 +56,8 @@ struct PrepareChannelTraits {
       };
     };
     SplitBlocks a;
-    // Of a warp, for its 16 rows of K and of Q: powers of two that bring its part of a row to a norm of at most
-    // 1, and back.
+    // Of a warp, for its 16 rows of K and of Q: powers of two that bring its part of a row to a norm of at
+    // most 1, and back.
     alignas(16) float scale[kOwners][2][kBlockRows], unscale[kOwners][2][kBlockRows];
     TriangularScratch triangular;
     alignas(16) float gates[kBlocks][kKeyDim];  // sums over the rows after each of a block, in log2
@@ -95,9 +95,9 @@ struct alignas(16) Four {
 __device__ __forceinline__ float2 operator+(float2 a, float2 b) { return {a.x + b.x, a.y + b.y}; }
 __device__ __forceinline__ float2 exp2_fast(float2 x) { return {exp2_fast(x.x), exp2_fast(x.y)}; }
 
-// The two channels of this lane in a row of an image of 64 columns in shared memory. `start`: where they are in
-// the first of its rows, a multiple of 8. An exclusive or, the same for all tiles that begin at multiples of
-// 1024 bytes, and an offset that is known when i is.
+// The two channels of this lane in a row of an image of 64 columns in shared memory. `start`: where they are
+// in the first of its rows, a multiple of 8. An exclusive or, the same for all tiles that begin at multiples
+// of 1024 bytes, and an offset that is known when i is.
 struct PairInShared {
   uint32_t at;
   __device__ __forceinline__ PairInShared(uint32_t start, int tile, int i)
@@ -111,7 +111,8 @@ struct PairInShared {
     asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(pair) : "memory");
   }
 };
-// Four 8 x 8 matrices from such tiles; `start`: this lane's row and, swizzled, its place among the first pieces.
+// Four 8 x 8 matrices from such tiles; `start`: this lane's row and, swizzled, its place among the first
+// pieces.
 __device__ __forceinline__ void load_matrices(uint32_t start, int tile, int piece, uint32_t (&to)[4]) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
@@ -176,11 +177,12 @@ struct Columns {
     const float* from = in.g + place.token_head(in, before) * in.key_dim + c;
     const int64_t stride = in.token_heads * in.key_dim;
     float2 head{0.f, 0.f};
-    if (block == 0 && count > 0) head = *reinterpret_cast<const float2*>(from);
+    const auto load = [](const float* at) { return __ldcs(reinterpret_cast<const float2*>(at)); };
+    if (block == 0 && count > 0) head = load(from);
     CUTE_UNROLL
     for (int i = 0; i < kBlockRows; ++i) {
       from += stride;
-      decay[i] = i + 1 < count ? *reinterpret_cast<const float2*>(from) : float2{0.f, 0.f};
+      decay[i] = i + 1 < count ? load(from) : float2{0.f, 0.f};
     }
     if (in.gate == Gate::kLog) {
       head = {in_log2(head.x), in_log2(head.y)};
@@ -247,8 +249,7 @@ struct Columns {
   __device__ __forceinline__ Element* own(Element* tile) const { return tile + number() * Traits::kPart; }
   __device__ __forceinline__ PairInShared word(const typename Traits::Storage& s, const Element* tile, int i,
                                                int part = Traits::kPart) const {
-    return {cast_smem_ptr_to_uint(&s) + number() * part * 2 + threadIdx.x % 32 * 4,
-            bytes_to(s, tile), i};
+    return {cast_smem_ptr_to_uint(&s) + number() * part * 2 + threadIdx.x % 32 * 4, bytes_to(s, tile), i};
   }
   // K to registers. Q stays in shared memory, or registers would be spilled. Rows past the end may hold
   // anything, and become 0.
@@ -551,8 +552,8 @@ __device__ __forceinline__ void put_Kt_low(typename Traits::Storage& s, const Pr
     return own.own(static_cast<Element*>(scratch) + place.index * Traits::kTile);
   };
   auto *Kt = to(args.scratch.Kt), *Kt_low = to(args.scratch.Kt_low);
-  const auto* K = static_cast<const Element*>(in.k.data) + place.batch * in.k.batch + place.head_k * in.k.head +
-                  place.token * in.k.token + c;
+  const auto* K = static_cast<const Element*>(in.k.data) + place.batch * in.k.batch +
+                  place.head_k * in.k.head + place.token * in.k.token + c;
   const float2 to_end = exp2_fast(own.after(s));
   const Activation activation(in, place.head, c);
   const float* g = in.g + place.token_head(in, 0) * in.key_dim + c;
@@ -583,11 +584,11 @@ struct BlockProduct {
 
   __device__ __forceinline__ BlockProduct(typename Traits::Storage& s, int I, int J) {
     const int lane = threadIdx.x % 32;
-    const int tile = bytes_to(s, I == J + 2 && J == 0 ? s.k : I == J + 3 ? s.q : s.right),
+    const int tile = bytes_to(s, I == J + 2 && J == 0 ? s.k
+                                 : I == J + 3         ? s.q
+                                                      : s.right),
               place = I == J + 2 && J == 1 ? I : J;
-    const auto start = [&](int block) {
-      return cast_smem_ptr_to_uint(&s) + block * Traits::kPart * 2;
-    };
+    const auto start = [&](int block) { return cast_smem_ptr_to_uint(&s) + block * Traits::kPart * 2; };
     const uint32_t left_start = start(I) + matrix_start(lane / 8 % 2, lane / 16),
                    right_start = start(place) + tile + matrix_start(lane / 16, lane / 8 % 2);
     CUTE_UNROLL
@@ -601,8 +602,8 @@ struct BlockProduct {
         CUTE_UNROLL
         for (int n = 0; n < 2; ++n) {
           const auto product = [&](float (&c)[4], const uint32_t (&a)[4]) {
-            Traits::Product::fma(c[0], c[1], c[2], c[3], a[0], a[1], a[2], a[3], right[2 * n], right[2 * n + 1],
-                                 c[0], c[1], c[2], c[3]);
+            Traits::Product::fma(c[0], c[1], c[2], c[3], a[0], a[1], a[2], a[3], right[2 * n],
+                                 right[2 * n + 1], c[0], c[1], c[2], c[3]);
           };
           product(of_k[n], k);
           product(of_q[n], q);
@@ -703,8 +704,8 @@ __device__ __forceinline__ uint32_t prepare_channel_chunk(typename Traits::Stora
     if (kBeside)
       s.now.index = static_cast<uint32_t>(place.index), s.now.valid = place.valid, s.now.turn = turn;
     Barrier::arrive_and_expect_tx(&s.arrived, 2 * Traits::kTile * 2);
-    load_tokens<kKeyDim>(maps.k, &s.arrived, s.k, 0, place.token, place.head_k, place.batch);
-    load_tokens<kKeyDim>(maps.q, &s.arrived, s.q, 0, place.token, place.head_k, place.batch);
+    load_tokens<kKeyDim>(maps.k, &s.arrived, s.k, 0, place.token, place.head_k, place.batch, kLeavesFirst);
+    load_tokens<kKeyDim>(maps.q, &s.arrived, s.q, 0, place.token, place.head_k, place.batch, kLeavesFirst);
   }
   float2 beta;
   if (warp == 7) beta = load_betas(in, place);
