@@ -175,19 +175,31 @@ struct Columns {
     const int c = channel(), before = kBlockRows * block;
     const int count = c < in.key_dim ? place.valid - before : 0;
     const float* from = in.g + place.token_head(in, before) * in.key_dim + c;
-    const int64_t stride = in.token_heads * in.key_dim;
+    // A row's address by one instruction.
+    const uint32_t stride = static_cast<uint32_t>(in.token_heads * in.key_dim) * 4;
+    const auto load = [&](int row) {
+      return __ldcs(reinterpret_cast<const float2*>(
+          reinterpret_cast<const char*>(from) + static_cast<uint64_t>(stride) * static_cast<uint32_t>(row)));
+    };
     float2 head{0.f, 0.f};
-    const auto load = [](const float* at) { return __ldcs(reinterpret_cast<const float2*>(at)); };
-    if (block == 0 && count > 0) head = load(from);
-    CUTE_UNROLL
-    for (int i = 0; i < kBlockRows; ++i) {
-      from += stride;
-      decay[i] = i + 1 < count ? load(from) : float2{0.f, 0.f};
+    if (block == 0 && count > 0) head = load(0);
+    if (count > kBlockRows) {
+      CUTE_UNROLL
+      for (int i = 0; i < kBlockRows; ++i) decay[i] = load(i + 1);
+    } else {
+      CUTE_UNROLL
+      for (int i = 0; i < kBlockRows; ++i) decay[i] = i + 1 < count ? load(i + 1) : float2{0.f, 0.f};
     }
     if (in.gate == Gate::kLog) {
-      head = {in_log2(head.x), in_log2(head.y)};
+      const auto in_log2 = [](float2 g) -> float2 {  // as for one gate, but a maximum that keeps NaN
+        g = g * float2{kLog2e, kLog2e};
+        asm("max.NaN.f32 %0, %0, %1;" : "+f"(g.x) : "f"(kLowestGate));
+        asm("max.NaN.f32 %0, %0, %1;" : "+f"(g.y) : "f"(kLowestGate));
+        return g;
+      };
+      head = in_log2(head);
       CUTE_UNROLL
-      for (int i = 0; i < kBlockRows; ++i) decay[i] = {in_log2(decay[i].x), in_log2(decay[i].y)};
+      for (int i = 0; i < kBlockRows; ++i) decay[i] = in_log2(decay[i]);
     } else {
       const Activation activation(in, place.head, c);
       if (block == 0 && count > 0) head = activation(in, head);
