@@ -175,31 +175,18 @@ struct Columns {
     const int c = channel(), before = kBlockRows * block;
     const int count = c < in.key_dim ? place.valid - before : 0;
     const float* from = in.g + place.token_head(in, before) * in.key_dim + c;
-    // A row's address by one instruction.
-    const uint32_t stride = static_cast<uint32_t>(in.token_heads * in.key_dim) * 4;
-    const auto load = [&](int row) {
-      return __ldcs(reinterpret_cast<const float2*>(
-          reinterpret_cast<const char*>(from) + static_cast<uint64_t>(stride) * static_cast<uint32_t>(row)));
-    };
+    const int64_t stride = in.token_heads * in.key_dim;
     float2 head{0.f, 0.f};
-    if (block == 0 && count > 0) head = load(0);
-    if (count > kBlockRows) {
-      CUTE_UNROLL
-      for (int i = 0; i < kBlockRows; ++i) decay[i] = load(i + 1);
-    } else {
-      CUTE_UNROLL
-      for (int i = 0; i < kBlockRows; ++i) decay[i] = i + 1 < count ? load(i + 1) : float2{0.f, 0.f};
+    if (block == 0 && count > 0) head = *reinterpret_cast<const float2*>(from);
+    CUTE_UNROLL
+    for (int i = 0; i < kBlockRows; ++i) {
+      from += stride;
+      decay[i] = i + 1 < count ? *reinterpret_cast<const float2*>(from) : float2{0.f, 0.f};
     }
     if (in.gate == Gate::kLog) {
-      const auto in_log2 = [](float2 g) -> float2 {  // as for one gate, but a maximum that keeps NaN
-        g = g * float2{kLog2e, kLog2e};
-        asm("max.NaN.f32 %0, %0, %1;" : "+f"(g.x) : "f"(kLowestGate));
-        asm("max.NaN.f32 %0, %0, %1;" : "+f"(g.y) : "f"(kLowestGate));
-        return g;
-      };
-      head = in_log2(head);
+      head = {in_log2(head.x), in_log2(head.y)};
       CUTE_UNROLL
-      for (int i = 0; i < kBlockRows; ++i) decay[i] = in_log2(decay[i]);
+      for (int i = 0; i < kBlockRows; ++i) decay[i] = {in_log2(decay[i].x), in_log2(decay[i].y)};
     } else {
       const Activation activation(in, place.head, c);
       if (block == 0 && count > 0) head = activation(in, head);
@@ -350,11 +337,24 @@ __device__ __forceinline__ void scale_for_levels(typename Traits::Storage& s, Co
   }
 }
 
-__device__ __forceinline__ uint32_t multiply_half(uint32_t pair, uint32_t e) {
-  uint32_t product;
-  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(pair), "r"(e));
-  return product;
-}
+// Two channels times their decays in float16. In float16 itself, of which more is asked, the decays are not
+// rounded.
+template <bool kRounded>
+struct LevelDecay {
+  float2 e;
+  uint32_t half;
+  __device__ __forceinline__ LevelDecay(float2 e) : e(e), half(pack<cutlass::half_t>(e.x, e.y)) {}
+  __device__ __forceinline__ uint32_t operator()(uint32_t pair) const {
+    if constexpr (kRounded) {
+      uint32_t product;
+      asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(pair), "r"(half));
+      return product;
+    } else {
+      const float2 x = unpack<cutlass::half_t>(pair) * e;
+      return pack<cutlass::half_t>(x.x, x.y);
+    }
+  }
+};
 
 // As in channel_levels.cuh, with rows and decays in float16.
 template <int kLevel, class Traits>
@@ -378,15 +378,15 @@ __device__ __forceinline__ float4 diagonal_level(typename Traits::Storage& s, co
     float2 e = own.decay[m];
     CUTE_UNROLL
     for (int i = m + 1; i < m + kStep; ++i) {
-      const uint32_t e_half = pack<cutlass::half_t>(e.x, e.y);
-      put_with(number_of<kLevel>(i), multiply_half(own.k[i], e_half));
-      put_with(8 + number_of<kLevel>(i), multiply_half(q[number_of<kLevel>(i)], e_half));
+      const LevelDecay<Traits::kScaled> times(e);
+      put_with(number_of<kLevel>(i), times(own.k[i]));
+      put_with(8 + number_of<kLevel>(i), times(q[number_of<kLevel>(i)]));
       e = e * own.decay[i];
     }
     e = own.decay[m - 1];
     CUTE_UNROLL
     for (int i = m - 1; i >= m - kStep; --i) {
-      put_without(number_of<kLevel>(i), multiply_half(own.k[i], pack<cutlass::half_t>(e.x, e.y)));
+      put_without(number_of<kLevel>(i), LevelDecay<Traits::kScaled>(e)(own.k[i]));
       if (i > m - kStep) e = e * own.decay[i - 1];
     }
   }
@@ -716,8 +716,8 @@ __device__ __forceinline__ uint32_t prepare_channel_chunk(typename Traits::Stora
     if (kBeside)
       s.now.index = static_cast<uint32_t>(place.index), s.now.valid = place.valid, s.now.turn = turn;
     Barrier::arrive_and_expect_tx(&s.arrived, 2 * Traits::kTile * 2);
-    load_tokens<kKeyDim>(maps.k, &s.arrived, s.k, 0, place.token, place.head_k, place.batch, kLeavesFirst);
-    load_tokens<kKeyDim>(maps.q, &s.arrived, s.q, 0, place.token, place.head_k, place.batch, kLeavesFirst);
+    load_tokens<kKeyDim>(maps.k, &s.arrived, s.k, 0, place.token, place.head_k, place.batch);
+    load_tokens<kKeyDim>(maps.q, &s.arrived, s.q, 0, place.token, place.head_k, place.batch);
   }
   float2 beta;
   if (warp == 7) beta = load_betas(in, place);
