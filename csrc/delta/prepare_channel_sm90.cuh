@@ -1,11 +1,11 @@
 // Preparing a chunk with a gate per channel. e^{G_i - G_j} has a factor for each channel and does not split
-// over 64 rows without overflow. So pairs are grouped by the highest bit in which i and j differ, bit l:
-// between them lies a row m, the first with this bit set, and both e^{G_i - G_m} and e^{G_m - G_j} are at
-// most 1, however strong the gate. A level has as many rows with the bit as without: one product
-//   [k e^{G - G_m}; q e^{G - G_m}] (rows with the bit) times k e^{G_m - G} (rows without)
-// gives its part of A and of P. A thread owns two channels of 16 rows, k, q and e^g, in registers: every
-// decay is a running product along its rows, so there is one exponential per row and channel. Levels 0 to 3,
-// the diagonal 16 x 16 blocks, need nothing of other warps; levels 4 and 5 are products of a warpgroup.
+// over 64 rows without overflow, so exponents are taken from rows between i and j, where no factor exceeds 1,
+// however strong the gate. Rows are in blocks of 16. Pairs of different blocks I > J:
+//   L_I = [k; q] e^{G_i - m_I} times R_J = k e^{m_(J+1) - G_j}, with m_I = G of the first row of block I,
+// and e^{m_I - m_(J+1)} between them where the blocks are not neighbors. Pairs of the same block are grouped
+// by the highest bit in which i and j differ (channel_levels.cuh). A thread owns two channels of 16 rows and
+// has their e^g in registers: every decay is a running product along its rows, so there is one exponential
+// per row and channel. L takes the place of K and Q.
 #pragma once
 
 #include "delta/channel_levels.cuh"
@@ -20,58 +20,54 @@ struct PrepareChannelTraits {
   using Element = element_t<Tag>;
   static constexpr int kKeyDim = kKeyDim_;
   static constexpr int kChunkThreads = 256;
+  static constexpr int kCtasOfSm = 2;
   static constexpr int kSender = 128;            // of the warps that do not invert
   static constexpr int kTile = kKeyDim * kRows;  // elements
   static constexpr int kHalves = kKeyDim / kImageColumns;
   static constexpr int kBlockRows = kLevelBlock, kBlocks = kRows / kBlockRows;
-  static constexpr int kOwners = kBlocks * kHalves;            // warps that own rows and channels
-  static constexpr int kFrontRows = 4 / kHalves * kBlockRows;  // of the first warpgroup
+  static constexpr int kOwners = kBlocks * kHalves;         // warps that own rows and channels
+  static constexpr int kPart = kBlockRows * kImageColumns;  // elements of the rows and channels of a warp
+  static constexpr int kLevelWords = 64;                    // pairs of columns, all levels of a block
   static constexpr bool kLow = std::is_same_v<Tag, bf16>;
-  static constexpr int kHalfRows = kRows / 2;
-  // A level: all rows that have its bit, as k and as q, times all that have it not.
-  using Mma =
-      decltype(make_tiled_mma(GMMA::ss_op_selector<Element, Element, float,
-                                                   cute::Shape<Int<kRows>, Int<kHalfRows>, Int<kKeyDim>>>()));
-  using LayoutRight = decltype(tile_to_shape(GMMA::Layout_K_SW128_Atom<Element>{},
-                                             cute::Shape<Int<kHalfRows>, Int<kKeyDim>>{}));
+  // Diagonal blocks are products of float16, for its digits, with rows scaled for its exponents.
+  static constexpr bool kScaled = !std::is_same_v<Element, cutlass::half_t>;
+  using LevelProduct = SM80_16x8x16_F32F16F16F32_TN;
+  using Product = std::conditional_t<std::is_same_v<Element, cutlass::half_t>, SM80_16x8x16_F32F16F16F32_TN,
+                                     SM80_16x8x16_F32BF16BF16F32_TN>;
 
-  struct Level {
-    alignas(1024) Element left[kTile];       // [K / 64][32 of k, 32 of q][64]
-    alignas(1024) Element right[kTile / 2];  // [K / 64][32][64]
-  };
-  struct Storage {  // of a chunk
-    // Where the K of a warp was in registers it leaves its sums of the levels of a diagonal block.
+  struct Storage {                   // of a chunk
+    alignas(1024) Element k[kTile];  // K, then the k of L: [K / 64][64][64]; block 0 R of block 0 for block 2
+    alignas(1024) Element q[kTile];  // Q, then the q of L; block 0 R of block 0 for block 3
     union {
-      alignas(1024) Element k[kTile];
-      struct {
-        alignas(1024) Element n[kImage];
-        alignas(1024) Element kt_low_front[kFrontRows * kKeyDim];  // [K / 64][rows][64]
-      };
+      // Rows of a level of a warp, [k; q] with its bit; then R. Block 3 has R of block 1 for block 3.
+      alignas(1024) Element right[kTile];
+      alignas(1024) Element n_low[kImage];
     };
+    union {  // of a warp: k of a level without its bit; then sums of the levels over its channels, of A and P
+      alignas(1024) Element without[kTile / 2];
+      float2 level_sums[kOwners][2][kLevelWords];
+    };
+    alignas(1024) Element n[kImage];
     union {
-      alignas(1024) Element q[kTile];
+      alignas(1024) Element scaled_q[kTile];  // in float16, for the levels
       struct {
         alignas(1024) Element p[kImage];
         alignas(1024) Element p_low[kImage];
       };
     };
-    union {
-      alignas(1024) float stage[kOwners][kStageRows * kImageColumns];
-      Level level[2];  // 4 and 5
-      struct {
-        alignas(1024) Element n_low[kImage];
-        alignas(1024) Element kt_low_back[kTile / 2];
-      };
-    };
     SplitBlocks a;
-    alignas(128) ChunkRows rows;
-    alignas(16) float gates[kBlocks][kKeyDim];     // sums over the rows after each of a block, in log2
-    alignas(16) float first[kKeyDim];              // gate of the first row
-    float products[kHalves][3][kRows];             // k . k, q . q and q . k of a row
-    float beta[kRows];                             // while those of the chunk before are on their way out
+    // Of a warp, for its 16 rows of K and of Q: powers of two that bring its part of a row to a norm of at
+    // most 1, and back.
+    alignas(16) float scale[kOwners][2][kBlockRows], unscale[kOwners][2][kBlockRows];
+    TriangularScratch triangular;
+    alignas(16) float gates[kBlocks][kKeyDim];  // sums over the rows after each of a block, in log2
+    alignas(16) float first[kKeyDim];           // gate of the first row
+    float products[kHalves][3][kRows];          // k . k, q . q and q . k of a row
+    float new_beta[kRows];                      // while that of the chunk before is on its way out
+    alignas(128) float beta[kRows];
+    alignas(16) float k_norm[kRows], q_norm[kRows];
     alignas(16) float a_row[kRows], p_row[kRows];  // beta k_norm and scale q_norm
     float q_k[kRows];
-    TriangularScratch triangular;
     float squares[4];
     uint64_t arrived;
     struct {
@@ -87,7 +83,7 @@ struct PrepareChannelTraits {
   struct Pair {
     Storage half[2];
   };
-  static_assert(2 * (sizeof(Storage) + 1024) <= 228 * 1024, "two CTAs share an SM");
+  static_assert(kCtasOfSm * (sizeof(Storage) + 1024) <= 228 * 1024, "so many CTAs share an SM");
   static_assert(sizeof(Pair) <= 227 * 1024, "a Hopper CTA has 227 KB of shared memory");
 };
 
@@ -99,14 +95,38 @@ struct alignas(16) Four {
 __device__ __forceinline__ float2 operator+(float2 a, float2 b) { return {a.x + b.x, a.y + b.y}; }
 __device__ __forceinline__ float2 exp2_fast(float2 x) { return {exp2_fast(x.x), exp2_fast(x.y)}; }
 
-// Where the two channels of this lane are in row i of those after `first`, a multiple of 8 rows, of an image
-// of 64 columns. In shared memory: an exclusive or and an offset that is known when i is.
-template <class Element>
-__device__ __forceinline__ uint32_t* pair_at(Element* images, int first, int i) {
-  constexpr int kRowBytes = kImageColumns * 2;
-  const int lane = threadIdx.x % 32;
-  const int at = (first * kRowBytes + 4 * lane) ^ (i % 8 * 16);
-  return reinterpret_cast<uint32_t*>(reinterpret_cast<char*>(images) + at + i * kRowBytes);
+// The two channels of this lane in a row of an image of 64 columns in shared memory. `start`: where they are
+// in the first of its rows, a multiple of 8. An exclusive or, the same for all tiles that begin at multiples
+// of 1024 bytes, and an offset that is known when i is.
+struct PairInShared {
+  uint32_t at;
+  __device__ __forceinline__ PairInShared(uint32_t start, int tile, int i)
+      : at((start ^ (i % 8 * 16)) + tile + i * kImageColumns * 2) {}
+  __device__ __forceinline__ operator uint32_t() const {
+    uint32_t pair;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(pair) : "r"(at) : "memory");
+    return pair;
+  }
+  __device__ __forceinline__ void operator=(uint32_t pair) const {
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(pair) : "memory");
+  }
+};
+// Four 8 x 8 matrices from such tiles; `start`: this lane's row and, swizzled, its place among the first
+// pieces.
+__device__ __forceinline__ void load_matrices(uint32_t start, int tile, int piece, uint32_t (&to)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"((start ^ (piece * 16)) + tile)
+               : "memory");
+}
+// Matrices of rows `down` times 8 and pieces `right`.
+__device__ __forceinline__ uint32_t matrix_start(int down, int right) {
+  const int row = static_cast<int>(threadIdx.x) % 8;
+  return (8 * down + row) * kImageColumns * 2 + (right ^ row) * 16;
+}
+template <class Storage, class T>
+__device__ __forceinline__ int bytes_to(const Storage& s, const T* member) {
+  return static_cast<int>(reinterpret_cast<const char*>(member) - reinterpret_cast<const char*>(&s));
 }
 // The same in global memory, where that leaves the upper half of the address alone.
 template <class Element>
@@ -116,13 +136,28 @@ __device__ __forceinline__ void put_pair_at(Element* image, int i, uint32_t pair
   __stcg(reinterpret_cast<unsigned int*>((start ^ (i % 8 * 16)) + i * kRowBytes), pair);
 }
 
+// Raw gates of two channels of a head to log2 of their decays.
+struct Activation {
+  float rate;
+  float2 bias;
+
+  __device__ __forceinline__ Activation(const ForwardInputsSm90& in, int64_t head, int c) {
+    rate = in.A_log != nullptr ? expf(in.A_log[head]) : 1.f;
+    const float* from = in.dt_bias + head * in.key_dim + c;
+    bias = in.dt_bias != nullptr && c < in.key_dim ? float2{from[0], from[1]} : float2{0.f, 0.f};
+  }
+  __device__ __forceinline__ float2 operator()(const ForwardInputsSm90& in, float2 a) const {
+    return {log2_decay(in, a.x + bias.x, rate), log2_decay(in, a.y + bias.y, rate)};
+  }
+};
+
 template <class Traits>
 struct Columns {
   using Element = typename Traits::Element;
   static constexpr int kBlockRows = Traits::kBlockRows;
   int block, half;           // rows 16 block and following, channels 64 half + 2 lane and the next
   float2 decay[kBlockRows];  // e^g of the row after; before take_decays g in units of log2
-  uint32_t k[kBlockRows], q[kBlockRows];
+  uint32_t k[kBlockRows];    // K; for the levels in float16, scaled
 
   __device__ __forceinline__ int channel() const { return 64 * half + 2 * (threadIdx.x % 32); }
   __device__ __forceinline__ float2 of(const float* channels) const {
@@ -138,10 +173,9 @@ struct Columns {
                                              const ChunkPlace& place) {
     const ForwardInputsSm90& in = args.in;
     const int c = channel(), before = kBlockRows * block;
-    const bool inside = c < in.key_dim;
-    const int count = inside ? place.valid - before : 0;
+    const int count = c < in.key_dim ? place.valid - before : 0;
     const float* from = in.g + place.token_head(in, before) * in.key_dim + c;
-    const int64_t stride = in.value_heads * in.key_dim;
+    const int64_t stride = in.token_heads * in.key_dim;
     float2 head{0.f, 0.f};
     if (block == 0 && count > 0) head = *reinterpret_cast<const float2*>(from);
     CUTE_UNROLL
@@ -154,17 +188,20 @@ struct Columns {
       CUTE_UNROLL
       for (int i = 0; i < kBlockRows; ++i) decay[i] = {in_log2(decay[i].x), in_log2(decay[i].y)};
     } else {
-      const float rate = in.A_log != nullptr ? expf(in.A_log[place.head]) : 1.f;
-      const bool biased = in.dt_bias != nullptr && inside;
-      const float* bias = in.dt_bias + place.head * in.key_dim + c;
-      const float2 b{biased ? bias[0] : 0.f, biased ? bias[1] : 0.f};
-      const auto activated = [&](float2 a, int i) {
-        return i < count ? float2{log2_decay(in, a.x + b.x, rate), log2_decay(in, a.y + b.y, rate)}
-                         : float2{0.f, 0.f};
-      };
-      head = activated(head, 0);
-      CUTE_UNROLL
-      for (int i = 0; i < kBlockRows; ++i) decay[i] = activated(decay[i], i + 1);
+      const Activation activation(in, place.head, c);
+      if (block == 0 && count > 0) head = activation(in, head);
+      // Each time the first two, which then become the last: the long way of a logarithm only once or twice
+      // in the code.
+      CUTE_NO_UNROLL
+      for (int i = 0; i < kBlockRows; i += 2) {
+        float2 first[2];
+        CUTE_UNROLL
+        for (int x = 0; x < 2; ++x)
+          first[x] = i + x + 1 < count ? activation(in, decay[x]) : float2{0.f, 0.f};
+        CUTE_UNROLL
+        for (int x = 0; x + 2 < kBlockRows; ++x) decay[x] = decay[x + 2];
+        decay[kBlockRows - 2] = first[0], decay[kBlockRows - 1] = first[1];
+      }
     }
     float2 sum{0.f, 0.f};
     CUTE_UNROLL
@@ -189,79 +226,68 @@ struct Columns {
     return sum;
   }
 
-  // From gates to decays, once the sums of all blocks are there; G of every row, and e^{G_C}, to scratch.
-  __device__ __forceinline__ void take_decays(const typename Traits::Storage& s, const PrepareArgs& args,
-                                              int64_t index) {
+  // G of every row to scratch, once the sums of all blocks are there.
+  __device__ __forceinline__ void put_G(const typename Traits::Storage& s, const PrepareArgs& args,
+                                        int64_t index) const {
     constexpr int kKeyDim = Traits::kKeyDim;
-    if (args.scratch.G != nullptr) {
-      float* to = args.scratch.G + (index * kRows + kBlockRows * block) * kKeyDim;
-      float2 G = start(s);
-      CUTE_UNROLL
-      for (int i = 0; i < kBlockRows; ++i) {
-        put(to + i * kKeyDim, G);
-        G = G + decay[i];
-      }
+    float* to = args.scratch.G + (index * kRows + kBlockRows * block) * kKeyDim;
+    float2 G = start(s);
+    CUTE_UNROLL
+    for (int i = 0; i < kBlockRows; ++i) {
+      put(to + i * kKeyDim, G);
+      G = G + decay[i];
     }
-    if (block == Traits::kBlocks - 1)
-      put(args.scratch.decay + index * kKeyDim, exp2_fast(start(s) + of(s.gates[block])));
+  }
+  __device__ __forceinline__ void take_decays() {
     CUTE_UNROLL
     for (int i = 0; i < kBlockRows; ++i) decay[i] = exp2_fast(decay[i]);
   }
 
-  // What only this warp reads of the tiles: 16 rows of an image.
-  __device__ __forceinline__ Element* own(Element* tile) const {
-    return tile + half * kImage + kBlockRows * block * kImageColumns;
+  // What only this warp reads and writes of the tiles: 16 rows of an image.
+  __device__ __forceinline__ int number() const { return half * Traits::kBlocks + block; }
+  __device__ __forceinline__ Element* own(Element* tile) const { return tile + number() * Traits::kPart; }
+  __device__ __forceinline__ PairInShared word(const typename Traits::Storage& s, const Element* tile, int i,
+                                               int part = Traits::kPart) const {
+    return {cast_smem_ptr_to_uint(&s) + number() * part * 2 + threadIdx.x % 32 * 4, bytes_to(s, tile), i};
   }
-  // K to registers. Q stays in shared memory for the levels, or registers would be spilled.
+  // K to registers. Q stays in shared memory, or registers would be spilled. Rows past the end may hold
+  // anything, and become 0.
   __device__ __forceinline__ void load_k(typename Traits::Storage& s, int valid) {
-    const int first = first_row();
     CUTE_UNROLL
-    for (int i = 0; i < kBlockRows; ++i) k[i] = *pair_at(s.k, first, i);
-    shared_q = s.q;
-    if (valid == kRows) return;  // rows past the end may hold anything, and become 0
+    for (int i = 0; i < kBlockRows; ++i) k[i] = word(s, s.k, i);
+    if (valid == kRows) return;
     CUTE_UNROLL
-    for (int i = 0; i < kBlockRows; ++i)
-      if (kBlockRows * block + i >= valid) k[i] = *pair_at(s.q, first, i) = 0;
+    for (int i = 0; i < kBlockRows; ++i) {
+      if (kBlockRows * block + i < valid) continue;
+      k[i] = 0;
+      word(s, s.k, i) = 0, word(s, s.q, i) = 0;
+    }
+    __syncwarp();
   }
-  // Q, too, before P takes its place.
-  __device__ __forceinline__ void load_q() {
-    CUTE_UNROLL
-    for (int i = 0; i < kBlockRows; ++i) q[i] = *pair_at(shared_q, first_row(), i);
-    shared_q = nullptr;
-  }
-
-  __device__ __forceinline__ float2 k_of(int i) const { return unpack<Element>(k[i]); }
-  __device__ __forceinline__ float2 q_of(int i) const {
-    if (shared_q == nullptr) return unpack<Element>(q[i]);
-    return unpack<Element>(*const_cast<const volatile uint32_t*>(pair_at(shared_q, first_row(), i)));
-  }
-
- private:
-  Element* shared_q;  // null once Q is in registers; known when the code is compiled
-  __device__ __forceinline__ int first_row() const { return half * kImageRows + kBlockRows * block; }
 };
 
 // A warp: k . k, q . q and q . k of its rows over its channels, from the diagonals of products.
 template <class Traits>
 __device__ __forceinline__ void row_products(typename Traits::Storage& s, const Columns<Traits>& own) {
-  using Element = typename Traits::Element;
-  using Mma = std::conditional_t<std::is_same_v<Element, cutlass::half_t>, SM80_16x8x16_F32F16F16F32_TN,
-                                 SM80_16x8x16_F32BF16BF16F32_TN>;
-  const int lane = threadIdx.x % 32;
-  float of_k[2][4] = {}, of_q[2][4] = {};  // of rows 0 to 7 and 8 to 15
-  const auto product = [](float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
-                          uint32_t b1) {
-    Mma::fma(c[0], c[1], c[2], c[3], a0, a1, a2, a3, b0, b1, c[0], c[1], c[2], c[3]);
-  };
+  const int lane = threadIdx.x % 32, matrix = lane / 8;
+  // [k; q] of rows 0 to 7 and 8 to 15 times k, and times q.
+  float of_k[2][4] = {}, of_q[2][4] = {};
+  const uint32_t start = cast_smem_ptr_to_uint(&s) + own.number() * Traits::kPart * 2;
+  const uint32_t left_start = start + matrix % 2 * bytes_to(s, s.q) + matrix_start(0, matrix / 2),
+                 right_start = start + matrix / 2 * bytes_to(s, s.q) + matrix_start(0, matrix % 2);
   CUTE_UNROLL
   for (int piece = 0; piece < 8; piece += 2) {
-    uint32_t k[4], q[4];
-    SM75_U32x4_LDSM_N::copy(matrices_at<true>(own.own(s.k), 0, piece), k[0], k[1], k[2], k[3]);
-    SM75_U32x4_LDSM_N::copy(matrices_at<true>(own.own(s.q), 0, piece), q[0], q[1], q[2], q[3]);
     CUTE_UNROLL
     for (int h = 0; h < 2; ++h) {
-      product(of_k[h], k[h], q[h], k[h + 2], q[h + 2], k[h], k[h + 2]);  // [k; q] of 8 rows times k
-      product(of_q[h], q[h], q[h], q[h + 2], q[h + 2], q[h], q[h + 2]);
+      uint32_t left[4], right[4];
+      load_matrices(left_start, h * 1024, piece, left);
+      load_matrices(right_start, h * 1024, piece, right);
+      const auto product = [&](float (&c)[4], uint32_t b0, uint32_t b1) {
+        Traits::Product::fma(c[0], c[1], c[2], c[3], left[0], left[1], left[2], left[3], b0, b1, c[0], c[1],
+                             c[2], c[3]);
+      };
+      product(of_k[h], right[0], right[1]);
+      product(of_q[h], right[2], right[3]);
     }
   }
   const int row = lane / 4, odd = row % 2;
@@ -271,117 +297,386 @@ __device__ __forceinline__ void row_products(typename Traits::Storage& s, const 
     for (int h = 0; h < 2; ++h) {
       const int at = Traits::kBlockRows * own.block + 8 * h + row;
       to[0][at] = odd ? of_k[h][1] : of_k[h][0];
-      to[1][at] = odd ? of_q[h][1] : of_q[h][0];
+      to[1][at] = odd ? of_q[h][3] : of_q[h][2];
       to[2][at] = odd ? of_k[h][3] : of_k[h][2];
     }
   }
 }
 
-// ---- Diagonal blocks: each warp its channels, in registers ----
+// ---- Diagonal blocks: each warp its channels ----
 
-// The levels of a diagonal block over a warp's channels, left in place of its K.
+// A warp: its rows of K and Q to float16, scaled, after its row_products.
 template <class Traits>
-__device__ __forceinline__ void diagonal_levels(typename Traits::Storage& s, const Columns<Traits>& own) {
-  const int warp = own.block * Traits::kHalves + own.half, lane = threadIdx.x % 32;
-  auto* to = reinterpret_cast<float4*>(own.own(s.k));
-  to[lane] = diagonal_level<0>(s.stage[warp], own);
-  to[32 + lane] = diagonal_level<1>(s.stage[warp], own);
-  to[64 + lane] = diagonal_level<2>(s.stage[warp], own);
-  to[96 + lane] = diagonal_level<3>(s.stage[warp], own);
-}
-
-// Calls f(row, column, A, P) for what this lane holds of level l of diagonal block w, which it reads where
-// the owners of the block have left it.
-template <class Traits, class F>
-__device__ __forceinline__ void for_level(typename Traits::Storage& s, int level, int w, const F& f) {
-  constexpr int kBlockRows = Traits::kBlockRows;
-  float4 pairs{};
-  CUTE_UNROLL
-  for (int half = 0; half < Traits::kHalves; ++half) {
-    const auto* from = reinterpret_cast<const float4*>(s.k + half * kImage + kBlockRows * w * kImageColumns);
-    const float4 part = from[32 * level + threadIdx.x % 32];
-    pairs.x += part.x, pairs.y += part.y, pairs.z += part.z, pairs.w += part.w;
-  }
-  for_level(level, pairs,
-            [&](int i, int j, float a, float p) { f(kBlockRows * w + i, kBlockRows * w + j, a, p); });
-}
-
-// ---- Levels 4 and 5, and the scaled rows ----
-
-// Rows of levels 4 and 5 scaled to their anchors.
-template <class Traits>
-__device__ __forceinline__ void scale_levels(typename Traits::Storage& s, const Columns<Traits>& own) {
-  using Element = typename Traits::Element;
-  constexpr int kBlockRows = Traits::kBlockRows;
-  CUTE_NO_UNROLL
-  for (int level = 4; level < 6; ++level) {  // a loop: code that is only run once has to be fetched each time
-    auto& to = s.level[level - 4];
-    const int first = kBlockRows * (level == 5 ? own.block % 2 : own.block / 2);
-    const int left = own.half * kImageRows + first, right = own.half * Traits::kHalfRows + first;
-    // Of level 5 blocks 0 and 3 have another block between them and row 32.
-    const bool beyond = level == 5 && own.block % 3 == 0;
-    float2 e{1.f, 1.f};
-    if (beyond) e = exp2_fast(own.of(s.gates[own.block == 0 ? 1 : 2]));
-    const auto scaled = [&](float2 x) {
-      x = x * e;
-      return pack<Element>(x.x, x.y);
+__device__ __forceinline__ void scale_for_levels(typename Traits::Storage& s, Columns<Traits>& own) {
+  if constexpr (Traits::kScaled) {
+    using Element = typename Traits::Element;
+    const int lane = threadIdx.x % 32, row = lane % Traits::kBlockRows, of_q = lane / Traits::kBlockRows;
+    __syncwarp();
+    const float squares = s.products[own.half][of_q][Traits::kBlockRows * own.block + row];
+    const int power = (static_cast<int>(__float_as_uint(squares) >> 23 & 255) - 125) >> 1;
+    s.scale[own.number()][of_q][row] = __uint_as_float((127 - power) << 23);
+    s.unscale[own.number()][of_q][row] = __uint_as_float((127 + power) << 23);
+    __syncwarp();
+    const auto scaled = [](uint32_t pair, float factor) {
+      const float2 x = unpack<Element>(pair);
+      return pack<cutlass::half_t>(x.x * factor, x.y * factor);
     };
-    if (own.block >> (level - 4) & 1) {
+    CUTE_UNROLL
+    for (int first = 0; first < Traits::kBlockRows; first += 4) {
+      const Four k = *reinterpret_cast<const Four*>(&s.scale[own.number()][0][first]),
+                 q = *reinterpret_cast<const Four*>(&s.scale[own.number()][1][first]);
+      uint32_t words[4];
       CUTE_UNROLL
-      for (int i = 0; i < kBlockRows; ++i) {
-        *pair_at(to.left, left, i) = scaled(own.k_of(i));
-        *pair_at(to.left, left + Traits::kHalfRows, i) = scaled(own.q_of(i));
-        e = e * own.decay[i];
-      }
-    } else {
+      for (int i = 0; i < 4; ++i) words[i] = own.word(s, s.q, first + i);
       CUTE_UNROLL
-      for (int i = kBlockRows - 1; i >= 0; --i) {
-        e = e * own.decay[i];
-        *pair_at(to.right, right, i) = scaled(own.k_of(i));
+      for (int i = 0; i < 4; ++i) {
+        own.k[first + i] = scaled(own.k[first + i], k.x[i]);
+        own.word(s, s.scaled_q, first + i) = scaled(words[i], q.x[i]);
       }
     }
   }
 }
 
-// Kh, scale Qh and Kt, to scratch, and what rounding Kt lost, to shared memory.
+// Two channels times their decays in float16. In float16 itself, of which more is asked, the decays are not
+// rounded.
+template <bool kRounded>
+struct LevelDecay {
+  float2 e;
+  uint32_t half;
+  __device__ __forceinline__ LevelDecay(float2 e) : e(e), half(pack<cutlass::half_t>(e.x, e.y)) {}
+  __device__ __forceinline__ uint32_t operator()(uint32_t pair) const {
+    if constexpr (kRounded) {
+      uint32_t product;
+      asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(pair), "r"(half));
+      return product;
+    } else {
+      const float2 x = unpack<cutlass::half_t>(pair) * e;
+      return pack<cutlass::half_t>(x.x, x.y);
+    }
+  }
+};
+
+// As in channel_levels.cuh, with rows and decays in float16.
+template <int kLevel, class Traits>
+__device__ __forceinline__ float4 diagonal_level(typename Traits::Storage& s, const Columns<Traits>& own) {
+  constexpr int kStep = 1 << kLevel;
+  const int lane = threadIdx.x % 32;
+  const uint32_t start = cast_smem_ptr_to_uint(&s);
+  const auto put_with = [&](int row, uint32_t pair) { own.word(s, s.right, row) = pair; };
+  const auto put_without = [&](int row, uint32_t pair) {
+    own.word(s, s.without, row, Traits::kPart / 2) = pair;
+  };
+  __syncwarp();
+  uint32_t q[8];  // before they would wait for stores
+  CUTE_UNROLL
+  for (int i = 0; i < kLevelBlock; ++i)
+    if (i & kStep) q[number_of<kLevel>(i)] = own.word(s, Traits::kScaled ? s.scaled_q : s.q, i);
+  CUTE_UNROLL
+  for (int m = kStep; m < kLevelBlock; m += 2 * kStep) {
+    put_with(number_of<kLevel>(m), own.k[m]);
+    put_with(8 + number_of<kLevel>(m), q[number_of<kLevel>(m)]);
+    float2 e = own.decay[m];
+    CUTE_UNROLL
+    for (int i = m + 1; i < m + kStep; ++i) {
+      const LevelDecay<Traits::kScaled> times(e);
+      put_with(number_of<kLevel>(i), times(own.k[i]));
+      put_with(8 + number_of<kLevel>(i), times(q[number_of<kLevel>(i)]));
+      e = e * own.decay[i];
+    }
+    e = own.decay[m - 1];
+    CUTE_UNROLL
+    for (int i = m - 1; i >= m - kStep; --i) {
+      put_without(number_of<kLevel>(i), LevelDecay<Traits::kScaled>(e)(own.k[i]));
+      if (i > m - kStep) e = e * own.decay[i - 1];
+    }
+  }
+  __syncwarp();
+  float sums[2][4] = {};  // a product waits for the last of the same sum
+  CUTE_UNROLL
+  for (int piece = 0; piece < 8; piece += 4) {
+    uint32_t right[4];
+    load_matrices(start + own.number() * Traits::kPart + matrix_start(0, lane / 8), bytes_to(s, s.without),
+                  piece, right);
+    CUTE_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      uint32_t left[4];
+      load_matrices(start + own.number() * Traits::kPart * 2 + matrix_start(lane / 8 % 2, lane / 16),
+                    bytes_to(s, s.right), piece + 2 * h, left);
+      float (&c)[4] = sums[h];
+      Traits::LevelProduct::fma(c[0], c[1], c[2], c[3], left[0], left[1], left[2], left[3], right[2 * h],
+                                right[2 * h + 1], c[0], c[1], c[2], c[3]);
+    }
+  }
+  return {sums[0][0] + sums[1][0], sums[0][1] + sums[1][1], sums[0][2] + sums[1][2], sums[0][3] + sums[1][3]};
+}
+
+// Where this lane's pairs of a level are among the sums of all levels; -1: they are of no use.
+__device__ __forceinline__ int place_of_sums(int level) {
+  const int row = threadIdx.x % 32 / 4, pair = threadIdx.x % 4;
+  if (level == 3) return threadIdx.x % 32;
+  if (level == 2) return row / 4 == pair / 2 ? 32 + 2 * row + pair % 2 : -1;
+  return row / 2 == pair ? (level == 1 ? 48 : 56) + row : -1;
+}
+
+// The levels of a diagonal block over a warp's channels.
+template <class Traits>
+__device__ __forceinline__ void diagonal_levels(typename Traits::Storage& s, const Columns<Traits>& own) {
+  float4 sums[kLevels] = {diagonal_level<0>(s, own), diagonal_level<1>(s, own), diagonal_level<2>(s, own),
+                          diagonal_level<3>(s, own)};
+  __syncwarp();
+  auto& to = s.level_sums[own.number()];
+  const auto& [k, q] = s.unscale[own.number()];
+  const int row = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
+  CUTE_UNROLL
+  for (int level = 0; level < kLevels; ++level) {
+    const int at = place_of_sums(level);
+    if (at < 0) continue;
+    float4& sum = sums[level];
+    if constexpr (Traits::kScaled) {
+      const int i = without_bit(level, row) | 1 << level;
+      const float2 of_column{k[without_bit(level, column)], k[without_bit(level, column + 1)]};
+      sum.x = sum.x * k[i] * of_column.x, sum.y = sum.y * k[i] * of_column.y;
+      sum.z = sum.z * q[i] * of_column.x, sum.w = sum.w * q[i] * of_column.y;
+    }
+    to[0][at] = {sum.x, sum.y};
+    to[1][at] = {sum.z, sum.w};
+  }
+}
+
+// Calls f(row, column, sum) for what this lane holds of diagonal block w below the diagonal, of A or of P.
+template <bool kOfP, class Traits, class F>
+__device__ __forceinline__ void for_block(typename Traits::Storage& s, int w, const F& f) {
+  CUTE_UNROLL
+  for (int level = 0; level < kLevels; ++level) {
+    const int at = place_of_sums(level);
+    float2 sum{0.f, 0.f};
+    CUTE_UNROLL
+    for (int half = 0; half < Traits::kHalves; ++half)
+      if (at >= 0) sum = sum + s.level_sums[half * Traits::kBlocks + w][kOfP][at];
+    for_level(level, {sum.x, sum.y, 0.f, 0.f}, [&](int i, int j, float x, float) {
+      f(Traits::kBlockRows * w + i, Traits::kBlockRows * w + j, x);
+    });
+  }
+}
+
+// ---- Rows ----
+
+// A warp: norms and factors of its rows, from the products of all channels. Warps that share rows write the
+// same.
+template <class Traits>
+__device__ __forceinline__ void put_factors(typename Traits::Storage& s, const ForwardInputsSm90& in,
+                                            int block, int valid) {
+  const int lane = threadIdx.x % 32, row = Traits::kBlockRows * block + lane;
+  if (lane < Traits::kBlockRows) {
+    const bool inside = row < valid;
+    float sums[3] = {};
+    CUTE_UNROLL
+    for (int half = 0; half < Traits::kHalves; ++half) {
+      CUTE_UNROLL
+      for (int x = 0; x < 3; ++x) sums[x] += s.products[half][x][row];
+    }
+    const auto norm = [&](float squares) {
+      if (!inside) return 0.f;
+      return in.qk_l2norm ? rsqrtf(squares + static_cast<float>(kNormEps)) : 1.f;
+    };
+    const float k_norm = norm(sums[0]), q_norm = norm(sums[1]), beta = s.new_beta[row];
+    s.k_norm[row] = k_norm;
+    s.q_norm[row] = q_norm;
+    s.beta[row] = beta;
+    s.a_row[row] = beta * k_norm;
+    s.p_row[row] = static_cast<float>(in.scale) * q_norm;
+    s.q_k[row] = sums[2];
+  }
+  __syncwarp();
+}
+
+// Kh, scale Qh and Kt to scratch; L and R.
 template <class Traits>
 __device__ __forceinline__ void scale_rows(typename Traits::Storage& s, const PrepareArgs& args,
-                                           int64_t index, const Columns<Traits>& own) {
+                                           int64_t index, Columns<Traits>& own) {
   using Element = typename Traits::Element;
-  constexpr int kBlockRows = Traits::kBlockRows;
+  constexpr int kBlockRows = Traits::kBlockRows, kLast = Traits::kBlocks - 1;
+  if constexpr (Traits::kScaled) {
+    CUTE_UNROLL
+    for (int i = 0; i < kBlockRows; ++i) own.k[i] = own.word(s, s.k, i);
+  }
   const int first = kBlockRows * own.block;
   const auto to = [&](void* scratch) {
     return own.own(static_cast<Element*>(scratch) + index * Traits::kTile);
   };
   auto *Kh = to(args.scratch.Kh), *Qh = to(args.scratch.Qh), *Kt = to(args.scratch.Kt);
-  const auto scaled = [](float2 x, float2 e, float factor) { return x * (float2{factor, factor} * e); };
   const auto four = [&](const float (&of)[kRows], int i) {
     return *reinterpret_cast<const Four*>(&of[first + i / 4 * 4]);
   };
-  float2 e = exp2_fast(own.start(s));
+  const auto rounded = [](float2 x) { return pack<Element>(x.x, x.y); };
+  const auto put_scaled = [&](Element* image, int i, float2 x, float2 e, float factor) {
+    put_pair_at(image, i, rounded(x * (float2{factor, factor} * e)));
+  };
   Four k_norm, q_norm;
+  // L, which nobody needs of the first block.
+  const float2 start = own.start(s), from_start = exp2_fast(start);
+  if (own.block == kLast)
+    own.put(args.scratch.decay + index * Traits::kKeyDim, exp2_fast(start + own.of(s.gates[own.block])));
+  constexpr int kTogether = 8;  // rows whose loads are not to wait for stores
+  uint32_t q_words[kTogether];
+  float2 e{1.f, 1.f};
   CUTE_UNROLL
   for (int i = 0; i < kBlockRows; ++i) {
-    if (i % 4 == 0) k_norm = four(s.rows.k_norm, i), q_norm = four(s.p_row, i);
-    const float2 k = scaled(own.k_of(i), e, k_norm.x[i % 4]);
-    const float2 q = scaled(own.q_of(i), e, q_norm.x[i % 4]);
-    put_pair_at(Kh, i, pack<Element>(k.x, k.y));
-    put_pair_at(Qh, i, pack<Element>(q.x, q.y));
+    if (i % kTogether == 0) {
+      CUTE_UNROLL
+      for (int x = 0; x < kTogether; ++x) q_words[x] = own.word(s, s.q, i + x);
+    }
+    if (i % 4 == 0) k_norm = four(s.k_norm, i), q_norm = four(s.p_row, i);
+    const float2 k = unpack<Element>(own.k[i]) * e, q = unpack<Element>(q_words[i % kTogether]) * e;
+    if (own.block > 0) own.word(s, s.k, i) = rounded(k), own.word(s, s.q, i) = rounded(q);
+    put_scaled(Kh, i, k, from_start, k_norm.x[i % 4]);
+    put_scaled(Qh, i, q, from_start, q_norm.x[i % 4]);
     e = e * own.decay[i];
   }
-  e = exp2_fast(own.after(s));
-  constexpr int kFront = Traits::kFrontRows;
-  auto* low = first < kFront ? s.kt_low_front : s.kt_low_back;
-  const int low_row = own.half * (first < kFront ? kFront : kRows - kFront) + first % kFront;
+  // R, which nobody needs of the last block; also for blocks that are not the next.
+  const float2 to_end = exp2_fast(own.after(s));
+  float2 far[2] = {};
+  if (own.block < 2) far[0] = exp2_fast(own.of(s.gates[own.block + 1]));
+  if (own.block == 0) far[1] = exp2_fast(own.of(s.gates[1]) + own.of(s.gates[2]));
+  const Element* far_tile = own.block == 0 ? s.k : s.right + (kLast - 1) * Traits::kPart;
+  e = {1.f, 1.f};
   CUTE_UNROLL
   for (int i = kBlockRows - 1; i >= 0; --i) {
-    if (i % 4 == 3) k_norm = four(s.rows.k_norm, i);
+    if (i % 4 == 3) k_norm = four(s.k_norm, i);
     e = e * own.decay[i];
-    const float2 k = scaled(own.k_of(i), e, k_norm.x[i % 4]);
-    const uint32_t high = pack<Element>(k.x, k.y);
-    put_pair_at(Kt, i, high);
-    if constexpr (Traits::kLow) *pair_at(low, low_row, i) = pack_low<Element>(k.x, k.y, high);
+    const float2 k = unpack<Element>(own.k[i]) * e;
+    if (own.block < kLast) own.word(s, s.right, i) = rounded(k);
+    if (own.block < 2) own.word(s, far_tile, i) = rounded(k * far[0]);
+    if (own.block == 0) own.word(s, s.q, i) = rounded(k * far[1]);
+    put_scaled(Kt, i, k, to_end, k_norm.x[i % 4]);
   }
+}
+
+// What rounding Kt lost, to scratch. K, gates and Kt come from memory again: hard chunks are few.
+template <class Traits>
+__device__ __forceinline__ void put_Kt_low(typename Traits::Storage& s, const PrepareArgs& args,
+                                           const ChunkPlace& place, const Columns<Traits>& own) {
+  using Element = typename Traits::Element;
+  constexpr int kBlockRows = Traits::kBlockRows;
+  const ForwardInputsSm90& in = args.in;
+  const int c = own.channel(), first = kBlockRows * own.block;
+  const auto to = [&](void* scratch) {
+    return own.own(static_cast<Element*>(scratch) + place.index * Traits::kTile);
+  };
+  auto *Kt = to(args.scratch.Kt), *Kt_low = to(args.scratch.Kt_low);
+  const auto* K = static_cast<const Element*>(in.k.data) + place.batch * in.k.batch +
+                  place.head_k * in.k.head + place.token * in.k.token + c;
+  const float2 to_end = exp2_fast(own.after(s));
+  const Activation activation(in, place.head, c);
+  const float* g = in.g + place.token_head(in, 0) * in.key_dim + c;
+  float2 e{1.f, 1.f};
+  CUTE_NO_UNROLL
+  for (int i = kBlockRows - 1; i >= 0; --i) {
+    const int row = first + i;
+    if (row + 1 < place.valid && c < in.key_dim) {
+      const float2 raw = *reinterpret_cast<const float2*>(g + (row + 1) * in.token_heads * in.key_dim);
+      e = e * exp2_fast(activation(in, raw));
+    }
+    const bool inside = row < place.valid && c < in.key_dim;
+    float2 x = unpack<Element>(inside ? *reinterpret_cast<const uint32_t*>(K + row * in.k.token) : 0u) * e;
+    x = x * (float2{s.k_norm[row], s.k_norm[row]} * to_end);
+    const auto at = [&](Element* image) {
+      return reinterpret_cast<uint32_t*>(image_piece(image, i, c % kImageColumns / 8) + c % 8);
+    };
+    *at(Kt_low) = pack_low<Element>(x.x, x.y, __ldcg(at(Kt)));
+  }
+}
+
+// ---- Pairs of different blocks ----
+
+// A warp: [k; q] of block I times k of block J, all channels.
+template <class Traits>
+struct BlockProduct {
+  float of_k[2][4] = {}, of_q[2][4] = {};  // columns 0 to 7 and 8 to 15
+
+  __device__ __forceinline__ BlockProduct(typename Traits::Storage& s, int I, int J) {
+    const int lane = threadIdx.x % 32;
+    const int tile = bytes_to(s, I == J + 2 && J == 0 ? s.k
+                                 : I == J + 3         ? s.q
+                                                      : s.right),
+              place = I == J + 2 && J == 1 ? I : J;
+    const auto start = [&](int block) { return cast_smem_ptr_to_uint(&s) + block * Traits::kPart * 2; };
+    const uint32_t left_start = start(I) + matrix_start(lane / 8 % 2, lane / 16),
+                   right_start = start(place) + tile + matrix_start(lane / 16, lane / 8 % 2);
+    CUTE_UNROLL
+    for (int half = 0; half < Traits::kHalves; ++half) {
+      CUTE_UNROLL
+      for (int piece = 0; piece < 8; piece += 2) {
+        uint32_t k[4], q[4], right[4];
+        load_matrices(right_start, half * kImageBytes, piece, right);
+        load_matrices(left_start, bytes_to(s, s.k + half * kImage), piece, k);
+        load_matrices(left_start, bytes_to(s, s.q + half * kImage), piece, q);
+        CUTE_UNROLL
+        for (int n = 0; n < 2; ++n) {
+          const auto product = [&](float (&c)[4], const uint32_t (&a)[4]) {
+            Traits::Product::fma(c[0], c[1], c[2], c[3], a[0], a[1], a[2], a[3], right[2 * n],
+                                 right[2 * n + 1], c[0], c[1], c[2], c[3]);
+          };
+          product(of_k[n], k);
+          product(of_q[n], q);
+        }
+      }
+    }
+  }
+
+  // Its part of A and of P.
+  __device__ __forceinline__ void put(typename Traits::Storage& s, int I, int J) const {
+    using Element = typename Traits::Element;
+    const int lane = threadIdx.x % 32, t = lane % 4, block = SplitBlocks::index(I, J);
+    CUTE_UNROLL
+    for (int n = 0; n < 2; ++n) {
+      const float2 k_norm = *reinterpret_cast<const float2*>(&s.k_norm[16 * J + 8 * n + 2 * t]);
+      CUTE_UNROLL
+      for (int h = 0; h < 2; ++h) {
+        const int row = 8 * h + lane / 4, i = 16 * I + row;
+        const auto scaled = [&](const float (&c)[4], float factor) -> float2 {
+          return {factor * k_norm.x * c[2 * h], factor * k_norm.y * c[2 * h + 1]};
+        };
+        const float2 a = scaled(of_k[n], s.a_row[i]), p = scaled(of_q[n], s.p_row[i]);
+        uint32_t high, low;
+        split_pair(a.x, a.y, high, low);
+        const int at = SplitBlocks::piece_at(row, n) + 2 * t;
+        *reinterpret_cast<uint32_t*>(&s.a.high[block][at]) = high;
+        *reinterpret_cast<uint32_t*>(&s.a.low[block][at]) = low;
+        high = pack<Element>(p.x, p.y);
+        *reinterpret_cast<uint32_t*>(image_piece(s.p, i, 2 * J + n) + 2 * t) = high;
+        if constexpr (Traits::kLow) {
+          *reinterpret_cast<uint32_t*>(image_piece(s.p_low, i, 2 * J + n) + 2 * t) =
+              pack_low<Element>(p.x, p.y, high);
+        }
+      }
+    }
+  }
+};
+
+// A warp: diagonal block w of P, and zeros right of it.
+template <class Traits>
+__device__ __forceinline__ void put_diagonal_of_P(typename Traits::Storage& s, int w) {
+  using Element = typename Traits::Element;
+  const int lane = threadIdx.x % 32;
+  for (int x = lane; x < 16 * 8; x += 32) {
+    if (x % 8 < 2 * w) continue;
+    *reinterpret_cast<uint4*>(image_piece(s.p, 16 * w + x / 8, x % 8)) = uint4{0, 0, 0, 0};
+    if constexpr (Traits::kLow)
+      *reinterpret_cast<uint4*>(image_piece(s.p_low, 16 * w + x / 8, x % 8)) = uint4{0, 0, 0, 0};
+  }
+  __syncwarp();
+  const auto put = [&](int i, int j, float p) {
+    p *= s.p_row[i] * s.k_norm[j];
+    const uint32_t high = pack<Element>(p, 0.f);
+    *reinterpret_cast<uint16_t*>(image_piece(s.p, i, j / 8) + j % 8) = static_cast<uint16_t>(high);
+    if constexpr (Traits::kLow) {
+      *reinterpret_cast<uint16_t*>(image_piece(s.p_low, i, j / 8) + j % 8) =
+          static_cast<uint16_t>(pack_low<Element>(p, 0.f, high));
+    }
+  };
+  if (lane < 16) put(16 * w + lane, 16 * w + lane, s.q_k[16 * w + lane]);
+  for_block<true, Traits>(s, w, put);
 }
 
 // ---- A chunk ----
@@ -395,7 +690,7 @@ __device__ __forceinline__ uint32_t prepare_channel_chunk(typename Traits::Stora
                                                           uint32_t turn, uint32_t barrier) {
   using Element = typename Traits::Element;
   using Barrier = cutlass::arch::ClusterTransactionBarrier;
-  constexpr int kKeyDim = Traits::kKeyDim, kHalfRows = Traits::kHalfRows;
+  constexpr int kKeyDim = Traits::kKeyDim;
   const ForwardInputsSm90& in = args.in;
   const auto now_index = [&] {
     return kBeside ? static_cast<int64_t>(*const_cast<const volatile uint32_t*>(&s.now.index)) : place.index;
@@ -404,8 +699,7 @@ __device__ __forceinline__ uint32_t prepare_channel_chunk(typename Traits::Stora
     return kBeside ? *const_cast<const volatile int*>(&s.now.valid) : place.valid;
   };
   const int thread = kBeside ? threadIdx.x % Traits::kChunkThreads : threadIdx.x,
-            warp = __shfl_sync(0xffffffffu, thread / 32, 0), lane = thread % 32, t = lane % 4;
-  const float scale = static_cast<float>(in.scale);
+            warp = __shfl_sync(0xffffffffu, thread / 32, 0);
   const bool with_low = args.scratch.hard != nullptr;
   const bool owns = warp < Traits::kOwners;
   const bool sends = thread == Traits::kSender;
@@ -416,165 +710,87 @@ __device__ __forceinline__ uint32_t prepare_channel_chunk(typename Traits::Stora
       __syncthreads();
     }
   };
-  const auto p_piece = [&](int row, int piece) { return image_piece(s.p, row, piece); };
-  const auto low_piece = [&](int row, int piece) { return image_piece(s.p_low, row, piece); };
 
   if (sends) {
     tma_store_wait<0>();  // what was sent of the chunk before has been read
+    if (kBeside)
+      s.now.index = static_cast<uint32_t>(place.index), s.now.valid = place.valid, s.now.turn = turn;
     Barrier::arrive_and_expect_tx(&s.arrived, 2 * Traits::kTile * 2);
     load_tokens<kKeyDim>(maps.k, &s.arrived, s.k, 0, place.token, place.head_k, place.batch);
     load_tokens<kKeyDim>(maps.q, &s.arrived, s.q, 0, place.token, place.head_k, place.batch);
   }
-  if (warp == 7) put_betas(in, s.beta, place, load_betas(in, place));
+  float2 beta;
+  if (warp == 7) beta = load_betas(in, place);
   Columns<Traits> own;
   own.block = warp / Traits::kHalves, own.half = warp % Traits::kHalves;
   if (owns) own.load_gates(s, args, place);
-  if (kBeside && sends)
-    s.now.index = static_cast<uint32_t>(place.index), s.now.valid = place.valid, s.now.turn = turn;
-  sync();
+  if (warp == 7) put_betas(in, s.new_beta, place, beta);
+  if (args.scratch.G != nullptr) {
+    sync();
+    if (owns) own.put_G(s, args, place.index);
+  }
   Barrier::wait(&s.arrived, turn % 2);
   asm volatile("" ::: "memory");
   if (owns) {
-    row_products<Traits>(s, own);
-    own.take_decays(s, args, now_index());
+    own.take_decays();
     own.load_k(s, now_valid());
+    row_products<Traits>(s, own);
+    scale_for_levels<Traits>(s, own);
     diagonal_levels<Traits>(s, own);
   }
-  sync();  // K is in registers, the sums of levels 0 to 3 in its place
-  if (thread >= 128 && thread < 128 + kRows) {
-    const int row = thread - 128;
-    const bool inside = row < now_valid();
-    float sums[3] = {};
-    CUTE_UNROLL
-    for (int half = 0; half < Traits::kHalves; ++half) {
-      CUTE_UNROLL
-      for (int x = 0; x < 3; ++x) sums[x] += s.products[half][x][row];
-    }
-    const auto norm = [&](float squares) {
-      if (!inside) return 0.f;
-      return in.qk_l2norm ? rsqrtf(squares + static_cast<float>(kNormEps)) : 1.f;
-    };
-    s.rows.G[row] = 0.f;
-    s.rows.k_norm[row] = norm(sums[0]);
-    s.rows.q_norm[row] = norm(sums[1]);
-    s.rows.k_read[row] = s.rows.k_write[row] = s.rows.q_read[row] = inside ? 1.f : 0.f;
-    s.rows.beta[row] = s.beta[row];
-    s.a_row[row] = s.beta[row] * s.rows.k_norm[row];
-    s.p_row[row] = scale * s.rows.q_norm[row];
-    s.q_k[row] = inside ? sums[2] : 0.f;
-  }
+  sync();  // gates and products are there
   if (owns) {
-    scale_levels<Traits>(s, own);
-    own.load_q();
+    put_factors<Traits>(s, in, own.block, now_valid());
+    scale_rows<Traits>(s, args, now_index(), own);
   }
   cutlass::arch::fence_view_async_shared();
-  sync();  // levels 4 and 5 and the rows are there
+  sync();  // L, R and the sums of levels are there
 
   // A_ij = beta_i k_i . k_j e^{G_i - G_j}, P_ij = scale q_i . k_j e^{G_i - G_j}.
+  float squares = 0.f;  // of N
   if (warp < 4) {
-    for (int x = lane; x < 16 * 8; x += 32) {
-      if (x % 8 < 2 * warp) continue;
-      *reinterpret_cast<uint4*>(p_piece(16 * warp + x / 8, x % 8)) = uint4{0, 0, 0, 0};
-      *reinterpret_cast<uint4*>(low_piece(16 * warp + x / 8, x % 8)) = uint4{0, 0, 0, 0};
-    }
+    for_block<false, Traits>(s, warp, [&](int i, int j, float a) {
+      s.triangular.diagonal[warp][j % 16][i % 16] = s.a_row[i] * s.k_norm[j] * a;
+    });
     __syncwarp();
-    const auto put_p = [&](int i, int j, float p) {
-      const uint32_t high = pack<Element>(p, 0.f);
-      *reinterpret_cast<uint16_t*>(p_piece(i, j / 8) + j % 8) = static_cast<uint16_t>(high);
-      if constexpr (Traits::kLow)
-        *reinterpret_cast<uint16_t*>(low_piece(i, j / 8) + j % 8) =
-            static_cast<uint16_t>(pack_low<Element>(p, 0.f, high));
-    };
-    if (lane < 16) {
-      const int i = 16 * warp + lane;
-      put_p(i, i, s.p_row[i] * s.rows.k_norm[i] * s.q_k[i]);
-    }
-    const auto put = [&](int i, int j, float a, float p) {
-      const float k_norm = s.rows.k_norm[j];
-      s.triangular.diagonal[warp][j % 16][i % 16] = s.a_row[i] * k_norm * a;
-      put_p(i, j, s.p_row[i] * k_norm * p);
-    };
-    CUTE_NO_UNROLL
-    for (int level = 0; level < 4; ++level) for_level<Traits>(s, level, warp, put);
+    float column[16];
+    invert_diagonal_block(s.triangular, warp, column);
+    squares = put_column(s.n, warp, column);
   } else {
-    typename Traits::Mma mma;
-    const auto thread_mma = mma.get_slice(thread - 128);
-    const auto left = [&](typename Traits::Level& level) {
-      return thread_mma.partition_fragment_A(
-          make_tensor(make_smem_ptr(level.left), LayoutByRow<Element, kKeyDim>{}));
-    };
-    const auto right = [&](typename Traits::Level& level) {
-      return thread_mma.partition_fragment_B(
-          make_tensor(make_smem_ptr(level.right), typename Traits::LayoutRight{}));
-    };
-    Tensor left_4 = left(s.level[0]), left_5 = left(s.level[1]);
-    Tensor right_4 = right(s.level[0]), right_5 = right(s.level[1]);
-    Tensor far = partition_fragment_C(mma, cute::Shape<Int<kRows>, Int<kHalfRows>>{});   // level 5
-    Tensor near = partition_fragment_C(mma, cute::Shape<Int<kRows>, Int<kHalfRows>>{});  // level 4
-    issue_gemm<true>(mma, left_5, right_5, far);
-    issue_gemm<true>(mma, left_4, right_4, near);
-    warpgroup_wait<0>();
-
-    // Warps 0 and 1 of the products hold A, 2 and 3 P; of level 4 the pairs that agree in bit 5 are kept.
-    const int second = warp % 2;
-    const auto for_pairs = [&](const float (&factor)[kRows], const auto& put) {
-      CUTE_UNROLL
-      for (int h = 0; h < 2; ++h) {
-        const int row = 8 * h + lane / 4;
-        const auto scaled = [&](int i, int piece, float x0, float x1) {
-          const float2 k_norm = *reinterpret_cast<const float2*>(&s.rows.k_norm[8 * piece + 2 * t]);
-          put(i, piece, factor[i] * k_norm.x * x0, factor[i] * k_norm.y * x1);
-        };
-        CUTE_UNROLL
-        for (int n = 0; n < 4; ++n)
-          scaled(32 + 16 * second + row, n, far(4 * n + 2 * h), far(4 * n + 2 * h + 1));
-        CUTE_UNROLL
-        for (int n = 0; n < 2; ++n) {
-          const int x = 4 * n + 2 * h;
-          scaled(16 + 32 * second + row, 4 * second + n, second ? near(x + 8) : near(x),
-                 second ? near(x + 9) : near(x + 1));
-        }
-      }
-    };
-    if (warp < 6) {
-      for_pairs(s.a_row, [&](int i, int piece, float x0, float x1) {
-        uint32_t high, low;
-        split_pair(x0, x1, high, low);
-        const int block = SplitBlocks::index(i / 16, piece / 2),
-                  at = SplitBlocks::piece_at(i % 16, piece % 2) + 2 * t;
-        *reinterpret_cast<uint32_t*>(&s.a.high[block][at]) = high;
-        *reinterpret_cast<uint32_t*>(&s.a.low[block][at]) = low;
-      });
+    const auto put_product = [&](int I, int J) { BlockProduct<Traits>(s, I, J).put(s, I, J); };
+    const int x = warp - 4;
+    put_product(x == 0 ? 1 : x == 1 ? 2 : 3, x == 1 || x == 2 ? x == 2 : 0);
+    if (x < 2) {
+      put_product(2 + x, 1 + x);
     } else {
-      for_pairs(s.p_row, [&](int i, int piece, float x0, float x1) {
-        const uint32_t high = pack<Element>(x0, x1);
-        *reinterpret_cast<uint32_t*>(p_piece(i, piece) + 2 * t) = high;
-        if constexpr (Traits::kLow)
-          *reinterpret_cast<uint32_t*>(low_piece(i, piece) + 2 * t) = pack_low<Element>(x0, x1, high);
-      });
+      put_diagonal_of_P<Traits>(s, 2 * x - 4);
+      put_diagonal_of_P<Traits>(s, 2 * x - 3);
     }
   }
-  // The sums of levels 0 to 3 and the operands of levels 4 and 5 have been read, by the same warpgroup.
-  cutlass::arch::NamedBarrier::sync(128, barrier + 1 + warp / 4);
-  if (owns) scale_rows<Traits>(s, args, now_index(), own);
   cutlass::arch::fence_view_async_shared();
   sync();  // A and P are there
+  const int64_t index = now_index();
+  const auto to = [&](void* scratch) { return static_cast<Element*>(scratch) + index * kImage; };
   if (warp < 4) {
-    put_squares(s.squares, invert<false>(s.a, s.triangular, s.n, s.n, barrier + 1));
+    put_squares(s.squares, put_other_blocks<false>(s.a, s.triangular, s.n, s.n, squares));
     cutlass::arch::fence_view_async_shared();
-  } else if (kBeside && sends && s.now.turn > 0) {
-    announce(args, s.sent.index, s.sent.hard);  // while it would only wait
+  } else if (sends) {
+    if (kBeside && s.now.turn > 0) announce(args, s.sent.index, s.sent.hard);  // while it would only wait
+    auto& rows = args.scratch.rows[index];
+    copy_out(rows.beta, s.beta, kRows * 4);
+    if (args.scratch.G != nullptr) {
+      copy_out(rows.k_norm, s.k_norm, kRows * 4);
+      copy_out(rows.q_norm, s.q_norm, kRows * 4);
+    }
+    copy_out(to(args.scratch.P), s.p, kImageBytes);
+    tma_store_arrive();
   }
   const int valid = now_valid();
   const uint32_t next_turn = kBeside ? s.now.turn + 1 : 0;
   sync();
-  const int64_t index = now_index();
-  const auto to = [&](void* scratch) { return static_cast<Element*>(scratch) + index * kImage; };
   const bool hard = with_low && is_hard(s.squares, valid);
   if (sends) {
-    copy_out(args.scratch.rows + index, &s.rows, sizeof(ChunkRows));
     copy_out(to(args.scratch.N), s.n, kImageBytes);
-    copy_out(to(args.scratch.P), s.p, kImageBytes);
     if (with_low) args.scratch.hard[index] = hard ? 1.f : 0.f;
     tma_store_arrive();
     if (kBeside) s.sent.index = static_cast<uint32_t>(index), s.sent.hard = hard;
@@ -586,18 +802,16 @@ __device__ __forceinline__ uint32_t prepare_channel_chunk(typename Traits::Stora
     invert<true>(s.a, s.triangular, s.n, s.n_low, barrier + 1);
     cutlass::arch::fence_view_async_shared();
   }
+  if (owns) {
+    const auto heads = static_cast<uint32_t>(in.value_heads), at = static_cast<uint32_t>(index);
+    ChunkPlace again;
+    again.find(in, at / heads, at % heads);
+    put_Kt_low<Traits>(s, args, again, own);
+  }
   sync();
   if (sends) {
     copy_out(to(args.scratch.N_low), s.n_low, kImageBytes);
     copy_out(to(args.scratch.P_low), s.p_low, kImageBytes);
-    constexpr int kFront = Traits::kFrontRows * kImageColumns, kBack = static_cast<int>(kImage) - kFront;
-    auto* Kt_low = static_cast<Element*>(args.scratch.Kt_low) + index * Traits::kTile;
-    CUTE_UNROLL
-    for (int half = 0; half < Traits::kHalves; ++half) {
-      copy_out(Kt_low + half * kImage, s.kt_low_front + half * kFront, kFront * 2);
-      if constexpr (kBack > 0)
-        copy_out(Kt_low + half * kImage + kFront, s.kt_low_back + half * kBack, kBack * 2);
-    }
     tma_store_arrive();
   }
   return next_turn;
@@ -607,16 +821,22 @@ __device__ __forceinline__ uint32_t prepare_channel_chunk(typename Traits::Stora
 
 // A chunk and no more.
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kChunkThreads, 2)
+__global__ void __launch_bounds__(Traits::kChunkThreads, Traits::kCtasOfSm)
     prepare_channel_kernel(const __grid_constant__ TokenMaps maps, const __grid_constant__ PrepareArgs args) {
   auto& s = shared_storage<typename Traits::Storage>();
-  ChunkPlace place;
-  const auto heads = static_cast<uint32_t>(args.in.value_heads);
-  if (!place.find(args.in, blockIdx.x / heads, blockIdx.x % heads)) return;
   if (threadIdx.x == Traits::kSender) {
     cutlass::arch::ClusterTransactionBarrier::init(&s.arrived, 1);
     cutlass::arch::fence_barrier_init();
   }
+  // The walk begins with what was prepared last and is still in the L2 cache.
+  const uint32_t at = gridDim.x - 1 - blockIdx.x, heads = static_cast<uint32_t>(args.in.value_heads);
+  ChunkPlace place;
+  if (args.in.cu_seqlens != nullptr) {
+    if (!place.find(args.in, at / heads, at % heads)) return;
+  } else {
+    place.find_for_walks(args.in, at);
+  }
+  __syncthreads();
   prepare_channel_chunk<Traits, false>(s, maps, args, place, 0, 1);
   if (threadIdx.x == Traits::kSender) tma_store_wait<0>();
 }

@@ -80,36 +80,43 @@ __device__ __forceinline__ void put_pair(SplitBlocks& a, TriangularScratch& tria
   }
 }
 
-// A warpgroup, which `barrier` is for, after put_pair of the whole lower triangle. Returns the sum of the
-// squares of N that this thread has. With kLow, once more: `low` receives what rounding lost.
-template <bool kLow, class Element>
-__device__ __forceinline__ float invert(SplitBlocks& a, TriangularScratch& triangular, Element* image,
-                                        Element* low, uint32_t barrier = 1) {
-  const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-  __syncwarp();
-  float column[16], squares = 0.f;
-  invert_diagonal_block(triangular, warp, column);
-  const auto put_column = [&](Element* to, const auto& rounded) {
-    if (lane >= 16) return;
-    CUTE_UNROLL
-    for (int i = 0; i < 16; i += 2) {
-      const uint32_t pair = rounded(i > lane ? column[i] : 0.f, i + 1 > lane ? column[i + 1] : 0.f);
-      const auto put = [&](int row, uint32_t bits) {
-        Element* at = image_piece(to, 16 * warp + row, 2 * warp + lane / 8) + lane % 8;
-        *reinterpret_cast<uint16_t*>(at) = static_cast<uint16_t>(bits);
-      };
-      put(i, pair);
-      put(i + 1, pair >> 16);
-    }
-  };
-  put_column(image, [](float a, float b) { return pack<Element>(a, b); });
+// Column `lane` of a diagonal block of N, which this lane has, to rows and columns 16 block of the image;
+// rounded(a, b) of two neighbors.
+template <class Element, class Rounded>
+__device__ __forceinline__ void put_column(Element* image, int block, const float (&column)[16],
+                                           const Rounded& rounded) {
+  const int lane = threadIdx.x % 32;
+  if (lane >= 16) return;
+  CUTE_UNROLL
+  for (int i = 0; i < 16; i += 2) {
+    const uint32_t pair = rounded(i > lane ? column[i] : 0.f, i + 1 > lane ? column[i + 1] : 0.f);
+    const auto put = [&](int row, uint32_t bits) {
+      Element* at = image_piece(image, 16 * block + row, 2 * block + lane / 8) + lane % 8;
+      *reinterpret_cast<uint16_t*>(at) = static_cast<uint16_t>(bits);
+    };
+    put(i, pair);
+    put(i + 1, pair >> 16);
+  }
+}
+// The same, rounded once, and the sum of its squares.
+template <class Element>
+__device__ __forceinline__ float put_column(Element* image, int block, const float (&column)[16]) {
+  put_column(image, block, column, [](float a, float b) { return pack<Element>(a, b); });
+  const int lane = threadIdx.x % 32;
+  float squares = 0.f;
   if (lane < 16) {
     CUTE_UNROLL
     for (int i = 1; i < 16; ++i) squares += i > lane ? column[i] * column[i] : 0.f;
   }
-  cutlass::arch::NamedBarrier::sync(128, barrier);
-  if constexpr (kLow)
-    put_column(low, [](float a, float b) { return pack_low<Element>(a, b, pack<Element>(a, b)); });
+  return squares;
+}
+
+// A warpgroup, once the diagonal blocks are inverted: the others of N. Adds the squares that this thread has.
+// With kLow `low` receives what rounding lost.
+template <bool kLow, class Element>
+__device__ __forceinline__ float put_other_blocks(SplitBlocks& a, TriangularScratch& triangular,
+                                                  Element* image, Element* low, float squares) {
+  const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   if (warp < 3) {
     const auto load_a = [&](int I, int M) {
       SplitFragment f;
@@ -147,6 +154,24 @@ __device__ __forceinline__ float invert(SplitBlocks& a, TriangularScratch& trian
     }
   }
   return squares;
+}
+
+// A warpgroup, which `barrier` is for, after put_pair of the whole lower triangle. Returns the sum of the
+// squares of N that this thread has. With kLow, once more: `low` receives what rounding lost.
+template <bool kLow, class Element>
+__device__ __forceinline__ float invert(SplitBlocks& a, TriangularScratch& triangular, Element* image,
+                                        Element* low, uint32_t barrier = 1) {
+  const int warp = threadIdx.x / 32 % 4;
+  __syncwarp();
+  float column[16];
+  invert_diagonal_block(triangular, warp, column);
+  const float squares = put_column(image, warp, column);
+  cutlass::arch::NamedBarrier::sync(128, barrier);
+  if constexpr (kLow) {
+    put_column(low, warp, column,
+               [](float a, float b) { return pack_low<Element>(a, b, pack<Element>(a, b)); });
+  }
+  return put_other_blocks<kLow>(a, triangular, image, low, squares);
 }
 
 // Warp sums of the squares to shared memory; all of them are there after the next barrier.

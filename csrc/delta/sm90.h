@@ -55,14 +55,15 @@ struct ForwardInputsSm90 : InputsSm90 {
 constexpr float kLowestGate = -200.f;
 
 // Per token of a chunk. Rows past the end of the sequence have beta and factors 0 and G of the last token.
+// With a gate per channel beta only and, where ChunkScratch::G is wanted, the norms.
 struct ChunkRows {
-  float G[kChunk];     // log2(e) (g_1 + .. + g_i), each gate at least kLowestGate; 0 with a gate per channel
-  float beta[kChunk];  // after its activation
-  float k_read[kChunk];   // k_norm e^{G_i}: Kh = k_read . K. With a gate per channel 1
-  float k_write[kChunk];  // k_norm e^{G_C - G_i}: Kt = k_write . K. With a gate per channel 1
+  float G[kChunk];        // log2(e) (g_1 + .. + g_i), each gate at least kLowestGate
+  float beta[kChunk];     // after its activation
+  float k_read[kChunk];   // k_norm e^{G_i}: Kh = k_read . K
+  float k_write[kChunk];  // k_norm e^{G_C - G_i}: Kt = k_write . K
   float k_norm[kChunk];   // 1 / sqrt(sum k^2 + eps), or 1 without qk_l2norm
   // Only where P is wanted, for else Q is not read:
-  float q_read[kChunk];  // scale q_norm e^{G_i}: scale Qh = q_read . Q. With a gate per channel 1
+  float q_read[kChunk];  // scale q_norm e^{G_i}: scale Qh = q_read . Q
   float q_norm[kChunk];
 };
 
