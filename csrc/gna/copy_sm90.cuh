@@ -30,22 +30,29 @@ __device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
-// Loads one box at token (x[0], x[1], x[2]), all heads dims in chunks. Coordinates outside the tensor read as
-// zero.
+// Where features from `feature` on of the box at token (x[0], x[1], x[2]) are in the map.
+struct BoxPlace {
+  int c0, c1, c2, c3, c4;
+
+  __device__ __forceinline__ BoxPlace(const TokenMap& fold, const int (&x)[3], int head, int batch,
+                                      int feature)
+      : c0(fold.split ? feature : static_cast<int>(head * fold.head_stride) + feature),
+        c1(fold.split ? head : x[2]),
+        c2(fold.split ? x[2] : x[1]),
+        c3(fold.split ? x[1] : x[0]),
+        c4(fold.split ? (fold.batch_is_x1 ? batch : x[0]) : batch) {}
+};
+
+// Loads one box, all heads dims in chunks. Coordinates outside the tensor read as zero.
 template <int kHeadDim, int kRows, class Element>
 __device__ __forceinline__ void load_box(const CUtensorMap& map, const TokenMap& fold, uint64_t* barrier,
                                          Element* smem, const int (&x)[3], int head, int batch) {
   constexpr int kChunk = chunk_of(kHeadDim, sizeof(Element));
 #pragma unroll
   for (int c = 0; c < kHeadDim / kChunk; ++c) {
-    const int feature = c * kChunk;
-    const int c0 = fold.split ? feature : static_cast<int>(head * fold.head_stride) + feature;
-    const int c1 = fold.split ? head : x[2];
-    const int c2 = fold.split ? x[2] : x[1];
-    const int c3 = fold.split ? x[1] : x[0];
-    const int c4 = fold.split ? (fold.batch_is_x1 ? batch : x[0]) : batch;
+    const BoxPlace at(fold, x, head, batch, c * kChunk);
     cute::SM90_TMA_LOAD_5D::copy(&map, barrier, static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL),
-                                 smem + c * kRows * kChunk, c0, c1, c2, c3, c4);
+                                 smem + c * kRows * kChunk, at.c0, at.c1, at.c2, at.c3, at.c4);
   }
 }
 
@@ -56,13 +63,8 @@ __device__ __forceinline__ void store_box(const CUtensorMap& map, const TokenMap
   constexpr int kChunk = chunk_of(kHeadDim, sizeof(Element));
 #pragma unroll
   for (int c = 0; c < kHeadDim / kChunk; ++c) {
-    const int feature = c * kChunk;
-    const int c0 = fold.split ? feature : static_cast<int>(head * fold.head_stride) + feature;
-    const int c1 = fold.split ? head : x[2];
-    const int c2 = fold.split ? x[2] : x[1];
-    const int c3 = fold.split ? x[1] : x[0];
-    const int c4 = fold.split ? (fold.batch_is_x1 ? batch : x[0]) : batch;
-    cute::SM90_TMA_STORE_5D::copy(&map, smem + c * kRows * kChunk, c0, c1, c2, c3, c4);
+    const BoxPlace at(fold, x, head, batch, c * kChunk);
+    cute::SM90_TMA_STORE_5D::copy(&map, smem + c * kRows * kChunk, at.c0, at.c1, at.c2, at.c3, at.c4);
   }
 }
 
@@ -73,12 +75,8 @@ __device__ __forceinline__ void prefetch_box(const CUtensorMap& map, const Token
   constexpr int kChunk = chunk_of(kHeadDim, kElementBytes);
 #pragma unroll 1
   for (int feature = 0; feature < kHeadDim; feature += kChunk) {
-    const int c0 = fold.split ? feature : static_cast<int>(head * fold.head_stride) + feature;
-    const int c1 = fold.split ? head : x[2];
-    const int c2 = fold.split ? x[2] : x[1];
-    const int c3 = fold.split ? x[1] : x[0];
-    const int c4 = fold.split ? (fold.batch_is_x1 ? batch : x[0]) : batch;
-    cute::SM90_TMA_LOAD_5D::PREFETCH::copy(&map, c0, c1, c2, c3, c4);
+    const BoxPlace at(fold, x, head, batch, feature);
+    cute::SM90_TMA_LOAD_5D::PREFETCH::copy(&map, at.c0, at.c1, at.c2, at.c3, at.c4);
   }
 }
 
