@@ -26,6 +26,31 @@ constexpr int number_of(int row) {
   return row >> (kLevel + 1) << kLevel | (row & ((1 << kLevel) - 1));
 }
 
+// The rows of level l of a block, for two channels of which decay[row] is e^g of the row after: first(m) for
+// a row between, with(row, e) for the others that have the bit and without(row, e) for those that have not,
+// with the decay e between them and m.
+template <int kLevel, class First, class With, class Without>
+__device__ __forceinline__ void for_rows_of_level(const float2 (&decay)[kLevelBlock], const First& first,
+                                                  const With& with, const Without& without) {
+  constexpr int kStep = 1 << kLevel;
+  CUTE_UNROLL
+  for (int m = kStep; m < kLevelBlock; m += 2 * kStep) {
+    first(m);
+    float2 e = decay[m];
+    CUTE_UNROLL
+    for (int i = m + 1; i < m + kStep; ++i) {
+      with(i, e);
+      e = e * decay[i];
+    }
+    e = decay[m - 1];
+    CUTE_UNROLL
+    for (int i = m - 1; i >= m - kStep; --i) {
+      without(i, e);
+      if (i > m - kStep) e = e * decay[i - 1];
+    }
+  }
+}
+
 // The tensor cores drop the low 13 bits; this makes it rounding.
 __device__ __forceinline__ float to_tf32(float x) { return __uint_as_float(__float_as_uint(x) + 0x1000u); }
 
@@ -36,7 +61,6 @@ __device__ __forceinline__ float to_tf32(float x) { return __uint_as_float(__flo
 template <int kLevel, class Own>
 __device__ __forceinline__ float4 diagonal_level(float* stage, const Own& own) {
   using Mma = cute::SM80_16x8x8_F32TF32TF32F32_TN;
-  constexpr int kStep = 1 << kLevel;
   const int lane = threadIdx.x % 32;
   // [32 channels][rows][32], the 16-byte pieces of a row swizzled as in an image.
   const auto piece_at = [&](int part, int row, int piece) {
@@ -50,24 +74,17 @@ __device__ __forceinline__ float4 diagonal_level(float* stage, const Own& own) {
     put(row, {to_tf32(x.x), to_tf32(x.y)});
   };
   __syncwarp();
-  CUTE_UNROLL
-  for (int m = kStep; m < kLevelBlock; m += 2 * kStep) {
-    put(number_of<kLevel>(m), own.k_of(m));
-    put(8 + number_of<kLevel>(m), own.q_of(m));
-    float2 e = own.decay[m];
-    CUTE_UNROLL
-    for (int i = m + 1; i < m + kStep; ++i) {
-      put_scaled(number_of<kLevel>(i), own.k_of(i), e);
-      put_scaled(8 + number_of<kLevel>(i), own.q_of(i), e);
-      e = e * own.decay[i];
-    }
-    e = own.decay[m - 1];
-    CUTE_UNROLL
-    for (int i = m - 1; i >= m - kStep; --i) {
-      put_scaled(16 + number_of<kLevel>(i), own.k_of(i), e);
-      if (i > m - kStep) e = e * own.decay[i - 1];
-    }
-  }
+  for_rows_of_level<kLevel>(
+      own.decay,
+      [&](int m) {
+        put(number_of<kLevel>(m), own.k_of(m));
+        put(8 + number_of<kLevel>(m), own.q_of(m));
+      },
+      [&](int i, float2 e) {
+        put_scaled(number_of<kLevel>(i), own.k_of(i), e);
+        put_scaled(8 + number_of<kLevel>(i), own.q_of(i), e);
+      },
+      [&](int i, float2 e) { put_scaled(16 + number_of<kLevel>(i), own.k_of(i), e); });
   __syncwarp();
   float sums[2][4] = {};  // a product waits for the last of the same sum
   const auto load = [](float* from, uint32_t (&to)[4]) {

@@ -10,14 +10,6 @@ namespace nearfield::delta {
 
 // ---- Products ----
 
-// c += A B for a warp: (16 x 16) (16 x 8).
-template <class Element>
-__device__ __forceinline__ void warp_mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  using Mma = std::conditional_t<std::is_same_v<Element, cutlass::bfloat16_t>, SM80_16x8x16_F32BF16BF16F32_TN,
-                                 SM80_16x8x16_F32F16F16F32_TN>;
-  Mma::fma(c[0], c[1], c[2], c[3], a[0], a[1], a[2], a[3], b0, b1, c[0], c[1], c[2], c[3]);
-}
-
 // acc (+)= A B of two images, contracting 64.
 template <bool kZeroInit, class LayoutA, class LayoutB, class Element, class Mma, class Acc>
 __device__ __forceinline__ void multiply(Mma& mma, Element* a, Element* b, Acc& acc) {
@@ -210,11 +202,12 @@ __device__ __forceinline__ float dot_with_v(Element* y, const uint4 (&pieces)[4]
   return sum + __shfl_xor_sync(kAll, sum, 2);
 }
 
-// kCount sums over the lanes that differ in bits from kLowest on: each step halves those of a lane, until it
-// has kKept of them, from number kCount / 32 * lane on, rounded down to a multiple of kKept.
-template <int kKept, int kLowest, int kStep = 16, int kCount>
+// kCount sums over the lanes that differ in bits from kLowest to kStep: each step halves those of a lane,
+// until it has kKept of them, from number kCount / (2 kStep) * (lane % (2 kStep)) on, rounded down to a
+// multiple of kKept. kHeld: those left at this step, at the first all.
+template <int kKept, int kLowest, int kStep = 16, int kHeld = -1, int kCount>
 __device__ __forceinline__ void sum_over_lanes(float (&x)[kCount]) {
-  constexpr int kLeft = kCount * kStep / 32;
+  constexpr int kLeft = (kHeld < 0 ? kCount : kHeld) / 2;
   CUTE_UNROLL
   for (int i = 0; i < (kLeft < kKept ? kKept : 0); ++i) x[i] += __shfl_xor_sync(0xffffffffu, x[i], kStep);
   const bool upper = threadIdx.x & kStep;
@@ -223,7 +216,7 @@ __device__ __forceinline__ void sum_over_lanes(float (&x)[kCount]) {
     const float give = upper ? x[i] : x[i + kLeft], keep = upper ? x[i + kLeft] : x[i];
     x[i] = keep + __shfl_xor_sync(0xffffffffu, give, kStep);
   }
-  if constexpr (kStep > kLowest) sum_over_lanes<kKept, kLowest, kStep / 2>(x);
+  if constexpr (kStep > kLowest) sum_over_lanes<kKept, kLowest, kStep / 2, kLeft>(x);
 }
 // Eight lanes (lane / 4) share columns 8 n + 2 (lane % 4) and the next, n < 8 or n < 4; their sums end in
 // lanes with n = lane / 4, or n = lane / 8.
@@ -232,7 +225,7 @@ __device__ __forceinline__ float2 sum_over_rows(float (&column)[kColumns]) {
   sum_over_lanes<2, 4>(column);
   return {column[0], column[1]};
 }
-template <int kColumns = 16>
+template <int kColumns>
 __device__ __forceinline__ int column_after_sum() {
   const int lane = threadIdx.x % 32;
   return 8 * (lane / (64 / kColumns)) + 2 * (lane % 4);
@@ -245,7 +238,7 @@ template <class Acc>
 __device__ __forceinline__ void pair_sums(const Acc& m, int warp, float (&sum)[2]) {
   using Half = cutlass::bfloat16_t;
   const int lane = threadIdx.x % 32, quad = lane % 4, r = lane / 4;
-  constexpr uint32_t kAll = 0xffffffffu, kOnes = 0x3f803f80u;
+  constexpr uint32_t kOnes = 0x3f803f80u;
   const uint32_t below = (2 * quad < r ? kOnes & 0xffffu : 0u) | (2 * quad + 1 < r ? kOnes << 16 : 0u);
   const uint32_t ones[4] = {kOnes, kOnes, kOnes, kOnes}, triangle[4] = {below, kOnes, 0u, below};
   float column[8] = {}, last[2] = {};  // of rows t; of those of the block on the diagonal
@@ -285,17 +278,8 @@ __device__ __forceinline__ void pair_sums(const Acc& m, int warp, float (&sum)[2
   CUTE_UNROLL
   for (int x = 0; x < 8; ++x)
     if (x / 2 == warp) column[x] = last[x % 2];
-  float half[4];
-  CUTE_UNROLL
-  for (int x = 0; x < 4; ++x) {
-    const float give = quad & 2 ? column[x] : column[x + 4], keep = quad & 2 ? column[x + 4] : column[x];
-    half[x] = keep + __shfl_xor_sync(kAll, give, 2);
-  }
-  CUTE_UNROLL
-  for (int x = 0; x < 2; ++x) {
-    const float give = quad & 1 ? half[x] : half[x + 2], keep = quad & 1 ? half[x + 2] : half[x];
-    sum[x] = keep + __shfl_xor_sync(kAll, give, 1);
-  }
+  sum_over_lanes<2, 1, 2>(column);
+  sum[0] = column[0], sum[1] = column[1];
 }
 
 // ---- Out ----

@@ -10,6 +10,7 @@
 
 #include "delta/channel_levels.cuh"
 #include "delta/prepare_steps_sm90.cuh"
+#include "nearfield/matrices.cuh"
 
 namespace nearfield::delta {
 
@@ -31,9 +32,7 @@ struct PrepareChannelTraits {
   static constexpr bool kLow = std::is_same_v<Tag, bf16>;
   // Diagonal blocks are products of float16, for its digits, with rows scaled for its exponents.
   static constexpr bool kScaled = !std::is_same_v<Element, cutlass::half_t>;
-  using LevelProduct = SM80_16x8x16_F32F16F16F32_TN;
-  using Product = std::conditional_t<std::is_same_v<Element, cutlass::half_t>, SM80_16x8x16_F32F16F16F32_TN,
-                                     SM80_16x8x16_F32BF16BF16F32_TN>;
+  using LevelElement = cutlass::half_t;
 
   struct Storage {                   // of a chunk
     alignas(1024) Element k[kTile];  // K, then the k of L: [K / 64][64][64]; block 0 R of block 0 for block 2
@@ -114,10 +113,7 @@ struct PairInShared {
 // Four 8 x 8 matrices from such tiles; `start`: this lane's row and, swizzled, its place among the first
 // pieces.
 __device__ __forceinline__ void load_matrices(uint32_t start, int tile, int piece, uint32_t (&to)[4]) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-               : "r"((start ^ (piece * 16)) + tile)
-               : "memory");
+  nearfield::load_matrices((start ^ (piece * 16)) + tile, to);
 }
 // Matrices of rows `down` times 8 and pieces `right`.
 __device__ __forceinline__ uint32_t matrix_start(int down, int right) {
@@ -128,7 +124,7 @@ template <class Storage, class T>
 __device__ __forceinline__ int bytes_to(const Storage& s, const T* member) {
   return static_cast<int>(reinterpret_cast<const char*>(member) - reinterpret_cast<const char*>(&s));
 }
-// The same in global memory, where that leaves the upper half of the address alone.
+// As PairInShared, in global memory, where that leaves the upper half of the address alone.
 template <class Element>
 __device__ __forceinline__ void put_pair_at(Element* image, int i, uint32_t pair) {
   constexpr int kRowBytes = kImageColumns * 2;
@@ -282,12 +278,8 @@ __device__ __forceinline__ void row_products(typename Traits::Storage& s, const 
       uint32_t left[4], right[4];
       load_matrices(left_start, h * 1024, piece, left);
       load_matrices(right_start, h * 1024, piece, right);
-      const auto product = [&](float (&c)[4], uint32_t b0, uint32_t b1) {
-        Traits::Product::fma(c[0], c[1], c[2], c[3], left[0], left[1], left[2], left[3], b0, b1, c[0], c[1],
-                             c[2], c[3]);
-      };
-      product(of_k[h], right[0], right[1]);
-      product(of_q[h], right[2], right[3]);
+      warp_mma<typename Traits::Element>(of_k[h], left, right[0], right[1]);
+      warp_mma<typename Traits::Element>(of_q[h], left, right[2], right[3]);
     }
   }
   const int row = lane / 4, odd = row % 2;
@@ -371,25 +363,18 @@ __device__ __forceinline__ float4 diagonal_level(typename Traits::Storage& s, co
   CUTE_UNROLL
   for (int i = 0; i < kLevelBlock; ++i)
     if (i & kStep) q[number_of<kLevel>(i)] = own.word(s, Traits::kScaled ? s.scaled_q : s.q, i);
-  CUTE_UNROLL
-  for (int m = kStep; m < kLevelBlock; m += 2 * kStep) {
-    put_with(number_of<kLevel>(m), own.k[m]);
-    put_with(8 + number_of<kLevel>(m), q[number_of<kLevel>(m)]);
-    float2 e = own.decay[m];
-    CUTE_UNROLL
-    for (int i = m + 1; i < m + kStep; ++i) {
-      const LevelDecay<Traits::kScaled> times(e);
-      put_with(number_of<kLevel>(i), times(own.k[i]));
-      put_with(8 + number_of<kLevel>(i), times(q[number_of<kLevel>(i)]));
-      e = e * own.decay[i];
-    }
-    e = own.decay[m - 1];
-    CUTE_UNROLL
-    for (int i = m - 1; i >= m - kStep; --i) {
-      put_without(number_of<kLevel>(i), LevelDecay<Traits::kScaled>(e)(own.k[i]));
-      if (i > m - kStep) e = e * own.decay[i - 1];
-    }
-  }
+  for_rows_of_level<kLevel>(
+      own.decay,
+      [&](int m) {
+        put_with(number_of<kLevel>(m), own.k[m]);
+        put_with(8 + number_of<kLevel>(m), q[number_of<kLevel>(m)]);
+      },
+      [&](int i, float2 e) {
+        const LevelDecay<Traits::kScaled> times(e);
+        put_with(number_of<kLevel>(i), times(own.k[i]));
+        put_with(8 + number_of<kLevel>(i), times(q[number_of<kLevel>(i)]));
+      },
+      [&](int i, float2 e) { put_without(number_of<kLevel>(i), LevelDecay<Traits::kScaled>(e)(own.k[i])); });
   __syncwarp();
   float sums[2][4] = {};  // a product waits for the last of the same sum
   CUTE_UNROLL
@@ -402,9 +387,7 @@ __device__ __forceinline__ float4 diagonal_level(typename Traits::Storage& s, co
       uint32_t left[4];
       load_matrices(start + own.number() * Traits::kPart * 2 + matrix_start(lane / 8 % 2, lane / 16),
                     bytes_to(s, s.right), piece + 2 * h, left);
-      float (&c)[4] = sums[h];
-      Traits::LevelProduct::fma(c[0], c[1], c[2], c[3], left[0], left[1], left[2], left[3], right[2 * h],
-                                right[2 * h + 1], c[0], c[1], c[2], c[3]);
+      warp_mma<typename Traits::LevelElement>(sums[h], left, right[2 * h], right[2 * h + 1]);
     }
   }
   return {sums[0][0] + sums[1][0], sums[0][1] + sums[1][1], sums[0][2] + sums[1][2], sums[0][3] + sums[1][3]};
@@ -613,12 +596,8 @@ struct BlockProduct {
         load_matrices(left_start, bytes_to(s, s.q + half * kImage), piece, q);
         CUTE_UNROLL
         for (int n = 0; n < 2; ++n) {
-          const auto product = [&](float (&c)[4], const uint32_t (&a)[4]) {
-            Traits::Product::fma(c[0], c[1], c[2], c[3], a[0], a[1], a[2], a[3], right[2 * n],
-                                 right[2 * n + 1], c[0], c[1], c[2], c[3]);
-          };
-          product(of_k[n], k);
-          product(of_q[n], q);
+          warp_mma<typename Traits::Element>(of_k[n], k, right[2 * n], right[2 * n + 1]);
+          warp_mma<typename Traits::Element>(of_q[n], q, right[2 * n], right[2 * n + 1]);
         }
       }
     }

@@ -94,7 +94,7 @@ __device__ void load_reverse(typename Traits::Storage& s, const ReverseMaps& map
     auto& rows = s.rows[at.stage];
     uint64_t* full = &s.ring.full[at.stage];
     const int64_t token = sequence.begin + static_cast<int64_t>(c) * kRows;
-    const int64_t chunk = (sequence.first_slot + c) * a.in.value_heads + head;
+    const int64_t chunk = chunk_index(a.in, sequence.first_slot + c, head);
     const auto copy = [&](Element* to, void* scratch, int images) {
       copy_in(to, static_cast<Element*>(scratch) + chunk * images * kImage, images * kImageBytes, full);
     };

@@ -1,8 +1,13 @@
 // Matrices of 8 x 8 16-bit elements between a warp's registers and shared memory, four at a time: 16 bytes a
-// lane, at addresses that the compiler takes as they are.
+// lane, at addresses that the compiler takes as they are. And what a warp multiplies them by.
 #pragma once
 
+#include <cutlass/bfloat16.h>
+#include <cutlass/half.h>
+
 #include <cstdint>
+#include <cute/arch/mma_sm80.hpp>
+#include <type_traits>
 
 namespace nearfield {
 
@@ -31,6 +36,14 @@ __device__ __forceinline__ void store_matrices_transposed(uint32_t at, uint32_t 
                :
                : "r"(at), "r"(a), "r"(b), "r"(c), "r"(d)
                : "memory");
+}
+
+// c += A B for a warp: (16 x 16) (16 x 8).
+template <class Element>
+__device__ __forceinline__ void warp_mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  using Mma = std::conditional_t<std::is_same_v<Element, cutlass::bfloat16_t>,
+                                 cute::SM80_16x8x16_F32BF16BF16F32_TN, cute::SM80_16x8x16_F32F16F16F32_TN>;
+  Mma::fma(c[0], c[1], c[2], c[3], a[0], a[1], a[2], a[3], b0, b1, c[0], c[1], c[2], c[3]);
 }
 
 }  // namespace nearfield
