@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -161,6 +162,22 @@ def correlated_keys(kind: str, shape: torch.Size) -> Tensor:
     else:
         k = 0.9 * F.normalize(base, dim=-1) + math.sqrt(1 - 0.81) * F.normalize(noise, dim=-1)
     return F.normalize(k.double(), dim=-1)
+
+
+def repeated_keys(some: slice, *, K: int = 128, **shape: Any) -> dict[str, Any]:
+    """Where keys repeat and writes are strong, a walk changes to its exact form on the way."""
+    args = make(K=K, strength=0.01, **shape)
+    args["k"][:, some] = correlated_keys("identical", args["k"][:, some].shape).to(args["k"].dtype)
+    args["beta"][:, some] = 1.9 * (0.9 + 0.1 * torch.rand(args["beta"][:, some].shape))
+    return args
+
+
+def kernels(run: Callable[[], Any]) -> list[Any]:
+    """What the GPU does in ``run``, as the profiler's events."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiled:
+        run()
+        torch.cuda.synchronize()
+    return list(profiled.events())
 
 
 def one_step(args: dict[str, Any], tokens: slice) -> dict[str, Any]:

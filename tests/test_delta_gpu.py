@@ -12,7 +12,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from delta_cases import L2_16BIT, SEQUENCES, correlated_keys, hostile_gates, make, name_of
+from delta_cases import (
+    L2_16BIT,
+    SEQUENCES,
+    correlated_keys,
+    hostile_gates,
+    kernels,
+    make,
+    name_of,
+    repeated_keys,
+)
 from delta_chunks import delta_rule_by_chunks
 from nearfield.delta import delta_rule, delta_rule_states, delta_rule_transition
 from torch import Tensor
@@ -96,21 +105,6 @@ def test_long_sequence() -> None:
     check(make(B=1, T=20000, H=1, HV=2, K=128, V=128, strength=0.01, dtype=torch.bfloat16))
 
 
-def repeated_keys(some: slice, *, K: int = 128, **shape: Any) -> dict[str, Any]:
-    """Where keys repeat and writes are strong, a walk changes to its exact form on the way."""
-    args = make(K=K, strength=0.01, **shape)
-    args["k"][:, some] = correlated_keys("identical", args["k"][:, some].shape).to(args["k"].dtype)
-    args["beta"][:, some] = 1.9 * (0.9 + 0.1 * torch.rand(args["beta"][:, some].shape))
-    return args
-
-
-def kernels(args: dict[str, Any]) -> list[Any]:
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiled:
-        delta_rule(**cuda(args))
-        torch.cuda.synchronize()
-    return list(profiled.events())
-
-
 def walks_beside(args: dict[str, Any], backend: str) -> bool:
     """Whether a walk starts before the last chunk is prepared, in any of some calls.
 
@@ -118,7 +112,7 @@ def walks_beside(args: dict[str, Any], backend: str) -> bool:
     """
 
     def once() -> bool:
-        events = kernels(args)
+        events = kernels(lambda: delta_rule(**cuda(args)))
         prepared = [event.time_range.end for event in events if "prepare" in event.name]
         walked = [event.time_range.start for event in events if re.search("state_pass|walk", event.name)]
         return min(walked) < max(prepared)
@@ -166,7 +160,8 @@ def test_heads_in_clusters(
     HV, T = shape
     args = repeated_keys(repeated, B=2, T=T, H=HV // 2, HV=HV, V=128, gate=gate, dtype=dtype)
     check(args, factor=2 if repeated.stop else 1)
-    assert any("head_cluster" in event.name for event in kernels(args)) == (backend == "hopper")
+    events = kernels(lambda: delta_rule(**cuda(args)))
+    assert any("head_cluster" in event.name for event in events) == (backend == "hopper")
     first = delta_rule(**cuda(args))[0]
     for _ in range(5):
         assert torch.equal(first, delta_rule(**cuda(args))[0])
@@ -206,7 +201,7 @@ def test_heads_beside_clusters(
     graph.replay()
     for captured in twice:
         assert all(map(torch.equal, first, captured))
-    names = [event.name for event in kernels(args)]
+    names = [event.name for event in kernels(lambda: delta_rule(**args))]
     for kernel in ("head_cluster", "prepare", "state_pass"):
         assert any(kernel in name for name in names)
 
