@@ -619,7 +619,7 @@ struct BlockProduct {
         const float2 a = scaled(of_k[n], s.a_row[i]), p = scaled(of_q[n], s.p_row[i]);
         uint32_t high, low;
         split_pair(a.x, a.y, high, low);
-        const int at = SplitBlocks::piece_at(row, n) + 2 * t;
+        const int at = block_piece_at(row, n) + 2 * t;
         *reinterpret_cast<uint32_t*>(&s.a.high[block][at]) = high;
         *reinterpret_cast<uint32_t*>(&s.a.low[block][at]) = low;
         high = pack<Element>(p.x, p.y);

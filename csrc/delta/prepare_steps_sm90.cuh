@@ -71,7 +71,7 @@ __device__ __forceinline__ void put_pair(SplitBlocks& a, TriangularScratch& tria
   if (n / 2 < warp) {
     uint32_t high, low;
     split_pair(a0, a1, high, low);
-    const int block = SplitBlocks::index(warp, n / 2), at = SplitBlocks::piece_at(i % 16, n % 2) + column;
+    const int block = SplitBlocks::index(warp, n / 2), at = block_piece_at(i % 16, n % 2) + column;
     *reinterpret_cast<uint32_t*>(&a.high[block][at]) = high;
     *reinterpret_cast<uint32_t*>(&a.low[block][at]) = low;
   } else if (n / 2 == warp) {
@@ -121,7 +121,7 @@ __device__ __forceinline__ float put_other_blocks(SplitBlocks& a, TriangularScra
     const auto load_a = [&](int I, int M) {
       SplitFragment f;
       const int block = SplitBlocks::index(I, M);
-      const int at = SplitBlocks::piece_at(lane / 16 * 8 + lane % 8, lane / 8 % 2);
+      const int at = block_piece_at(lane / 16 * 8 + lane % 8, lane / 8 % 2);
       SM75_U32x4_LDSM_N::copy(reinterpret_cast<uint128_t&>(a.high[block][at]), f.high[0], f.high[1],
                               f.high[2], f.high[3]);
       SM75_U32x4_LDSM_N::copy(reinterpret_cast<uint128_t&>(a.low[block][at]), f.low[0], f.low[1], f.low[2],
