@@ -147,10 +147,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> delta
     const bool given = defined(kept) && kept->numel() > 0;
     const int64_t kept_bytes = KeptSm90(in, nullptr).bytes;
     if (given) check_kept(op, *kept, q, kept_bytes);
-    const KeptSm90 start(in, given ? kept->mutable_data_ptr() : scratch.bytes(q, kept_bytes));
+    KeptSm90 start(in, given ? kept->mutable_data_ptr() : scratch.bytes(q, kept_bytes));
     void* stream = current_stream(q);
     const int64_t sms = device_info(q.get_device_index()).num_sms;
     if (!given) {
+      if (!in.channel_gate) {
+        allocate_apart(scratch, q, in, false);
+        start.chunks.N = scratch.chunks.N;
+      }
       const int64_t slots = ChunkSlots(in).total;
       check_launch(op, choice.prepare.prepare({in, start.chunks, slots, static_cast<int>(sms)}, stream));
       StatePassArgs pass{in, start.chunks};
