@@ -88,14 +88,14 @@ BackwardChoice choose_backward(const char* op, const Inputs& x) {
 // memory that it takes from the walk included.
 constexpr double kWalkUs = 1.7, kGradientUs = 14, kChannelGradientUs = 28;
 
-// How many of 16 chunks the SMs that the walk leaves free take meanwhile: all, where they nearly can.
-uint32_t early_chunks(const InputsSm90& in, int64_t sms) {
+// How many of 8 pairs of chunks the SMs that the walk leaves free take meanwhile: all, where they nearly can.
+uint32_t early_pairs(const InputsSm90& in, int64_t sms) {
   const int64_t tiles = (in.value_dim + kImageColumns - 1) / kImageColumns;
   const int64_t heads = in.sequences * in.value_heads, free = std::max<int64_t>(0, sms - heads * tiles);
   const double us = in.channel_gate ? kChannelGradientUs : kGradientUs;
   const double share =
       static_cast<double>(free) * kWalkUs / (us * static_cast<double>(heads * value_blocks(in)));
-  return share > 0.6 ? 16 : static_cast<uint32_t>(16 * share);
+  return share > 0.6 ? 8 : static_cast<uint32_t>(8 * share);
 }
 
 // ---- Operator ----
@@ -179,7 +179,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> delta
     gradient.d_o = pass.d_o, gradient.dv = rows<void>(dv);
     gradient.y = pass.y, gradient.v_new = start.v_new;
     gradient.announced = pass.announced;
-    gradient.early = early_chunks(in, sms);
+    gradient.early = early_pairs(in, sms);
     gradient.states = start.states, gradient.d_states = pass.d_states;
     gradient.dq = dq.mutable_data_ptr(), gradient.dk = dk.mutable_data_ptr();
     const int64_t blocks = value_blocks(in), rows_of_blocks = x.B * x.T * x.HV * blocks;
