@@ -86,16 +86,16 @@ BackwardChoice choose_backward(const char* op, const Inputs& x) {
 
 // On an H100, in microseconds: a chunk of the walk, and what a chunk of the gradient beside it costs an SM,
 // memory that it takes from the walk included.
-constexpr double kWalkUs = 1.7, kGradientUs = 14, kChannelGradientUs = 28;
+constexpr double kWalkUs = 1.7, kGradientUs = 11, kChannelGradientUs = 28;
 
-// How many of 8 pairs of chunks the SMs that the walk leaves free take meanwhile: all, where they nearly can.
+// How many of 16 pairs of chunks the SMs that the walk leaves free take meanwhile: all, where they nearly can.
 uint32_t early_pairs(const InputsSm90& in, int64_t sms) {
   const int64_t tiles = (in.value_dim + kImageColumns - 1) / kImageColumns;
   const int64_t heads = in.sequences * in.value_heads, free = std::max<int64_t>(0, sms - heads * tiles);
   const double us = in.channel_gate ? kChannelGradientUs : kGradientUs;
   const double share =
       static_cast<double>(free) * kWalkUs / (us * static_cast<double>(heads * value_blocks(in)));
-  return share > 0.6 ? 8 : static_cast<uint32_t>(8 * share);
+  return share > 0.6 ? 16 : static_cast<uint32_t>(16 * share);
 }
 
 // ---- Operator ----

@@ -18,40 +18,39 @@ struct GradientGrid {
   cutlass::FastDivmod blocks, value_heads, sequences, group, early, late;
   int tiles, slots;  // of a value head; of a sequence, or packed of all
 
-  GradientGrid(const InputsSm90& in, uint32_t early_pairs) {
+  GradientGrid(const InputsSm90& in, uint32_t early_of_16) {
     const auto divide_by = [](int64_t n) {
       return cutlass::FastDivmod(static_cast<int>(std::max<int64_t>(n, 1)));
     };
     const bool packed = in.cu_seqlens != nullptr;
     blocks = divide_by(value_blocks(in)), value_heads = divide_by(in.value_heads);
     sequences = divide_by(packed ? 1 : in.sequences), group = divide_by(in.value_heads / in.heads);
-    early = divide_by(early_pairs), late = divide_by(8 - early_pairs);
+    early = divide_by(early_of_16), late = divide_by(16 - early_of_16);
     tiles = static_cast<int>((in.value_dim + kImageColumns - 1) / kImageColumns);
     slots = static_cast<int>(ChunkSlots(in).total / (packed ? 1 : in.sequences));
   }
 };
 
 // The walk goes from the last chunk of a sequence to the first, and announces chunks faster than the SMs that
-// it leaves free can take them. So CTAs first take `early` of every 8 pairs, evenly spread and close
-// behind the walk, while the L2 cache still has what it wrote; then the others, those it wrote last first. An odd chunk
-// and the even one before it read the same S, and K and V' of the latter twice: they are taken together.
-// Returns how many of the chunks of a sequence the walk has done before the `which`-th that is taken.
+// it leaves free can take them. So CTAs first take `early` of every 16 pairs, evenly spread and close behind
+// the walk, while the L2 cache still has what it read and wrote; then the others, those it wrote last first.
+// An odd chunk and the even one before it need the same S, and K and V' of the latter: they are taken
+// together. Returns how many of the chunks of a sequence the walk has done before the `which`-th that is
+// taken.
 __device__ __forceinline__ int done_before(int which, int early, const GradientGrid& grid) {
-  const int alone = grid.slots % 2;  // the last chunk
+  const int alone = grid.slots % 2;  // the last chunk, which comes first
   if (which < alone) return 0;
-  const int pairs = grid.slots / 2, groups = pairs / 8, late = 8 - early;
-  const int pair = (which - alone) / 2, second = (which - alone) % 2, left = pairs - 1 - pair;
-  const auto from = [&](int done, int in_pair) { return alone + 2 * done + in_pair; };
+  const int pairs = grid.slots / 2, pair = (which - alone) / 2, second = (which - alone) % 2;
+  const int early_pairs = pairs * early / 16;
   int q, r;
-  if (pair < groups * early) {
+  if (pair < early_pairs) {
     grid.early(q, r, pair);
-    return from(q * 8 + grid.early.div((r + 1) * 8 + early - 1) - 1, second);
+    const int done = q * 16 + grid.early.div((r + 1) * 16 + early - 1) - 1;
+    return alone + 2 * done + second;
   }
-  if (left < groups * late) {
-    grid.late(q, r, left);
-    return from(q * 8 + grid.late.div(r * 8), 1 - second);
-  }
-  return from(left + groups * early, 1 - second);
+  grid.late(q, r, pairs - 1 - pair);
+  const int done = q * 16 + grid.late.div(r * 16);
+  return alone + 2 * done + 1 - second;
 }
 
 // A CTA has a slot, a value head and a block of its values.

@@ -74,7 +74,7 @@ struct ChunkGradientArgs {
   // The launch may begin when the last CTA of the reverse pass has; a chunk waits for what this announces
   // (see ReversePassArgs). states and v_new are there already.
   const int* announced;
-  uint32_t early;  // so many of 8 pairs of chunks are taken while the walk is on
+  uint32_t early;  // so many of 16 pairs of chunks are taken while the walk is on
   // One value head per key head and one block: dq and dk [B, T, H, K] contiguous. Else *_heads: [B, T, HV,
   // blocks, K] contiguous, gradients of what is normalised, times the factor of the norm.
   void *dq, *dk;
