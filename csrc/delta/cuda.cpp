@@ -60,7 +60,7 @@ struct LastHeads {
   }
   ChunkScratch scratch(ChunkScratch s) const {
     s.rows += chunk;
-    for (void** image : {&s.N, &s.P, &s.N_low, &s.P_low}) *image = images(*image, 1);
+    for (void** image : {&s.N, &s.P, &s.NP, &s.N_low, &s.P_low}) *image = images(*image, 1);
     if (s.hard != nullptr) s.hard += chunk;
     return s;
   }
@@ -119,6 +119,8 @@ Results forward(Tensor q, Tensor k, Tensor v, Tensor beta, OptTensor g, OptTenso
     kept = allocate(q, {KeptSm90(in, nullptr).bytes}, ScalarType::Byte);
     const KeptSm90 parts(in, kept.mutable_data_ptr());
     scratch.chunks = parts.chunks, entering = parts.states, v_new = parts.v_new;
+    // For the last heads, too, which have their places among all.
+    if (!in.channel_gate && (plan.parts.empty() || plan.rest > 0)) allocate_apart(scratch, q, in, true);
   } else if (plan.parts.empty()) {
     scratch = allocate_scratch(q, in, choice, plan.prepare_P);
   }

@@ -32,22 +32,25 @@ struct GradientGrid {
 };
 
 // The walk goes from the last chunk of a sequence to the first, and announces chunks faster than the SMs that
-// it leaves free can take them. So CTAs first take `early` of every 16, evenly spread and close behind the
-// walk, while the L2 cache still has what it wrote; then the others, those it wrote last first. Returns how
-// many of the chunks of a sequence the walk has done before the `which`-th that is taken.
+// it leaves free can take them. So CTAs first take `early` of every 16 pairs, evenly spread and close behind
+// the walk, while the L2 cache still has what it read and wrote; then the others, those it wrote last first.
+// An odd chunk and the even one before it need the same S, and K and V' of the latter: they are taken
+// together. Returns how many of the chunks of a sequence the walk has done before the `which`-th that is
+// taken.
 __device__ __forceinline__ int done_before(int which, int early, const GradientGrid& grid) {
-  const int groups = grid.slots / 16, late = 16 - early;
+  const int alone = grid.slots % 2;  // the last chunk, which comes first
+  if (which < alone) return 0;
+  const int pairs = grid.slots / 2, pair = (which - alone) / 2, second = (which - alone) % 2;
+  const int early_pairs = pairs * early / 16;
   int q, r;
-  if (which < groups * early) {
-    grid.early(q, r, which);
-    return q * 16 + grid.early.div((r + 1) * 16 + early - 1) - 1;
+  if (pair < early_pairs) {
+    grid.early(q, r, pair);
+    const int done = q * 16 + grid.early.div((r + 1) * 16 + early - 1) - 1;
+    return alone + 2 * done + second;
   }
-  const int left = grid.slots - 1 - which;
-  if (left < groups * late) {
-    grid.late(q, r, left);
-    return q * 16 + grid.late.div(r * 16);
-  }
-  return left + groups * early;
+  grid.late(q, r, pairs - 1 - pair);
+  const int done = q * 16 + grid.late.div(r * 16);
+  return alone + 2 * done + 1 - second;
 }
 
 // A CTA has a slot, a value head and a block of its values.

@@ -25,7 +25,7 @@ struct HeadClusterTraits {
   using Walk =
       StatePassTraits<Tag, kKeyDim, /*kChannelGate=*/false, /*kOutput=*/true, /*kComputeP=*/false, kKeep,
                       /*kInCluster=*/true>;
-  using Prepare = PrepareTraits<Tag, kKeyDim, /*kWithP=*/true>;
+  using Prepare = PrepareTraits<Tag, kKeyDim, /*kWithP=*/true, kKeep>;
   static constexpr int kWalks = 2, kPreparing = kHeadCluster - kWalks;  // CTAs; walks come first
   static constexpr int kGroups = Prepare::kGroups, kPreparers = kPreparing * kGroups;  // warpgroups
   static constexpr int kStages = Walk::kStages;
@@ -91,8 +91,7 @@ struct ToWalks {
       const ChunkScratch& kept = args.scratch;
       const int64_t index = place.index;
       copy_out(kept.rows + index, &s.rows[turn % 2], sizeof(ChunkRows), kHint);
-      copy_out(static_cast<char*>(kept.N) + index * kImageBytes, s.n, kImageBytes, kHint);
-      copy_out(static_cast<char*>(kept.P) + index * kImageBytes, s.p, kImageBytes, kHint);
+      copy_out(static_cast<char*>(kept.NP) + index * kImageBytes, s.np, kImageBytes, kHint);
       tma_store_arrive();
     }
     Barrier::wait(&shared().room[group], turn % 2);

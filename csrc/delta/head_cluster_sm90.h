@@ -6,7 +6,8 @@
 namespace nearfield::delta {
 
 // For sequences that are not packed, a gate per head, 65 to 128 values, without states on the way, spans and
-// transitions. Of the scratch the low halves only, or, if states and V' are kept, all of it.
+// transitions. Of the scratch the low halves only and, if states and V' are kept, rows
+// and NP.
 struct HeadClusterArgs : StatePassArgs {
   static constexpr int kCluster = 4;  // CTAs
   // What a cluster walks over: chunks of a sequence and value head. A part in the middle of one takes its

@@ -169,6 +169,13 @@ inline Scratch allocate_scratch(const Tensor& like, const InputsSm90& in, const 
   return s;
 }
 
+// N and, with_P, P for a walk of the forward whose chunks keep NP.
+inline void allocate_apart(Scratch& s, const Tensor& like, const InputsSm90& in, bool with_P) {
+  const int64_t bytes = ChunkSlots(in).total * in.value_heads * kImage * 2;
+  s.chunks.N = s.bytes(like, bytes);
+  if (with_P) s.chunks.P = s.bytes(like, bytes);
+}
+
 // For hard chunks.
 inline void allocate_low_halves(Scratch& s, const Tensor& like, const InputsSm90& in,
                                 const KernelChoice& choice, bool with_P) {

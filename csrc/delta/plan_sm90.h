@@ -43,7 +43,8 @@ struct Plan {
 // So many rows of so many chunks for so many clusters at once: all chunks in a line, cut into pieces at least
 // as long as a row. A cluster first takes what its piece has of a row that goes on in the next one, so that
 // the rest of that, which the cluster of the next piece takes last, need not wait. Clusters are free in the
-// order of these beginnings, so the longest rests come first.
+// order of the lengths of these beginnings, so the longest rests come first. Of the beginnings the longest
+// come first, too: by measurement, as the hardware does not always give the place that is free to the next.
 inline std::vector<HeadClusterArgs::Part> cut_heads(int64_t rows, int64_t chunks, int64_t clusters) {
   std::vector<HeadClusterArgs::Part> parts, rests;
   const int64_t piece = std::max(chunks, ceil_div(rows * chunks, clusters));
@@ -61,8 +62,10 @@ inline std::vector<HeadClusterArgs::Part> cut_heads(int64_t rows, int64_t chunks
     parts.push_back(whole(row, 0, cut)), parts.back().to = place;
     rests.push_back(whole(row, cut, chunks)), rests.back().from = place;
   }
-  std::stable_sort(rests.begin(), rests.end(),
-                   [](const auto& a, const auto& b) { return a.end - a.begin > b.end - b.begin; });
+  for (auto* some : {&parts, &rests}) {
+    std::stable_sort(some->begin(), some->end(),
+                     [](const auto& a, const auto& b) { return a.end - a.begin > b.end - b.begin; });
+  }
   parts.insert(parts.end(), rests.begin(), rests.end());
   return parts;
 }

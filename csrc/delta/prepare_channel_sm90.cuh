@@ -619,7 +619,7 @@ struct BlockProduct {
         const float2 a = scaled(of_k[n], s.a_row[i]), p = scaled(of_q[n], s.p_row[i]);
         uint32_t high, low;
         split_pair(a.x, a.y, high, low);
-        const int at = SplitBlocks::piece_at(row, n) + 2 * t;
+        const int at = block_piece_at(row, n) + 2 * t;
         *reinterpret_cast<uint32_t*>(&s.a.high[block][at]) = high;
         *reinterpret_cast<uint32_t*>(&s.a.low[block][at]) = low;
         high = pack<Element>(p.x, p.y);
@@ -751,7 +751,7 @@ __device__ __forceinline__ uint32_t prepare_channel_chunk(typename Traits::Stora
   const int64_t index = now_index();
   const auto to = [&](void* scratch) { return static_cast<Element*>(scratch) + index * kImage; };
   if (warp < 4) {
-    put_squares(s.squares, put_other_blocks<false>(s.a, s.triangular, s.n, s.n, squares));
+    put_squares(s.squares, put_other_blocks<Second::kNothing>(s.a, s.triangular, s.n, s.n, squares));
     cutlass::arch::fence_view_async_shared();
   } else if (sends) {
     if (kBeside && s.now.turn > 0) announce(args, s.sent.index, s.sent.hard);  // while it would only wait
@@ -778,7 +778,7 @@ __device__ __forceinline__ uint32_t prepare_channel_chunk(typename Traits::Stora
   if (!hard) return next_turn;
   sync();  // the results have been read
   if (warp < 4) {
-    invert<true>(s.a, s.triangular, s.n, s.n_low, barrier + 1);
+    invert<Second::kLost>(s.a, s.triangular, s.n, s.n_low, barrier + 1);
     cutlass::arch::fence_view_async_shared();
   }
   if (owns) {

@@ -12,11 +12,13 @@ namespace nearfield::delta {
 
 // ---- Layouts and storage ----
 
-template <class Tag, int kKeyDim_, bool kWithP_>
+// kPack: beside N and P the image of both for the backward.
+template <class Tag, int kKeyDim_, bool kWithP_, bool kPack_ = false>
 struct PrepareTraits {
   using Element = element_t<Tag>;
   static constexpr int kKeyDim = kKeyDim_;
-  static constexpr bool kWithP = kWithP_;
+  static constexpr bool kWithP = kWithP_, kPack = kPack_;
+  static_assert(kWithP || !kPack);
   static constexpr int kTile = kKeyDim * kRows;   // elements
   static constexpr int kGroups = kWithP ? 3 : 4;  // warpgroups
   static constexpr int kThreads = kGroups * 128;
@@ -28,6 +30,8 @@ struct PrepareTraits {
     alignas(1024) Element q[kWithP ? kTile : 0];
     alignas(1024) Element n[kImage];
     alignas(1024) Element p[kImage];  // without P for low halves only
+    static constexpr bool kPack = kPack_;
+    alignas(1024) Element np[kPack ? kImage : 0];
     SplitBlocks a;
     alignas(128) ChunkRows rows[2];  // of this chunk, and of the one that leaves
     TriangularScratch triangular;
@@ -89,8 +93,10 @@ struct ToMemory {
   __device__ __forceinline__ void send(Group& s, uint32_t turn, const ChunkPlace& place, bool hard) {
     const ChunkScratch& to = args.scratch;
     copy_out(to.rows + place.index, &s.rows[turn % 2], sizeof(ChunkRows));
-    copy_out(static_cast<char*>(to.N) + place.index * kImageBytes, s.n, kImageBytes);
-    if (to.P != nullptr) copy_out(static_cast<char*>(to.P) + place.index * kImageBytes, s.p, kImageBytes);
+    const auto image = [&](void* images) { return static_cast<char*>(images) + place.index * kImageBytes; };
+    copy_out(image(to.N), s.n, kImageBytes);
+    if (to.P != nullptr) copy_out(image(to.P), s.p, kImageBytes);
+    if constexpr (Group::kPack) copy_out(image(to.NP), s.np, kImageBytes);
     if (to.hard != nullptr) to.hard[place.index] = hard ? 1.f : 0.f;
     tma_store_arrive();
     sent = place.index, sent_hard = hard;
@@ -204,7 +210,12 @@ __device__ __forceinline__ void prepare_chunk(typename Traits::Group& s, const F
   to.wait_taken(turn);
   if constexpr (To::kFetchLate) fetch_next();
   if constexpr (Traits::kWithP) store_rows(s.p, warp, p_words);
-  put_squares(s.squares, invert<false>(s.a, s.triangular, s.n, s.n, barrier));
+  if constexpr (Traits::kPack) {
+    store_upper(s.np, warp, p_words);
+    put_squares(s.squares, invert<Second::kBelow>(s.a, s.triangular, s.n, s.np, barrier));
+  } else {
+    put_squares(s.squares, invert<Second::kNothing>(s.a, s.triangular, s.n, s.n, barrier));
+  }
   cutlass::arch::fence_view_async_shared();
   if (sends) to.tell();
   sync();
@@ -220,7 +231,7 @@ __device__ __forceinline__ void prepare_chunk(typename Traits::Group& s, const F
       }
       sync();
     };
-    invert<true>(s.a, s.triangular, s.n, s.p, barrier);
+    invert<Second::kLost>(s.a, s.triangular, s.n, s.p, barrier);
     send_low(scratch.N_low);
     if constexpr (Traits::kWithP) {
       store_rows(s.p, warp, p_low);
@@ -309,6 +320,9 @@ int prepare_sm90<Tag, kKeyDim, kChannelGate>::run(const PrepareArgs& args, void*
       return launch_prepare<typename Traits::Storage>(prepare_kernel<Traits>, ctas, Traits::kThreads, args,
                                                       kBf16, stream);
     };
+    if constexpr (kKeyDim == 128) {
+      if (args.scratch.NP != nullptr) return launch(PrepareTraits<Tag, kKeyDim, true, true>{});
+    }
     return args.scratch.P != nullptr ? launch(PrepareTraits<Tag, kKeyDim, true>{})
                                      : launch(PrepareTraits<Tag, kKeyDim, false>{});
   }

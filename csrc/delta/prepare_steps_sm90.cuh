@@ -71,7 +71,7 @@ __device__ __forceinline__ void put_pair(SplitBlocks& a, TriangularScratch& tria
   if (n / 2 < warp) {
     uint32_t high, low;
     split_pair(a0, a1, high, low);
-    const int block = SplitBlocks::index(warp, n / 2), at = SplitBlocks::piece_at(i % 16, n % 2) + column;
+    const int block = SplitBlocks::index(warp, n / 2), at = block_piece_at(i % 16, n % 2) + column;
     *reinterpret_cast<uint32_t*>(&a.high[block][at]) = high;
     *reinterpret_cast<uint32_t*>(&a.low[block][at]) = low;
   } else if (n / 2 == warp) {
@@ -80,9 +80,12 @@ __device__ __forceinline__ void put_pair(SplitBlocks& a, TriangularScratch& tria
   }
 }
 
+// What goes to a second image beside N: nothing; what rounding lost; N again, but only below its diagonal.
+enum class Second { kNothing, kLost, kBelow };
+
 // Column `lane` of a diagonal block of N, which this lane has, to rows and columns 16 block of the image;
-// rounded(a, b) of two neighbors.
-template <class Element, class Rounded>
+// rounded(a, b) of two neighbors. With kBelow only what is below the diagonal.
+template <bool kBelow = false, class Element, class Rounded>
 __device__ __forceinline__ void put_column(Element* image, int block, const float (&column)[16],
                                            const Rounded& rounded) {
   const int lane = threadIdx.x % 32;
@@ -91,6 +94,7 @@ __device__ __forceinline__ void put_column(Element* image, int block, const floa
   for (int i = 0; i < 16; i += 2) {
     const uint32_t pair = rounded(i > lane ? column[i] : 0.f, i + 1 > lane ? column[i + 1] : 0.f);
     const auto put = [&](int row, uint32_t bits) {
+      if (kBelow && row <= lane) return;
       Element* at = image_piece(image, 16 * block + row, 2 * block + lane / 8) + lane % 8;
       *reinterpret_cast<uint16_t*>(at) = static_cast<uint16_t>(bits);
     };
@@ -112,16 +116,15 @@ __device__ __forceinline__ float put_column(Element* image, int block, const flo
 }
 
 // A warpgroup, once the diagonal blocks are inverted: the others of N. Adds the squares that this thread has.
-// With kLow `low` receives what rounding lost.
-template <bool kLow, class Element>
+template <Second kSecond, class Element>
 __device__ __forceinline__ float put_other_blocks(SplitBlocks& a, TriangularScratch& triangular,
-                                                  Element* image, Element* low, float squares) {
+                                                  Element* image, Element* second, float squares) {
   const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   if (warp < 3) {
     const auto load_a = [&](int I, int M) {
       SplitFragment f;
       const int block = SplitBlocks::index(I, M);
-      const int at = SplitBlocks::piece_at(lane / 16 * 8 + lane % 8, lane / 8 % 2);
+      const int at = block_piece_at(lane / 16 * 8 + lane % 8, lane / 8 % 2);
       SM75_U32x4_LDSM_N::copy(reinterpret_cast<uint128_t&>(a.high[block][at]), f.high[0], f.high[1],
                               f.high[2], f.high[3]);
       SM75_U32x4_LDSM_N::copy(reinterpret_cast<uint128_t&>(a.low[block][at]), f.low[0], f.low[1], f.low[2],
@@ -139,9 +142,10 @@ __device__ __forceinline__ float put_other_blocks(SplitBlocks& a, TriangularScra
       }
       SM90_U16x8_STSM_T::copy(words[0], words[1], words[2], words[3],
                               matrices_at<false>(image, 16 * I, 2 * warp));
-      if constexpr (kLow) {
-        SM90_U16x8_STSM_T::copy(lost[0], lost[1], lost[2], lost[3],
-                                matrices_at<false>(low, 16 * I, 2 * warp));
+      const auto& again = kSecond == Second::kLost ? lost : words;
+      if constexpr (kSecond != Second::kNothing) {
+        SM90_U16x8_STSM_T::copy(again[0], again[1], again[2], again[3],
+                                matrices_at<false>(second, 16 * I, 2 * warp));
       }
     };
     solve_block_column(triangular, warp, load_a, store);
@@ -150,28 +154,43 @@ __device__ __forceinline__ float put_other_blocks(SplitBlocks& a, TriangularScra
       const int row = x / 2 % kRows, piece = 2 * (x / (2 * kRows) + 1) + x % 2;
       if (piece / 2 <= row / 16) continue;
       *reinterpret_cast<uint4*>(image_piece(image, row, piece)) = uint4{0, 0, 0, 0};
-      if constexpr (kLow) *reinterpret_cast<uint4*>(image_piece(low, row, piece)) = uint4{0, 0, 0, 0};
+      if constexpr (kSecond == Second::kLost)
+        *reinterpret_cast<uint4*>(image_piece(second, row, piece)) = uint4{0, 0, 0, 0};
     }
   }
   return squares;
 }
 
 // A warpgroup, which `barrier` is for, after put_pair of the whole lower triangle. Returns the sum of the
-// squares of N that this thread has. With kLow, once more: `low` receives what rounding lost.
-template <bool kLow, class Element>
+// squares of N that this thread has. May be called once more, for what rounding lost.
+template <Second kSecond, class Element>
 __device__ __forceinline__ float invert(SplitBlocks& a, TriangularScratch& triangular, Element* image,
-                                        Element* low, uint32_t barrier = 1) {
+                                        Element* second, uint32_t barrier = 1) {
   const int warp = threadIdx.x / 32 % 4;
   __syncwarp();
   float column[16];
   invert_diagonal_block(triangular, warp, column);
   const float squares = put_column(image, warp, column);
+  if constexpr (kSecond == Second::kBelow)
+    put_column<true>(second, warp, column, [](float a, float b) { return pack<Element>(a, b); });
   cutlass::arch::NamedBarrier::sync(128, barrier);
-  if constexpr (kLow) {
-    put_column(low, warp, column,
+  if constexpr (kSecond == Second::kLost) {
+    put_column(second, warp, column,
                [](float a, float b) { return pack_low<Element>(a, b, pack<Element>(a, b)); });
   }
-  return put_other_blocks<kLow>(a, triangular, image, low, squares);
+  return put_other_blocks<kSecond>(a, triangular, image, second, squares);
+}
+
+// The transpose of a warp's 16 rows of P, words in accumulator order, to the blocks of an image on and above
+// the diagonal.
+template <class Element>
+__device__ __forceinline__ void store_upper(Element* image, int warp, const uint32_t (&words)[16]) {
+  CUTE_UNROLL
+  for (int J = 0; J < 4; ++J) {
+    if (J > warp) break;
+    SM90_U16x8_STSM_T::copy(words[4 * J], words[4 * J + 1], words[4 * J + 2], words[4 * J + 3],
+                            matrices_at<false>(image, 16 * J, 2 * warp));
+  }
 }
 
 // Warp sums of the squares to shared memory; all of them are there after the next barrier.

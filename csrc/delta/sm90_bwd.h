@@ -11,7 +11,7 @@ constexpr int64_t kBackwardKeyDim = 128, kMostBackwardValues = 256;
 
 // What the backward starts from, in one piece of memory: kept by the forward, or computed again.
 struct KeptSm90 {
-  ChunkScratch chunks{};  // all of it but the low halves
+  ChunkScratch chunks{};  // all of it but the low halves and, with a gate per head, N and P apart
   void *states, *v_new;   // see StatePassArgs
   int64_t bytes = 0;
 
@@ -26,8 +26,10 @@ struct KeptSm90 {
       return here;
     };
     chunks.rows = static_cast<ChunkRows*>(take(sizeof(ChunkRows)));
-    chunks.N = take(image), chunks.P = take(image);
-    if (in.channel_gate) {
+    if (!in.channel_gate) {
+      chunks.NP = take(image);
+    } else {
+      chunks.N = take(image), chunks.P = take(image);
       chunks.Kh = take(key_images * image), chunks.Kt = take(key_images * image);
       chunks.Qh = take(key_images * image);
       chunks.decay = static_cast<float*>(take(kBackwardKeyDim * 4));
@@ -72,7 +74,7 @@ struct ChunkGradientArgs {
   // The launch may begin when the last CTA of the reverse pass has; a chunk waits for what this announces
   // (see ReversePassArgs). states and v_new are there already.
   const int* announced;
-  uint32_t early;  // so many of 16 chunks are taken while the walk is on
+  uint32_t early;  // so many of 16 pairs of chunks are taken while the walk is on
   // One value head per key head and one block: dq and dk [B, T, H, K] contiguous. Else *_heads: [B, T, HV,
   // blocks, K] contiguous, gradients of what is normalised, times the factor of the norm.
   void *dq, *dk;

@@ -24,19 +24,31 @@ __device__ __forceinline__ void split_pair(float a, float b, uint32_t& high, uin
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(low) : "f"(b_low), "f"(a_low));
 }
 
-// A 16 x 16 block in halves, as a factor of such products.
-struct SplitBlock {
-  static constexpr int kRow = 24;                      // bfloat16 in a row: eight rows in different banks
+// Where a 16 x 16 block of 16-bit elements has a piece of eight of a row: rows 4 to 7 and 12 to 15 hold the
+// second first, so that eight rows of a piece are in different banks.
+__device__ __forceinline__ int block_piece_at(int row, int piece) {
+  return row * 16 + (piece ^ (row / 4 % 2)) * 8;
+}
+
+// A 16 x 16 block in halves, as a factor of such products. Eight rows of a piece are in different banks by
+// padding, with which the portable kernels spill less, or, kCompact, by the order of the pieces.
+template <bool kCompact>
+struct SplitBlockOf {
+  static constexpr int kRow = kCompact ? 16 : 24;
   alignas(16) cutlass::bfloat16_t half[2][16 * kRow];  // high, low
+
+  static __device__ __forceinline__ int piece_at(int row, int piece) {
+    return kCompact ? block_piece_at(row, piece) : row * kRow + 8 * piece;
+  }
 
   // Entries 2 i and 2 i + 1 of a row are in word i.
   __device__ __forceinline__ void store_row(int row, const uint32_t (&high)[8], const uint32_t (&low)[8]) {
-    auto* to_high = reinterpret_cast<uint4*>(&half[0][row * kRow]);
-    auto* to_low = reinterpret_cast<uint4*>(&half[1][row * kRow]);
     CUTE_UNROLL
     for (int i = 0; i < 2; ++i) {
-      to_high[i] = uint4{high[4 * i], high[4 * i + 1], high[4 * i + 2], high[4 * i + 3]};
-      to_low[i] = uint4{low[4 * i], low[4 * i + 1], low[4 * i + 2], low[4 * i + 3]};
+      const int at = piece_at(row, i);
+      *reinterpret_cast<uint4*>(&half[0][at]) = {high[4 * i], high[4 * i + 1], high[4 * i + 2],
+                                                 high[4 * i + 3]};
+      *reinterpret_cast<uint4*>(&half[1][at]) = {low[4 * i], low[4 * i + 1], low[4 * i + 2], low[4 * i + 3]};
     }
   }
 
@@ -44,7 +56,7 @@ struct SplitBlock {
   template <bool kRight>
   __device__ __forceinline__ SplitFragment load() const {
     const int lane = threadIdx.x % 32;
-    const int at = (8 * (lane / 8 % 2) + lane % 8) * kRow + 8 * (lane / 16);
+    const int at = piece_at(8 * (lane / 8 % 2) + lane % 8, lane / 16);
     SplitFragment f;
     CUTE_UNROLL
     for (int i = 0; i < 2; ++i) {
@@ -60,24 +72,22 @@ struct SplitBlock {
   }
 };
 
+using SplitBlock = SplitBlockOf<false>;
+
 struct TriangularScratch {
   static constexpr int kBlock = 16, kBlocks = 4;
   static constexpr int kColumn =
       20;  // floats in a column of a diagonal block: rows of a quad in different banks
   alignas(16) float diagonal[kBlocks][kBlock][kColumn];  // [block][column][row] of A
-  SplitBlock inverse[kBlocks];                           // T_II^T
+  SplitBlockOf<true> inverse[kBlocks];                   // T_II^T
 };
 
-// The 16 x 16 blocks of A below the diagonal, in halves. A block is 16 rows of two pieces of eight elements,
-// of which rows 4 to 7 and 12 to 15 hold the second first: eight rows of a piece are in different banks.
+// The 16 x 16 blocks of A below the diagonal, in halves.
 struct SplitBlocks {
   static constexpr int kBlocks = 6, kElements = 16 * 16;
   alignas(16) uint16_t high[kBlocks][kElements], low[kBlocks][kElements];  // bits of bfloat16
 
   static __device__ __forceinline__ int index(int I, int M) { return I * (I - 1) / 2 + M; }
-  static __device__ __forceinline__ int piece_at(int row, int piece) {
-    return row * 16 + (piece ^ (row / 4 % 2)) * 8;
-  }
 };
 
 // acc (16 x 16 as two 16 x 8) += A B, without the product of the low halves.
