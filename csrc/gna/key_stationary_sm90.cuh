@@ -6,6 +6,7 @@
 #include "gna/dq_beside_sm90.cuh"
 #include "gna/plan_sm90.cuh"
 #include "gna/traits_sm90.cuh"
+#include "nearfield/dependent_launch.cuh"
 
 namespace nearfield::gna {
 
@@ -288,6 +289,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   if (p.q_box.volume() != Traits::kBlockM || p.kv_box.volume() != Traits::kBlockN) {
     fill_zero(&s, offsetof(typename Traits::Storage, dq), Traits::kThreads);
   }
+  let_kernel_after_begin();
+  if (p.beside.stats_ctas == 0) wait_for_kernel_before();
   __syncthreads();
 
   if (threadIdx.x < 128) {
@@ -337,6 +340,8 @@ int launch_key_stationary(const BwdSm90Args& a, void* stream_) {
   if (a.beside) {
     p.beside.counters = counters;
     p.beside.cleared = static_cast<int>(a.cleared);
+    p.beside.stats_units = a.stats_units;
+    p.beside.stats_ctas = a.stats_ctas;
     p.beside.tiles = static_cast<int>(p.schedule.total / counters.units);
     p.beside.heads = static_cast<int>(problem.heads);
     p.beside.heads_kv = static_cast<int>(problem.heads_kv);
@@ -378,12 +383,18 @@ int launch_key_stationary(const BwdSm90Args& a, void* stream_) {
       }
       e = encode_tma(&maps.dq, dq);
     }
-    if (e == cudaSuccess) e = cudaMemsetAsync(a.next_work, 0, (1 + counters.total()) * sizeof(int), stream);
     if (e != cudaSuccess) return e;
     p.batch_offset = b;
     const int grid = static_cast<int>(std::min<int64_t>(p.schedule.total, a.num_sms));
-    bwd_kernel<Traits><<<grid, Traits::kThreads, kShared, stream>>>(maps, p);
-    e = cudaGetLastError();
+    p.beside.at_once = std::min(grid, std::max(1, a.num_sms - a.stats_ctas));
+    if (a.counters_cleared && b == 0) {
+      e = launch_dependent(bwd_kernel<Traits>, grid, Traits::kThreads, kShared, stream, maps, p);
+    } else {
+      e = cudaMemsetAsync(a.next_work, 0, (1 + counters.total()) * sizeof(int), stream);
+      if (e != cudaSuccess) return e;
+      bwd_kernel<Traits><<<grid, Traits::kThreads, kShared, stream>>>(maps, p);
+      e = cudaGetLastError();
+    }
     if (e != cudaSuccess) return e;
   }
   return cudaSuccess;
