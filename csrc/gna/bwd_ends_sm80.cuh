@@ -75,10 +75,17 @@ __device__ __forceinline__ RowStats stats_of(float lse, float delta) {
   return {lse * kLog2e, delta};
 }
 
+// Registers are bounded by the threads that a multiprocessor can hold.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
+constexpr int kPrepareCtas = 1536 / kEndThreads;
+#else
+constexpr int kPrepareCtas = 2048 / kEndThreads;
+#endif
+
 // Rows are those of the first `heads` heads; with all of them, and stats in their order, they follow each
 // other.
 template <class Element>
-__global__ void __launch_bounds__(kEndThreads, 2048 / kEndThreads)
+__global__ void __launch_bounds__(kEndThreads, kPrepareCtas)
     prepare_kernel(const __grid_constant__ StatsArgs a, int64_t rows, int heads, bool aligned) {
   let_kernel_after_begin();
   const int64_t n = (static_cast<int64_t>(blockIdx.x) * kEndThreads + threadIdx.x) / kThreadsPerRow;
