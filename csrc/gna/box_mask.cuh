@@ -26,6 +26,16 @@ struct BoxMask {
   }
 
   __device__ void build(const Box& box, int thread, int num_threads) {
+    build(box, thread, num_threads, [&](int column, int (&c)[3]) {
+      c[2] = column % box.side[2], c[1] = column / box.side[2] % box.side[1];
+      c[0] = column / box.side[2] / box.side[1];
+    });
+  }
+
+  // coordinates(column, c) gives the place of a column in the box, beyond it in dimension 0 if there is none.
+  template <class Coordinates>
+  __device__ __forceinline__ void build(const Box& box, int thread, int num_threads,
+                                        const Coordinates& coordinates) {
     const int rows = box.side[0] + box.side[1] + box.side[2] + 3;
     for (int i = thread; i < rows * 4; i += num_threads) {
       const int row = i / 4, quad = i % 4;
@@ -34,10 +44,9 @@ struct BoxMask {
       uint32_t bits = 0;
       for (int b = 0; b < kBlockN / 4; ++b) {
         const int column = 8 * (b / 2) + 2 * quad + b % 2;
-        const int c2 = column % box.side[2], c1 = column / box.side[2] % box.side[1];
-        const int c0 = column / box.side[2] / box.side[1];
-        const int c = dim == 0 ? c0 : dim == 1 ? c1 : c2;
-        if (c0 < box.side[0] && c < limit) bits |= 1u << b;
+        int c[3];
+        coordinates(column, c);
+        if (c[0] < box.side[0] && (dim == 0 ? c[0] : dim == 1 ? c[1] : c[2]) < limit) bits |= 1u << b;
       }
       word[row][quad] = bits;
     }

@@ -12,6 +12,7 @@
 
 #include "gna/sm90.h"
 #include "gna/tiles.h"
+#include "nearfield/dependent_launch.cuh"
 
 namespace nearfield::gna {
 
@@ -24,37 +25,164 @@ constexpr int kEndThreads = 256;
 template <class Element>
 constexpr int kFeaturesOf16Bytes = 16 / sizeof(Element);
 
-// Eight threads a row, 16 bytes a load, or element by element where rows do not begin on 16 bytes.
+constexpr int kThreadsPerRow = 8;
+
+// The share of a thread in the sum over a row of dO * O: 16 bytes a load, or element by element where rows do
+// not begin on 16 bytes.
 template <class Element>
-__global__ void prepare_kernel(const Element* dout, const Element* out, const float* lse, const float* dlse,
-                               RowStats* stats, int64_t rows, int dim_v, bool aligned) {
-  constexpr int kThreadsPerRow = 8, kPiece = kFeaturesOf16Bytes<Element>;
-  const int64_t row = (static_cast<int64_t>(blockIdx.x) * kEndThreads + threadIdx.x) / kThreadsPerRow;
-  if (row >= rows) return;
+__device__ __forceinline__ float share_of_delta(const Element* dout, const Element* out, int dim_v,
+                                                int column, bool aligned) {
+  constexpr int kPiece = kFeaturesOf16Bytes<Element>, kAtOnce = 2;  // rows of 256 bytes: all loads at once
+  using Piece = cutlass::AlignedArray<Element, kPiece>;
   float sum = 0.f;
-  const int column = threadIdx.x % kThreadsPerRow;
   if (!aligned) {
     for (int c = column; c < dim_v; c += kThreadsPerRow) {
-      sum += static_cast<float>(dout[row * dim_v + c]) * static_cast<float>(out[row * dim_v + c]);
+      sum += static_cast<float>(dout[c]) * static_cast<float>(out[c]);
+    }
+    return sum;
+  }
+  for (int c = column * kPiece; c < dim_v; c += kAtOnce * kThreadsPerRow * kPiece) {
+    uint4 a[kAtOnce] = {}, b[kAtOnce] = {};
+#pragma unroll
+    for (int n = 0; n < kAtOnce; ++n) {
+      const int at = c + n * kThreadsPerRow * kPiece;
+      if (at < dim_v) {
+        a[n] = __ldcs(reinterpret_cast<const uint4*>(dout + at));
+        b[n] = __ldcs(reinterpret_cast<const uint4*>(out + at));
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < kAtOnce; ++n) {
+      const auto& x = reinterpret_cast<const Piece&>(a[n]);
+      const auto& y = reinterpret_cast<const Piece&>(b[n]);
+#pragma unroll
+      for (int i = 0; i < kPiece; ++i) sum += static_cast<float>(x[i]) * static_cast<float>(y[i]);
     }
   }
-  for (int c = column * kPiece; aligned && c < dim_v; c += kThreadsPerRow * kPiece) {
-    const auto a = *reinterpret_cast<const cutlass::AlignedArray<Element, kPiece>*>(dout + row * dim_v + c);
-    const auto b = *reinterpret_cast<const cutlass::AlignedArray<Element, kPiece>*>(out + row * dim_v + c);
-#pragma unroll
-    for (int i = 0; i < kPiece; ++i) sum += static_cast<float>(a[i]) * static_cast<float>(b[i]);
-  }
+  return sum;
+}
+
+// Of the eight neighboring lanes that share a row.
+__device__ __forceinline__ float sum_of_row(float share) {
   const unsigned mask = 0xffu << (threadIdx.x % 32 / kThreadsPerRow * kThreadsPerRow);
 #pragma unroll
-  for (int step = kThreadsPerRow / 2; step > 0; step /= 2) sum += __shfl_xor_sync(mask, sum, step);
-  if (threadIdx.x % kThreadsPerRow == 0) {
-    constexpr float kLog2e = 1.44269504088896341f;
-    stats[row] = {lse[row] * kLog2e, sum - (dlse != nullptr ? dlse[row] : 0.f)};
+  for (int step = kThreadsPerRow / 2; step > 0; step /= 2) share += __shfl_xor_sync(mask, share, step);
+  return share;
+}
+
+__device__ __forceinline__ RowStats stats_of(float lse, float delta) {
+  constexpr float kLog2e = 1.44269504088896341f;
+  return {lse * kLog2e, delta};
+}
+
+// Registers are bounded by the threads that a multiprocessor can hold.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
+constexpr int kPrepareCtas = 1536 / kEndThreads;
+#else
+constexpr int kPrepareCtas = 2048 / kEndThreads;
+#endif
+
+// Rows are those of the first `heads` heads; with all of them, and stats in their order, they follow each
+// other.
+template <class Element>
+__global__ void __launch_bounds__(kEndThreads, kPrepareCtas)
+    prepare_kernel(const __grid_constant__ StatsArgs a, int64_t rows, int heads, bool aligned) {
+  let_kernel_after_begin();
+  const int64_t n = (static_cast<int64_t>(blockIdx.x) * kEndThreads + threadIdx.x) / kThreadsPerRow;
+  if (n >= rows) return;
+  const int column = threadIdx.x % kThreadsPerRow;
+  int64_t row = n, to = n;
+  if (a.by_head) {
+    const unsigned at = static_cast<unsigned>(n), tokens = static_cast<unsigned>(a.tokens);
+    const unsigned line = at / heads, head = at - line * heads, batch = line / tokens;
+    row = int64_t{line} * a.heads + head;
+    to = (batch * a.heads + head) * stats_of_head(a.tokens) + (line - batch * tokens);
+  }
+  float lse = 0.f, dlse = 0.f;
+  if (column == 0) {
+    lse = a.lse[row];
+    if (a.dlse != nullptr) dlse = a.dlse[row];
+  }
+  const auto* const dout = static_cast<const Element*>(a.dout) + row * a.dim_v;
+  const auto* const out = static_cast<const Element*>(a.out) + row * a.dim_v;
+  const float sum = sum_of_row(share_of_delta(dout, out, static_cast<int>(a.dim_v), column, aligned));
+  if (column == 0) a.stats[to] = stats_of(lse, sum - dlse);
+}
+
+// A multiprocessor reads fast where it has enough loads in flight, so few of them are enough while the others
+// multiply. More than half of the registers: one CTA on each. A thread has kPieces of 16 bytes of each of
+// kRows rows.
+constexpr int kRestThreads = 1024;
+template <class Element, int kPieces, int kRows>
+__global__ void __launch_bounds__(kRestThreads, 1)
+    prepare_rest_kernel(const __grid_constant__ StatsArgs a, int first_unit,
+                        const __grid_constant__ DqCounters counters) {
+  wait_for_kernel_before();
+  let_kernel_after_begin();
+  constexpr int kFeatures = kFeaturesOf16Bytes<Element>, kBesides = kRestThreads / kThreadsPerRow;
+  using Piece = cutlass::AlignedArray<Element, kFeatures>;
+  const int column = threadIdx.x % kThreadsPerRow, own = threadIdx.x / kThreadsPerRow;
+  const int tokens = static_cast<int>(a.tokens), heads = static_cast<int>(a.heads);
+  const int heads_kv = static_cast<int>(a.heads_kv), group = heads / heads_kv;
+  const int dim_v = static_cast<int>(a.dim_v);
+  for (int unit = first_unit; unit < counters.units; ++unit) {
+    const int batch = unit / heads_kv;
+    for (int i = 0; i < group; ++i) {
+      const int head = (unit - batch * heads_kv) * group + i;
+      const int64_t rows_at = int64_t{batch} * tokens * heads + head;
+      RowStats* const to = a.stats + (int64_t{batch} * heads + head) * stats_of_head(a.tokens);
+      for (int first = blockIdx.x * (kRows * kBesides) + own; first - own < tokens;
+           first += gridDim.x * (kRows * kBesides)) {
+        uint4 dout[kRows][kPieces], out[kRows][kPieces];
+        float lse[kRows], dlse[kRows];
+#pragma unroll
+        for (int n = 0; n < kRows; ++n) {
+          const int token = first + n * kBesides;
+          const int64_t row = rows_at + int64_t{token} * heads;
+          lse[n] = column == 0 && token < tokens ? a.lse[row] : 0.f;
+          dlse[n] = column == 0 && token < tokens && a.dlse != nullptr ? a.dlse[row] : 0.f;
+#pragma unroll
+          for (int c = 0; c < kPieces; ++c) {
+            const int feature = (column + c * kThreadsPerRow) * kFeatures;
+            const bool there = token < tokens && feature < dim_v;
+            const int64_t at = row * dim_v + feature;
+            dout[n][c] = out[n][c] = uint4{};
+            if (there) {
+              dout[n][c] = __ldcs(reinterpret_cast<const uint4*>(static_cast<const Element*>(a.dout) + at));
+              out[n][c] = __ldcs(reinterpret_cast<const uint4*>(static_cast<const Element*>(a.out) + at));
+            }
+          }
+        }
+#pragma unroll
+        for (int n = 0; n < kRows; ++n) {
+          float sum = 0.f;
+#pragma unroll
+          for (int c = 0; c < kPieces; ++c) {
+            const auto &x = reinterpret_cast<const Piece&>(dout[n][c]),
+                       &y = reinterpret_cast<const Piece&>(out[n][c]);
+#pragma unroll
+            for (int k = 0; k < kFeatures; ++k) sum += static_cast<float>(x[k]) * static_cast<float>(y[k]);
+          }
+          sum = sum_of_row(sum);
+          const int token = first + n * kBesides;
+          if (column == 0 && token < tokens) to[token] = stats_of(lse[n], sum - dlse[n]);
+        }
+      }
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      __threadfence();
+      atomicAdd(counters.stats(unit), 1);
+    }
   }
 }
 
 constexpr int kClearedByThread = 4;  // times 16 bytes
-inline __global__ void clear_kernel(uint4* buffer, int64_t pieces) {
+inline __global__ void clear_kernel(uint4* buffer, int64_t pieces, int* counters, int num_counters) {
+  let_kernel_after_begin();
+  if (blockIdx.x == 0) {
+    for (int i = threadIdx.x; i < num_counters; i += kEndThreads) counters[i] = 0;
+  }
   const int64_t block = gridDim.x - 1 - blockIdx.x;
   const int64_t first = block * (kEndThreads * kClearedByThread) + threadIdx.x;
 #pragma unroll
@@ -62,6 +190,7 @@ inline __global__ void clear_kernel(uint4* buffer, int64_t pieces) {
     const int64_t at = first + i * kEndThreads;
     if (at < pieces) buffer[at] = uint4{0, 0, 0, 0};
   }
+  wait_for_kernel_before();  // for who waits for this one
 }
 
 // One thread per piece of a row of dq: eight features, the even ones first in the buffer.
@@ -109,6 +238,7 @@ __global__ void finish_kernel(const __grid_constant__ Problem p, const __grid_co
 template <class Element>
 __global__ void finish_rest_kernel(int heads, int tokens, int dim, int rows, float scale, const float* buffer,
                                    const __grid_constant__ Tokens<void> dq, const int* taken) {
+  wait_for_kernel_before();
   const int head = blockIdx.x, parts = (tokens + rows - 1) / rows, pieces = dim / kPiece;
   Element* const target = static_cast<Element*>(dq.data) + head / heads * dq.batch + head % heads * dq.head;
   for (int part = taken[head] + static_cast<int>(blockIdx.y); part < parts; part += gridDim.y) {
@@ -131,25 +261,47 @@ inline unsigned blocks_for(int64_t threads) {
   return static_cast<unsigned>((threads + kEndThreads - 1) / kEndThreads);
 }
 
+template <class Element>
+bool begin_on_16_bytes(const StatsArgs& a) {
+  return a.dim_v % kFeaturesOf16Bytes<Element> == 0 && reinterpret_cast<uintptr_t>(a.dout) % 16 == 0 &&
+         reinterpret_cast<uintptr_t>(a.out) % 16 == 0;
+}
+
 template <class Tag>
-int bwd_ends_sm80<Tag>::prepare(const void* dout, const void* out, const float* lse, const float* dlse,
-                                RowStats* stats, int64_t rows, int64_t dim_v, void* stream) {
+int bwd_ends_sm80<Tag>::prepare(const StatsArgs& a, int64_t units, void* stream) {
   using Element = end_element_t<Tag>;
-  const bool aligned = dim_v % kFeaturesOf16Bytes<Element> == 0 &&
-                       reinterpret_cast<uintptr_t>(dout) % 16 == 0 &&
-                       reinterpret_cast<uintptr_t>(out) % 16 == 0;
-  prepare_kernel<Element><<<blocks_for(rows * 8), kEndThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-      static_cast<const Element*>(dout), static_cast<const Element*>(out), lse, dlse, stats, rows,
-      static_cast<int>(dim_v), aligned);
+  // Of the first batch entry, or of whole ones.
+  const int64_t batches = std::max<int64_t>(1, (units + a.heads_kv - 1) / a.heads_kv);
+  const int64_t heads = batches > 1 ? a.heads : units * (a.heads / a.heads_kv),
+                rows = batches * a.tokens * heads;
+  prepare_kernel<Element>
+      <<<blocks_for(rows * kThreadsPerRow), kEndThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+          a, rows, static_cast<int>(heads), begin_on_16_bytes<Element>(a));
   return cudaGetLastError();
 }
 
 template <class Tag>
-int bwd_ends_sm80<Tag>::clear(float* buffer, int64_t elements, void* stream) {
+int bwd_ends_sm80<Tag>::prepare_rest(const StatsArgs& a, int64_t first_unit, const DqCounters& counters,
+                                     int ctas, void* stream) {
+  if constexpr (std::is_same_v<Tag, fp32>) {
+    return cudaErrorInvalidValue;  // not on Hopper's own kernels
+  } else {
+    using Element = end_element_t<Tag>;
+    const auto kernel = a.dim_v <= 64    ? prepare_rest_kernel<Element, 1, 4>
+                        : a.dim_v <= 128 ? prepare_rest_kernel<Element, 2, 2>
+                                         : prepare_rest_kernel<Element, 4, 1>;
+    return launch_dependent(kernel, ctas, kRestThreads, 0, static_cast<cudaStream_t>(stream), a,
+                            static_cast<int>(first_unit), counters);
+  }
+}
+
+template <class Tag>
+int bwd_ends_sm80<Tag>::clear(float* buffer, int64_t elements, int* counters, int64_t num_counters,
+                              void* stream) {
   const int64_t pieces = elements / 4;  // rows are a multiple of 16 bytes
-  clear_kernel<<<blocks_for((pieces + kClearedByThread - 1) / kClearedByThread), kEndThreads, 0,
-                 static_cast<cudaStream_t>(stream)>>>(reinterpret_cast<uint4*>(buffer), pieces);
-  return cudaGetLastError();
+  const unsigned blocks = blocks_for((pieces + kClearedByThread - 1) / kClearedByThread);
+  return launch_dependent(clear_kernel, blocks, kEndThreads, 0, static_cast<cudaStream_t>(stream),
+                          reinterpret_cast<uint4*>(buffer), pieces, counters, static_cast<int>(num_counters));
 }
 
 template <class Tag>
@@ -171,10 +323,10 @@ int bwd_ends_sm80<Tag>::finish_rest(const Problem& p, int head_dim, float scale,
   const int64_t parts = (p.tokens() + rows - 1) / rows;
   const dim3 grid(static_cast<unsigned>(counters.heads),
                   static_cast<unsigned>(std::clamp<int64_t>(kBlocks / counters.heads, 1, parts)));
-  finish_rest_kernel<end_element_t<Tag>><<<grid, kEndThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-      static_cast<int>(p.heads), static_cast<int>(p.tokens()), static_cast<int>(p.dim), rows, scale, buffer,
-      dq, counters.rounding(0));
-  return cudaGetLastError();
+  return launch_dependent(
+      finish_rest_kernel<end_element_t<Tag>>, grid, kEndThreads, 0, static_cast<cudaStream_t>(stream),
+      static_cast<int>(p.heads), static_cast<int>(p.tokens()), static_cast<int>(p.dim), rows, scale,
+      static_cast<const float*>(buffer), dq, static_cast<const int*>(counters.rounding(0)));
 }
 
 }  // namespace nearfield::gna

@@ -3,12 +3,18 @@
 #include "nearfield_build.h"
 #endif
 #ifdef NEARFIELD_GNA
+#include <algorithm>
+#include <utility>
+
 #include "gna/dbias_sm90.h"
 #include "gna/plan.h"
 #include "nearfield/device.h"
 
 namespace nearfield::gna {
 namespace {
+
+// Multiprocessors that sum statistics while the others multiply: each reads about 70 GB/s.
+int stats_ctas(int num_sms) { return std::max(1, num_sms / 33); }
 
 // ---- Instances: what instances.def lists ----
 
@@ -274,6 +280,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cuda(
   args.dout = untyped(tokens_of<const char>(dout, p.rank));
   args.stats = tokens_of<const RowStats>(lse, p.rank, false);  // one pair per row of lse
   args.stats.data = static_cast<const RowStats*>(stats.data_ptr());
+  StatsArgs rows{dout.data_ptr(),
+                 out.data_ptr(),
+                 static_cast<const float*>(lse.data_ptr()),
+                 defined(dlse) ? static_cast<const float*>(dlse->data_ptr()) : nullptr,
+                 p.tokens(),
+                 p.heads,
+                 p.heads_kv,
+                 p.dim_v,
+                 static_cast<RowStats*>(stats.data_ptr()),
+                 plan.stats_beside && reinterpret_cast<uintptr_t>(out.data_ptr()) % 16 == 0};
+  const int64_t units = p.batch * p.heads_kv;
+  int64_t first_units = units;  // whose statistics come before the products
+  if (rows.by_head) {
+    args.stats.head = stats_of_head(p.tokens()), args.stats.batch = p.heads * args.stats.head;
+    for (int64_t d = 2, step = 1; d >= 0; step *= p.size[d--]) args.stats.x[d] = step;
+    for (const Step& step : plan.steps) {
+      if (step.kernel == Kernel::kKeys) first_units = units_of_first_tiles(step, device.num_sms);
+    }
+    if (first_units < units)
+      args.stats_units = static_cast<int>(first_units), args.stats_ctas = stats_ctas(device.num_sms);
+  }
   args.dk = tokens_of<void>(dk, p.rank);
   args.dv = tokens_of<void>(dv, p.rank);
   args.dq_out = tokens_of<void>(dq, p.rank);
@@ -297,6 +324,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cuda(
     args.dq = static_cast<float*>(buffer.data_ptr());
   }
 
+  bool counters_cleared = false;  // for the next launch
   for (const Step& step : plan.steps) {
     BwdSm80Args launch = args;
     launch.problem = step.problem;
@@ -320,19 +348,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bwd_cuda(
     launch.dbias.table = args.dbias.table.heads(step.heads);
     switch (step.kernel) {
       case Kernel::kStats:
-        check(with_ends(dtype, [&](auto ends) {
-          return ends.prepare(dout.data_ptr(), out.data_ptr(), static_cast<const float*>(lse.data_ptr()),
-                              defined(dlse) ? static_cast<const float*>(dlse->data_ptr()) : nullptr,
-                              static_cast<RowStats*>(stats.data_ptr()), plan.stats_rows, p.dim_v, stream);
-        }));
+        check(with_ends(dtype, [&](auto ends) { return ends.prepare(rows, first_units, stream); }));
         break;
       case Kernel::kClearDq:
         check(with_ends(dtype, [&](auto ends) {
-          const int64_t units = step.problem.batch * step.problem.heads_kv;
-          return ends.clear(launch.dq, DqBuffer(step.problem).elements / units * launch.cleared, stream);
+          const int64_t units_of_step = step.problem.batch * step.problem.heads_kv;
+          return ends.clear(launch.dq, DqBuffer(step.problem).elements / units_of_step * launch.cleared,
+                            launch.next_work, plan.counters, stream);
         }));
+        counters_cleared = true;
+        if (launch.stats_ctas > 0) {
+          const DqCounters counters(step.problem, true, launch.next_work + 1);
+          check(with_ends(dtype, [&](auto ends) {
+            return ends.prepare_rest(rows, first_units, counters, launch.stats_ctas, stream);
+          }));
+        }
         break;
       case Kernel::kKeys:
+        launch.counters_cleared = std::exchange(counters_cleared, false);
         check(run(kKeys, step, dtype, launch, stream));
         break;
       case Kernel::kQueries:

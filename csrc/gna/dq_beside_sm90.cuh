@@ -18,9 +18,11 @@ namespace nearfield::gna {
 // Tokens of a head are evenly spaced both in the float32 buffer, whose rows have the compiled head dim, and
 // in dQ. A unit is a key/value head of a batch entry with its query heads.
 struct DqBesideParams {
-  DqCounters counters;  // without units: kernels of their own clear and round
-  int cleared;          // units that a kernel before has cleared
-  int tiles;            // of keys in a unit
+  DqCounters counters;          // without units: kernels of their own clear and round
+  int cleared;                  // units that a kernel before has cleared
+  int stats_units, stats_ctas;  // see BwdSm90Args
+  int at_once;                  // CTAs that begin together: others may have to wait for their multiprocessors
+  int tiles;                    // of keys in a unit
   int heads, heads_kv, heads_per_kv;
   int tokens;
   float scale;
@@ -73,10 +75,26 @@ struct DqBeside {
   __device__ __forceinline__ DqBeside(DqBesideStorage<kD, true>& storage, const DqBesideParams& params)
       : s(storage), p(params), zeros_from(params.cleared) {}
 
+  __device__ __forceinline__ int at_once() const { return p.at_once; }
+  // A CTA that begins late draws like one that has finished a tile.
+  __device__ __forceinline__ int first(int* next_work) const {
+    int work = blockIdx.x;
+    if (work < p.at_once) return work;
+    if (threadIdx.x % 32 == 0) work = p.at_once + atomicAdd(next_work, 1);
+    return __shfl_sync(0xffffffffu, work, 0);
+  }
+
   // Before a tile is announced.
   __device__ __forceinline__ void prepare(const StayingTile& tile) {
     if (p.counters.units == 0) return;
     planned = tile.batch * p.heads_kv + tile.head;
+    if (p.stats_ctas > 0 && planned >= p.stats_units) {
+      if (threadIdx.x % 32 == 0) {
+        while (load_relaxed(p.counters.stats(planned)) < p.stats_ctas) __nanosleep(500);
+        asm volatile("fence.acq_rel.gpu;" ::: "memory");
+      }
+      __syncwarp();
+    }
     if (planned < p.cleared) return;
     while (true) {
       int there = 0;

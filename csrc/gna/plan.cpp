@@ -273,10 +273,12 @@ Plan plan_forward(const Request& request, const Call& call) {
 }
 
 int64_t units_cleared_before(const Step& step, int num_sms) {
-  const int64_t units = step.problem.batch * step.problem.heads_kv;
-  if (!step.clears) return units;
+  return step.clears ? units_of_first_tiles(step, num_sms) : step.problem.batch * step.problem.heads_kv;
+}
+
+int64_t units_of_first_tiles(const Step& step, int num_sms) {
   const int64_t tiles = count_boxes(step.problem, step.tiles.kv);
-  return std::min(units, (num_sms + tiles - 1) / tiles);
+  return std::min(step.problem.batch * step.problem.heads_kv, (num_sms + tiles - 1) / tiles);
 }
 
 Plan plan_backward(const Request& request, const Call& call, bool deterministic, bool bias_gradient) {
@@ -373,6 +375,13 @@ Plan plan_backward(const Request& request, const Call& call, bool deterministic,
       if (!deterministic) add(extra, Kernel::kRoundDq);
     }
   }
+  int64_t launches = 0;
+  bool beside = true;
+  for (const Step& step : plan.steps) {
+    if (step.kernel == Kernel::kKeys) ++launches, beside &= step.beside;
+  }
+  plan.stats_beside = launches == 1 && beside && plan.stats_rows < int64_t{1} << 31;
+  if (plan.stats_beside) plan.stats_rows = whole.batch * whole.heads * stats_of_head(whole.tokens());
   return plan;
 }
 

@@ -51,12 +51,15 @@ struct Step {
 // Units (see DqCounters) that have been cleared when kKeys begins: all, or, if that clears, those of the
 // tiles that thread blocks begin with.
 int64_t units_cleared_before(const Step& step, int num_sms);
+// Those of the tiles that thread blocks begin with.
+int64_t units_of_first_tiles(const Step& step, int num_sms);
 
 struct Plan {
   std::vector<Step> steps;
   bool portable = false;      // all steps are
   std::string because;        // why not Hopper's own kernels; empty if nobody asked that
   int64_t stats_rows = 0;     // of RowStats
+  bool stats_beside = false;  // those of most heads are summed beside the products
   int64_t dq_elements = 0;    // of the float32 dQ
   int64_t bias_elements = 0;  // of the bias of all heads, in each of the parts of its gradient
   int bias_parts = 0;

@@ -21,6 +21,9 @@ __device__ __forceinline__ void allow_draw(Storage& s, int left, int before) {
 }
 
 struct NothingBeside {
+  // CTAs that begin together with the work of their number; the first draw.
+  __device__ __forceinline__ int at_once() const { return static_cast<int>(gridDim.x); }
+  __device__ __forceinline__ int first(int*) const { return blockIdx.x; }
   __device__ __forceinline__ void prepare(const StayingTile&) const {}
   template <class Due>
   __device__ __forceinline__ void work(const Due&) const {}
@@ -36,7 +39,7 @@ __device__ void plan_tiles_of_cta(Storage& s, const Params& p, const Box& stayin
   const int lane = threadIdx.x % 32;
   RingIndex<kPlannedTiles> at;
   RingIndex<1> at_draw;
-  int work = blockIdx.x;
+  int work = beside.first(p.next_work);
   while (work < p.schedule.total) {
     s.ring_plan.wait_empty(at);
     auto& plan = s.plan[at.stage];
@@ -55,7 +58,7 @@ __device__ void plan_tiles_of_cta(Storage& s, const Params& p, const Box& stayin
     }
     int drawn = 0;
     if (lane == 0) drawn = atomicAdd(p.next_work, 1);
-    work = static_cast<int>(gridDim.x) + __shfl_sync(0xffffffffu, drawn, 0);
+    work = beside.at_once() + __shfl_sync(0xffffffffu, drawn, 0);
   }
   s.ring_plan.wait_empty(at);
   if (lane == 0) {

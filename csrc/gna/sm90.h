@@ -73,11 +73,15 @@ struct BwdSm90Args {
   float* dq;                     // bwd_sm90 adds to this DqBuffer; null: dQ is left to bwd_dq_sm90
   Tokens<void> dq_out;           // [B, X, H, D]: of bwd_dq_sm90, and what follows from dq
   BiasTable<const float> bias;
-  bool beside;      // bwd_sm90 rounds dq to dq_out as far as it gets,
-  int64_t cleared;  // and clears it but for so many units, which have been
+  bool beside;            // bwd_sm90 rounds dq to dq_out as far as it gets,
+  int64_t cleared;        // and clears it but for so many units, which have been
+  bool counters_cleared;  // those of bwd_sm90, by bwd_ends_sm80::clear right before
   Box q_box, kv_box;
   int* next_work;  // DqCounters behind it
   int num_sms;
+  // The statistics of the first units are there, the others come from so many CTAs that run beside bwd_sm90;
+  // without CTAs all are there.
+  int stats_units, stats_ctas;
 };
 
 template <class Element, int kHeadDim>
@@ -115,24 +119,41 @@ struct DqCounters {
   DqCounters(const Problem& p, bool beside, int* counters = nullptr) : data(counters) {
     if (beside) units = static_cast<int>(p.batch * p.heads_kv), heads = static_cast<int>(p.batch * p.heads);
   }
-  int64_t total() const { return int64_t{3} * units + heads; }
+  int64_t total() const { return int64_t{4} * units + heads; }
   // Parts of a unit's zeros that somebody writes; that are there.
   NEARFIELD_HOST_DEVICE int* zeroing(int unit) const { return data + unit; }
   NEARFIELD_HOST_DEVICE int* zeroed(int unit) const { return data + units + unit; }
   // Tiles of keys whose share in dQ is there.
   NEARFIELD_HOST_DEVICE int* done(int unit) const { return data + 2 * units + unit; }
   // Parts of a query head, of rounded_rows() each, that somebody rounds.
-  NEARFIELD_HOST_DEVICE int* rounding(int head) const { return data + 3 * units + head; }
+  NEARFIELD_HOST_DEVICE int* rounding(int head) const { return data + 4 * units + head; }
+  // CTAs whose share of a unit's statistics is there.
+  NEARFIELD_HOST_DEVICE int* stats(int unit) const { return data + 3 * units + unit; }
 };
+
+// The rows of [B, X, H] and where their statistics go.
+struct StatsArgs {
+  const void *dout, *out;   // contiguous, as lse and dlse are
+  const float *lse, *dlse;  // dlse may be null
+  int64_t tokens, heads, heads_kv, dim_v;
+  RowStats* stats;  // in the order of the rows,
+  bool by_head;     // or [B, H, stats_of_head]
+};
+// Heads begin with lines of the caches of their own: a multiprocessor that has read one head's statistics has
+// nothing old of those that are written later.
+NEARFIELD_HOST_DEVICE constexpr int64_t stats_of_head(int64_t tokens) { return (tokens + 15) / 16 * 16; }
 
 // The memory-bound ends of the backward.
 template <class Element>
 struct bwd_ends_sm80 {
-  // stats = (lse * log2(e), rowsum(dout * out) - dlse) of `rows` rows; all contiguous; dlse may be null.
-  static int prepare(const void* dout, const void* out, const float* lse, const float* dlse, RowStats* stats,
-                     int64_t rows, int64_t dim_v, void* stream);
-  // Zeros to a DqBuffer.
-  static int clear(float* buffer, int64_t elements, void* stream);
+  // Statistics of the first units (see DqCounters); all of them, if not by_head.
+  static int prepare(const StatsArgs& args, int64_t units, void* stream);
+  // Of the other units, by so many CTAs, each on a multiprocessor of its own. The next kernel runs beside it
+  // if it is launched as a dependent one, and is told by counters which units are done.
+  static int prepare_rest(const StatsArgs& args, int64_t first_unit, const DqCounters& counters, int ctas,
+                          void* stream);
+  // Zeros to a DqBuffer, and to counters.
+  static int clear(float* buffer, int64_t elements, int* counters, int64_t num_counters, void* stream);
   // dq = scale * buffer (+ dq), rounded.
   static int finish(const Problem& problem, float scale, const float* buffer, const Tokens<void>& dq,
                     bool accumulate, void* stream);
