@@ -14,6 +14,14 @@
 
 namespace nearfield::delta {
 
+// The thread, read anew: what follows from it would otherwise stay in registers from a chunk to the next, of
+// which there are too few.
+__device__ __forceinline__ uint32_t thread_now() {
+  uint32_t thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
 // ---- Layouts and storage ----
 
 template <class Tag, int kKeyDim_>
@@ -21,9 +29,8 @@ struct PrepareChannelTraits {
   using Element = element_t<Tag>;
   static constexpr int kKeyDim = kKeyDim_;
   static constexpr int kChunkThreads = 256;
-  static constexpr int kCtasOfSm = 2;
-  static constexpr int kSender = 128;            // of the warps that do not invert
-  static constexpr int kTile = kKeyDim * kRows;  // elements
+  static constexpr int kSender = 128, kFinder = 224;  // of the warps that do not invert
+  static constexpr int kTile = kKeyDim * kRows;       // elements
   static constexpr int kHalves = kKeyDim / kImageColumns;
   static constexpr int kBlockRows = kLevelBlock, kBlocks = kRows / kBlockRows;
   static constexpr int kOwners = kBlocks * kHalves;         // warps that own rows and channels
@@ -38,42 +45,44 @@ struct PrepareChannelTraits {
     alignas(1024) Element k[kTile];  // K, then the k of L: [K / 64][64][64]; block 0 R of block 0 for block 2
     alignas(1024) Element q[kTile];  // Q, then the q of L; block 0 R of block 0 for block 3
     union {
+      alignas(1024) float first_gates[kRows * kImageColumns];  // as they came, of the first 64 channels
       // Rows of a level of a warp, [k; q] with its bit; then R. Block 3 has R of block 1 for block 3.
       alignas(1024) Element right[kTile];
-      alignas(1024) Element n_low[kImage];
     };
+    alignas(1024) float more_gates[(kHalves > 1 ? kHalves - 1 : 1) * kRows * kImageColumns];  // of the others
     union {  // of a warp: k of a level without its bit; then sums of the levels over its channels, of A and P
       alignas(1024) Element without[kTile / 2];
       float2 level_sums[kOwners][2][kLevelWords];
+      Element n[kImage];
     };
-    alignas(1024) Element n[kImage];
     union {
       alignas(1024) Element scaled_q[kTile];  // in float16, for the levels
       struct {
-        alignas(1024) Element p[kImage];
+        alignas(1024) Element p[kImage];  // then what rounding N lost
         alignas(1024) Element p_low[kImage];
       };
     };
     SplitBlocks a;
-    // Of a warp, for its 16 rows of K and of Q: powers of two that bring its part of a row to a norm of at
-    // most 1, and back.
-    alignas(16) float scale[kOwners][2][kBlockRows], unscale[kOwners][2][kBlockRows];
-    TriangularScratch triangular;
+    union {
+      // Of a warp, for its 16 rows of K and of Q: powers of two that bring its part of a row to a norm of at
+      // most 1, and back.
+      struct {
+        alignas(16) float scale[kOwners][2][kBlockRows], unscale[kOwners][2][kBlockRows];
+      };
+      TriangularScratch triangular;
+    };
     alignas(16) float gates[kBlocks][kKeyDim];  // sums over the rows after each of a block, in log2
     alignas(16) float first[kKeyDim];           // gate of the first row
     float products[kHalves][3][kRows];          // k . k, q . q and q . k of a row
-    float new_beta[kRows];                      // while that of the chunk before is on its way out
+    alignas(16) float raw_beta[kRows];          // of this chunk, then of the next
     alignas(128) float beta[kRows];
     alignas(16) float k_norm[kRows], q_norm[kRows];
     alignas(16) float a_row[kRows], p_row[kRows];  // beta k_norm and scale q_norm
     float q_k[kRows];
     float squares[4];
-    uint64_t arrived;
-    struct {
-      uint32_t index;  // of the chunk, as in ChunkPlace
-      int valid;
-      uint32_t turn;
-    } now;  // read anew each time: registers are short
+    uint64_t arrived, free;  // K, Q and gates are there; gates have been read, and what was sent before
+    uint32_t next;           // where to look for the chunk after those found
+    ChunkPlace places[4];    // of each turn, found two turns ahead; none is valid behind the last
     struct {
       uint32_t index;
       bool hard;
@@ -82,7 +91,7 @@ struct PrepareChannelTraits {
   struct Pair {
     Storage half[2];
   };
-  static_assert(kCtasOfSm * (sizeof(Storage) + 1024) <= 228 * 1024, "so many CTAs share an SM");
+  static_assert(2 * (sizeof(Storage) + 1024) <= 228 * 1024, "two CTAs share an SM");
   static_assert(sizeof(Pair) <= 227 * 1024, "a Hopper CTA has 227 KB of shared memory");
 };
 
@@ -117,7 +126,7 @@ __device__ __forceinline__ void load_matrices(uint32_t start, int tile, int piec
 }
 // Matrices of rows `down` times 8 and pieces `right`.
 __device__ __forceinline__ uint32_t matrix_start(int down, int right) {
-  const int row = static_cast<int>(threadIdx.x) % 8;
+  const int row = thread_now() % 8;
   return (8 * down + row) * kImageColumns * 2 + (right ^ row) * 16;
 }
 template <class Storage, class T>
@@ -128,7 +137,7 @@ __device__ __forceinline__ int bytes_to(const Storage& s, const T* member) {
 template <class Element>
 __device__ __forceinline__ void put_pair_at(Element* image, int i, uint32_t pair) {
   constexpr int kRowBytes = kImageColumns * 2;
-  const auto start = reinterpret_cast<uintptr_t>(image) + threadIdx.x % 32 * 4;
+  const auto start = reinterpret_cast<uintptr_t>(image) + thread_now() % 32 * 4;
   __stcg(reinterpret_cast<unsigned int*>((start ^ (i % 8 * 16)) + i * kRowBytes), pair);
 }
 
@@ -155,7 +164,7 @@ struct Columns {
   float2 decay[kBlockRows];  // e^g of the row after; before take_decays g in units of log2
   uint32_t k[kBlockRows];    // K; for the levels in float16, scaled
 
-  __device__ __forceinline__ int channel() const { return 64 * half + 2 * (threadIdx.x % 32); }
+  __device__ __forceinline__ int channel() const { return 64 * half + 2 * (thread_now() % 32); }
   __device__ __forceinline__ float2 of(const float* channels) const {
     return *reinterpret_cast<const float2*>(channels + channel());
   }
@@ -163,21 +172,24 @@ struct Columns {
     *reinterpret_cast<float2*>(channels + channel()) = x;
   }
 
-  // Gates of the rows after each of the block, with all loads in flight at once, and their sum; of block 0
-  // also the first row's. Rows past the end have gate 0.
-  __device__ __forceinline__ void load_gates(typename Traits::Storage& s, const PrepareArgs& args,
+  // Gates of the rows after each of the block, and their sum; of block 0 also the first row's. Rows past the
+  // end have gate 0.
+  __device__ __forceinline__ void load_gates(typename Traits::Storage& s, const ForwardInputsSm90& in,
                                              const ChunkPlace& place) {
-    const ForwardInputsSm90& in = args.in;
-    const int c = channel(), before = kBlockRows * block;
-    const int count = c < in.key_dim ? place.valid - before : 0;
-    const float* from = in.g + place.token_head(in, before) * in.key_dim + c;
-    const int64_t stride = in.token_heads * in.key_dim;
-    float2 head{0.f, 0.f};
-    if (block == 0 && count > 0) head = *reinterpret_cast<const float2*>(from);
+    const int c = channel(), before = kBlockRows * block, valid = place.valid;
+    const int count = c < in.key_dim ? valid - before : 0;
+    const float* from =
+        (half == 0 ? s.first_gates : s.more_gates) + before * kImageColumns + c % kImageColumns;
+    const auto row = [&](int i) { return *reinterpret_cast<const float2*>(from + i * kImageColumns); };
+    float2 head = row(0);
     CUTE_UNROLL
-    for (int i = 0; i < kBlockRows; ++i) {
-      from += stride;
-      decay[i] = i + 1 < count ? *reinterpret_cast<const float2*>(from) : float2{0.f, 0.f};
+    for (int i = 0; i + 1 < kBlockRows; ++i) decay[i] = row(i + 1);
+    decay[kBlockRows - 1] = block + 1 < Traits::kBlocks ? row(kBlockRows) : float2{0.f, 0.f};
+    if (valid < kRows) {
+      if (count <= 0) head = {0.f, 0.f};
+      CUTE_UNROLL
+      for (int i = 0; i < kBlockRows; ++i)
+        if (i + 1 >= count) decay[i] = {0.f, 0.f};
     }
     if (in.gate == Gate::kLog) {
       head = {in_log2(head.x), in_log2(head.y)};
@@ -244,7 +256,7 @@ struct Columns {
   __device__ __forceinline__ Element* own(Element* tile) const { return tile + number() * Traits::kPart; }
   __device__ __forceinline__ PairInShared word(const typename Traits::Storage& s, const Element* tile, int i,
                                                int part = Traits::kPart) const {
-    return {cast_smem_ptr_to_uint(&s) + number() * part * 2 + threadIdx.x % 32 * 4, bytes_to(s, tile), i};
+    return {cast_smem_ptr_to_uint(&s) + number() * part * 2 + thread_now() % 32 * 4, bytes_to(s, tile), i};
   }
   // K to registers. Q stays in shared memory, or registers would be spilled. Rows past the end may hold
   // anything, and become 0.
@@ -265,7 +277,7 @@ struct Columns {
 // A warp: k . k, q . q and q . k of its rows over its channels, from the diagonals of products.
 template <class Traits>
 __device__ __forceinline__ void row_products(typename Traits::Storage& s, const Columns<Traits>& own) {
-  const int lane = threadIdx.x % 32, matrix = lane / 8;
+  const int lane = thread_now() % 32, matrix = lane / 8;
   // [k; q] of rows 0 to 7 and 8 to 15 times k, and times q.
   float of_k[2][4] = {}, of_q[2][4] = {};
   const uint32_t start = cast_smem_ptr_to_uint(&s) + own.number() * Traits::kPart * 2;
@@ -302,7 +314,7 @@ template <class Traits>
 __device__ __forceinline__ void scale_for_levels(typename Traits::Storage& s, Columns<Traits>& own) {
   if constexpr (Traits::kScaled) {
     using Element = typename Traits::Element;
-    const int lane = threadIdx.x % 32, row = lane % Traits::kBlockRows, of_q = lane / Traits::kBlockRows;
+    const int lane = thread_now() % 32, row = lane % Traits::kBlockRows, of_q = lane / Traits::kBlockRows;
     __syncwarp();
     const float squares = s.products[own.half][of_q][Traits::kBlockRows * own.block + row];
     const int power = (static_cast<int>(__float_as_uint(squares) >> 23 & 255) - 125) >> 1;
@@ -352,7 +364,7 @@ struct LevelDecay {
 template <int kLevel, class Traits>
 __device__ __forceinline__ float4 diagonal_level(typename Traits::Storage& s, const Columns<Traits>& own) {
   constexpr int kStep = 1 << kLevel;
-  const int lane = threadIdx.x % 32;
+  const int lane = thread_now() % 32;
   const uint32_t start = cast_smem_ptr_to_uint(&s);
   const auto put_with = [&](int row, uint32_t pair) { own.word(s, s.right, row) = pair; };
   const auto put_without = [&](int row, uint32_t pair) {
@@ -395,8 +407,8 @@ __device__ __forceinline__ float4 diagonal_level(typename Traits::Storage& s, co
 
 // Where this lane's pairs of a level are among the sums of all levels; -1: they are of no use.
 __device__ __forceinline__ int place_of_sums(int level) {
-  const int row = threadIdx.x % 32 / 4, pair = threadIdx.x % 4;
-  if (level == 3) return threadIdx.x % 32;
+  const int row = thread_now() % 32 / 4, pair = thread_now() % 4;
+  if (level == 3) return thread_now() % 32;
   if (level == 2) return row / 4 == pair / 2 ? 32 + 2 * row + pair % 2 : -1;
   return row / 2 == pair ? (level == 1 ? 48 : 56) + row : -1;
 }
@@ -409,7 +421,7 @@ __device__ __forceinline__ void diagonal_levels(typename Traits::Storage& s, con
   __syncwarp();
   auto& to = s.level_sums[own.number()];
   const auto& [k, q] = s.unscale[own.number()];
-  const int row = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
+  const int row = thread_now() % 32 / 4, column = thread_now() % 4 * 2;
   CUTE_UNROLL
   for (int level = 0; level < kLevels; ++level) {
     const int at = place_of_sums(level);
@@ -426,19 +438,26 @@ __device__ __forceinline__ void diagonal_levels(typename Traits::Storage& s, con
   }
 }
 
-// Calls f(row, column, sum) for what this lane holds of diagonal block w below the diagonal, of A or of P.
+// Calls f(row, column, sums) for the pairs of columns of diagonal block w of A or of P that this lane has:
+// the column and the next. Next to what has level 0 alone is the diagonal, of which the sums are not here.
 template <bool kOfP, class Traits, class F>
 __device__ __forceinline__ void for_block(typename Traits::Storage& s, int w, const F& f) {
+  const int lane = thread_now() % 32;
   CUTE_UNROLL
-  for (int level = 0; level < kLevels; ++level) {
-    const int at = place_of_sums(level);
-    float2 sum{0.f, 0.f};
+  for (int at = lane; at < Traits::kLevelWords; at += 32) {
+    float2 sums{0.f, 0.f};
     CUTE_UNROLL
     for (int half = 0; half < Traits::kHalves; ++half)
-      if (at >= 0) sum = sum + s.level_sums[half * Traits::kBlocks + w][kOfP][at];
-    for_level(level, {sum.x, sum.y, 0.f, 0.f}, [&](int i, int j, float x, float) {
-      f(Traits::kBlockRows * w + i, Traits::kBlockRows * w + j, x);
-    });
+      sums = sums + s.level_sums[half * Traits::kBlocks + w][kOfP][at];
+    // As place_of_sums has them: row number and column of levels 3, and 2, 1, 0.
+    int i = 8 + lane / 4, j = lane % 4 * 2;
+    if (at >= 32) {
+      const int row = lane < 16 ? lane / 2 : lane % 8, level = lane < 16 ? 2 : lane < 24 ? 1 : 0;
+      i = without_bit(level, row) | 1 << level;
+      j = (row >> level << (level + 1)) + (lane < 16 ? lane % 2 * 2 : 0);
+      if (lane >= 24 && row % 2 != 0) sums.x = sums.y;
+    }
+    f(Traits::kBlockRows * w + i, Traits::kBlockRows * w + j, sums);
   }
 }
 
@@ -449,7 +468,7 @@ __device__ __forceinline__ void for_block(typename Traits::Storage& s, int w, co
 template <class Traits>
 __device__ __forceinline__ void put_factors(typename Traits::Storage& s, const ForwardInputsSm90& in,
                                             int block, int valid) {
-  const int lane = threadIdx.x % 32, row = Traits::kBlockRows * block + lane;
+  const int lane = thread_now() % 32, row = Traits::kBlockRows * block + lane;
   if (lane < Traits::kBlockRows) {
     const bool inside = row < valid;
     float sums[3] = {};
@@ -462,7 +481,8 @@ __device__ __forceinline__ void put_factors(typename Traits::Storage& s, const F
       if (!inside) return 0.f;
       return in.qk_l2norm ? rsqrtf(squares + static_cast<float>(kNormEps)) : 1.f;
     };
-    const float k_norm = norm(sums[0]), q_norm = norm(sums[1]), beta = s.new_beta[row];
+    const float k_norm = norm(sums[0]), q_norm = norm(sums[1]),
+                beta = inside ? activated_beta(in, s.raw_beta[row]) : 0.f;
     s.k_norm[row] = k_norm;
     s.q_norm[row] = q_norm;
     s.beta[row] = beta;
@@ -578,7 +598,7 @@ struct BlockProduct {
   float of_k[2][4] = {}, of_q[2][4] = {};  // columns 0 to 7 and 8 to 15
 
   __device__ __forceinline__ BlockProduct(typename Traits::Storage& s, int I, int J) {
-    const int lane = threadIdx.x % 32;
+    const int lane = thread_now() % 32;
     const int tile = bytes_to(s, I == J + 2 && J == 0 ? s.k
                                  : I == J + 3         ? s.q
                                                       : s.right),
@@ -606,7 +626,7 @@ struct BlockProduct {
   // Its part of A and of P.
   __device__ __forceinline__ void put(typename Traits::Storage& s, int I, int J) const {
     using Element = typename Traits::Element;
-    const int lane = threadIdx.x % 32, t = lane % 4, block = SplitBlocks::index(I, J);
+    const int lane = thread_now() % 32, t = lane % 4, block = SplitBlocks::index(I, J);
     CUTE_UNROLL
     for (int n = 0; n < 2; ++n) {
       const float2 k_norm = *reinterpret_cast<const float2*>(&s.k_norm[16 * J + 8 * n + 2 * t]);
@@ -633,108 +653,185 @@ struct BlockProduct {
   }
 };
 
-// A warp: diagonal block w of P, and zeros right of it.
+// A warp: diagonal block w of P, and zeros right of it; in what P lost to rounding only above the diagonal.
 template <class Traits>
 __device__ __forceinline__ void put_diagonal_of_P(typename Traits::Storage& s, int w) {
   using Element = typename Traits::Element;
-  const int lane = threadIdx.x % 32;
-  for (int x = lane; x < 16 * 8; x += 32) {
-    if (x % 8 < 2 * w) continue;
-    *reinterpret_cast<uint4*>(image_piece(s.p, 16 * w + x / 8, x % 8)) = uint4{0, 0, 0, 0};
-    if constexpr (Traits::kLow)
-      *reinterpret_cast<uint4*>(image_piece(s.p_low, 16 * w + x / 8, x % 8)) = uint4{0, 0, 0, 0};
-  }
-  __syncwarp();
-  const auto put = [&](int i, int j, float p) {
-    p *= s.p_row[i] * s.k_norm[j];
-    const uint32_t high = pack<Element>(p, 0.f);
-    *reinterpret_cast<uint16_t*>(image_piece(s.p, i, j / 8) + j % 8) = static_cast<uint16_t>(high);
-    if constexpr (Traits::kLow) {
-      *reinterpret_cast<uint16_t*>(image_piece(s.p_low, i, j / 8) + j % 8) =
-          static_cast<uint16_t>(pack_low<Element>(p, 0.f, high));
-    }
+  const int lane = thread_now() % 32;
+  const auto zero = [&](Element* image, int row, int piece) {
+    *reinterpret_cast<uint4*>(image_piece(image, 16 * w + row, piece)) = uint4{0, 0, 0, 0};
   };
-  if (lane < 16) put(16 * w + lane, 16 * w + lane, s.q_k[16 * w + lane]);
-  for_block<true, Traits>(s, w, put);
+  for (int piece = 2 * w + lane / 16; piece < 8; piece += 2) zero(s.p, lane % 16, piece);
+  if constexpr (Traits::kLow) zero(s.p_low, lane % 16, 2 * w + lane / 16);
+  __syncwarp();
+  const auto put = [&](int i, int j, float2 p) {
+    const float factor = s.p_row[i];
+    const float2 k_norm = *reinterpret_cast<const float2*>(&s.k_norm[j]);
+    p = p * (float2{factor, factor} * k_norm);
+    const uint32_t high = pack<Element>(p.x, p.y);
+    const auto at = [&](Element* image) {
+      return reinterpret_cast<uint32_t*>(image_piece(image, i, j / 8) + j % 8);
+    };
+    *at(s.p) = high;
+    if constexpr (Traits::kLow) *at(s.p_low) = pack_low<Element>(p.x, p.y, high);
+  };
+  if (lane < 8) {
+    const int i = 16 * w + 2 * lane;
+    put(i, i, {s.q_k[i], 0.f});
+  }
+  for_block<true, Traits>(s, w, [&](int i, int j, float2 sums) {
+    if (j + 1 == i) sums.y = s.q_k[i];
+    put(i, j, sums);
+  });
 }
 
 // ---- A chunk ----
 
-// By eight warps, which `barrier` and the two after it are for; `turn` counts their chunks. One thread asks
-// for the tiles, sends the results away and, beside the state pass, announces those of the chunk before while
-// others invert. Returns the next turn.
+// K, Q and gates of a chunk lie where nothing is needed once A and P are there, or, the second half of the
+// gates, nothing else is. So beside the state pass all of the next chunk is on its way while A is inverted.
+struct ChannelMaps : TokenMaps {
+  CUtensorMap g;
+};
+
+// Gates [B, T, HV, K]: one copy brings 64 channels of 64 tokens, row after row.
+inline cudaError_t encode_gates(CUtensorMap* map, const ForwardInputsSm90& in) {
+  TmaTensor d{};
+  d.data = in.g;
+  d.type = CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
+  d.element_bytes = 4;
+  d.swizzle = CU_TENSOR_MAP_SWIZZLE_NONE;
+  const int64_t token = in.token_heads * in.key_dim;
+  const int64_t size[5] = {in.key_dim, in.tokens, in.token_heads, in.batch, 1};
+  const int64_t stride[5] = {1, token, in.key_dim, in.tokens * token, 0};
+  const uint32_t box[5] = {kImageColumns, kImageRows, 1, 1, 1};
+  for (int i = 0; i < 5; ++i) {
+    d.size[i] = static_cast<uint64_t>(size[i]);
+    d.stride[i] = stride[i];
+    d.box[i] = box[i];
+    d.step[i] = 1;
+  }
+  return encode_tma(map, d);
+}
+
+// The same for all lanes, so that the compiler knows it.
+template <class T>
+__device__ __forceinline__ T uniform(T x) {
+  return __shfl_sync(0xffffffffu, x, 0);
+}
+
+// One thread: K, Q and gates of a chunk.
+template <class Traits>
+__device__ __forceinline__ void fetch_chunk(typename Traits::Storage& s, const ChannelMaps& maps,
+                                            const ChunkPlace& place) {
+  constexpr int kGateBytes = Traits::kKeyDim * kRows * 4;
+  cutlass::arch::ClusterTransactionBarrier::arrive_and_expect_tx(&s.arrived,
+                                                                 2 * Traits::kTile * 2 + kGateBytes);
+  CUTE_UNROLL
+  for (int half = 0; half < Traits::kHalves; ++half) {
+    SM90_TMA_LOAD_5D::copy(&maps.g, &s.arrived, static_cast<uint64_t>(kStays),
+                           half == 0 ? s.first_gates : s.more_gates, half * kImageColumns,
+                           static_cast<int>(place.token), static_cast<int>(place.head),
+                           static_cast<int>(place.batch), 0);
+  }
+  load_tokens<Traits::kKeyDim>(maps.k, &s.arrived, s.k, 0, place.token, place.head_k, place.batch);
+  load_tokens<Traits::kKeyDim>(maps.q, &s.arrived, s.q, 0, place.token, place.head_k, place.batch);
+}
+
+// A warp: write strengths of a chunk to shared memory, as they came. Those of rows past the end are not used.
+template <class Storage>
+__device__ __forceinline__ void fetch_betas(Storage& s, const ForwardInputsSm90& in,
+                                            const ChunkPlace& place) {
+  const float* from = in.beta + place.token_head(in, 0);
+  CUTE_NO_UNROLL
+  for (int row = thread_now() % 32; row < place.valid; row += 32) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(cast_smem_ptr_to_uint(&s.raw_beta[row])),
+                 "l"(from + row * in.token_heads)
+                 : "memory");
+  }
+}
+
+// One thread, beside the state pass: the place of a turn.
+template <class Storage>
+__device__ __forceinline__ void find_place(Storage& s, const PrepareArgs& args, uint32_t turn) {
+  ChunkPlace place{};
+  if (!place.find_for_walks(args.in, s.next)) place.valid = 0;
+  s.next += 2 * gridDim.x;
+  s.places[turn % 4] = place;
+}
+
+// By eight warps, which `barrier` and the next are for; `turn` counts their chunks. One thread asks for the
+// next tiles, sends the results away and, beside the state pass, announces those of the chunk before while
+// others invert.
 template <class Traits, bool kBeside>
-__device__ __forceinline__ uint32_t prepare_channel_chunk(typename Traits::Storage& s, const TokenMaps& maps,
-                                                          const PrepareArgs& args, const ChunkPlace& place,
-                                                          uint32_t turn, uint32_t barrier) {
+__device__ __forceinline__ void prepare_channel_chunk(const ChannelMaps& maps, const PrepareArgs& args,
+                                                      uint32_t turn) {
   using Element = typename Traits::Element;
   using Barrier = cutlass::arch::ClusterTransactionBarrier;
-  constexpr int kKeyDim = Traits::kKeyDim;
   const ForwardInputsSm90& in = args.in;
-  const auto now_index = [&] {
-    return kBeside ? static_cast<int64_t>(*const_cast<const volatile uint32_t*>(&s.now.index)) : place.index;
-  };
-  const auto now_valid = [&] {
-    return kBeside ? *const_cast<const volatile int*>(&s.now.valid) : place.valid;
-  };
-  const int thread = kBeside ? threadIdx.x % Traits::kChunkThreads : threadIdx.x,
-            warp = __shfl_sync(0xffffffffu, thread / 32, 0);
+  const uint32_t at = thread_now();
+  const int half = kBeside ? uniform<int>(at / Traits::kChunkThreads) : 0,
+            thread = at % Traits::kChunkThreads, warp = uniform(thread / 32);
+  auto& s = shared_storage<typename Traits::Pair>().half[half];
+  const uint32_t barrier = 1 + 2 * half;
   const bool with_low = args.scratch.hard != nullptr;
-  const bool owns = warp < Traits::kOwners;
+  // Nothing may seem to stay in registers from a chunk to the next, as what is set and used under conditions
+  // does: so all warps own rows where that is known, and both sides of the inverse have barriers of their
+  // own.
+  const bool owns = Traits::kOwners == Traits::kChunkThreads / 32 || warp < Traits::kOwners;
   const bool sends = thread == Traits::kSender;
-  const auto sync = [&] {
-    if constexpr (kBeside) {
-      cutlass::arch::NamedBarrier::sync(Traits::kChunkThreads, barrier);
-    } else {
-      __syncthreads();
-    }
-  };
+  const auto sync = [&] { cutlass::arch::NamedBarrier::sync(Traits::kChunkThreads, barrier); };
+  const ChunkPlace& place = s.places[turn % 4];
+  const auto index = uniform(static_cast<uint32_t>(place.index));
+  const int valid = uniform(place.valid);
 
-  if (sends) {
-    tma_store_wait<0>();  // what was sent of the chunk before has been read
-    if (kBeside)
-      s.now.index = static_cast<uint32_t>(place.index), s.now.valid = place.valid, s.now.turn = turn;
-    Barrier::arrive_and_expect_tx(&s.arrived, 2 * Traits::kTile * 2);
-    load_tokens<kKeyDim>(maps.k, &s.arrived, s.k, 0, place.token, place.head_k, place.batch);
-    load_tokens<kKeyDim>(maps.q, &s.arrived, s.q, 0, place.token, place.head_k, place.batch);
-  }
-  float2 beta;
-  if (warp == 7) beta = load_betas(in, place);
-  Columns<Traits> own;
-  own.block = warp / Traits::kHalves, own.half = warp % Traits::kHalves;
-  if (owns) own.load_gates(s, args, place);
-  if (warp == 7) put_betas(in, s.new_beta, place, beta);
-  if (args.scratch.G != nullptr) {
-    sync();
-    if (owns) own.put_G(s, args, place.index);
-  }
   Barrier::wait(&s.arrived, turn % 2);
   asm volatile("" ::: "memory");
+  Columns<Traits> own;
+  own.block = warp / Traits::kHalves, own.half = warp % Traits::kHalves;
+  if (owns) own.load_gates(s, in, place);
+  __syncwarp();
+  if (thread % 32 == 0) {
+    if (sends) tma_store_wait<0>();
+    Barrier::arrive(&s.free);
+  }
+  if (args.scratch.G != nullptr) {
+    sync();
+    if (owns) own.put_G(s, args, index);
+  }
   if (owns) {
     own.take_decays();
-    own.load_k(s, now_valid());
+    own.load_k(s, valid);
     row_products<Traits>(s, own);
+    Barrier::wait(&s.free, turn % 2);
     scale_for_levels<Traits>(s, own);
     diagonal_levels<Traits>(s, own);
   }
-  sync();  // gates and products are there
+  if (warp == Traits::kFinder / 32) asm volatile("cp.async.wait_all;" ::: "memory");
+  sync();  // gates, products and write strengths are there
   if (owns) {
-    put_factors<Traits>(s, in, own.block, now_valid());
-    scale_rows<Traits>(s, args, now_index(), own);
+    put_factors<Traits>(s, in, own.block, valid);
+    scale_rows<Traits>(s, args, index, own);
   }
   cutlass::arch::fence_view_async_shared();
   sync();  // L, R and the sums of levels are there
 
   // A_ij = beta_i k_i . k_j e^{G_i - G_j}, P_ij = scale q_i . k_j e^{G_i - G_j}.
-  float squares = 0.f;  // of N
+  const auto to = [&](void* scratch) {
+    return static_cast<Element*>(scratch) + static_cast<int64_t>(index) * kImage;
+  };
   if (warp < 4) {
-    for_block<false, Traits>(s, warp, [&](int i, int j, float a) {
-      s.triangular.diagonal[warp][j % 16][i % 16] = s.a_row[i] * s.k_norm[j] * a;
+    for_block<false, Traits>(s, warp, [&](int i, int j, float2 a) {
+      const float2 k_norm = *reinterpret_cast<const float2*>(&s.k_norm[j]);
+      s.triangular.diagonal[warp][j % 16][i % 16] = s.a_row[i] * k_norm.x * a.x;
+      s.triangular.diagonal[warp][j % 16 + 1][i % 16] = s.a_row[i] * k_norm.y * a.y;  // or not read
     });
     __syncwarp();
-    float column[16];
+    float column[16];  // of a diagonal block of N
     invert_diagonal_block(s.triangular, warp, column);
-    squares = put_column(s.n, warp, column);
+    sync();  // A and P are there; K, Q and R have been read
+    const float squares = put_column(s.n, warp, column);
+    put_squares(s.squares, put_other_blocks<Second::kNothing>(s.a, s.triangular, s.n, s.n, squares));
+    cutlass::arch::fence_view_async_shared();
   } else {
     const auto put_product = [&](int I, int J) { BlockProduct<Traits>(s, I, J).put(s, I, J); };
     const int x = warp - 4;
@@ -745,68 +842,76 @@ __device__ __forceinline__ uint32_t prepare_channel_chunk(typename Traits::Stora
       put_diagonal_of_P<Traits>(s, 2 * x - 4);
       put_diagonal_of_P<Traits>(s, 2 * x - 3);
     }
-  }
-  cutlass::arch::fence_view_async_shared();
-  sync();  // A and P are there
-  const int64_t index = now_index();
-  const auto to = [&](void* scratch) { return static_cast<Element*>(scratch) + index * kImage; };
-  if (warp < 4) {
-    put_squares(s.squares, put_other_blocks<Second::kNothing>(s.a, s.triangular, s.n, s.n, squares));
     cutlass::arch::fence_view_async_shared();
-  } else if (sends) {
-    if (kBeside && s.now.turn > 0) announce(args, s.sent.index, s.sent.hard);  // while it would only wait
-    auto& rows = args.scratch.rows[index];
-    copy_out(rows.beta, s.beta, kRows * 4);
-    if (args.scratch.G != nullptr) {
-      copy_out(rows.k_norm, s.k_norm, kRows * 4);
-      copy_out(rows.q_norm, s.q_norm, kRows * 4);
+    sync();
+    if (sends) {
+      if constexpr (kBeside) {
+        const ChunkPlace& next = s.places[(turn + 1) % 4];
+        if (next.valid > 0) fetch_chunk<Traits>(s, maps, next);
+        if (turn > 0) announce(args, s.sent.index, s.sent.hard);
+      }
+      auto& rows = args.scratch.rows[index];
+      copy_out(rows.beta, s.beta, kRows * 4);
+      if (args.scratch.G != nullptr) {
+        copy_out(rows.k_norm, s.k_norm, kRows * 4);
+        copy_out(rows.q_norm, s.q_norm, kRows * 4);
+      }
+      copy_out(to(args.scratch.P), s.p, kImageBytes);
+      tma_store_arrive();
+    } else if (kBeside && warp == Traits::kFinder / 32) {
+      fetch_betas(s, in, s.places[(turn + 1) % 4]);
+      if (thread == Traits::kFinder) find_place(s, args, turn + 2);
     }
-    copy_out(to(args.scratch.P), s.p, kImageBytes);
-    tma_store_arrive();
   }
-  const int valid = now_valid();
-  const uint32_t next_turn = kBeside ? s.now.turn + 1 : 0;
   sync();
-  const bool hard = with_low && is_hard(s.squares, valid);
+  const bool hard = with_low && uniform(is_hard(s.squares, valid) ? 1 : 0) != 0;
   if (sends) {
     copy_out(to(args.scratch.N), s.n, kImageBytes);
     if (with_low) args.scratch.hard[index] = hard ? 1.f : 0.f;
     tma_store_arrive();
-    if (kBeside) s.sent.index = static_cast<uint32_t>(index), s.sent.hard = hard;
-    if (hard) tma_store_wait<0>();
+    if (kBeside) s.sent.index = index, s.sent.hard = hard;
   }
-  if (!hard) return next_turn;
+  if (!hard) return;
+  if (sends) tma_store_wait<0>();
   sync();  // the results have been read
   if (warp < 4) {
-    invert<Second::kLost>(s.a, s.triangular, s.n, s.n_low, barrier + 1);
-    cutlass::arch::fence_view_async_shared();
+    invert<Second::kLost>(s.a, s.triangular, s.n, s.p, barrier + 1);
+  } else if constexpr (Traits::kLow) {
+    for (int x = thread % 128; x < 6 * 32; x += 128) {  // blocks of P above the diagonal
+      const int block = x / 32,
+                row = block < 3   ? 0
+                      : block < 5 ? 1
+                                  : 2,
+                column = block - (row == 0 ? -1 : row);
+      *reinterpret_cast<uint4*>(image_piece(s.p_low, 16 * row + x % 16, 2 * column + x / 16 % 2)) =
+          uint4{0, 0, 0, 0};
+    }
   }
-  if (owns) {
-    const auto heads = static_cast<uint32_t>(in.value_heads), at = static_cast<uint32_t>(index);
-    ChunkPlace again;
-    again.find(in, at / heads, at % heads);
-    put_Kt_low<Traits>(s, args, again, own);
-  }
+  cutlass::arch::fence_view_async_shared();
+  if (owns) put_Kt_low<Traits>(s, args, place, own);
   sync();
   if (sends) {
-    copy_out(to(args.scratch.N_low), s.n_low, kImageBytes);
+    copy_out(to(args.scratch.N_low), s.p, kImageBytes);
     copy_out(to(args.scratch.P_low), s.p_low, kImageBytes);
     tma_store_arrive();
   }
-  return next_turn;
 }
 
 // ---- Kernels ----
 
+template <class Traits>
+__device__ __forceinline__ void init_barriers(typename Traits::Storage& s) {
+  cutlass::arch::ClusterTransactionBarrier::init(&s.arrived, 1);
+  cutlass::arch::ClusterTransactionBarrier::init(&s.free, Traits::kChunkThreads / 32);
+  cutlass::arch::fence_barrier_init();
+}
+
 // A chunk and no more.
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kChunkThreads, Traits::kCtasOfSm)
-    prepare_channel_kernel(const __grid_constant__ TokenMaps maps, const __grid_constant__ PrepareArgs args) {
+__global__ void __launch_bounds__(Traits::kChunkThreads, 2)
+    prepare_channel_kernel(const __grid_constant__ ChannelMaps maps,
+                           const __grid_constant__ PrepareArgs args) {
   auto& s = shared_storage<typename Traits::Storage>();
-  if (threadIdx.x == Traits::kSender) {
-    cutlass::arch::ClusterTransactionBarrier::init(&s.arrived, 1);
-    cutlass::arch::fence_barrier_init();
-  }
   // The walk begins with what was prepared last and is still in the L2 cache.
   const uint32_t at = gridDim.x - 1 - blockIdx.x, heads = static_cast<uint32_t>(args.in.value_heads);
   ChunkPlace place;
@@ -815,31 +920,41 @@ __global__ void __launch_bounds__(Traits::kChunkThreads, Traits::kCtasOfSm)
   } else {
     place.find_for_walks(args.in, at);
   }
+  if (threadIdx.x == Traits::kSender) {
+    init_barriers<Traits>(s);
+    fetch_chunk<Traits>(s, maps, place);
+    s.places[0] = place;
+  }
+  if (threadIdx.x / 32 == Traits::kFinder / 32) fetch_betas(s, args.in, place);
   __syncthreads();
-  prepare_channel_chunk<Traits, false>(s, maps, args, place, 0, 1);
+  prepare_channel_chunk<Traits, false>(maps, args, 0);
   if (threadIdx.x == Traits::kSender) tma_store_wait<0>();
 }
 
-// Beside the state pass: a CTA has an SM, and each half of it prepares chunk after chunk.
+// Beside the state pass: a CTA has an SM, which leaves the others to the walks, and each half of it prepares
+// chunk after chunk, in the order in which the walks need them.
 template <class Traits>
 __global__ void __launch_bounds__(2 * Traits::kChunkThreads, 1)
-    prepare_channel_beside_kernel(const __grid_constant__ TokenMaps maps,
+    prepare_channel_beside_kernel(const __grid_constant__ ChannelMaps maps,
                                   const __grid_constant__ PrepareArgs args) {
   // The state pass takes the other SMs once all of these CTAs have theirs.
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-  const uint32_t half = threadIdx.x / Traits::kChunkThreads;
+  const uint32_t half = threadIdx.x / Traits::kChunkThreads, thread = threadIdx.x % Traits::kChunkThreads;
   auto& s = shared_storage<typename Traits::Pair>().half[half];
-  if (threadIdx.x % Traits::kChunkThreads == 0) {
-    cutlass::arch::ClusterTransactionBarrier::init(&s.arrived, 1);
-    cutlass::arch::fence_barrier_init();
+  if (thread == Traits::kFinder) {
+    init_barriers<Traits>(s);
+    s.next = 2 * blockIdx.x + half;
+    find_place(s, args, 0);
+    find_place(s, args, 1);
   }
   __syncthreads();
-  ChunkPlace place;
+  if (s.places[0].valid > 0) {
+    if (thread == Traits::kSender) fetch_chunk<Traits>(s, maps, s.places[0]);
+    if (thread / 32 == Traits::kFinder / 32) fetch_betas(s, args.in, s.places[0]);
+  }
   uint32_t turn = 0;
-  while (place.find_for_walks(args.in, 2 * (turn * gridDim.x + blockIdx.x) + half))
-    turn = prepare_channel_chunk<Traits, true>(s, maps, args, place, turn, 1 + 3 * half);
-  if (turn > 0 && threadIdx.x % Traits::kChunkThreads == Traits::kSender)
-    announce(args, s.sent.index, s.sent.hard);
+  for (; uniform(s.places[turn % 4].valid) > 0; ++turn) prepare_channel_chunk<Traits, true>(maps, args, turn);
+  if (thread == Traits::kSender && turn > 0) announce(args, s.sent.index, s.sent.hard);
 }
 
 }  // namespace nearfield::delta

@@ -287,13 +287,15 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
 
 // ---- Launch ----
 
-template <class Storage, class Kernel>
-cudaError_t launch_prepare(Kernel kernel, int64_t grid, int threads, const PrepareArgs& args, bool is_bf16,
-                           cudaStream_t stream) {
+template <class Storage, class Maps>
+cudaError_t launch_prepare(void (*kernel)(Maps, PrepareArgs), int64_t grid, int threads,
+                           const PrepareArgs& args, bool is_bf16, cudaStream_t stream) {
   constexpr int kShared = sizeof(Storage);
   if (const cudaError_t e = allow_shared_memory(kernel, kShared)) return e;
-  TokenMaps maps{};
+  Maps maps{};
   if (const cudaError_t e = encode_inputs(&maps, args.in, is_bf16)) return e;
+  if constexpr (std::is_same_v<Maps, ChannelMaps>)
+    if (const cudaError_t e = encode_gates(&maps.g, args.in)) return e;
   if (args.slots * args.in.value_heads > std::numeric_limits<int>::max())
     return cudaErrorInvalidConfiguration;
   kernel<<<static_cast<unsigned>(grid), threads, kShared, stream>>>(maps, args);
@@ -307,12 +309,11 @@ int prepare_sm90<Tag, kKeyDim, kChannelGate>::run(const PrepareArgs& args, void*
   const int64_t chunks = args.slots * args.in.value_heads;
   if constexpr (kChannelGate) {
     using Traits = PrepareChannelTraits<Tag, kKeyDim>;
-    constexpr int kThreads = Traits::kChunkThreads;
     if (args.ready != nullptr)
       return launch_prepare<typename Traits::Pair>(prepare_channel_beside_kernel<Traits>, args.ctas,
-                                                   2 * kThreads, args, kBf16, stream);
-    return launch_prepare<typename Traits::Storage>(prepare_channel_kernel<Traits>, chunks, kThreads, args,
-                                                    kBf16, stream);
+                                                   2 * Traits::kChunkThreads, args, kBf16, stream);
+    return launch_prepare<typename Traits::Storage>(prepare_channel_kernel<Traits>, chunks,
+                                                    Traits::kChunkThreads, args, kBf16, stream);
   } else {
     const auto launch = [&](auto traits) {
       using Traits = decltype(traits);

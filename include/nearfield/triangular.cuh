@@ -150,15 +150,14 @@ __device__ __forceinline__ void solve_block_column(TriangularScratch& scratch, i
   Y[0] = scratch.inverse[J].load<false>();
   CUTE_UNROLL
   for (int d = 1; d < 4; ++d) {
-    if (J + d < 4) {
-      float z[2][4] = {};
-      CUTE_UNROLL
-      for (int e = 0; e < d; ++e) split_mma(z, Y[e], load_a(J + d, J + e));
-      float y[2][4] = {};
-      split_mma(y, split(z, -1.f), scratch.inverse[J + d].load<true>());
-      store(J + d, y);
-      if (d < 3) Y[d] = split(y, 1.f);
-    }
+    if (J + d == 4) break;
+    float z[2][4] = {};
+    CUTE_UNROLL
+    for (int e = 0; e < d; ++e) split_mma(z, Y[e], load_a(J + d, J + e));
+    float y[2][4] = {};
+    split_mma(y, split(z, -1.f), scratch.inverse[J + d].load<true>());
+    store(J + d, y);
+    if (d < 3) Y[d] = split(y, 1.f);
   }
 }
 
