@@ -88,7 +88,8 @@ BackwardChoice choose_backward(const char* op, const Inputs& x) {
 // memory that it takes from the walk included.
 constexpr double kWalkUs = 1.7, kGradientUs = 11, kChannelGradientUs = 28;
 
-// How many of 16 pairs of chunks the SMs that the walk leaves free take meanwhile: all, where they nearly can.
+// How many of 16 pairs of chunks the SMs that the walk leaves free take meanwhile: all, where they nearly
+// can.
 uint32_t early_pairs(const InputsSm90& in, int64_t sms) {
   const int64_t tiles = (in.value_dim + kImageColumns - 1) / kImageColumns;
   const int64_t heads = in.sequences * in.value_heads, free = std::max<int64_t>(0, sms - heads * tiles);
