@@ -671,14 +671,8 @@ cudaError_t launch_chunk_gradient(Kernel kernel, const ChunkGradientArgs& args, 
   if (e != cudaSuccess) return e;
   const int64_t grid = ChunkSlots(in).total * in.value_heads * value_blocks(in);
   if (grid > std::numeric_limits<int>::max()) return cudaErrorInvalidConfiguration;
-  cudaLaunchAttribute beside_walk{};
-  beside_walk.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  beside_walk.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = static_cast<unsigned>(grid), config.blockDim = Traits::kThreads;
-  config.dynamicSmemBytes = kShared, config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &beside_walk, config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, maps, args, GradientGrid(in, args.early));
+  return launch_dependent(kernel, static_cast<unsigned>(grid), Traits::kThreads, kShared,
+                          static_cast<cudaStream_t>(stream), maps, args, GradientGrid(in, args.early));
 }
 
 template <class Tag, int kKeyDim>

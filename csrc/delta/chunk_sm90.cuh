@@ -12,6 +12,7 @@
 #include <cute/tensor.hpp>
 
 #include "delta/sm90.h"
+#include "nearfield/dependent_launch.cuh"
 #include "nearfield/mma.cuh"
 #include "nearfield/pairs.cuh"
 #include "nearfield/pipeline.cuh"
@@ -125,14 +126,8 @@ inline cudaError_t encode_tokens(CUtensorMap* map, const Rows<void>& t, bool is_
   d.type = is_bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
   d.element_bytes = 2;
   d.swizzle = CU_TENSOR_MAP_SWIZZLE_128B;
-  const int64_t size[5] = {features, tokens, heads, batch, 1}, stride[5] = {1, t.token, t.head, t.batch, 0};
-  const uint32_t box[5] = {kImageColumns, kImageRows, 1, 1, 1};
-  for (int i = 0; i < 5; ++i) {
-    d.size[i] = static_cast<uint64_t>(size[i]);
-    d.stride[i] = stride[i];
-    d.box[i] = box[i];
-    d.step[i] = 1;
-  }
+  d.lay_out({features, tokens, heads, batch, 1}, {1, t.token, t.head, t.batch, 0},
+            {kImageColumns, kImageRows, 1, 1, 1});
   return encode_tma(map, d);
 }
 

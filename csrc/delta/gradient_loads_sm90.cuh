@@ -35,7 +35,7 @@ __device__ __forceinline__ void wait_for_walk(const ChunkGradientArgs& args, con
 
 // What follows in the stream needs the walk to be over, too. All threads of the launch's last CTA.
 __device__ __forceinline__ void wait_for_end_of_walk() {
-  if (blockIdx.x == gridDim.x - 1) asm volatile("griddepcontrol.wait;" ::: "memory");
+  if (blockIdx.x == gridDim.x - 1) wait_for_kernel_before();
 }
 
 // One thread each: K, cumulative gates and the factors of K's norms; Q.

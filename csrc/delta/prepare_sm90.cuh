@@ -250,7 +250,7 @@ template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     prepare_kernel(const __grid_constant__ TokenMaps maps, const __grid_constant__ PrepareArgs args) {
   // The state pass may take its SMs, if it runs beside, once all of these CTAs have theirs.
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  let_kernel_after_begin();
   const int group = threadIdx.x / 128;
   auto& s = shared_storage<typename Traits::Storage>().group[group];
   const uint32_t barrier = 1 + group;

@@ -528,7 +528,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     s.ring_out.init(4, 2);
     s.ring_news.init(2, 1);
     cutlass::arch::fence_barrier_init();
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");  // this CTA has its place on an SM
+    let_kernel_after_begin();  // this CTA has its place on an SM
   }
   __syncthreads();
   const int warp = threadIdx.x / 32;

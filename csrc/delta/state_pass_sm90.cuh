@@ -590,7 +590,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     if (warp == Traits::kHelpers / 32) {
       load<Traits>(s, maps, a, part.sequence, head, first_value, [](int) {});
       // The next launch may take the scratch, so this one ends after `prepare`.
-      if (a.ready != nullptr) asm volatile("griddepcontrol.wait;" ::: "memory");
+      if (a.ready != nullptr) wait_for_kernel_before();
     }
     if constexpr (Traits::kOutput) {
       if (warp == Traits::kStoringO) store<Traits>(s, a, part.sequence, head, first_value);
@@ -613,14 +613,13 @@ cudaError_t launch_state_pass(const StatePassArgs& args, bool is_bf16, cudaStrea
   const int64_t parts = args.span_chunks > 0 ? Spans(args.in, args.span_chunks).total : args.in.sequences;
   const int64_t grid = parts * args.in.value_heads * tiles;
   if (grid > std::numeric_limits<int>::max()) return cudaErrorInvalidConfiguration;
-  cudaLaunchAttribute beside{};
-  beside.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  beside.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = static_cast<unsigned>(grid), config.blockDim = Traits::kThreads;
-  config.dynamicSmemBytes = kShared, config.stream = stream;
-  config.attrs = &beside, config.numAttrs = args.ready != nullptr;
-  return cudaLaunchKernelEx(&config, kernel, maps, args, static_cast<int>(tiles));
+  const auto ctas = static_cast<unsigned>(grid);
+  if (args.ready != nullptr) {
+    return launch_dependent(kernel, ctas, Traits::kThreads, kShared, stream, maps, args,
+                            static_cast<int>(tiles));
+  }
+  kernel<<<ctas, Traits::kThreads, kShared, stream>>>(maps, args, static_cast<int>(tiles));
+  return cudaGetLastError();
 }
 
 template <class Tag, int kKeyDim, bool kChannelGate>

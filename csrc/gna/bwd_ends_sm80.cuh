@@ -27,13 +27,22 @@ constexpr int kFeaturesOf16Bytes = 16 / sizeof(Element);
 
 constexpr int kThreadsPerRow = 8;
 
+// Of 16 bytes of each.
+template <class Element>
+__device__ __forceinline__ void add_products(float& sum, const uint4& a, const uint4& b) {
+  constexpr int kPiece = kFeaturesOf16Bytes<Element>;
+  using Piece = cutlass::AlignedArray<Element, kPiece>;
+  const auto &x = reinterpret_cast<const Piece&>(a), &y = reinterpret_cast<const Piece&>(b);
+#pragma unroll
+  for (int i = 0; i < kPiece; ++i) sum += static_cast<float>(x[i]) * static_cast<float>(y[i]);
+}
+
 // The share of a thread in the sum over a row of dO * O: 16 bytes a load, or element by element where rows do
 // not begin on 16 bytes.
 template <class Element>
 __device__ __forceinline__ float share_of_delta(const Element* dout, const Element* out, int dim_v,
                                                 int column, bool aligned) {
   constexpr int kPiece = kFeaturesOf16Bytes<Element>, kAtOnce = 2;  // rows of 256 bytes: all loads at once
-  using Piece = cutlass::AlignedArray<Element, kPiece>;
   float sum = 0.f;
   if (!aligned) {
     for (int c = column; c < dim_v; c += kThreadsPerRow) {
@@ -52,12 +61,7 @@ __device__ __forceinline__ float share_of_delta(const Element* dout, const Eleme
       }
     }
 #pragma unroll
-    for (int n = 0; n < kAtOnce; ++n) {
-      const auto& x = reinterpret_cast<const Piece&>(a[n]);
-      const auto& y = reinterpret_cast<const Piece&>(b[n]);
-#pragma unroll
-      for (int i = 0; i < kPiece; ++i) sum += static_cast<float>(x[i]) * static_cast<float>(y[i]);
-    }
+    for (int n = 0; n < kAtOnce; ++n) add_products<Element>(sum, a[n], b[n]);
   }
   return sum;
 }
@@ -120,7 +124,6 @@ __global__ void __launch_bounds__(kRestThreads, 1)
   wait_for_kernel_before();
   let_kernel_after_begin();
   constexpr int kFeatures = kFeaturesOf16Bytes<Element>, kBesides = kRestThreads / kThreadsPerRow;
-  using Piece = cutlass::AlignedArray<Element, kFeatures>;
   const int column = threadIdx.x % kThreadsPerRow, own = threadIdx.x / kThreadsPerRow;
   const int tokens = static_cast<int>(a.tokens), heads = static_cast<int>(a.heads);
   const int heads_kv = static_cast<int>(a.heads_kv), group = heads / heads_kv;
@@ -157,12 +160,7 @@ __global__ void __launch_bounds__(kRestThreads, 1)
         for (int n = 0; n < kRows; ++n) {
           float sum = 0.f;
 #pragma unroll
-          for (int c = 0; c < kPieces; ++c) {
-            const auto &x = reinterpret_cast<const Piece&>(dout[n][c]),
-                       &y = reinterpret_cast<const Piece&>(out[n][c]);
-#pragma unroll
-            for (int k = 0; k < kFeatures; ++k) sum += static_cast<float>(x[k]) * static_cast<float>(y[k]);
-          }
+          for (int c = 0; c < kPieces; ++c) add_products<Element>(sum, dout[n][c], out[n][c]);
           sum = sum_of_row(sum);
           const int token = first + n * kBesides;
           if (column == 0 && token < tokens) to[token] = stats_of(lse[n], sum - dlse[n]);

@@ -68,11 +68,7 @@ __device__ void load_queries(typename Traits::Storage& s, const BwdMaps& maps, c
       allow_draw(s, --left, left + 1);
       int first[3];
       uint32_t tests = box_fills_block ? 0 : kTestBox;
-#pragma unroll
-      for (int d = 0; d < 3; ++d) {
-        first[d] = tile.visits[d].origin + counter.n[d] * p.q_box.side[d];
-        if (!tile.visits[d].is_full(counter.n[d])) tests |= kTestDim0 << d;
-      }
+      locate_visit(tile, counter, p.q_box, first, tests);
       tile.position(p.problem, first, x);
       s.ring_q.wait_empty(at_q);
       s.q_tile[at_q.stage] = {{first[0], first[1], first[2]}, tests};

@@ -161,11 +161,7 @@ __device__ void load(typename Traits::Storage& s, const QueryMaps& maps, const Q
       if (n < window_tiles) {
         int first[3];
         uint32_t tests = box_fills_block ? 0 : kTestBox;
-#pragma unroll
-        for (int d = 0; d < 3; ++d) {
-          first[d] = tile.visits[d].origin + counter.n[d] * p.kv_box.side[d];
-          if (!tile.visits[d].is_full(counter.n[d])) tests |= kTestDim0 << d;
-        }
+        locate_visit(tile, counter, p.kv_box, first, tests);
         tile.position(p.problem, first, x);
         counter.advance(tile);
         describe(first, tests);

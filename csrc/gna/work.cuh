@@ -58,6 +58,16 @@ struct TileCounter {
   }
 };
 
+// Where in its group the visited tile at `counter` begins; adds to `tests` the dimensions that cut it.
+__device__ __forceinline__ void locate_visit(const StayingTile& tile, const TileCounter& counter,
+                                             const Box& box, int (&first)[3], uint32_t& tests) {
+#pragma unroll
+  for (int d = 0; d < 3; ++d) {
+    first[d] = tile.visits[d].origin + counter.n[d] * box.side[d];
+    if (!tile.visits[d].is_full(counter.n[d])) tests |= kTestDim0 << d;
+  }
+}
+
 // The rows of a box, once per launch, so that nobody divides by its sides. Rows that the box does not fill
 // lie beyond it in dimension 0.
 template <int kRows>

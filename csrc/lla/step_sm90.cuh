@@ -425,15 +425,8 @@ inline cudaError_t encode_cache(CUtensorMap* map, const View<const void>& t, boo
   d.type = is_bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
   d.element_bytes = 2;
   d.swizzle = CU_TENSOR_MAP_SWIZZLE_128B;
-  const int64_t size[5] = {features, args.n, args.kv_heads, args.batch, 1};
-  const int64_t stride[5] = {1, t.row_stride, t.head_stride, t.batch_stride, 0};
-  const uint32_t box[5] = {64, kStepTile, 1, 1, 1};
-  for (int i = 0; i < 5; ++i) {
-    d.size[i] = static_cast<uint64_t>(size[i]);
-    d.stride[i] = stride[i];
-    d.box[i] = box[i];
-    d.step[i] = 1;
-  }
+  d.lay_out({features, args.n, args.kv_heads, args.batch, 1},
+            {1, t.row_stride, t.head_stride, t.batch_stride, 0}, {64, kStepTile, 1, 1, 1});
   return encode_tma(map, d);
 }
 

@@ -20,6 +20,16 @@ struct TmaTensor {
   uint32_t box[5];    // elements that one copy brings, after stepping
   uint32_t step[5];   // every step-th element only (dilation), 1 to 8
   CUtensorMapSwizzle swizzle;
+
+  // Every element.
+  void lay_out(const int64_t (&sizes)[5], const int64_t (&strides)[5], const uint32_t (&boxes)[5]) {
+    for (int i = 0; i < 5; ++i) {
+      size[i] = static_cast<uint64_t>(sizes[i]);
+      stride[i] = strides[i];
+      box[i] = boxes[i];
+      step[i] = 1;
+    }
+  }
 };
 
 inline cudaError_t encode_tma(CUtensorMap* map, const TmaTensor& t) {
