@@ -144,7 +144,8 @@ __device__ __forceinline__ void prepare_channel_chunk(const ChannelMaps& maps, c
     invert_diagonal_block(s.triangular, warp, column);
     sync();  // A and P are there; K, Q and R have been read
     const float squares = put_column(s.n, warp, column);
-    put_squares(s.squares, put_other_blocks<Second::kNothing>(s.a, s.triangular, s.n, s.n, squares));
+    put_squares(s.squares,
+                put_other_blocks<Second::kNothing, /*kLeave=*/true>(s.a, s.triangular, s.n, s.n, squares));
     cutlass::arch::fence_view_async_shared();
   } else {
     const auto put_product = [&](int I, int J) { BlockProduct<Traits>(s, I, J).put(s, I, J); };
@@ -189,7 +190,7 @@ __device__ __forceinline__ void prepare_channel_chunk(const ChannelMaps& maps, c
   if (sends) tma_store_wait<0>();
   sync();  // the results have been read
   if (warp < 4) {
-    invert<Second::kLost>(s.a, s.triangular, s.n, s.p, barrier + 1);
+    invert<Second::kLost, /*kLeave=*/true>(s.a, s.triangular, s.n, s.p, barrier + 1);
   } else if constexpr (Traits::kLow) {
     for (int x = thread % 128; x < 6 * 32; x += 128) {  // blocks of P above the diagonal
       const int block = x / 32,

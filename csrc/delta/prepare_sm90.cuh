@@ -212,9 +212,9 @@ __device__ __forceinline__ void prepare_chunk(typename Traits::Group& s, const F
   if constexpr (Traits::kWithP) store_rows(s.p, warp, p_words);
   if constexpr (Traits::kPack) {
     store_upper(s.np, warp, p_words);
-    put_squares(s.squares, invert<Second::kBelow>(s.a, s.triangular, s.n, s.np, barrier));
+    put_squares(s.squares, invert<Second::kBelow, /*kLeave=*/false>(s.a, s.triangular, s.n, s.np, barrier));
   } else {
-    put_squares(s.squares, invert<Second::kNothing>(s.a, s.triangular, s.n, s.n, barrier));
+    put_squares(s.squares, invert<Second::kNothing, /*kLeave=*/false>(s.a, s.triangular, s.n, s.n, barrier));
   }
   cutlass::arch::fence_view_async_shared();
   if (sends) to.tell();
@@ -231,7 +231,7 @@ __device__ __forceinline__ void prepare_chunk(typename Traits::Group& s, const F
       }
       sync();
     };
-    invert<Second::kLost>(s.a, s.triangular, s.n, s.p, barrier);
+    invert<Second::kLost, /*kLeave=*/false>(s.a, s.triangular, s.n, s.p, barrier);
     send_low(scratch.N_low);
     if constexpr (Traits::kWithP) {
       store_rows(s.p, warp, p_low);

@@ -116,7 +116,7 @@ __device__ __forceinline__ float put_column(Element* image, int block, const flo
 }
 
 // A warpgroup, once the diagonal blocks are inverted: the others of N. Adds the squares that this thread has.
-template <Second kSecond, class Element>
+template <Second kSecond, bool kLeave, class Element>
 __device__ __forceinline__ float put_other_blocks(SplitBlocks& a, TriangularScratch& triangular,
                                                   Element* image, Element* second, float squares) {
   const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
@@ -148,7 +148,7 @@ __device__ __forceinline__ float put_other_blocks(SplitBlocks& a, TriangularScra
                                 matrices_at<false>(second, 16 * I, 2 * warp));
       }
     };
-    solve_block_column(triangular, warp, load_a, store);
+    solve_block_column<kLeave>(triangular, warp, load_a, store);
   } else {
     for (int x = lane; x < 3 * kRows * 2; x += 32) {  // blocks above the diagonal
       const int row = x / 2 % kRows, piece = 2 * (x / (2 * kRows) + 1) + x % 2;
@@ -163,7 +163,7 @@ __device__ __forceinline__ float put_other_blocks(SplitBlocks& a, TriangularScra
 
 // A warpgroup, which `barrier` is for, after put_pair of the whole lower triangle. Returns the sum of the
 // squares of N that this thread has. May be called once more, for what rounding lost.
-template <Second kSecond, class Element>
+template <Second kSecond, bool kLeave, class Element>
 __device__ __forceinline__ float invert(SplitBlocks& a, TriangularScratch& triangular, Element* image,
                                         Element* second, uint32_t barrier = 1) {
   const int warp = threadIdx.x / 32 % 4;
@@ -178,7 +178,7 @@ __device__ __forceinline__ float invert(SplitBlocks& a, TriangularScratch& trian
     put_column(second, warp, column,
                [](float a, float b) { return pack_low<Element>(a, b, pack<Element>(a, b)); });
   }
-  return put_other_blocks<kSecond>(a, triangular, image, second, squares);
+  return put_other_blocks<kSecond, kLeave>(a, triangular, image, second, squares);
 }
 
 // The transpose of a warp's 16 rows of P, words in accumulator order, to the blocks of an image on and above

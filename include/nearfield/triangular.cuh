@@ -142,15 +142,21 @@ __device__ __forceinline__ void invert_diagonal_block(TriangularScratch& scratch
 }
 
 // One warp computes the blocks below the diagonal of block column J. load_a(I, M) returns A_IM^T as a right
-// operand; store(I, y) receives T_IJ^T as an accumulator.
-template <class LoadA, class Store>
+// operand; store(I, y) receives T_IJ^T as an accumulator. A column has fewer than three: with kLeave a warp
+// leaves behind the last one, else it skips each of the others. Which is faster depends on what registers the
+// kernel has left (csrc/delta/README.md).
+template <bool kLeave, class LoadA, class Store>
 __device__ __forceinline__ void solve_block_column(TriangularScratch& scratch, int J, const LoadA& load_a,
                                                    const Store& store) {
   SplitFragment Y[3];
   Y[0] = scratch.inverse[J].load<false>();
   CUTE_UNROLL
   for (int d = 1; d < 4; ++d) {
-    if (J + d == 4) break;
+    if constexpr (kLeave) {
+      if (J + d == 4) break;
+    } else {
+      if (J + d >= 4) continue;
+    }
     float z[2][4] = {};
     CUTE_UNROLL
     for (int e = 0; e < d; ++e) split_mma(z, Y[e], load_a(J + d, J + e));
