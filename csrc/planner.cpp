@@ -123,18 +123,24 @@ PYBIND11_MODULE(_planner, m) {
         in.key_dim = key_dim, in.value_dim = value_dim, in.channel_gate = channel_gate;
         if (packed) in.cu_seqlens = &somewhere;
         const delta::Plan plan = delta::make_plan(in, key_dim, sms, clusters, keep, states_on_the_way);
-        py::list parts;
-        for (const auto& part : plan.parts)
-          parts.append(py::make_tuple(part.row, part.begin, part.end, part.from, part.to));
-        return py::make_tuple(plan.span_chunks, plan.prepare_P, plan.preparing_sms, parts, plan.rest);
+        py::list parts_of_clusters;
+        for (const auto& of_cluster : plan.clusters) {
+          py::list parts;
+          for (const auto& part : of_cluster)
+            parts.append(py::make_tuple(part.row, part.begin, part.end, part.from, part.to));
+          parts_of_clusters.append(parts);
+        }
+        return py::make_tuple(plan.span_chunks, plan.prepare_P, plan.preparing_sms, parts_of_clusters,
+                              plan.rest);
       },
       py::kw_only(), py::arg("sequences"), py::arg("tokens"), py::arg("value_heads"), py::arg("key_dim"),
       py::arg("value_dim"), py::arg("sms"), py::arg("clusters"), py::arg("heads") = 0,
       py::arg("packed") = false, py::arg("channel_gate") = false, py::arg("keep") = false,
       py::arg("states_on_the_way") = false,
-      "(span_chunks, prepare_P, preparing_sms, parts, rest) of the delta rule's forward on Hopper: chunks of "
+      "(span_chunks, prepare_P, preparing_sms, clusters, rest) of the delta rule's forward on Hopper: chunks "
+      "of "
       "a span or 0, whether P is prepared, the SMs that prepare beside the walk or the clusters or 0, for "
-      "clusters the parts of the heads as (row, begin, end, from, to), heads that are not for clusters. "
+      "each cluster the parts of heads as (row, begin, end, from, to), heads that are not for clusters. "
       "key_dim is the padded one; heads are those of queries and keys, by default as many.");
   m.def(
       "kernel_blocks",

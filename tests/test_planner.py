@@ -312,56 +312,83 @@ def test_delta_plan_covers_every_chunk_once(
     keep: bool,
     states: bool,
 ) -> None:
-    span, prepare_p, preparing, parts, rest = _planner.delta_plan(
+    span, prepare_p, preparing, of_clusters, rest = _planner.delta_plan(
         sequences=1, tokens=tokens, value_heads=value_heads, key_dim=key_dim, value_dim=value_dim, sms=sms,
         clusters=clusters, channel_gate=channel_gate, keep=keep, states_on_the_way=states,
     )  # fmt: skip
     chunks = -(-tokens // 64)
     assert 0 <= span < max(chunks, 1)
     assert 0 <= preparing < sms
-    assert prepare_p or not (keep or channel_gate or span or preparing or parts)
+    assert prepare_p or not (keep or channel_gate or span or preparing or of_clusters)
     if rest:
         assert 0 < rest < value_heads
-        assert parts == [(row, 0, chunks, -1, -1) for row in range(value_heads - rest)]  # all of them at once
-        assert len(parts) <= clusters
-        assert preparing == sms - 4 * len(parts)
+        assert of_clusters == [[(row, 0, chunks, -1, -1)] for row in range(value_heads - rest)]
+        assert preparing == sms - 4 * len(of_clusters)
         assert rest * -(-value_dim // 64) <= preparing
         value_heads -= rest
     else:
-        assert (span > 0) + (preparing > 0) + (len(parts) > 0) <= 1
-    if not parts:
+        assert (span > 0) + (preparing > 0) + (len(of_clusters) > 0) <= 1
+    if not of_clusters:
         return
     assert clusters > 0
     assert 64 < value_dim <= 128
     assert not channel_gate
     assert not states
-    assert len(parts) <= 96
-    ends: dict[int, int] = {}  # of what is done of a row
-    places: dict[int, int] = {}  # of states handed over: the row
-    for row, begin, end, origin, target in parts:  # in the order in which clusters begin
-        assert begin == ends.get(row, 0) < end <= chunks
-        assert (begin > 0) == (origin >= 0)
-        assert (end < chunks) == (target >= 0)
-        assert origin < 0 or places.pop(origin) == row
-        if target >= 0:
-            assert target not in places
-            places[target] = row
-        ends[row] = end
-    assert not places
-    assert ends == dict.fromkeys(range(value_heads), chunks)
+    # With what the backward needs clusters go on with their parts, else each has one.
+    assert len(of_clusters) <= clusters if keep else all(len(parts) == 1 for parts in of_clusters)
+    assert sum(map(len, of_clusters)) <= 96
+    covered: dict[int, list[tuple[int, int]]] = {}
+    handed: dict[int, tuple[int, int]] = {}  # states on their way to a later cluster: row and chunks done
+    for parts in of_clusters:  # in the order in which clusters begin
+        chunks_done, now_handed = 0, {}
+        for at, (row, begin, end, origin, target) in enumerate(parts):
+            assert 0 <= begin < end <= chunks
+            assert (begin > 0) == (origin >= 0)
+            assert (end < chunks) == (target >= 0)
+            if origin >= 0:
+                # With keep the chunks before are done when this part begins, if all are equally fast.
+                assert handed.pop(origin) == (row, begin)
+                assert not keep or chunks_done >= begin
+            if target >= 0:
+                assert at == 0
+                now_handed[target] = (row, end)
+            chunks_done += end - begin
+            covered.setdefault(row, []).append((begin, end))
+        assert not (keep and handed)
+        handed |= now_handed
+    assert not handed
+    assert sorted(covered) == list(range(value_heads))
+    for ranges in covered.values():
+        ranges.sort()
+        assert [0, *(end for _, end in ranges)] == [*(begin for begin, _ in ranges), chunks]
 
 
+@pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("heads", [24, 30, 34, 40])
-def test_heads_beyond_the_clusters_are_cut_evenly(heads: int) -> None:
-    *_, parts, rest = _planner.delta_plan(
-        sequences=1, tokens=32768, value_heads=heads, key_dim=128, value_dim=128, sms=132, clusters=30
+def test_heads_beyond_the_clusters_are_cut_evenly(heads: int, keep: bool) -> None:
+    *_, of_clusters, rest = _planner.delta_plan(
+        sequences=1,
+        tokens=32768,
+        value_heads=heads,
+        key_dim=128,
+        value_dim=128,
+        sms=132,
+        clusters=30,
+        keep=keep,
     )
     assert rest == 0
     if heads <= 30:
-        assert parts == [(row, 0, 512, -1, -1) for row in range(heads)]
+        assert of_clusters == [[(row, 0, 512, -1, -1)] for row in range(heads)]
+        return
+    piece = -(-heads * 512 // 30)
+    assert sum(map(len, of_clusters)) == heads + 30 - 1
+    work = [sum(end - begin for _, begin, end, _, _ in parts) for parts in of_clusters]
+    if keep:
+        assert len(work) == 30
+        assert set(work[:-1]) == {piece}
+        assert work[-1] <= piece
     else:
-        assert max(end - begin for _, begin, end, _, _ in parts) <= -(-heads * 512 // 30)
-        assert len(parts) == heads + 30 - 1
+        assert max(work) <= piece
 
 
 @pytest.mark.parametrize("keep", [False, True])
@@ -388,14 +415,14 @@ def test_heads_for_which_no_cluster_is_left_take_the_other_multiprocessors(
 ) -> None:
     """Whole groups of value heads of one sequence, and so few that they are done with the clusters."""
     rest = with_kept if keep else rest
-    span, _, preparing, parts, found = _planner.delta_plan(
+    span, _, preparing, of_clusters, found = _planner.delta_plan(
         sequences=sequences, tokens=tokens, value_heads=heads, heads=heads // group, key_dim=128, value_dim=128,
         sms=132, clusters=30, keep=keep,
     )  # fmt: skip
     assert found == rest
     if found:
-        assert preparing == 132 - 4 * len(parts)
-        assert len(parts) == sequences * heads - rest
+        assert preparing == 132 - 4 * len(of_clusters)
+        assert len(of_clusters) == sequences * heads - rest
         assert 0 < span < tokens // 64
 
 
@@ -407,9 +434,9 @@ def test_chunks_with_a_gate_per_channel_are_prepared_beside_few_walks(
     sequences: int, tokens: int, heads: int, keep: bool, beside: int
 ) -> None:
     """Where the walks leave most of the GPU idle, and only without what the backward keeps."""
-    span, _, preparing, parts, _ = _planner.delta_plan(
+    span, _, preparing, of_clusters, _ = _planner.delta_plan(
         sequences=sequences, tokens=tokens, value_heads=heads, key_dim=128, value_dim=128, sms=132, clusters=30,
         channel_gate=True, keep=keep,
     )  # fmt: skip
-    assert (preparing, parts) == (beside, [])
+    assert (preparing, of_clusters) == (beside, [])
     assert span == 0 or not beside

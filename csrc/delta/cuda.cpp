@@ -120,8 +120,8 @@ Results forward(Tensor q, Tensor k, Tensor v, Tensor beta, OptTensor g, OptTenso
     const KeptSm90 parts(in, kept.mutable_data_ptr());
     scratch.chunks = parts.chunks, entering = parts.states, v_new = parts.v_new;
     // For the last heads, too, which have their places among all.
-    if (!in.channel_gate && (plan.parts.empty() || plan.rest > 0)) allocate_apart(scratch, q, in, true);
-  } else if (plan.parts.empty()) {
+    if (!in.channel_gate && (plan.clusters.empty() || plan.rest > 0)) allocate_apart(scratch, q, in, true);
+  } else if (plan.clusters.empty()) {
     scratch = allocate_scratch(q, in, choice, plan.prepare_P);
   }
   allocate_low_halves(scratch, q, in, choice, plan.prepare_P);
@@ -139,12 +139,15 @@ Results forward(Tensor q, Tensor k, Tensor v, Tensor beta, OptTensor g, OptTenso
     pass.boundary_states = static_cast<float*>(states.mutable_data_ptr());
     pass.boundary_chunks = states_every;
   }
-  if (!plan.parts.empty()) {
+  if (!plan.clusters.empty()) {
     HeadClusterArgs args{pass};
-    std::copy(plan.parts.begin(), plan.parts.end(), args.parts);
-    args.num_parts = static_cast<int>(plan.parts.size());
-    const int64_t handed = std::count_if(plan.parts.begin(), plan.parts.end(),
-                                         [](const HeadClusterArgs::Part& p) { return p.to >= 0; });
+    int64_t handed = 0;
+    int count = 0;
+    for (const auto& parts : plan.clusters) {
+      args.first_part[args.clusters++] = count;
+      for (const HeadClusterArgs::Part& part : parts) args.parts[count++] = part, handed += part.to >= 0;
+    }
+    args.first_part[args.clusters] = count;
     if (handed > 0) {
       const int64_t tiles = ceil_div(x.V, kImageColumns);
       args.handed_states =

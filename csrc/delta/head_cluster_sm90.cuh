@@ -3,8 +3,9 @@
 // memory to shared memory, straight into the stages of the walks, so memory sees q, k, v and o only, and as
 // nobody is far ahead of anybody, keys and queries that the walks read again are still in the L2 cache.
 // Heads rarely come in the number of clusters that a GPU runs side by side: then some are cut in two parts,
-// and the state goes from one to the other through memory. Which part begins when is the host's plan; a part
-// waits only for one that stands before it, so that they may run in any number at once.
+// and the state goes from one to the other through memory. A cluster has its parts from the host's plan; what
+// prepares goes on to the next one without a pause. It waits only for the first part of the cluster before,
+// so that clusters may run in any number at once.
 #pragma once
 
 #include <array>
@@ -26,13 +27,16 @@ struct HeadClusterTraits {
       StatePassTraits<Tag, kKeyDim, /*kChannelGate=*/false, /*kOutput=*/true, /*kComputeP=*/false, kKeep,
                       /*kInCluster=*/true>;
   using Prepare = PrepareTraits<Tag, kKeyDim, /*kWithP=*/true, kKeep>;
+  // Clusters take several parts, one after the other. Else each has one, and others begin where it ends:
+  // where nothing is kept the chain has no registers left for a loop around it (README.md).
+  static constexpr bool kGoOn = Walk::kGoesOn;
   static constexpr int kWalks = 2, kPreparing = kHeadCluster - kWalks;  // CTAs; walks come first
   static constexpr int kGroups = Prepare::kGroups, kPreparers = kPreparing * kGroups;  // warpgroups
   static constexpr int kStages = Walk::kStages;
   static_assert(kPreparers % kStages == 0, "a warpgroup sends to one stage");
   static constexpr int kThreads = Walk::kThreads;
   static_assert(kThreads == Prepare::kThreads);
-  static constexpr int kChainRegisters = 248, kHelperRegisters = 104, kIdleRegisters = 24;
+  static constexpr int kChainRegisters = 256, kHelperRegisters = 96, kIdleRegisters = 24;
   static_assert(kChainRegisters + kHelperRegisters + kIdleRegisters <= 3 * 168);
 
   struct Storage {
@@ -112,9 +116,8 @@ struct PartOfHead {
   int64_t head;
   int from, to;
 
-  __device__ __forceinline__ explicit PartOfHead(const HeadClusterArgs& a) {
+  __device__ __forceinline__ PartOfHead(const HeadClusterArgs& a, const HeadClusterArgs::Part& p) {
     const InputsSm90& in = a.in;
-    const HeadClusterArgs::Part& p = a.parts[blockIdx.x / kHeadCluster];
     const auto heads = static_cast<int>(in.value_heads);
     head = p.row % heads, from = p.from, to = p.to;
     part.n = p.row / heads, part.first = from < 0, part.last = to < 0;
@@ -125,66 +128,190 @@ struct PartOfHead {
   }
 };
 
-// Chunk c is for warpgroup c % kPreparers, and neighbors among these are on different SMs.
+// f(number of a part) for the parts of this cluster.
+template <bool kGoOn, class F>
+__device__ __forceinline__ void for_parts(const HeadClusterArgs& a, const F& f) {
+  const int cluster = static_cast<int>(blockIdx.x) / kHeadCluster;
+  if constexpr (kGoOn) {
+    CUTE_NO_UNROLL
+    for (int i = a.first_part[cluster]; i < a.first_part[cluster + 1]; ++i) f(i);
+  } else {
+    f(cluster);
+  }
+}
+
+// Chunk c of a part is for warpgroup c % kPreparers, and neighbors among these are on different SMs.
 template <class Traits>
-__device__ __forceinline__ void prepare_for_walks(const TokenMaps& maps, const HeadClusterArgs& a,
-                                                  const Sequence& sequence, int64_t head, int rank) {
+__device__ __forceinline__ void prepare_for_walks(const TokenMaps& maps, const HeadClusterArgs& a, int rank) {
   using Prepare = typename Traits::Prepare;
-  const int group = threadIdx.x / 128;
+  const int group = threadIdx.x / 128, cluster = blockIdx.x / kHeadCluster;
   auto& s = shared_storage<typename Traits::Storage>().prepare.group[group];
-  const int chunks = sequence.chunks();
-  int chunk = group * Traits::kPreparing + rank - Traits::kWalks;
+  const int first_chunk = group * Traits::kPreparing + rank - Traits::kWalks;
+  int chunk = first_chunk;  // of a part
   ToWalks<Traits> to{a, group, chunk % Traits::kStages};
-  const auto find = [&](ChunkPlace& place) {
-    return chunk < chunks && place.find(a.in, sequence.first_slot + chunk, head);
+  int part = Traits::kGoOn ? a.first_part[cluster] : cluster;
+  const int parts_end = Traits::kGoOn ? a.first_part[cluster + 1] : cluster + 1;
+  uint32_t slot = 0, head = 0;  // of the next chunk: found early, while registers are free
+  const auto find = [&] {
+    for (; part < parts_end; ++part) {
+      const HeadClusterArgs::Part& p = a.parts[part];
+      if (chunk < p.end - p.begin) {
+        const auto heads = static_cast<uint32_t>(a.in.value_heads), row = static_cast<uint32_t>(p.row);
+        const auto slots = static_cast<uint32_t>((a.in.tokens + kRows - 1) / kRows);  // of a sequence
+        slot = row / heads * slots + p.begin + chunk, head = row % heads;
+        chunk += Traits::kPreparers;
+        return true;
+      }
+      chunk = first_chunk;
+    }
+    return false;
   };
   Fetched here, next;
-  bool more = find(here.place);
-  if (more) here.template fetch<Prepare>(s, maps, a.in);
+  bool more = find();
+  if (more) {
+    here.place.find(a.in, slot, head);
+    here.template fetch<Prepare>(s, maps, a.in);
+  }
   for (uint32_t turn = 0; more; ++turn) {
+    more = find();
     prepare_chunk<Prepare>(s, a.in, a.scratch, here, turn, 1 + group, to, [&] {
-      chunk += Traits::kPreparers;
-      more = find(next.place);
-      if (more) next.template fetch<Prepare>(s, maps, a.in);
+      if (!more) return;
+      next.place.find(a.in, slot, head);
+      next.template fetch<Prepare>(s, maps, a.in);
     });
     here = next;
   }
   if (threadIdx.x % 128 == 96) to.wait_read();
 }
 
-// The chain of a walk, with the states at its ends.
+// The loading warp of a walk over a part. Each chunk's warpgroup hears when there is a stage for what it
+// sends, and when that has been taken.
 template <class Traits>
-__device__ __forceinline__ void walk_chain(typename Traits::Storage& s, const HeadClusterArgs& a,
-                                           const PartOfHead& z, int tile) {
-  using Walk = typename Traits::Walk;
-  constexpr int kKeyDim = Walk::kKeyDim;
-  const int first_value = tile * kImageColumns;
-  const auto handed = [&](int place) { return static_cast<int64_t>(place) * Traits::kWalks + tile; };
-  const auto handed_state = [&](int place) -> StateRows {
-    return {a.handed_states + handed(place) * kImageColumns * kKeyDim, kKeyDim, 1, kImageColumns, kKeyDim};
+__device__ __forceinline__ void load_for_walk(typename Traits::Storage& s, const TokenMaps& maps,
+                                              const HeadClusterArgs& a, const PartOfHead& z,
+                                              int first_value) {
+  const auto tell = [&](uint64_t (&barriers)[Traits::kGroups], int chunk) {
+    const int preparer = chunk % Traits::kPreparers;
+    cutlass::arch::ClusterTransactionBarrier::arrive(&barriers[preparer / Traits::kPreparing],
+                                                     Traits::kWalks + preparer % Traits::kPreparing, 1);
   };
-  auto S = make_state<Walk>();
-  if (z.part.first) {
-    load_state<kKeyDim>(S, rows_of_state(a.in, a.in.initial_state, z.part.n, z.head, first_value));
-  } else {
-    const int* flag = a.handed + handed(z.from);
+  const auto at_next = [&](int chunk) {
+    if (chunk >= Traits::kStages) tell(s.taken, chunk - Traits::kStages);
+  };
+  auto at =
+      load<typename Traits::Walk>(s.walk, maps, a, z.part.sequence, z.head, first_value, [&](int chunk) {
+        tell(s.room, chunk);
+        at_next(chunk);
+      });
+  const int chunks = z.part.sequence.chunks();
+  for (int chunk = chunks; chunk < chunks + Traits::kStages; ++chunk, at.advance()) {
+    s.walk.ring.wait_empty(at);
+    if (threadIdx.x % 32 == 0) at_next(chunk);
+  }
+}
+
+// ---- States at the ends of a part ----
+
+// They pass through the first stage, between chain and helpers of a walk (256 threads, a barrier): addresses
+// in global memory would take registers of the chain, which has none left.
+constexpr uint32_t kStateHere = 3, kHelpersHere = 4;
+
+template <class Traits>
+__device__ __forceinline__ float4* state_in_stage(typename Traits::Storage& s, int piece) {
+  auto& stage = s.walk.stage[0];
+  using Stage = std::remove_reference_t<decltype(stage)>;
+  static_assert(offsetof(Stage, q) == sizeof(stage.k) &&
+                sizeof(stage.k) + sizeof(stage.q) >= 64 * Traits::Walk::kKeyDim * 4);
+  return reinterpret_cast<float4*>(stage.k) + piece * 128 + threadIdx.x % 128;
+}
+
+// Helper and chain thread of the same number have the same values and keys.
+template <class Traits>
+__device__ __forceinline__ StateRows state_at_end(const HeadClusterArgs& a, const PartOfHead& z, int tile,
+                                                  bool after) {
+  constexpr int kKeyDim = Traits::Walk::kKeyDim;
+  const int place = after ? z.to : z.from;
+  if (place < 0)
+    return rows_of_state(a.in, after ? a.final_state : a.in.initial_state, z.part.n, z.head,
+                         tile * kImageColumns);
+  const int64_t at = static_cast<int64_t>(place) * Traits::kWalks + tile;
+  return {a.handed_states + at * kImageColumns * kKeyDim, kKeyDim, 1, kImageColumns, kKeyDim};
+}
+
+template <class Traits>
+__device__ __forceinline__ void bring_state(typename Traits::Storage& s, const HeadClusterArgs& a,
+                                            const PartOfHead& z, int tile) {
+  if (z.from >= 0) {
+    const int* flag = a.handed + static_cast<int64_t>(z.from) * Traits::kWalks + tile;
     int there = 0;
     while (there == 0)
       asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(there) : "l"(flag) : "memory");
-    load_state<kKeyDim>(S, handed_state(z.from));
   }
-  walk_through<Walk>(s.walk, a, z.part, z.head, first_value, S, false);
-  if (z.part.last) {
-    store_state<kKeyDim>(S, rows_of_state(a.in, a.final_state, z.part.n, z.head, first_value));
-  } else {
-    store_state<kKeyDim>(S, handed_state(z.to));
-    __threadfence();
-    cutlass::arch::NamedBarrier::sync(128, 2);
-    if (threadIdx.x == 0) {
-      int* flag = a.handed + handed(z.to);
-      asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(flag), "r"(1) : "memory");
+  const StateRows from = state_at_end<Traits>(a, z, tile, false);
+  const int lane = threadIdx.x % 32, value = threadIdx.x % 128 / 32 * 16 + lane / 4;
+  CUTE_NO_UNROLL
+  for (int piece = 0; piece < Traits::Walk::kKeyDim / 8; ++piece) {
+    float x[4];
+    CUTE_UNROLL
+    for (int e = 0; e < 4; ++e) {
+      const int v = value + 8 * (e / 2), key = 8 * piece + 2 * (lane % 4) + e % 2;
+      x[e] = from.data != nullptr && v < from.values && key < from.keys
+                 ? from.data[v * from.value + key * from.key]
+                 : 0.f;
+    }
+    *state_in_stage<Traits>(s, piece) = {x[0], x[1], x[2], x[3]};
+  }
+}
+
+template <class Traits>
+__device__ __forceinline__ void take_state(typename Traits::Storage& s, const HeadClusterArgs& a,
+                                           const PartOfHead& z, int tile) {
+  const StateRows to = state_at_end<Traits>(a, z, tile, true);
+  const int lane = threadIdx.x % 32, value = threadIdx.x % 128 / 32 * 16 + lane / 4;
+  if (to.data != nullptr) {
+    CUTE_NO_UNROLL
+    for (int piece = 0; piece < Traits::Walk::kKeyDim / 8; ++piece) {
+      const float4 four = *state_in_stage<Traits>(s, piece);
+      const float x[4] = {four.x, four.y, four.z, four.w};
+      CUTE_UNROLL
+      for (int e = 0; e < 4; ++e) {
+        const int v = value + 8 * (e / 2), key = 8 * piece + 2 * (lane % 4) + e % 2;
+        if (v < to.values && key < to.keys) to.data[v * to.value + key * to.key] = x[e];
+      }
     }
   }
+  if (z.to >= 0) __threadfence();
+  cutlass::arch::NamedBarrier::sync(128, kHelpersHere);
+  if (z.to >= 0 && threadIdx.x % 128 == 0) {
+    int* flag = a.handed + static_cast<int64_t>(z.to) * Traits::kWalks + tile;
+    asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(flag), "r"(1) : "memory");
+  }
+}
+
+// The chain of a walk over a part.
+template <class Traits>
+__device__ __forceinline__ void walk_chain(typename Traits::Storage& s, const HeadClusterArgs& a, int part,
+                                           int tile) {
+  using Walk = typename Traits::Walk;
+  using cutlass::arch::NamedBarrier;
+  auto S = make_state<Walk>();
+  NamedBarrier::sync(256, kStateHere);
+  CUTE_UNROLL
+  for (int piece = 0; piece < Walk::kKeyDim / 8; ++piece) {
+    const float4 x = *state_in_stage<Traits>(s, piece);
+    S(4 * piece) = x.x, S(4 * piece + 1) = x.y, S(4 * piece + 2) = x.z, S(4 * piece + 3) = x.w;
+  }
+  cutlass::arch::fence_view_async_shared();  // the copy engine writes there next
+  NamedBarrier::sync(256, kStateHere);
+  {
+    const PartOfHead z(a, a.parts[part]);
+    walk_through<Walk>(s.walk, a, z.part, z.head, tile * kImageColumns, S, false);
+  }
+  NamedBarrier::sync(128, 2);  // all warps are done with the stages
+  CUTE_UNROLL
+  for (int piece = 0; piece < Walk::kKeyDim / 8; ++piece)
+    *state_in_stage<Traits>(s, piece) = {S(4 * piece), S(4 * piece + 1), S(4 * piece + 2), S(4 * piece + 3)};
+  NamedBarrier::sync(256, kStateHere);
 }
 
 template <class Traits>
@@ -196,7 +323,6 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   const int rank = static_cast<int>(cute::block_rank_in_cluster());
   const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32, first_value = rank * kImageColumns;
   const bool walks = rank < Traits::kWalks;
-  const PartOfHead z(a);
   if (threadIdx.x == 0) {
     if (walks) init_rings(s.walk);
     for (int g = 0; g < Traits::kGroups; ++g) {
@@ -218,32 +344,39 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   // Each role ends with meet(): nobody leaves while another may still reach into its shared memory.
   if (walks && warpgroup == 0) {
     cutlass::arch::warpgroup_reg_alloc<Traits::kChainRegisters>();
-    walk_chain<Traits>(s, a, z, rank);
+    for_parts<Traits::kGoOn>(a, [&](int part) { walk_chain<Traits>(s, a, part, rank); });
     meet();
   } else if (walks && warpgroup == 1) {
     cutlass::arch::warpgroup_reg_dealloc<Traits::kHelperRegisters>();
-    if (warp == Walk::kHelpers / 32) {
-      const auto tell = [&](uint64_t (&barriers)[Traits::kGroups], int chunk) {
-        const int preparer = chunk % Traits::kPreparers;
-        Barrier::arrive(&barriers[preparer / Traits::kPreparing],
-                        Traits::kWalks + preparer % Traits::kPreparing, 1);
-      };
-      load<Walk>(s.walk, maps, a, z.part.sequence, z.head, first_value, [&](int chunk) {
-        tell(s.room, chunk);
-        if (chunk >= Traits::kStages) tell(s.taken, chunk - Traits::kStages);
-      });
-    }
-    if (warp == Walk::kStoringO) store<Walk>(s.walk, a, z.part.sequence, z.head, first_value);
-    if constexpr (Traits::kKeep) {
-      if (threadIdx.x == Walk::kStoringV * 32)
-        store_v_new<Walk>(s.walk, a, z.part.sequence, z.head, first_value);
-    }
+    using cutlass::arch::NamedBarrier;
+    for_parts<Traits::kGoOn>(a, [&](int part) {
+      const PartOfHead z(a, a.parts[part]);
+      bring_state<Traits>(s, a, z, rank);
+      NamedBarrier::sync(256, kStateHere);
+      NamedBarrier::sync(256, kStateHere);  // the chain has it
+      if (warp == Walk::kHelpers / 32) load_for_walk<Traits>(s, maps, a, z, first_value);
+      if (warp == Walk::kStoringO) store<Walk>(s.walk, a, z.part.sequence, z.head, first_value);
+      if constexpr (Traits::kKeep) {
+        if (threadIdx.x == Walk::kStoringV * 32)
+          store_v_new<Walk>(s.walk, a, z.part.sequence, z.head, first_value);
+      }
+      __syncwarp();
+      NamedBarrier::sync(256, kStateHere);
+      if (Traits::kGoOn &&
+          threadIdx.x % 128 ==
+              0) {  // rings begin anew: places in them that went on would take registers, too
+        s.walk.ring.invalidate(), s.walk.ring_p.invalidate(), s.walk.ring_low.invalidate();
+        s.walk.ring_out.invalidate(), s.walk.ring_v_new.invalidate();
+        init_rings(s.walk);
+      }
+      take_state<Traits>(s, a, z, rank);
+    });
     meet();
   } else if (walks) {
     cutlass::arch::warpgroup_reg_dealloc<Traits::kIdleRegisters>();
     meet();
   } else {
-    prepare_for_walks<Traits>(maps, a, z.part.sequence, z.head, rank);
+    prepare_for_walks<Traits>(maps, a, rank);
     meet();
   }
 }
@@ -271,7 +404,7 @@ int head_cluster_sm90<Tag, kKeyDim>::run(const HeadClusterArgs& args, void* stre
   if (const cudaError_t e = encode_inputs(&maps, args.in, std::is_same_v<Tag, bf16>)) return e;
   const auto launch = [&](auto keep) {
     using Traits = HeadClusterTraits<Tag, kKeyDim, decltype(keep)::value>;
-    return with_head_cluster_config<Traits>(args.num_parts, static_cast<cudaStream_t>(stream),
+    return with_head_cluster_config<Traits>(args.clusters, static_cast<cudaStream_t>(stream),
                                             static_cast<cudaEvent_t>(begun),
                                             [&](const cudaLaunchConfig_t& config, auto kernel) {
                                               return cudaLaunchKernelEx(&config, kernel, maps, args);

@@ -11,14 +11,15 @@ namespace nearfield::delta {
 struct HeadClusterArgs : StatePassArgs {
   static constexpr int kCluster = 4;  // CTAs
   // What a cluster walks over: chunks of a sequence and value head. A part in the middle of one takes its
-  // state from a part that stands before it.
+  // state from the first part of the cluster before.
   struct Part {
     int row, begin, end;  // [sequence][value head]; chunks
     int from, to;         // places of states between parts; -1: none
   };
   static constexpr int kMostParts = 96;
-  Part parts[kMostParts];
-  int num_parts;
+  Part parts[kMostParts];          // of cluster after cluster
+  int first_part[kMostParts + 1];  // of a cluster, and behind the last
+  int clusters;
   float* handed_states;  // [place][V][K], V and K padded
   int* handed;           // [place][V / 64], zeros: 1 when it is there. Both null if there are none
 };

@@ -16,8 +16,8 @@ namespace nearfield::delta {
 constexpr double kLaunchUs = 7, kBytesPerUs = 4.2e6;
 constexpr double kChunkUs = 1.07, kTransitionUs = 0.87;  // with and without output
 constexpr double kComposeUs = 5.5, kSpanUs = 1.5;        // a launch, and a span of it
-// Clusters: the launch, those that begin where others have ended, and each chunk.
-constexpr double kClusterLaunchUs = 5, kClusterUs = 30, kClusterChunkUs = 1.1;
+// Clusters: the launch, those that begin where others have ended, going on with another part, and each chunk.
+constexpr double kClusterLaunchUs = 5, kClusterUs = 30, kGoOnUs = 30, kClusterChunkUs = 1.1;
 // A few heads too many: what each chunk takes more where heads are cut, as clusters are at different tokens
 // then, and what it takes more to split sequences beside the clusters.
 constexpr double kOutOfStepUs = 0.1, kBesideClustersUs = 50;
@@ -30,44 +30,62 @@ constexpr double kPrepareChannelUs = 10, kPrepareChannelBesideUs = 13.7;  // wit
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+using Clusters = std::vector<std::vector<HeadClusterArgs::Part>>;  // the parts of each
+
 struct Plan {
-  int64_t span_chunks = 0;                        // 0: sequences are not split
-  bool prepare_P = true;                          // else the state pass computes P
-  int64_t preparing_sms = 0;                      // beside the state pass; 0: all of them, before it
-  std::vector<HeadClusterArgs::Part> parts = {};  // for clusters, which do both; empty: not so
+  int64_t span_chunks = 0;    // 0: sequences are not split
+  bool prepare_P = true;      // else the state pass computes P
+  int64_t preparing_sms = 0;  // beside the state pass; 0: all of them, before it
+  Clusters clusters = {};     // which do both; empty: not so
   // So many heads, the last of the last sequence, are not for clusters. They take the SMs that these leave,
   // which first prepare (preparing_sms), then walk.
   int64_t rest = 0;
 };
 
-// So many rows of so many chunks for so many clusters at once: all chunks in a line, cut into pieces at least
-// as long as a row. A cluster first takes what its piece has of a row that goes on in the next one, so that
-// the rest of that, which the cluster of the next piece takes last, need not wait. Clusters are free in the
-// order of the lengths of these beginnings, so the longest rests come first. Of the beginnings the longest
-// come first, too: by measurement, as the hardware does not always give the place that is free to the next.
-inline std::vector<HeadClusterArgs::Part> cut_heads(int64_t rows, int64_t chunks, int64_t clusters) {
-  std::vector<HeadClusterArgs::Part> parts, rests;
-  const int64_t piece = std::max(chunks, ceil_div(rows * chunks, clusters));
-  const auto whole = [](int64_t row, int64_t begin, int64_t end) {
-    return HeadClusterArgs::Part{static_cast<int>(row), static_cast<int>(begin), static_cast<int>(end), -1,
-                                 -1};
-  };
-  for (int64_t row = 0; row < rows; ++row) {
-    const int64_t cut = ceil_div(row * chunks + 1, piece) * piece - row * chunks;  // of the row, if inside
-    if (cut >= chunks) {
-      rests.push_back(whole(row, 0, chunks));
-      continue;
+// So many rows of so many chunks for so many clusters: all chunks in a line, cut into pieces at least as long
+// as a row, one for each cluster. It first takes what its piece has of a row that goes on in the next one, so
+// that the rest of that, which the next cluster takes last, need not wait.
+inline Clusters cut_heads(int64_t rows, int64_t chunks, int64_t clusters) {
+  const int64_t all = rows * chunks, piece = std::max(chunks, ceil_div(all, clusters));
+  Clusters result;
+  int places = 0;
+  for (int64_t begin = 0; begin < all; begin += piece) {
+    const int64_t end = std::min(begin + piece, all);
+    std::vector<HeadClusterArgs::Part> parts;
+    const int from = begin % chunks != 0 ? places - 1 : -1;
+    for (int64_t row = (end - 1) / chunks; row >= begin / chunks; --row) {
+      const int64_t first = std::max(begin - row * chunks, int64_t{0}),
+                    last = std::min(end - row * chunks, chunks);
+      parts.push_back({static_cast<int>(row), static_cast<int>(first), static_cast<int>(last),
+                       first > 0 ? from : -1, last < chunks ? places++ : -1});
     }
-    const int place = static_cast<int>(parts.size());
-    parts.push_back(whole(row, 0, cut)), parts.back().to = place;
-    rests.push_back(whole(row, cut, chunks)), rests.back().from = place;
+    result.push_back(std::move(parts));
   }
-  for (auto* some : {&parts, &rests}) {
-    std::stable_sort(some->begin(), some->end(),
-                     [](const auto& a, const auto& b) { return a.end - a.begin > b.end - b.begin; });
+  return result;
+}
+
+// The same parts, a cluster for each, where clusters do not go on: more than there are at once. Who is done
+// makes room for the next, so the order is that in which they are to begin. The beginnings of rows come
+// first, as a part must stand behind that from which it has its state, the longest of them first: by
+// measurement, as the hardware does not always give the place that is free to the next. Clusters are free in
+// the order of the lengths of these beginnings, so the longest of the rest come first, too.
+inline Clusters one_by_one(const Clusters& clusters) {
+  Clusters beginnings, rest;
+  for (const auto& parts : clusters)
+    for (const HeadClusterArgs::Part& part : parts) (part.to >= 0 ? beginnings : rest).push_back({part});
+  for (Clusters* some : {&beginnings, &rest}) {
+    std::stable_sort(some->begin(), some->end(), [](const auto& a, const auto& b) {
+      return a[0].end - a[0].begin > b[0].end - b[0].begin;
+    });
   }
-  parts.insert(parts.end(), rests.begin(), rests.end());
-  return parts;
+  beginnings.insert(beginnings.end(), rest.begin(), rest.end());
+  return beginnings;
+}
+
+inline int64_t count_parts(const Clusters& clusters) {
+  int64_t count = 0;
+  for (const auto& parts : clusters) count += static_cast<int64_t>(parts.size());
+  return count;
 }
 
 // A walk is a chain, so few heads leave SMs idle. Split, every span is walked twice, for its transition and,
@@ -121,17 +139,17 @@ inline Plan make_plan(const InputsSm90& in, int64_t key_dim, int64_t sms, int64_
     if (us < best) best = us, plan = {0, true, sms - walks};
   }
   if (plain && !in.channel_gate && value_tiles == 2 && clusters > 0 && rows <= HeadClusterArgs::kMostParts) {
-    std::vector<HeadClusterArgs::Part> parts = cut_heads(rows, chunks, clusters);
-    const auto count = static_cast<int64_t>(parts.size());
-    const double turns = static_cast<double>(count) / static_cast<double>(clusters);
+    Clusters cut = cut_heads(rows, chunks, clusters);
     const int64_t piece = std::max(chunks, ceil_div(rows * chunks, clusters));
-    const double us = kClusterLaunchUs + std::max(turns - 1, 0.) * kClusterUs +
-                      static_cast<double>(piece) * kClusterChunkUs;
+    const int64_t count = count_parts(cut);
+    if (!keep) cut = one_by_one(cut);
+    const double turns = static_cast<double>(count) / static_cast<double>(clusters);
+    const double pauses = keep ? (count > clusters ? kGoOnUs : 0) : std::max(turns - 1, 0.) * kClusterUs;
+    const double us = kClusterLaunchUs + pauses + static_cast<double>(piece) * kClusterChunkUs;
     const double keeping = keep ? kKeepInClusters : 1;
     if (us * keeping < best && count <= HeadClusterArgs::kMostParts)
-      best = us * keeping + static_cast<double>(piece) * kOutOfStepUs, plan = {0, true, 0, std::move(parts)};
-    // All clusters must be there before the rest takes an SM, so there is no second turn of them. Key heads
-    // are not divided.
+      best = us * keeping + static_cast<double>(piece) * kOutOfStepUs, plan = {0, true, 0, std::move(cut)};
+    // All clusters must be there before the rest takes an SM. Key heads are not divided.
     const int64_t group = in.value_heads / in.heads;
     for (int64_t rest = ceil_div(rows - clusters, group) * group; rest > 0 && rest < rows; rest += group) {
       const int64_t left = sms - HeadClusterArgs::kCluster * (rows - rest);

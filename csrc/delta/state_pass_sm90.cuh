@@ -317,7 +317,7 @@ __device__ __forceinline__ void walk(typename Traits::Storage& s, const StatePas
     // V' = X + N X, and Qh S; meanwhile what is done leaves
     issue_gemm<false>(mma_token, X16, by_row(stage.n, Int<kRows>{}), R);
     if constexpr (kOutput) issue_gemm<true>(mma_token, S16, by_row(stage.q, Int<kKeyDim>{}), O);
-    if constexpr (!Traits::kChannelGate) read_factors(k_write, rows.k_write);
+    if constexpr (!Traits::kChannelGate && !Traits::kFewRegisters) read_factors(k_write, rows.k_write);
     if constexpr (Traits::kKeep) {
       const bool left_out =
           !Traits::kChannelGate && !position.after_hard && (sequence.first_chunk + c) % 2 != 0;
@@ -349,6 +349,7 @@ __device__ __forceinline__ void walk(typename Traits::Storage& s, const StatePas
     hold();
     warpgroup_wait<kOutput ? 1 : 0>();
     if (hard()) {
+      if constexpr (Traits::kFewRegisters) warpgroup_wait<0>();  // S's operands are free
       if constexpr (Traits::kLowApart) {
         s.ring_low.wait_full(position.at_low);
         position.at_low.advance();
@@ -380,6 +381,7 @@ __device__ __forceinline__ void walk(typename Traits::Storage& s, const StatePas
       round(R, X16);
       issue_gemm<false>(mma_state, X16, by_key(stage.k_write), S);
     } else {
+      if constexpr (Traits::kFewRegisters) read_factors(k_write, rows.k_write);
       CUTE_UNROLL
       for (int x = 0; x < 16; ++x) {
         reinterpret_cast<uint32_t*>(X16.data())[x] =
@@ -391,7 +393,8 @@ __device__ __forceinline__ void walk(typename Traits::Storage& s, const StatePas
     round(R, V16);
     if constexpr (kOutput) {
       if constexpr (!Traits::kComputeP && !Traits::kChannelGate) read_factors(q_read, rows.q_read);
-      hand_over(s.ring_out, position.at_out, s.out, position.out, false);
+      if constexpr (!Traits::kFewRegisters)
+        hand_over(s.ring_out, position.at_out, s.out, position.out, false);
       if constexpr (Traits::kComputeP) {
         s.ring_p.wait_full(at);
         compiler_fence();
@@ -438,6 +441,7 @@ __device__ __forceinline__ void walk(typename Traits::Storage& s, const StatePas
         issue_gemm<false>(mma_state, L16, by_key(stage.k_write), S);
         issue_gemm<false>(mma_state, X16, by_key(low().k_write), S);
       } else {
+        if constexpr (Traits::kFewRegisters) read_factors(k_write, rows.k_write);  // again
         for_words(L16, [&](int x) {
           const float w0 = k_write[x / 2].x * R(2 * x), w1 = k_write[x / 2].y * R(2 * x + 1);
           return pack_low<Element>(w0, w1, pack<Element>(w0, w1));
@@ -457,6 +461,7 @@ __device__ __forceinline__ void walk(typename Traits::Storage& s, const StatePas
     if constexpr (kOutput) {
       CUTE_UNROLL
       for (int x = 0; x < 16; ++x) position.out[x] = pack<Element>(O(2 * x), O(2 * x + 1));
+      if constexpr (Traits::kFewRegisters) hand_over(s.ring_out, position.at_out, s.out, position.out, false);
     }
     if (Traits::kFull && valid == kRows) keep(c, S);
     if constexpr (Traits::kKeep) position.after_hard = hard();
@@ -502,13 +507,17 @@ __device__ __forceinline__ void walk_through(typename Traits::Storage& s, const 
                                              chunk_index(a.in, part.sequence.first_slot - 1, head)) != 0.f;
   }
   if (!full) walk<Traits>(s, a, part.sequence, head, first_value, S, position, keep);
+  using Full = typename Traits::Full;
+  const auto last_leaves = [&] {
+    if constexpr (Traits::kOutput) hand_over(s.ring_out, position.at_out, s.out, position.out, false);
+  };
+  if constexpr (Full::kFewRegisters) last_leaves();
   if (position.chunk < part.sequence.chunks()) {
-    using Full = typename Traits::Full;
     static_assert(sizeof(typename Full::Storage) == sizeof(typename Traits::Storage));
     walk<Full>(shared_storage<typename Full::Storage>(), a, part.sequence, head, first_value, S, position,
                keep);
   }
-  if constexpr (Traits::kOutput) hand_over(s.ring_out, position.at_out, s.out, position.out, false);
+  if constexpr (!Full::kFewRegisters) last_leaves();
 }
 
 // A sequence or a span of one, with the states or transitions at its ends. `slot` counts either.

@@ -34,6 +34,9 @@ struct StatePassTraits {
   static constexpr bool kAhead = !kFull && kStages > 2;
   // Low halves of a hard chunk take a second stage; in a cluster, which has the room, a place of their own.
   static constexpr bool kLow = kFull && kMayBeHard, kLowApart = kInCluster && kMayBeHard;
+  // A cluster that goes on with another part (head_cluster_sm90.h) has registers for a full walk only if that
+  // reads factors where it needs them and O leaves at once.
+  static constexpr bool kGoesOn = kInCluster && kKeep_, kFewRegisters = kFull && kGoesOn;
   using Full = StatePassTraits<Tag, kKeyDim_, kChannelGate_, kOutput_, kComputeP_, kKeep_, kInCluster_, true>;
 
   // Warpgroups: the chain, the one that computes P, if any, and one whose first warps load, store O and store
@@ -141,10 +144,12 @@ struct ChunkNews {
   }
 };
 
-// Calls asked(chunk) when a stage waits for what it brings, and what in a cluster others send there.
+// Calls asked(chunk) when a stage waits for what it brings, and what in a cluster others send there. Returns
+// the place of the next chunk, if there were one.
 template <class Traits, class Asked>
-__device__ void load(typename Traits::Storage& s, const TokenMaps& maps, const StatePassArgs& a,
-                     const Sequence& sequence, int64_t head, int first_value, const Asked& asked) {
+__device__ RingIndex<Traits::kStages> load(typename Traits::Storage& s, const TokenMaps& maps,
+                                           const StatePassArgs& a, const Sequence& sequence, int64_t head,
+                                           int first_value, const Asked& asked) {
   using Element = typename Traits::Element;
   constexpr int kKeyDim = Traits::kKeyDim;
   const int head_k = static_cast<int>(head / (a.in.value_heads / a.in.heads));
@@ -207,6 +212,7 @@ __device__ void load(typename Traits::Storage& s, const TokenMaps& maps, const S
       copy_in(low.k_write, image(a.scratch.Kt_low, Traits::kKeyImages), Traits::kKeyTile * 2, full);
     at.advance();
   }
+  return at;
 }
 
 // ---- Storing warps ----

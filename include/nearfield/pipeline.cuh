@@ -34,6 +34,13 @@ struct Ring {
       Barrier::init(&empty[s], consumers);
     }
   }
+  // Before another init, when nobody waits or arrives any more.
+  __device__ __forceinline__ void invalidate() {
+    for (int s = 0; s < kStages; ++s) {
+      Barrier::invalidate(&full[s]);
+      Barrier::invalidate(&empty[s]);
+    }
+  }
   // Producer: the stage may be overwritten. On a fresh ring this returns at once.
   __device__ __forceinline__ void wait_empty(RingIndex<kStages> at) {
     Barrier::wait(&empty[at.stage], at.phase ^ 1);
