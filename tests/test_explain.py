@@ -370,7 +370,7 @@ def test_delta_rule_tells_the_plan_of_a_forward_that_keeps(differentiated: str) 
         assert isinstance(told, delta.DeltaExplanation)
         return told.forward.plan
 
-    assert plan() == "a cluster of four thread blocks per head, 29 of 93 begin where another has ended"
+    assert plan() == "a cluster of four thread blocks per head, 29 heads cut in two for clusters that go on"
     assert plan(recompute=True) == "chunks prepared before the walk, which computes P"
     with torch.no_grad():
         assert plan() == "chunks prepared before the walk, which computes P"

@@ -99,11 +99,11 @@ def delta_plan(
     channel_gate: bool = False,
     keep: bool = False,
     states_on_the_way: bool = False,
-) -> tuple[int, bool, int, list[tuple[int, int, int, int, int]], int]:
-    """(span_chunks, prepare_P, preparing_sms, parts, rest) of the delta rule's forward on Hopper.
+) -> tuple[int, bool, int, list[list[tuple[int, int, int, int, int]]], int]:
+    """(span_chunks, prepare_P, preparing_sms, clusters, rest) of the delta rule's forward on Hopper.
 
     Chunks of a span or 0; whether P is prepared; the SMs that prepare beside the walk or the clusters, or 0; for
-    clusters the parts of the heads as (row, begin, end, from, to), else none; how many heads, the last ones, are
+    each cluster the parts of heads as (row, begin, end, from, to), else none; how many heads, the last ones, are
     not for clusters but walked beside them. ``key_dim`` is the padded one; ``heads`` are those of queries and
     keys, by default as many as of values.
     """

@@ -100,7 +100,7 @@ def _plan(
     if _planner is None:
         return _KERNELS["hopper", False], "not known, this build has no planner (a portable wheel)"
     batch, tokens, heads, values = v.shape
-    span_chunks, prepare_p, preparing, parts, rest = _planner.delta_plan(
+    span_chunks, prepare_p, preparing, clusters, rest = _planner.delta_plan(
         sequences=batch if cu_seqlens is None else cu_seqlens.shape[0] - 1,
         tokens=tokens,
         value_heads=heads,
@@ -115,9 +115,12 @@ def _plan(
     )
     split_kernels = ("prepare_sm90", "state_pass_sm90", "compose_spans_sm90", "state_pass_sm90")
     spans = f"split into spans of {span_chunks * op.CHUNK} tokens"
-    if parts:
-        cut = sum(part[4] >= 0 for part in parts)
-        how = f", {cut} of {len(parts)} begin where another has ended" if cut else ""
+    if clusters:
+        cut = sum(part[4] >= 0 for parts in clusters for part in parts)
+        how = f", {cut} heads cut in two for clusters that go on"
+        if not keep:
+            how = f", {cut} of {len(clusters)} begin where another has ended"
+        how = how if cut else ""
         kernels: tuple[str, ...] = ("head_cluster_sm90",)
         if rest:
             kernels += split_kernels if span_chunks else _KERNELS["hopper", False]
