@@ -149,8 +149,8 @@ __device__ __forceinline__ void prepare_channel_chunk(const ChannelMaps& maps, c
     invert_diagonal_block(s.triangular, warp, column);
     if (kBeside && thread % 32 == 0) tma_store_wait<0>();  // Kt has been read
     sync();  // A and P are there; K, Q and R have been read
-    const float squares = put_column(s.n, warp, column);
-    put_squares(s.squares, put_other_blocks<Second::kNothing>(s.a, s.triangular, s.n, s.n, squares));
+    const float squares = put_column<true>(s.np, warp, column);
+    put_squares(s.squares, put_other_blocks<Second::kNothing, false>(s.a, s.triangular, s.np, s.np, squares));
     cutlass::arch::fence_view_async_shared();
   } else {
     const auto put_product = [&](int I, int J) { BlockProduct<Traits>(s, I, J).put(s, I, J); };
@@ -177,7 +177,6 @@ __device__ __forceinline__ void prepare_channel_chunk(const ChannelMaps& maps, c
         copy_out(rows.k_norm, s.k_norm, kRows * 4);
         copy_out(rows.q_norm, s.q_norm, kRows * 4);
       }
-      copy_out(to(args.scratch.P), s.p, kImageBytes);
       tma_store_arrive();
     } else if (kBeside && warp == Traits::kFinder / 32) {
       fetch_betas(s, in, s.places[(turn + 1) % 4]);
@@ -187,7 +186,7 @@ __device__ __forceinline__ void prepare_channel_chunk(const ChannelMaps& maps, c
   sync();
   const bool hard = with_low && uniform(is_hard(s.squares, valid) ? 1 : 0) != 0;
   if (sends) {
-    copy_out(to(args.scratch.N), s.n, kImageBytes);
+    copy_out(to(args.scratch.NP), s.np, kImageBytes);
     if (with_low) args.scratch.hard[index] = hard ? 1.f : 0.f;
     tma_store_arrive();
     if (kBeside) s.sent.index = index, s.sent.hard = hard;
@@ -196,7 +195,7 @@ __device__ __forceinline__ void prepare_channel_chunk(const ChannelMaps& maps, c
   if (sends) tma_store_wait<0>();
   sync();  // the results have been read
   if (warp < 4) {
-    invert<Second::kLost>(s.a, s.triangular, s.n, s.p, barrier + 1);
+    invert<Second::kLost>(s.a, s.triangular, s.n, s.np, barrier + 1);
   } else if constexpr (Traits::kLow) {
     for (int x = thread % 128; x < 6 * 32; x += 128) {  // blocks of P above the diagonal
       const int block = x / 32,
@@ -212,7 +211,7 @@ __device__ __forceinline__ void prepare_channel_chunk(const ChannelMaps& maps, c
   if (owns) put_Kt_low<Traits>(s, args, place, own);
   sync();
   if (sends) {
-    copy_out(to(args.scratch.N_low), s.p, kImageBytes);
+    copy_out(to(args.scratch.N_low), s.np, kImageBytes);
     copy_out(to(args.scratch.P_low), s.p_low, kImageBytes);
     tma_store_arrive();
   }

@@ -54,12 +54,13 @@ struct PrepareChannelTraits {
     };
     union {
       alignas(1024) float2 level_sums[kOwners][2][kLevelWords];  // over a warp's channels, of A and P
-      Element n[kImage];
+      Element n[kImage];  // N once more, beside what rounding lost
     };
     union {
       alignas(1024) Element staged_q[kTile];  // scale Qh on its way out
       struct {
-        alignas(1024) Element p[kImage];  // then what rounding N lost
+        // P^T on and above the diagonal, N below it; then what rounding N lost.
+        alignas(1024) Element np[kImage];
         alignas(1024) Element p_low[kImage];
       };
     };
@@ -769,6 +770,7 @@ struct BlockProduct {
   __device__ __forceinline__ void put(typename Traits::Storage& s, int I, int J) const {
     using Element = typename Traits::Element;
     const int lane = thread_now() % 32, t = lane % 4, block = SplitBlocks::index(I, J);
+    uint32_t words[2][2];  // of P
     CUTE_UNROLL
     for (int n = 0; n < 2; ++n) {
       CUTE_UNROLL
@@ -783,38 +785,39 @@ struct BlockProduct {
         const int at = block_piece_at(row, n) + 2 * t;
         *reinterpret_cast<uint32_t*>(&s.a.high[block][at]) = high;
         *reinterpret_cast<uint32_t*>(&s.a.low[block][at]) = low;
-        high = pack<Element>(p.x, p.y);
-        *reinterpret_cast<uint32_t*>(image_piece(s.p, i, 2 * J + n) + 2 * t) = high;
+        words[n][h] = pack<Element>(p.x, p.y);
         if constexpr (Traits::kLow) {
           *reinterpret_cast<uint32_t*>(image_piece(s.p_low, i, 2 * J + n) + 2 * t) =
-              pack_low<Element>(p.x, p.y, high);
+              pack_low<Element>(p.x, p.y, words[n][h]);
         }
       }
     }
+    SM90_U16x8_STSM_T::copy(words[0][0], words[0][1], words[1][0], words[1][1],
+                            matrices_at<false>(s.np, 16 * J, 2 * I));
   }
 };
 
-// A warp: diagonal block w of P, and zeros right of it; in what P lost to rounding only above the diagonal.
+// A warp: diagonal block w of P; in what P lost to rounding also zeros above the diagonal.
 template <class Traits>
 __device__ __forceinline__ void put_diagonal_of_P(typename Traits::Storage& s, int w) {
   using Element = typename Traits::Element;
   const int lane = thread_now() % 32;
-  const auto zero = [&](Element* image, int row, int piece) {
-    *reinterpret_cast<uint4*>(image_piece(image, 16 * w + row, piece)) = uint4{0, 0, 0, 0};
-  };
-  for (int piece = 2 * w + lane / 16; piece < 8; piece += 2) zero(s.p, lane % 16, piece);
-  if constexpr (Traits::kLow) zero(s.p_low, lane % 16, 2 * w + lane / 16);
-  __syncwarp();
+  if constexpr (Traits::kLow) {
+    *reinterpret_cast<uint4*>(image_piece(s.p_low, 16 * w + lane % 16, 2 * w + lane / 16)) = uint4{0, 0, 0, 0};
+    __syncwarp();
+  }
   const auto put = [&](int i, int j, float2 p) {
     const float factor = s.p_row[i];
     const float2 k_norm = *reinterpret_cast<const float2*>(&s.k_norm[j]);
     p = p * (float2{factor, factor} * k_norm);
     const uint32_t high = pack<Element>(p.x, p.y);
-    const auto at = [&](Element* image) {
-      return reinterpret_cast<uint32_t*>(image_piece(image, i, j / 8) + j % 8);
-    };
-    *at(s.p) = high;
-    if constexpr (Traits::kLow) *at(s.p_low) = pack_low<Element>(p.x, p.y, high);
+    CUTE_UNROLL
+    for (int e = 0; e < 2; ++e) {
+      *reinterpret_cast<uint16_t*>(image_piece(s.np, j + e, i / 8) + i % 8) =
+          static_cast<uint16_t>(high >> 16 * e);
+    }
+    if constexpr (Traits::kLow)
+      *reinterpret_cast<uint32_t*>(image_piece(s.p_low, i, j / 8) + j % 8) = pack_low<Element>(p.x, p.y, high);
   };
   if (lane < 8) {
     const int i = 16 * w + 2 * lane;

@@ -103,9 +103,9 @@ __device__ __forceinline__ void put_column(Element* image, int block, const floa
   }
 }
 // The same, rounded once, and the sum of its squares.
-template <class Element>
+template <bool kBelow = false, class Element>
 __device__ __forceinline__ float put_column(Element* image, int block, const float (&column)[16]) {
-  put_column(image, block, column, [](float a, float b) { return pack<Element>(a, b); });
+  put_column<kBelow>(image, block, column, [](float a, float b) { return pack<Element>(a, b); });
   const int lane = threadIdx.x % 32;
   float squares = 0.f;
   if (lane < 16) {
@@ -115,8 +115,9 @@ __device__ __forceinline__ float put_column(Element* image, int block, const flo
   return squares;
 }
 
-// A warpgroup, once the diagonal blocks are inverted: the others of N. Adds the squares that this thread has.
-template <Second kSecond, class Element>
+// A warpgroup, once the diagonal blocks are inverted: the others of N, and, unless the image has something else
+// there, zeros above. Adds the squares that this thread has.
+template <Second kSecond, bool kZeros = true, class Element>
 __device__ __forceinline__ float put_other_blocks(SplitBlocks& a, TriangularScratch& triangular,
                                                   Element* image, Element* second, float squares) {
   const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
@@ -149,7 +150,7 @@ __device__ __forceinline__ float put_other_blocks(SplitBlocks& a, TriangularScra
       }
     };
     solve_block_column(triangular, warp, load_a, store);
-  } else {
+  } else if constexpr (kZeros) {
     for (int x = lane; x < 3 * kRows * 2; x += 32) {  // blocks above the diagonal
       const int row = x / 2 % kRows, piece = 2 * (x / (2 * kRows) + 1) + x % 2;
       if (piece / 2 <= row / 16) continue;
