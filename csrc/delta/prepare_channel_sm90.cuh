@@ -148,7 +148,7 @@ __device__ __forceinline__ void prepare_channel_chunk(const ChannelMaps& maps, c
     float column[16];  // of a diagonal block of N
     invert_diagonal_block(s.triangular, warp, column);
     if (kBeside && thread % 32 == 0) tma_store_wait<0>();  // Kt has been read
-    sync();  // A and P are there; K, Q and R have been read
+    sync();                                                // A and P are there; K, Q and R have been read
     const float squares = put_column<true>(s.np, warp, column);
     put_squares(s.squares, put_other_blocks<Second::kNothing, false>(s.a, s.triangular, s.np, s.np, squares));
     cutlass::arch::fence_view_async_shared();
@@ -226,7 +226,8 @@ __device__ __forceinline__ void init_barriers(typename Traits::Storage& s) {
   cutlass::arch::fence_barrier_init();
 }
 
-// A chunk and no more.
+// A chunk and no more. The grid is all chunks in a line, or, so that nothing is divided, value heads,
+// sequences and chunks of a sequence.
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kChunkThreads, 2)
     prepare_channel_kernel(const __grid_constant__ ChannelMaps maps,
@@ -237,7 +238,9 @@ __global__ void __launch_bounds__(Traits::kChunkThreads, 2)
     // The walk begins with what was prepared last and is still in the L2 cache.
     const uint32_t at = gridDim.x - 1 - blockIdx.x, heads = static_cast<uint32_t>(args.in.value_heads);
     ChunkPlace place{};
-    if (args.in.cu_seqlens == nullptr) {
+    if (gridDim.z > 1) {
+      place.set(args.in, gridDim.z - 1 - blockIdx.z, blockIdx.y, blockIdx.x);
+    } else if (args.in.cu_seqlens == nullptr) {
       place.find_for_walks(args.in, at);
     } else if (!place.find(args.in, at / heads, at % heads)) {
       place.valid = 0;

@@ -4,9 +4,9 @@
 // of different blocks I > J:
 //   L_I = [k; q] e^{G_i - m_I} times R_J = k e^{m_(J+1) - G_j}, with m_I = G of the first row of block I,
 // and e^{m_I - m_(J+1)} between them where the blocks are not neighbors. Pairs of the same block are grouped
-// by the highest bit in which i and j differ (channel_levels.cuh). A thread owns two channels of 16 rows and
-// has their e^g in registers: every decay is a running product along its rows, so there is one exponential
-// per row and channel. L takes the place of K and Q.
+// by the highest bit in which i and j differ. A warp owns 16 rows and 64 channels, as the fragments of
+// products that they are from beginning to end; exponents are products as well, of zeros and ones with gates.
+// L takes the place of K and Q.
 #pragma once
 
 #include "delta/prepare_steps_sm90.cuh"
@@ -39,22 +39,22 @@ struct PrepareChannelTraits {
   static constexpr bool kLow = std::is_same_v<Tag, bf16>;
   // Diagonal blocks are products of float16, for its digits, with rows scaled for its exponents.
   static constexpr bool kScaled = !std::is_same_v<Element, cutlass::half_t>;
-  using LevelElement = cutlass::half_t;
 
   struct Storage {                   // of a chunk
     alignas(1024) Element k[kTile];  // K, then the k of L: [K / 64][64][64]; block 0 R of block 0 for block 2
     alignas(1024) Element q[kTile];  // Q, then the q of L; block 0 R of block 0 for block 3
     union {
       alignas(1024) float first_gates[kRows * kImageColumns];  // as they came, of the first 64 channels
-      alignas(1024) Element right[kTile];  // R; block 3 has R of block 1 for block 3
+      alignas(1024) Element right[kTile];                      // R; block 3 has R of block 1 for block 3
     };
     union {
-      alignas(1024) float more_gates[(kHalves > 1 ? kHalves - 1 : 1) * kRows * kImageColumns];  // of the others
+      alignas(
+          1024) float more_gates[(kHalves > 1 ? kHalves - 1 : 1) * kRows * kImageColumns];  // of the others
       alignas(1024) Element staged_k[kTile];  // Kh, then Kt on their way out
     };
     union {
       alignas(1024) float2 level_sums[kOwners][2][kLevelWords];  // over a warp's channels, of A and P
-      Element n[kImage];  // N once more, beside what rounding lost
+      Element n[kImage];                                         // N once more, beside what rounding lost
     };
     union {
       alignas(1024) Element staged_q[kTile];  // scale Qh on its way out
@@ -65,7 +65,7 @@ struct PrepareChannelTraits {
       };
     };
     SplitBlocks a;
-    alignas(16) uint4 between[6][32];  // of each lane
+    alignas(16) uint4 between[6][32];  // of a lane, see put_betweens
     union {
       // Of a warp and its channels: decays from the chunk's start, to its end, and to blocks that are not the
       // next one.
@@ -121,6 +121,7 @@ template <class Storage, class T>
 __device__ __forceinline__ int bytes_to(const Storage& s, const T* member) {
   return static_cast<int>(reinterpret_cast<const char*>(member) - reinterpret_cast<const char*>(&s));
 }
+
 // Raw gates of two channels of a head to log2 of their decays.
 struct Activation {
   float rate;
@@ -141,10 +142,6 @@ __device__ __forceinline__ void wait_for_stores() {
   asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
 
-// Left operands of products with gates: between the first row of the block and each; each and the row after
-// the block, the first of which are all of the block; a row and its anchor of a level, the last of which has its anchor at row 8.
-enum class Between { kFirst, kNext, kLevel };
-
 // Four registers of a product that the compiler keeps as they are: what it could make again, it would, each
 // time, and in the wrong registers.
 template <class T>
@@ -158,24 +155,32 @@ __device__ __forceinline__ void load_four(const void* from, T (&to)[4]) {
   for (int x = 0; x < 4; ++x) to[x] = reinterpret_cast<const T&>(words[x]);
 }
 
-// One warp: all of them. Row i has ones for what lies between it and its anchor; word 0 has rows r and columns
-// 2 t and the next, word 1 rows r + 8, words 2 and 3 columns 8 further on.
+// The left operands of products with gates: row i has ones for the gates between it and its anchor, which is
+// the first row of the block, the row after the block, whose first row so has all, or that of a level.
+constexpr int kFromFirst = 0, kToNext = 1, kOfLevel = 2;
+
+// One warp. Word 0 has rows r and columns 2 t and the next, word 1 rows r + 8, the others columns 8 further
+// on.
 template <class Storage>
 __device__ __forceinline__ void put_betweens(Storage& s, uint32_t ones) {
   const int lane = threadIdx.x % 32, r = lane / 4, t = lane % 4;
-  // Columns before the row, of 8 x 8, and the others.
+  // Of 8 x 8 the columns before the row, and the others.
   const uint32_t below = (2 * t < r ? ones & 0xffff : 0) | (2 * t + 1 < r ? ones & 0xffff0000 : 0),
                  rest = ones ^ below;
   const auto put = [&](int which, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
     s.between[which][lane] = {a, b, c, d};
   };
-  put(static_cast<int>(Between::kFirst), below, ones, 0, below);
-  put(static_cast<int>(Between::kNext), rest, 0, ones, rest);
-  const auto level = [&](int l, uint32_t mine) { put(static_cast<int>(Between::kLevel) + l, mine, 0, 0, mine); };
-  level(0, t == r / 2 && r % 2 == 0 ? ones & 0xffff : 0);
-  level(1, t != r / 2 ? 0 : (r & 2) ? below : rest);
-  level(2, t / 2 != r / 4 ? 0 : (r & 4) ? below : rest);
-  put(static_cast<int>(Between::kLevel) + 3, rest, 0, 0, below);
+  put(kFromFirst, below, ones, 0, below);
+  put(kToNext, rest, 0, ones, rest);
+  const uint32_t of_level[3] = {t == r / 2 && r % 2 == 0 ? ones & 0xffff : 0,
+                                t != r / 2 ? 0
+                                : (r & 2)  ? below
+                                           : rest,
+                                t / 2 != r / 4 ? 0
+                                : (r & 4)      ? below
+                                               : rest};
+  for (int level = 0; level < 3; ++level) put(kOfLevel + level, of_level[level], 0, 0, of_level[level]);
+  put(kOfLevel + 3, rest, 0, 0, below);
 }
 
 // A warp's rows of a block, lane (r, t) = (lane / 4, lane % 4). Exponents are products of a matrix of zeros
@@ -186,8 +191,8 @@ struct OwnRows {
   using Element = typename Traits::Element;
   static constexpr int kBlockRows = Traits::kBlockRows;
   static constexpr int kSteps = kImageColumns / 16;  // of products over channels
-  // Gates are float16: of what they lose to rounding, a relative 2^-12, bfloat16 would show nothing; else they
-  // have a second half. Times kGateUnit, so that small ones have all digits, too.
+  // Gates are float16: of what they lose to rounding, a relative 2^-12, bfloat16 would show nothing; else
+  // they have a second half. Times kGateUnit, so that small ones have all digits, too.
   static constexpr bool kGateLow = std::is_same_v<Element, cutlass::half_t>;
   static constexpr float kGateUnit = 256;
   static constexpr uint32_t kOnes = 0x1c001c00;  // of float16, over kGateUnit
@@ -267,14 +272,14 @@ struct OwnRows {
       }
     }
     uint32_t next[4];
-    load_between(s, Between::kNext, next);
+    load_between(s, kToNext, next);
     CUTE_UNROLL
     for (int j = 0; j < 8; ++j) {
-      float sum[4];
-      exponents<kGateLow>(next, j, sum);
+      float sum[4] = {};
+      add_exponents(next, j, sum);
       if (lane < 4) {
         *reinterpret_cast<float2*>(&s.gates[block][kImageColumns * half + 8 * j + 2 * lane]) = {sum[0],
-                                                                                              sum[1]};
+                                                                                                sum[1]};
       }
     }
     if (block == 0) {
@@ -283,30 +288,22 @@ struct OwnRows {
     }
   }
 
-  __device__ __forceinline__ void load_between(const typename Traits::Storage& s, Between which,
+  __device__ __forceinline__ void load_between(const typename Traits::Storage& s, int which,
                                                uint32_t (&left)[4]) const {
-    load_four(&s.between[static_cast<int>(which)][thread_now() % 32], left);
+    load_four(&s.between[which][thread_now() % 32], left);
   }
-  // Sums of gates of eight channels: of row r, then of row r + 8.
-  template <bool kLow>
-  __device__ __forceinline__ void exponents(const uint32_t (&left)[4], int j, float (&sums)[4]) const {
-    CUTE_UNROLL
-    for (int x = 0; x < 4; ++x) sums[x] = 0.f;
-    add_exponents<kLow>(left, j, sums);
-  }
-  template <bool kLow>
+  // Adds sums of gates of eight channels: of row r, then of row r + 8.
   __device__ __forceinline__ void add_exponents(const uint32_t (&left)[4], int j, float (&sums)[4]) const {
-    if constexpr (kLow) warp_mma<cutlass::half_t>(sums, left, low[j][0], low[j][1]);
+    if constexpr (kGateLow) warp_mma<cutlass::half_t>(sums, left, low[j][0], low[j][1]);
     warp_mma<cutlass::half_t>(sums, left, high[j][0], high[j][1]);
   }
   // Decays of 16 channels, in the order of the words of K; times 2 to the power of what the lane's rows have.
-  template <bool kLow>
   __device__ __forceinline__ void decays(const uint32_t (&left)[4], int step, float2 (&e)[4],
                                          const float (&of_rows)[4] = {0.f, 0.f, 0.f, 0.f}) const {
     CUTE_UNROLL
     for (int n = 0; n < 2; ++n) {
       float sums[4] = {of_rows[0], of_rows[1], of_rows[2], of_rows[3]};
-      add_exponents<kLow>(left, 2 * step + n, sums);
+      add_exponents(left, 2 * step + n, sums);
       e[2 * n] = exp2_fast(float2{sums[0], sums[1]});
       e[2 * n + 1] = exp2_fast(float2{sums[2], sums[3]});
     }
@@ -338,12 +335,12 @@ struct OwnRows {
     *reinterpret_cast<float2*>(of_first + 2 * lane) = start(s);
     __syncwarp();
     uint32_t left[4];
-    load_between(s, Between::kFirst, left);
+    load_between(s, kFromFirst, left);
     CUTE_UNROLL
     for (int j = 0; j < 8; ++j) {
       const float2 first = *reinterpret_cast<const float2*>(of_first + c + 8 * j);
-      float sums[4];
-      exponents<kGateLow>(left, j, sums);
+      float sums[4] = {};
+      add_exponents(left, j, sums);
       CUTE_UNROLL
       for (int h = 0; h < 2; ++h) {
         *reinterpret_cast<float2*>(to + 8 * h * Traits::kKeyDim + 8 * j) =
@@ -359,8 +356,8 @@ struct OwnRows {
   __device__ __forceinline__ uint32_t words_at(const typename Traits::Storage& s, const Element* tile,
                                                int step) const {
     const uint32_t lane = thread_now() % 32;
-    const uint32_t start = cast_smem_ptr_to_uint(&s) + number() * (Traits::kPart * 2) +
-                           matrix_start(lane / 8 % 2, lane / 16);
+    const uint32_t start =
+        cast_smem_ptr_to_uint(&s) + number() * (Traits::kPart * 2) + matrix_start(lane / 8 % 2, lane / 16);
     return (start ^ (step * 32)) + bytes_to(s, tile);
   }
   __device__ __forceinline__ void load(const typename Traits::Storage& s, const Element* tile, int step,
@@ -418,7 +415,7 @@ __device__ __forceinline__ void row_products(typename Traits::Storage& s, const 
     float of_k[4] = {}, of_q[4] = {};  // [k; q] times k, and times q
     CUTE_UNROLL
     for (int step = 0; step < OwnRows<Traits>::kSteps; ++step) {
-      const uint32_t(&rows)[4] = kq[step][h];
+      const uint32_t (&rows)[4] = kq[step][h];
       warp_mma<typename Traits::Element>(of_k, rows, rows[0], rows[2]);
       warp_mma<typename Traits::Element>(of_q, rows, rows[1], rows[3]);
     }
@@ -457,8 +454,8 @@ __device__ __forceinline__ uint32_t decayed(uint32_t word, float2 e) {
   }
 }
 
-// Where the pair of columns 2 t and the next of row r of 8 x 8 is among those below the diagonal, all of which
-// take 16 places; negative: it is not.
+// Where the pair of columns 2 t and the next of row r of 8 x 8 is among those below the diagonal, all of
+// which take 16 places; negative: it is not.
 __device__ __forceinline__ int place_of_sums(int r, int t) { return 2 * t < r ? r * r / 4 + t : -1; }
 
 // Pairs of a diagonal block over a warp's channels, grouped by the highest bit l in which i and j differ:
@@ -495,7 +492,7 @@ __device__ __forceinline__ void diagonal_levels(typename Traits::Storage& s, con
   }
   const auto decay = [&](const uint32_t (&left)[4], int step, uint32_t (&rows)[2][4]) {
     float2 e[4];
-    own.template decays<OwnRows<Traits>::kGateLow>(left, step, e);
+    own.decays(left, step, e);
     CUTE_UNROLL
     for (int h = 0; h < 2; ++h) {
       CUTE_UNROLL
@@ -503,8 +500,9 @@ __device__ __forceinline__ void diagonal_levels(typename Traits::Storage& s, con
     }
   };
   uint32_t left[4], rows[2][4];
-  float far[4] = {}, near[2][4] = {};  // rows 8 to 15 with those before; rows 0 to 7, and 8 to 15, with each other
-  own.load_between(s, Between(static_cast<int>(Between::kLevel) + 3), left);
+  float far[4] = {},
+        near[2][4] = {};  // rows 8 to 15 with those before; rows 0 to 7, and 8 to 15, with each other
+  own.load_between(s, kOfLevel + 3, left);
   CUTE_UNROLL
   for (int step = 0; step < kSteps; ++step) {
     decay(left, step, rows);
@@ -512,7 +510,7 @@ __device__ __forceinline__ void diagonal_levels(typename Traits::Storage& s, con
   }
   CUTE_NO_UNROLL
   for (int level = 2; level >= 0; --level) {
-    own.load_between(s, Between(static_cast<int>(Between::kLevel) + level), left);
+    own.load_between(s, kOfLevel + level, left);
     float sums[2][4] = {};
     CUTE_UNROLL
     for (int step = 0; step < kSteps; ++step) {
@@ -532,7 +530,9 @@ __device__ __forceinline__ void diagonal_levels(typename Traits::Storage& s, con
   const auto put = [&](int at, const float (&sum)[4], int row, int column) {
     float2 of_row[2] = {{1.f, 1.f}, {1.f, 1.f}};
     if constexpr (kScaled) {
-      const auto back = [&](int x, int i) { return inverse_of_power(scale_for_levels(squares[x][first + i])); };
+      const auto back = [&](int x, int i) {
+        return inverse_of_power(scale_for_levels(squares[x][first + i]));
+      };
       const float2 of_column{back(0, column), back(0, column + 1)};
       CUTE_UNROLL
       for (int x = 0; x < 2; ++x) of_row[x] = float2{back(x, row), back(x, row)} * of_column;
@@ -631,9 +631,8 @@ __device__ __forceinline__ void scale_rows(typename Traits::Storage& s, const Pr
     return *reinterpret_cast<const float2*>(channels + 16 * step + x / 2 * 8 + lane % 4 * 2);
   };
   const auto rounded = [](float2 x) { return pack<Element>(x.x, x.y); };
-  constexpr bool kGateLow = OwnRows<Traits>::kGateLow;
   uint32_t anchor[4];
-  own.load_between(s, Between::kFirst, anchor);
+  own.load_between(s, kFromFirst, anchor);
   uint32_t k[OwnRows<Traits>::kSteps][4];
   // L, which nobody needs of the first block.
   CUTE_UNROLL
@@ -644,7 +643,7 @@ __device__ __forceinline__ void scale_rows(typename Traits::Storage& s, const Pr
     const float2 from_start[2] = {of_channels(s.from_start[number], step, 0),
                                   of_channels(s.from_start[number], step, 2)};
     float2 e[4];
-    own.template decays<kGateLow>(anchor, step, e, k_log);
+    own.decays(anchor, step, e, k_log);
     CUTE_UNROLL
     for (int x = 0; x < 4; ++x) {
       const float2 y = unpack<Element>(k[step][x]) * e[x];
@@ -652,7 +651,7 @@ __device__ __forceinline__ void scale_rows(typename Traits::Storage& s, const Pr
       Kh[x] = rounded(y * from_start[x / 2]);
     }
     if (own.block > 0) own.store(s, s.k, step, L);
-    if constexpr (!Traits::kScaled) own.template decays<kGateLow>(anchor, step, e);
+    if constexpr (!Traits::kScaled) own.decays(anchor, step, e);
     CUTE_UNROLL
     for (int x = 0; x < 4; ++x) {
       const float2 y = unpack<Element>(q[x]) * e[x];
@@ -666,11 +665,11 @@ __device__ __forceinline__ void scale_rows(typename Traits::Storage& s, const Pr
   own.send(args.scratch.Kh, index, s.staged_k);
   own.send(args.scratch.Qh, index, s.staged_q);
   // R, which nobody needs of the last block; also for blocks that are not the next. K becomes Kt.
-  own.load_between(s, Between::kNext, anchor);
+  own.load_between(s, kToNext, anchor);
   CUTE_UNROLL
   for (int step = 0; step < OwnRows<Traits>::kSteps; ++step) {
     float2 e[4];
-    own.template decays<kGateLow>(anchor, step, e, k_log);
+    own.decays(anchor, step, e, k_log);
     uint32_t R[4];
     CUTE_UNROLL
     for (int x = 0; x < 4; ++x) {
@@ -803,7 +802,8 @@ __device__ __forceinline__ void put_diagonal_of_P(typename Traits::Storage& s, i
   using Element = typename Traits::Element;
   const int lane = thread_now() % 32;
   if constexpr (Traits::kLow) {
-    *reinterpret_cast<uint4*>(image_piece(s.p_low, 16 * w + lane % 16, 2 * w + lane / 16)) = uint4{0, 0, 0, 0};
+    *reinterpret_cast<uint4*>(image_piece(s.p_low, 16 * w + lane % 16, 2 * w + lane / 16)) =
+        uint4{0, 0, 0, 0};
     __syncwarp();
   }
   const auto put = [&](int i, int j, float2 p) {
@@ -817,7 +817,8 @@ __device__ __forceinline__ void put_diagonal_of_P(typename Traits::Storage& s, i
           static_cast<uint16_t>(high >> 16 * e);
     }
     if constexpr (Traits::kLow)
-      *reinterpret_cast<uint32_t*>(image_piece(s.p_low, i, j / 8) + j % 8) = pack_low<Element>(p.x, p.y, high);
+      *reinterpret_cast<uint32_t*>(image_piece(s.p_low, i, j / 8) + j % 8) =
+          pack_low<Element>(p.x, p.y, high);
   };
   if (lane < 8) {
     const int i = 16 * w + 2 * lane;

@@ -46,8 +46,8 @@ struct ReversePassTraits {
     float decay[kChannelGate ? kKeyDim : 0];
   };
   static_assert(kChannelGate || offsetof(StageRows, q_read) == offsetof(ChunkRows, q_read));
-  static constexpr int kBytes = (2 + kChannelGate) * kKeyTile * 2 + kImageBytes +
-                                static_cast<int>(sizeof(StageRows));
+  static constexpr int kBytes =
+      (2 + kChannelGate) * kKeyTile * 2 + kImageBytes + static_cast<int>(sizeof(StageRows));
 
   struct Storage {
     Stage stage[kStages];
@@ -56,10 +56,10 @@ struct ReversePassTraits {
     alignas(1024) Element state[kKeyTile];  // dS on the way out
     StageRows rows[kStages];
     Ring<kStages> ring;
-    Ring<1> ring_state;     // dS: chain -> the thread that stores it
-    Ring<1> ring_out;       // Y and dV: chain -> storing warps
-    Ring<kNews> ring_news;  // a chunk in memory: the warps that store -> the thread that tells
-    bool with_y;            // Y is to leave
+    Ring<1> ring_state;        // dS: chain -> the thread that stores it
+    Ring<1> ring_out;          // Y and dV: chain -> storing warps
+    Ring<kNews> ring_news;     // a chunk in memory: the warps that store -> the thread that tells
+    bool with_y;               // Y is to leave
     uint64_t packed[kStages];  // NP has come
   };
   static_assert(sizeof(Storage) <= 227 * 1024, "a Hopper CTA has 227 KB of shared memory");

@@ -20,7 +20,7 @@ struct StatePassTraits {
   static constexpr bool kChannelGate = kChannelGate_, kOutput = kOutput_, kComputeP = kComputeP_;
   static constexpr bool kReadP = kOutput && !kComputeP;
   static constexpr bool kInCluster = kInCluster_;
-  static constexpr bool kPacked = kChannelGate;  // N and P come as one image
+  static constexpr bool kPacked = kChannelGate;      // N and P come as one image
   static constexpr bool kKeep = kKeep_ || !kOutput;  // S and V' of every chunk, if asked for
   // Keys and queries of a cluster come from memory when a chunk is prepared and from the L2 cache when it is
   // walked over, 6 to 12 chunks later. What is kept meanwhile would drive them out.
@@ -43,9 +43,9 @@ struct StatePassTraits {
   static constexpr int kStoringO = kHelpers / 32 + 1, kStoringV = kHelpers / 32 + 1 + kOutput;  // warps
   static constexpr int kUnpacking = kStoringV + kKeep;  // takes N and P apart
   static constexpr int kThreads = kComputeP || kInCluster ? 384
-                                  : kPacked              ? 32 * (kUnpacking + 1)
-                                  : kOutput && kKeep     ? 224
-                                                         : 192;
+                                  : kPacked               ? 32 * (kUnpacking + 1)
+                                  : kOutput && kKeep      ? 224
+                                                          : 192;
   // Hand-over of registers among three warpgroups, which start with 168 each.
   static constexpr int kChainRegisters = 248, kMixRegisters = 152, kHelperRegisters = 104;
   static_assert(kChainRegisters + kMixRegisters + kHelperRegisters <= 3 * 168);
@@ -81,7 +81,10 @@ struct StatePassTraits {
     Element v_new[kKeep_ ? 0 : kKeyTile];  // V' in the meantime; else the place of the entering states serves
   };
   static constexpr int kRowsBytes = kChannelGate ? kRows * 4 : (kReadP ? 6 : 5) * kRows * 4;
-  static constexpr int kBytes = kKeyTile * 2 * (1 + kChannelGate + kOutput) + kImageBytes * (kPacked ? 1 : kReadP ? 3 : 2) +
+  static constexpr int kBytes = kKeyTile * 2 * (1 + kChannelGate + kOutput) +
+                                kImageBytes * (kPacked  ? 1
+                                               : kReadP ? 3
+                                                        : 2) +
                                 kRowsBytes + (kChannelGate ? kKeyDim * 4 : 0) +
                                 (kInCluster ? static_cast<int>(sizeof(ChunkFlag)) : 0);
   static constexpr int kLowBytes = kImageBytes * (kReadP ? 2 : 1) + (kChannelGate ? kKeyTile * 2 : 0);
@@ -95,12 +98,12 @@ struct StatePassTraits {
     alignas(1024) Low low[kLowApart];
     StageRows rows[kStages];
     ChunkFlag flag[kStages];
-    Ring<kStages> ring;    // tiles: loading warp -> chain
+    Ring<kStages> ring;                      // tiles: loading warp -> chain
     uint64_t packed[kPacked ? kStages : 0];  // NP has come
-    Ring<1> ring_low;      // low halves that are apart: asked for by the chain itself
-    Ring<kStages> ring_p;  // P, if computed: `full` only, `empty` is that of `ring`
-    Ring<1> ring_out;      // O: chain -> storing warp
-    Ring<1> ring_v_new;    // V': chain -> the thread that stores it
+    Ring<1> ring_low;                        // low halves that are apart: asked for by the chain itself
+    Ring<kStages> ring_p;                    // P, if computed: `full` only, `empty` is that of `ring`
+    Ring<1> ring_out;                        // O: chain -> storing warp
+    Ring<1> ring_v_new;                      // V': chain -> the thread that stores it
   };
   static_assert(sizeof(Storage) <= 227 * 1024, "a Hopper CTA has 227 KB of shared memory");
 };
