@@ -88,9 +88,9 @@ def test_what_the_gradient_keeps() -> None:
         patch.setattr(op, "_keeps_on", lambda *_: True)
         chunks = 2 * 3 * 4
         assert op.kept_bytes(q, v, None, None, None) == 64 * chunks * (156 + 6 * 192)
-        assert op.kept_bytes(q, v, g, None, "hopper") == 64 * chunks * (156 + 6 * 192 + 1416)
+        assert op.kept_bytes(q, v, g, None, "hopper") == 64 * chunks * (156 + 6 * 192 + 1288)
         assert op.kept_bytes(q[:1], v[:1], g, torch.tensor([0, 3, 9]), None) == 64 * 4 * 4 * (
-            156 + 1152 + 1416
+            156 + 1152 + 1288
         )
         assert op.kept_bytes(q, v, None, None, "portable") == 0
         assert op.kept_bytes(q[..., :60], v, None, None, None) == 0

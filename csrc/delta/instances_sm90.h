@@ -158,9 +158,11 @@ inline Scratch allocate_scratch(const Tensor& like, const InputsSm90& in, const 
   const int64_t key_images = choice.key.key_dim / kImageColumns;
   Scratch s;
   s.chunks.rows = static_cast<ChunkRows*>(s.bytes(like, chunks * static_cast<int64_t>(sizeof(ChunkRows))));
-  s.chunks.N = s.bytes(like, chunks * image);
-  if (with_P) s.chunks.P = s.bytes(like, chunks * image);
-  if (in.channel_gate) {
+  if (!in.channel_gate) {
+    s.chunks.N = s.bytes(like, chunks * image);
+    if (with_P) s.chunks.P = s.bytes(like, chunks * image);
+  } else {
+    s.chunks.NP = s.bytes(like, chunks * image);
     s.chunks.Kh = s.bytes(like, chunks * key_images * image);
     s.chunks.Kt = s.bytes(like, chunks * key_images * image);
     s.chunks.Qh = s.bytes(like, chunks * key_images * image);

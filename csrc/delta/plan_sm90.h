@@ -26,7 +26,7 @@ constexpr double kOutOfStepUs = 0.1, kBesideClustersUs = 50;
 constexpr double kKeep = 1.3, kKeepInClusters = 1.25, kKeepBesideClusters = 1.5, kKeptChunkUs = 0.07;
 // To prepare a chunk, times the SMs that do: before the walk, and beside it, where also the walk is slower.
 constexpr double kPrepareUs = 2.4, kPrepareWithoutPUs = 1.9, kPrepareBesideUs = 3.3, kChunkBesideUs = 1.55;
-constexpr double kPrepareChannelUs = 10, kPrepareChannelBesideUs = 13.7;  // with a gate per channel
+constexpr double kPrepareChannelUs = 7.2, kPrepareChannelBesideUs = 9.5;  // with a gate per channel
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -14,16 +14,16 @@ struct ChannelMaps : TokenMaps {
   CUtensorMap g;
 };
 
-// Gates [B, T, HV, K]: one copy brings 64 channels of 64 tokens, row after row.
+// Gates [B, T, HV, K]: one copy brings 32 channels of 64 tokens, rows of 128 bytes whose pieces are swizzled.
 inline cudaError_t encode_gates(CUtensorMap* map, const ForwardInputsSm90& in) {
   TmaTensor d{};
   d.data = in.g;
   d.type = CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
   d.element_bytes = 4;
-  d.swizzle = CU_TENSOR_MAP_SWIZZLE_NONE;
+  d.swizzle = CU_TENSOR_MAP_SWIZZLE_128B;
   const int64_t token = in.token_heads * in.key_dim;
   d.lay_out({in.key_dim, in.tokens, in.token_heads, in.batch, 1},
-            {1, token, in.key_dim, in.tokens * token, 0}, {kImageColumns, kImageRows, 1, 1, 1});
+            {1, token, in.key_dim, in.tokens * token, 0}, {32, kImageRows, 1, 1, 1});
   return encode_tma(map, d);
 }
 
@@ -41,9 +41,9 @@ __device__ __forceinline__ void fetch_chunk(typename Traits::Storage& s, const C
   cutlass::arch::ClusterTransactionBarrier::arrive_and_expect_tx(&s.arrived,
                                                                  2 * Traits::kTile * 2 + kGateBytes);
   CUTE_UNROLL
-  for (int half = 0; half < Traits::kHalves; ++half) {
-    SM90_TMA_LOAD_5D::copy(&maps.g, &s.arrived, static_cast<uint64_t>(kStays),
-                           half == 0 ? s.first_gates : s.more_gates, half * kImageColumns,
+  for (int c = 0; c < Traits::kKeyDim; c += 32) {
+    float* to = (c < kImageColumns ? s.first_gates : s.more_gates) + c % kImageColumns * kRows;
+    SM90_TMA_LOAD_5D::copy(&maps.g, &s.arrived, static_cast<uint64_t>(kStays), to, c,
                            static_cast<int>(place.token), static_cast<int>(place.head),
                            static_cast<int>(place.batch), 0);
   }
@@ -100,11 +100,16 @@ __device__ __forceinline__ void prepare_channel_chunk(const ChannelMaps& maps, c
 
   Barrier::wait(&s.arrived, turn % 2);
   asm volatile("" ::: "memory");
-  Columns<Traits> own;
+  OwnRows<Traits> own;
   own.block = warp / Traits::kHalves, own.half = warp % Traits::kHalves;
-  if (owns) own.load_gates(s, in, place);
+  if (in.gate != Gate::kLog) {
+    if (owns) own.activate_gates(s, in, place);
+    sync();
+  }
+  if (owns) own.load_gates(s, in, valid);
   __syncwarp();
   if (thread % 32 == 0) {
+    if (kBeside && !sends) wait_for_stores();  // before they are announced
     if (sends) tma_store_wait<0>();
     Barrier::arrive(&s.free);
   }
@@ -113,12 +118,12 @@ __device__ __forceinline__ void prepare_channel_chunk(const ChannelMaps& maps, c
     if (owns) own.put_G(s, args, index);
   }
   if (owns) {
-    own.take_decays();
-    own.load_k(s, valid);
-    row_products<Traits>(s, own);
+    if (valid < kRows) own.clear_rows(s, valid);
+    KeysAndQueries kq;
+    load_keys_and_queries<Traits>(s, own, kq);
+    row_products<Traits>(s, own, kq);
     Barrier::wait(&s.free, turn % 2);
-    scale_for_levels<Traits>(s, own);
-    diagonal_levels<Traits>(s, own);
+    diagonal_levels<Traits>(s, own, kq);
   }
   if (warp == Traits::kFinder / 32) asm volatile("cp.async.wait_all;" ::: "memory");
   sync();  // gates, products and write strengths are there
@@ -142,10 +147,11 @@ __device__ __forceinline__ void prepare_channel_chunk(const ChannelMaps& maps, c
     __syncwarp();
     float column[16];  // of a diagonal block of N
     invert_diagonal_block(s.triangular, warp, column);
-    sync();  // A and P are there; K, Q and R have been read
-    const float squares = put_column(s.n, warp, column);
-    put_squares(s.squares,
-                put_other_blocks<Second::kNothing, /*kLeave=*/true>(s.a, s.triangular, s.n, s.n, squares));
+    if (kBeside && thread % 32 == 0) tma_store_wait<0>();  // Kt has been read
+    sync();                                                // A and P are there; K, Q and R have been read
+    const float squares = put_column<true>(s.np, warp, column);
+    put_squares(s.squares, put_other_blocks<Second::kNothing, /*kLeave=*/true, /*kZeros=*/false>(
+                               s.a, s.triangular, s.np, s.np, squares));
     cutlass::arch::fence_view_async_shared();
   } else {
     const auto put_product = [&](int I, int J) { BlockProduct<Traits>(s, I, J).put(s, I, J); };
@@ -158,6 +164,7 @@ __device__ __forceinline__ void prepare_channel_chunk(const ChannelMaps& maps, c
       put_diagonal_of_P<Traits>(s, 2 * x - 3);
     }
     cutlass::arch::fence_view_async_shared();
+    if (kBeside && thread % 32 == 0) tma_store_wait<0>();
     sync();
     if (sends) {
       if constexpr (kBeside) {
@@ -171,7 +178,6 @@ __device__ __forceinline__ void prepare_channel_chunk(const ChannelMaps& maps, c
         copy_out(rows.k_norm, s.k_norm, kRows * 4);
         copy_out(rows.q_norm, s.q_norm, kRows * 4);
       }
-      copy_out(to(args.scratch.P), s.p, kImageBytes);
       tma_store_arrive();
     } else if (kBeside && warp == Traits::kFinder / 32) {
       fetch_betas(s, in, s.places[(turn + 1) % 4]);
@@ -181,7 +187,7 @@ __device__ __forceinline__ void prepare_channel_chunk(const ChannelMaps& maps, c
   sync();
   const bool hard = with_low && uniform(is_hard(s.squares, valid) ? 1 : 0) != 0;
   if (sends) {
-    copy_out(to(args.scratch.N), s.n, kImageBytes);
+    copy_out(to(args.scratch.NP), s.np, kImageBytes);
     if (with_low) args.scratch.hard[index] = hard ? 1.f : 0.f;
     tma_store_arrive();
     if (kBeside) s.sent.index = index, s.sent.hard = hard;
@@ -190,7 +196,7 @@ __device__ __forceinline__ void prepare_channel_chunk(const ChannelMaps& maps, c
   if (sends) tma_store_wait<0>();
   sync();  // the results have been read
   if (warp < 4) {
-    invert<Second::kLost, /*kLeave=*/true>(s.a, s.triangular, s.n, s.p, barrier + 1);
+    invert<Second::kLost, /*kLeave=*/true>(s.a, s.triangular, s.n, s.np, barrier + 1);
   } else if constexpr (Traits::kLow) {
     for (int x = thread % 128; x < 6 * 32; x += 128) {  // blocks of P above the diagonal
       const int block = x / 32,
@@ -206,7 +212,7 @@ __device__ __forceinline__ void prepare_channel_chunk(const ChannelMaps& maps, c
   if (owns) put_Kt_low<Traits>(s, args, place, own);
   sync();
   if (sends) {
-    copy_out(to(args.scratch.N_low), s.p, kImageBytes);
+    copy_out(to(args.scratch.N_low), s.np, kImageBytes);
     copy_out(to(args.scratch.P_low), s.p_low, kImageBytes);
     tma_store_arrive();
   }
@@ -221,29 +227,37 @@ __device__ __forceinline__ void init_barriers(typename Traits::Storage& s) {
   cutlass::arch::fence_barrier_init();
 }
 
-// A chunk and no more.
+// A chunk and no more. The grid is all chunks in a line, or, so that nothing is divided, value heads,
+// sequences and chunks of a sequence.
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kChunkThreads, 2)
     prepare_channel_kernel(const __grid_constant__ ChannelMaps maps,
                            const __grid_constant__ PrepareArgs args) {
   auto& s = shared_storage<typename Traits::Storage>();
-  // The walk begins with what was prepared last and is still in the L2 cache.
-  const uint32_t at = gridDim.x - 1 - blockIdx.x, heads = static_cast<uint32_t>(args.in.value_heads);
-  ChunkPlace place;
-  if (args.in.cu_seqlens != nullptr) {
-    if (!place.find(args.in, at / heads, at % heads)) return;
-  } else {
-    place.find_for_walks(args.in, at);
+  const uint32_t warp = threadIdx.x / 32;
+  if (warp == Traits::kSender / 32 || warp == Traits::kFinder / 32) {
+    // The walk begins with what was prepared last and is still in the L2 cache.
+    const uint32_t at = gridDim.x - 1 - blockIdx.x, heads = static_cast<uint32_t>(args.in.value_heads);
+    ChunkPlace place{};
+    if (gridDim.z > 1) {
+      place.set(args.in, gridDim.z - 1 - blockIdx.z, blockIdx.y, blockIdx.x);
+    } else if (args.in.cu_seqlens == nullptr) {
+      place.find_for_walks(args.in, at);
+    } else if (!place.find(args.in, at / heads, at % heads)) {
+      place.valid = 0;
+    }
+    if (threadIdx.x == Traits::kSender) {
+      init_barriers<Traits>(s);
+      if (place.valid > 0) fetch_chunk<Traits>(s, maps, place);
+      s.places[0] = place;
+    }
+    if (warp == Traits::kFinder / 32) fetch_betas(s, args.in, place);
   }
-  if (threadIdx.x == Traits::kSender) {
-    init_barriers<Traits>(s);
-    fetch_chunk<Traits>(s, maps, place);
-    s.places[0] = place;
-  }
-  if (threadIdx.x / 32 == Traits::kFinder / 32) fetch_betas(s, args.in, place);
+  if (warp == 0) put_betweens(s, OwnRows<Traits>::kOnes);
   __syncthreads();
+  if (args.in.cu_seqlens != nullptr && s.places[0].valid <= 0) return;
   prepare_channel_chunk<Traits, false>(maps, args, 0);
-  if (threadIdx.x == Traits::kSender) tma_store_wait<0>();
+  if (threadIdx.x % 32 == 0) tma_store_wait<0>();
 }
 
 // Beside the state pass: a CTA has an SM, which leaves the others to the walks, and each half of it prepares
@@ -262,6 +276,7 @@ __global__ void __launch_bounds__(2 * Traits::kChunkThreads, 1)
     find_place(s, args, 0);
     find_place(s, args, 1);
   }
+  if (thread < 32) put_betweens(s, OwnRows<Traits>::kOnes);
   __syncthreads();
   if (s.places[0].valid > 0) {
     if (thread == Traits::kSender) fetch_chunk<Traits>(s, maps, s.places[0]);
@@ -269,7 +284,10 @@ __global__ void __launch_bounds__(2 * Traits::kChunkThreads, 1)
   }
   uint32_t turn = 0;
   for (; uniform(s.places[turn % 4].valid) > 0; ++turn) prepare_channel_chunk<Traits, true>(maps, args, turn);
-  if (thread == Traits::kSender && turn > 0) announce(args, s.sent.index, s.sent.hard);
+  if (turn == 0) return;
+  if (thread % 32 == 0) wait_for_stores();
+  cutlass::arch::NamedBarrier::sync(Traits::kChunkThreads, 1 + 2 * half);
+  if (thread == Traits::kSender) announce(args, s.sent.index, s.sent.hard);
 }
 
 }  // namespace nearfield::delta

@@ -288,8 +288,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
 // ---- Launch ----
 
 template <class Storage, class Maps>
-cudaError_t launch_prepare(void (*kernel)(Maps, PrepareArgs), int64_t grid, int threads,
-                           const PrepareArgs& args, bool is_bf16, cudaStream_t stream) {
+cudaError_t launch_prepare(void (*kernel)(Maps, PrepareArgs), dim3 grid, int threads, const PrepareArgs& args,
+                           bool is_bf16, cudaStream_t stream) {
   constexpr int kShared = sizeof(Storage);
   if (const cudaError_t e = allow_shared_memory(kernel, kShared)) return e;
   Maps maps{};
@@ -298,7 +298,7 @@ cudaError_t launch_prepare(void (*kernel)(Maps, PrepareArgs), int64_t grid, int 
     if (const cudaError_t e = encode_gates(&maps.g, args.in)) return e;
   if (args.slots * args.in.value_heads > std::numeric_limits<int>::max())
     return cudaErrorInvalidConfiguration;
-  kernel<<<static_cast<unsigned>(grid), threads, kShared, stream>>>(maps, args);
+  kernel<<<grid, threads, kShared, stream>>>(maps, args);
   return cudaGetLastError();
 }
 
@@ -312,12 +312,21 @@ int prepare_sm90<Tag, kKeyDim, kChannelGate>::run(const PrepareArgs& args, void*
     if (args.ready != nullptr)
       return launch_prepare<typename Traits::Pair>(prepare_channel_beside_kernel<Traits>, args.ctas,
                                                    2 * Traits::kChunkThreads, args, kBf16, stream);
-    return launch_prepare<typename Traits::Storage>(prepare_channel_kernel<Traits>, chunks,
+    const InputsSm90& in = args.in;
+    const int64_t of_sequence = args.slots / in.sequences;
+    constexpr int64_t kMost = 65535;  // of two dimensions of a grid
+    const bool divided =
+        in.cu_seqlens != nullptr || in.sequences > kMost || of_sequence > kMost || of_sequence == 1;
+    const dim3 grid = divided ? dim3(static_cast<unsigned>(chunks))
+                              : dim3(static_cast<unsigned>(in.value_heads),
+                                     static_cast<unsigned>(in.sequences), static_cast<unsigned>(of_sequence));
+    return launch_prepare<typename Traits::Storage>(prepare_channel_kernel<Traits>, grid,
                                                     Traits::kChunkThreads, args, kBf16, stream);
   } else {
     const auto launch = [&](auto traits) {
       using Traits = decltype(traits);
-      const int64_t ctas = std::min<int64_t>(args.ctas, (chunks + Traits::kGroups - 1) / Traits::kGroups);
+      const auto ctas = static_cast<unsigned>(
+          std::min<int64_t>(args.ctas, (chunks + Traits::kGroups - 1) / Traits::kGroups));
       return launch_prepare<typename Traits::Storage>(prepare_kernel<Traits>, ctas, Traits::kThreads, args,
                                                       kBf16, stream);
     };

@@ -36,13 +36,20 @@ struct ChunkPlace {
     const auto heads = static_cast<uint32_t>(in.value_heads),
                rows = static_cast<uint32_t>(in.sequences) * heads,
                chunks = static_cast<uint32_t>((in.tokens + kRows - 1) / kRows);
-    const uint32_t chunk = at / rows, row = at % rows, sequence = row / heads;
+    const uint32_t chunk = at / rows, row = at % rows;
     if (chunk >= chunks) return false;
-    slot = sequence * chunks + chunk, head = row % heads, index = slot * heads + head;
-    batch = sequence, token = static_cast<int64_t>(chunk) * kRows;
-    head_k = static_cast<int>(head / (heads / static_cast<uint32_t>(in.heads)));
-    valid = static_cast<int>(min(static_cast<int64_t>(kRows), in.tokens - token));
+    set(in, chunk, row / heads, row % heads);
     return true;
+  }
+  // Not packed. Divides only where value heads share a key head: a CTA that prepares one chunk waits for it.
+  __device__ __forceinline__ void set(const InputsSm90& in, uint32_t chunk, uint32_t sequence,
+                                      uint32_t value_head) {
+    const auto heads = static_cast<uint32_t>(in.value_heads), key_heads = static_cast<uint32_t>(in.heads),
+               chunks = static_cast<uint32_t>((in.tokens + kRows - 1) / kRows);
+    slot = sequence * chunks + chunk, head = value_head, index = slot * heads + head;
+    batch = sequence, token = static_cast<int64_t>(chunk) * kRows;
+    head_k = static_cast<int>(heads == key_heads ? value_head : value_head / (heads / key_heads));
+    valid = static_cast<int>(min(static_cast<int64_t>(kRows), in.tokens - token));
   }
   // Index of a token of the chunk in [B, T, HV].
   __device__ __forceinline__ int64_t token_head(const ForwardInputsSm90& in, int row) const {
@@ -103,9 +110,9 @@ __device__ __forceinline__ void put_column(Element* image, int block, const floa
   }
 }
 // The same, rounded once, and the sum of its squares.
-template <class Element>
+template <bool kBelow = false, class Element>
 __device__ __forceinline__ float put_column(Element* image, int block, const float (&column)[16]) {
-  put_column(image, block, column, [](float a, float b) { return pack<Element>(a, b); });
+  put_column<kBelow>(image, block, column, [](float a, float b) { return pack<Element>(a, b); });
   const int lane = threadIdx.x % 32;
   float squares = 0.f;
   if (lane < 16) {
@@ -115,8 +122,9 @@ __device__ __forceinline__ float put_column(Element* image, int block, const flo
   return squares;
 }
 
-// A warpgroup, once the diagonal blocks are inverted: the others of N. Adds the squares that this thread has.
-template <Second kSecond, bool kLeave, class Element>
+// A warpgroup, once the diagonal blocks are inverted: the others of N, and, unless the image has something
+// else there, zeros above. Adds the squares that this thread has.
+template <Second kSecond, bool kLeave, bool kZeros = true, class Element>
 __device__ __forceinline__ float put_other_blocks(SplitBlocks& a, TriangularScratch& triangular,
                                                   Element* image, Element* second, float squares) {
   const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
@@ -149,7 +157,7 @@ __device__ __forceinline__ float put_other_blocks(SplitBlocks& a, TriangularScra
       }
     };
     solve_block_column<kLeave>(triangular, warp, load_a, store);
-  } else {
+  } else if constexpr (kZeros) {
     for (int x = lane; x < 3 * kRows * 2; x += 32) {  // blocks above the diagonal
       const int row = x / 2 % kRows, piece = 2 * (x / (2 * kRows) + 1) + x % 2;
       if (piece / 2 <= row / 16) continue;

@@ -22,7 +22,6 @@ struct ReversePassTraits {
   using Element = typename Forward::Element;
   static constexpr int kKeyDim = kKeyDim_, kKeyImages = Forward::kKeyImages, kKeyTile = Forward::kKeyTile;
   static constexpr bool kChannelGate = kChannelGate_, kAlwaysY = delta::kAlwaysY<Tag, kChannelGate_>;
-  static constexpr bool kPacked = !kChannelGate;  // N and P come as one image
   static constexpr int kStages = kChannelGate ? 2 : 3;
   static constexpr bool kAhead = kStages > 2;  // begins the next chunk before it is done with this one
   static constexpr int kThreads =
@@ -37,7 +36,7 @@ struct ReversePassTraits {
     Element k_write[kChannelGate ? kKeyTile : 0];  // Kt
     Element q[kKeyTile];                           // with a gate per channel s Qh
     Element dout[kImage];
-    Element n[kImage];  // first NP, if that is what comes
+    Element n[kImage];  // first NP
     Element p[kImage];
   };
   static constexpr int kHeadRows = kChannelGate ? 0 : kRows;
@@ -47,8 +46,8 @@ struct ReversePassTraits {
     float decay[kChannelGate ? kKeyDim : 0];
   };
   static_assert(kChannelGate || offsetof(StageRows, q_read) == offsetof(ChunkRows, q_read));
-  static constexpr int kBytes = (2 + kChannelGate) * kKeyTile * 2 + (kPacked ? 1 : 3) * kImageBytes +
-                                static_cast<int>(sizeof(StageRows));
+  static constexpr int kBytes =
+      (2 + kChannelGate) * kKeyTile * 2 + kImageBytes + static_cast<int>(sizeof(StageRows));
 
   struct Storage {
     Stage stage[kStages];
@@ -57,11 +56,11 @@ struct ReversePassTraits {
     alignas(1024) Element state[kKeyTile];  // dS on the way out
     StageRows rows[kStages];
     Ring<kStages> ring;
-    Ring<1> ring_state;     // dS: chain -> the thread that stores it
-    Ring<1> ring_out;       // Y and dV: chain -> storing warps
-    Ring<kNews> ring_news;  // a chunk in memory: the warps that store -> the thread that tells
-    bool with_y;            // Y is to leave
-    uint64_t packed[kPacked ? kStages : 0];  // NP has come
+    Ring<1> ring_state;        // dS: chain -> the thread that stores it
+    Ring<1> ring_out;          // Y and dV: chain -> storing warps
+    Ring<kNews> ring_news;     // a chunk in memory: the warps that store -> the thread that tells
+    bool with_y;               // Y is to leave
+    uint64_t packed[kStages];  // NP has come
   };
   static_assert(sizeof(Storage) <= 227 * 1024, "a Hopper CTA has 227 KB of shared memory");
 };
@@ -80,56 +79,9 @@ struct ReversePlace {
 
 // ---- Loading warp ----
 
-// One warp. An image with N below its diagonal and P^T on and above it becomes N, in the same place, and P,
-// without its blocks above the diagonal, which are zero from the beginning.
-template <class Element>
-__device__ __forceinline__ void unpack_image(Element* n, Element* p) {
-  const int lane = threadIdx.x % 32, row = lane / 4, column = 2 * (lane % 4);  // in 8 x 8 matrices
-  const uint32_t strictly = (column < row ? 0xffffu : 0) | (column + 1 < row ? 0xffff0000u : 0);
-  const uint32_t lower = (column <= row ? 0xffffu : 0) | (column < row ? 0xffff0000u : 0);
-  // Words of a block of 16 x 16: word 2 a + b has rows 8 b and columns 8 a.
-  uint32_t diagonal[4][4], blocks[4][4][4];
-  CUTE_UNROLL
-  for (int I = 0; I < 4; ++I) {
-    auto& d = diagonal[I];
-    SM75_U32x4_LDSM_N::copy(matrices_at<true>(n, 16 * I, 2 * I), d[0], d[1], d[2], d[3]);
-    CUTE_UNROLL
-    for (int J = 0; J <= I; ++J) {
-      auto& b = blocks[I][J];
-      SM75_U16x8_LDSM_T::copy(matrices_at<false>(n, 16 * J, 2 * I), b[0], b[1], b[2], b[3]);
-    }
-  }
-  __syncwarp();
-  CUTE_UNROLL
-  for (int I = 0; I < 4; ++I) {
-    CUTE_UNROLL
-    for (int J = 0; J <= I; ++J) {
-      auto& b = blocks[I][J];
-      if (J == I) b[0] &= lower, b[2] = 0, b[3] &= lower;
-      SM90_U32x4_STSM_N::copy(b[0], b[1], b[2], b[3], matrices_at<true>(p, 16 * I, 2 * J));
-      auto& d = diagonal[I];
-      if (J == I) {
-        d[0] &= strictly, d[2] = 0, d[3] &= strictly;
-        SM90_U32x4_STSM_N::copy(d[0], d[1], d[2], d[3], matrices_at<true>(n, 16 * I, 2 * I));
-      } else {
-        SM90_U32x4_STSM_N::copy(0, 0, 0, 0, matrices_at<true>(n, 16 * J, 2 * I));
-      }
-    }
-  }
-}
-
-// One warp: the blocks of 16 x 16 above the diagonal.
-template <class Element>
-__device__ __forceinline__ void clear_upper_blocks(Element* image) {
-  CUTE_UNROLL
-  for (int I = 1; I < 4; ++I) {
-    CUTE_UNROLL
-    for (int J = 0; J < I; ++J) SM90_U32x4_STSM_N::copy(0, 0, 0, 0, matrices_at<true>(image, 16 * J, 2 * I));
-  }
-}
-
-// Its first thread brings the tiles. If N and P come as one image, the whole warp takes it apart: that of a
-// chunk once the next one's tiles are on their way, long before the chain asks for it.
+// Its first thread brings the tiles. N and P come as one image, which the whole warp takes apart: that of a
+// chunk once the next one's tiles are on their way, long before the chain asks for it, or, with two stages,
+// before.
 template <class Traits>
 __device__ void load_reverse(typename Traits::Storage& s, const ReverseMaps& maps, const ReversePassArgs& a,
                              const ReversePlace& z) {
@@ -149,11 +101,8 @@ __device__ void load_reverse(typename Traits::Storage& s, const ReverseMaps& map
     const auto copy = [&](Element* to, void* scratch, int images) {
       copy_in(to, static_cast<Element*>(scratch) + chunk * images * kImage, images * kImageBytes, full);
     };
-    if constexpr (Traits::kPacked) {
-      Ring<1>::Barrier::arrive_and_expect_tx(&s.packed[at.stage], kImageBytes);
-      copy_in(stage.n, static_cast<Element*>(a.scratch.NP) + chunk * kImage, kImageBytes,
-              &s.packed[at.stage]);
-    }
+    Ring<1>::Barrier::arrive_and_expect_tx(&s.packed[at.stage], kImageBytes);
+    copy_in(stage.n, static_cast<Element*>(a.scratch.NP) + chunk * kImage, kImageBytes, &s.packed[at.stage]);
     if constexpr (Traits::kChannelGate) {
       copy(stage.k_write, a.scratch.Kt, Traits::kKeyImages);
       copy(stage.q, a.scratch.Qh, Traits::kKeyImages);
@@ -166,33 +115,26 @@ __device__ void load_reverse(typename Traits::Storage& s, const ReverseMaps& map
       copy_in(&rows, a.scratch.rows + chunk, sizeof(typename Traits::StageRows), full);
     }
     load_tokens<kImageColumns>(maps.dout, full, stage.dout, z.first_value, token, head, sequence.batch);
-    if constexpr (!Traits::kPacked) {
-      copy(stage.p, a.scratch.P, 1);
-      copy(stage.n, a.scratch.N, 1);
-    }
   };
   const int chunks = sequence.chunks();
   RingIndex<Traits::kStages> at;
-  if constexpr (!Traits::kPacked) {
-    for (int c = chunks - 1; c >= 0; --c, at.advance()) bring(c, at);
-  } else {
-    CUTE_UNROLL
-    for (int i = 0; i < Traits::kStages; ++i) clear_upper_blocks(s.stage[i].p);
-    const bool brings = threadIdx.x % 32 == 0;
-    if (brings && chunks > 0) bring(chunks - 1, at);
-    for (int c = chunks - 1; c >= 0; --c) {
-      auto next = at;
-      next.advance();
-      if (brings && c > 0) bring(c - 1, next);
-      __syncwarp();
-      Ring<1>::Barrier::wait(&s.packed[at.stage], at.phase);
-      compiler_fence();
-      unpack_image(s.stage[at.stage].n, s.stage[at.stage].p);
-      cutlass::arch::fence_view_async_shared();
-      __syncwarp();
-      if (brings) s.ring.arrive_full(at);
-      at = next;
-    }
+  CUTE_UNROLL
+  for (int i = 0; i < Traits::kStages; ++i) clear_upper_blocks(s.stage[i].p);
+  const bool brings = threadIdx.x % 32 == 0;
+  if (brings && chunks > 0) bring(chunks - 1, at);
+  for (int c = chunks - 1; c >= 0; --c) {
+    auto next = at;
+    next.advance();
+    if (Traits::kStages > 2 && brings && c > 0) bring(c - 1, next);
+    __syncwarp();
+    Ring<1>::Barrier::wait(&s.packed[at.stage], at.phase);
+    compiler_fence();
+    unpack_image(s.stage[at.stage].n, s.stage[at.stage].p);
+    cutlass::arch::fence_view_async_shared();
+    __syncwarp();
+    if (brings) s.ring.arrive_full(at);
+    if (Traits::kStages == 2 && brings && c > 0) bring(c - 1, next);
+    at = next;
   }
 }
 
@@ -520,10 +462,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   z.head = row % a.in.value_heads, z.n = row / a.in.value_heads;
   z.sequence = sequence_of(a.in, z.n);
   if (threadIdx.x == 0) {
-    s.ring.init(Traits::kPacked ? 2 : 1, 4);  // its bytes; the warp that takes NP apart
-    if constexpr (Traits::kPacked) {
-      for (auto& barrier : s.packed) Ring<1>::Barrier::init(&barrier, 1);
-    }
+    s.ring.init(2, 4);  // its bytes; the warp that takes NP apart
+    for (auto& barrier : s.packed) Ring<1>::Barrier::init(&barrier, 1);
     s.ring_state.init(4, 1);
     s.ring_out.init(4, 2);
     s.ring_news.init(2, 1);
@@ -534,7 +474,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   const int warp = threadIdx.x / 32;
   const bool one_thread = threadIdx.x % 32 == 0;
   if (warp < 4) walk_reverse<Traits>(s, a, z);
-  if (warp == 4 && (Traits::kPacked || one_thread)) load_reverse<Traits>(s, maps, a, z);
+  if (warp == 4) load_reverse<Traits>(s, maps, a, z);
   if (warp == 5) store_dv<Traits>(s, a, z);
   if (warp == 6 && one_thread) store_ds_and_y<Traits>(s, a, z);
   if (warp == 7 && one_thread) announce<Traits>(s, a, z);

@@ -69,11 +69,11 @@ struct ChunkRows {
 
 struct ChunkScratch {
   ChunkRows* rows;
+  // With a gate per head:
   void* N;  // image of T - I, strictly lower, rounded to 16 bit
-  void* P;  // image of scale P (normalised q and k), lower with diagonal; null: not wanted, or, with a gate
-            // per head, left to the state pass
-  // With a gate per head both for the backward, in one image: N below its diagonal, P^T on and above it; or
-  // null.
+  void* P;  // image of scale P (normalised q and k), lower with diagonal; null: left to the state pass
+  // Both in one image: N below its diagonal, P^T on and above it. With a gate per head for the backward only,
+  // or null.
   void* NP;
   // With a gate per channel, K padded to 64 or 128: images [K / 64] of Kh, Kt and scale Qh, normalised.
   void *Kh, *Kt, *Qh;

@@ -11,7 +11,7 @@ constexpr int64_t kBackwardKeyDim = 128, kMostBackwardValues = 256;
 
 // What the backward starts from, in one piece of memory: kept by the forward, or computed again.
 struct KeptSm90 {
-  ChunkScratch chunks{};  // all of it but the low halves and, with a gate per head, N and P apart
+  ChunkScratch chunks{};  // all of it but the low halves and N and P apart
   void *states, *v_new;   // see StatePassArgs
   int64_t bytes = 0;
 
@@ -26,10 +26,8 @@ struct KeptSm90 {
       return here;
     };
     chunks.rows = static_cast<ChunkRows*>(take(sizeof(ChunkRows)));
-    if (!in.channel_gate) {
-      chunks.NP = take(image);
-    } else {
-      chunks.N = take(image), chunks.P = take(image);
+    chunks.NP = take(image);
+    if (in.channel_gate) {
       chunks.Kh = take(key_images * image), chunks.Kt = take(key_images * image);
       chunks.Qh = take(key_images * image);
       chunks.decay = static_cast<float*>(take(kBackwardKeyDim * 4));

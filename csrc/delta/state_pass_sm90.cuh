@@ -553,7 +553,10 @@ __device__ __forceinline__ void walk_part(typename Traits::Storage& s, const Sta
 // One thread.
 template <class Storage>
 __device__ __forceinline__ void init_rings(Storage& s) {
-  s.ring.init(1, 4);
+  s.ring.init(Storage::kFillers, 4);
+  if constexpr (Storage::kFillers > 1) {
+    for (auto& barrier : s.packed) Ring<1>::Barrier::init(&barrier, 1);
+  }
   s.ring_p.init(4, 1);
   s.ring_low.init(1, 1);
   s.ring_out.init(4, 1);
@@ -603,6 +606,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     }
     if constexpr (Traits::kOutput) {
       if (warp == Traits::kStoringO) store<Traits>(s, a, part.sequence, head, first_value);
+    }
+    if constexpr (Traits::kPacked) {
+      if (warp == Traits::kUnpacking) take_apart<Traits>(s, part.sequence);
     }
     if constexpr (Traits::kKeep) {
       if (threadIdx.x == Traits::kStoringV * 32) store_v_new<Traits>(s, a, part.sequence, head, first_value);

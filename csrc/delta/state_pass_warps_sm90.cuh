@@ -20,6 +20,7 @@ struct StatePassTraits {
   static constexpr bool kChannelGate = kChannelGate_, kOutput = kOutput_, kComputeP = kComputeP_;
   static constexpr bool kReadP = kOutput && !kComputeP;
   static constexpr bool kInCluster = kInCluster_;
+  static constexpr bool kPacked = kChannelGate;      // N and P come as one image
   static constexpr bool kKeep = kKeep_ || !kOutput;  // S and V' of every chunk, if asked for
   // Keys and queries of a cluster come from memory when a chunk is prepared and from the L2 cache when it is
   // walked over, 6 to 12 chunks later. What is kept meanwhile would drive them out.
@@ -43,7 +44,11 @@ struct StatePassTraits {
   // V'.
   static constexpr int kHelpers = kComputeP ? 256 : 128;  // first thread of the last warpgroup
   static constexpr int kStoringO = kHelpers / 32 + 1, kStoringV = kHelpers / 32 + 1 + kOutput;  // warps
-  static constexpr int kThreads = kComputeP || kInCluster ? 384 : kOutput && kKeep ? 224 : 192;
+  static constexpr int kUnpacking = kStoringV + kKeep;  // takes N and P apart
+  static constexpr int kThreads = kComputeP || kInCluster ? 384
+                                  : kPacked               ? 32 * (kUnpacking + 1)
+                                  : kOutput && kKeep      ? 224
+                                                          : 192;
   // Hand-over of registers among three warpgroups, which start with 168 each.
   static constexpr int kChainRegisters = 248, kMixRegisters = 152, kHelperRegisters = 104;
   static_assert(kChainRegisters + kMixRegisters + kHelperRegisters <= 3 * 168);
@@ -62,7 +67,7 @@ struct StatePassTraits {
     Element k_write[kChannelGate ? kKeyTile : 0];  // Kt
     Element q[kOutput ? kKeyTile : 0];
     Element v[kImage];
-    Element n[kImage];
+    Element n[kImage];  // with a gate per channel first NP
     Element p[kOutput ? kImage : 0];
   };
   static constexpr int kHeadRows = kChannelGate ? 0 : kRows;
@@ -79,12 +84,16 @@ struct StatePassTraits {
     Element v_new[kKeep_ ? 0 : kKeyTile];  // V' in the meantime; else the place of the entering states serves
   };
   static constexpr int kRowsBytes = kChannelGate ? kRows * 4 : (kReadP ? 6 : 5) * kRows * 4;
-  static constexpr int kBytes = kKeyTile * 2 * (1 + kChannelGate + kOutput) + kImageBytes * (kReadP ? 3 : 2) +
+  static constexpr int kBytes = kKeyTile * 2 * (1 + kChannelGate + kOutput) +
+                                kImageBytes * (kPacked  ? 1
+                                               : kReadP ? 3
+                                                        : 2) +
                                 kRowsBytes + (kChannelGate ? kKeyDim * 4 : 0) +
                                 (kInCluster ? static_cast<int>(sizeof(ChunkFlag)) : 0);
   static constexpr int kLowBytes = kImageBytes * (kReadP ? 2 : 1) + (kChannelGate ? kKeyTile * 2 : 0);
 
   struct Storage {
+    static constexpr int kFillers = kPacked ? 2 : 1;  // of a stage: the thread that loads; who takes NP apart
     Stage stage[kStages];
     alignas(1024) Element out[kOutput ? kImage : 0];    // O on the way out
     alignas(1024) Element v_new[kKeep ? kImage : 0];    // V' on the way out
@@ -92,11 +101,12 @@ struct StatePassTraits {
     alignas(1024) Low low[kLowApart];
     StageRows rows[kStages];
     ChunkFlag flag[kStages];
-    Ring<kStages> ring;    // tiles: loading warp -> chain
-    Ring<1> ring_low;      // low halves that are apart: asked for by the chain itself
-    Ring<kStages> ring_p;  // P, if computed: `full` only, `empty` is that of `ring`
-    Ring<1> ring_out;      // O: chain -> storing warp
-    Ring<1> ring_v_new;    // V': chain -> the thread that stores it
+    Ring<kStages> ring;                      // tiles: loading warp -> chain
+    uint64_t packed[kPacked ? kStages : 0];  // NP has come
+    Ring<1> ring_low;                        // low halves that are apart: asked for by the chain itself
+    Ring<kStages> ring_p;                    // P, if computed: `full` only, `empty` is that of `ring`
+    Ring<1> ring_out;                        // O: chain -> storing warp
+    Ring<1> ring_v_new;                      // V': chain -> the thread that stores it
   };
   static_assert(sizeof(Storage) <= 227 * 1024, "a Hopper CTA has 227 KB of shared memory");
 };
@@ -184,8 +194,13 @@ __device__ RingIndex<Traits::kStages> load(typename Traits::Storage& s, const To
     if constexpr (!Traits::kInCluster) {
       const ChunkRows* rows = a.scratch.rows + chunk;
       copy_in(&s.rows[at.stage], Traits::kChannelGate ? rows->beta : rows->G, Traits::kRowsBytes, full);
-      copy_in(stage.n, image(a.scratch.N, 1), kImageBytes, full);
-      if constexpr (Traits::kReadP) copy_in(stage.p, image(a.scratch.P, 1), kImageBytes, full);
+      if constexpr (Traits::kPacked) {
+        Ring<1>::Barrier::arrive_and_expect_tx(&s.packed[at.stage], kImageBytes);
+        copy_in(stage.n, image(a.scratch.NP, 1), kImageBytes, &s.packed[at.stage]);
+      } else {
+        copy_in(stage.n, image(a.scratch.N, 1), kImageBytes, full);
+        if constexpr (Traits::kReadP) copy_in(stage.p, image(a.scratch.P, 1), kImageBytes, full);
+      }
     }
     if constexpr (Traits::kOutput) {
       if constexpr (Traits::kChannelGate) {
@@ -204,6 +219,7 @@ __device__ RingIndex<Traits::kStages> load(typename Traits::Storage& s, const To
     if (!hard) continue;
     s.ring.wait_empty(at);
     s.ring.expect_bytes(at, Traits::kLowBytes);
+    if constexpr (Traits::kPacked) s.ring.arrive_full(at);  // nothing to take apart
     auto& low = s.stage[at.stage];
     full = &s.ring.full[at.stage];
     copy_in(low.n, image(a.scratch.N_low, 1), kImageBytes, full);
@@ -213,6 +229,83 @@ __device__ RingIndex<Traits::kStages> load(typename Traits::Storage& s, const To
     at.advance();
   }
   return at;
+}
+
+// ---- N and P ----
+
+// One warp. An image with N below its diagonal and P^T on and above it becomes N, in the same place, and P,
+// without its blocks above the diagonal, which are zero from the beginning. Without P: N only.
+template <bool kWithP = true, class Element>
+__device__ __forceinline__ void unpack_image(Element* n, Element* p) {
+  const int lane = threadIdx.x % 32, row = lane / 4, column = 2 * (lane % 4);  // in 8 x 8 matrices
+  const uint32_t strictly = (column < row ? 0xffffu : 0) | (column + 1 < row ? 0xffff0000u : 0);
+  const uint32_t lower = (column <= row ? 0xffffu : 0) | (column < row ? 0xffff0000u : 0);
+  // Words of a block of 16 x 16: word 2 a + b has rows 8 b and columns 8 a.
+  uint32_t diagonal[4][4], blocks[4][4][4];
+  CUTE_UNROLL
+  for (int I = 0; I < 4; ++I) {
+    auto& d = diagonal[I];
+    SM75_U32x4_LDSM_N::copy(matrices_at<true>(n, 16 * I, 2 * I), d[0], d[1], d[2], d[3]);
+    CUTE_UNROLL
+    for (int J = 0; J <= I; ++J) {
+      if (!kWithP) break;
+      auto& b = blocks[I][J];
+      SM75_U16x8_LDSM_T::copy(matrices_at<false>(n, 16 * J, 2 * I), b[0], b[1], b[2], b[3]);
+    }
+  }
+  __syncwarp();
+  CUTE_UNROLL
+  for (int I = 0; I < 4; ++I) {
+    CUTE_UNROLL
+    for (int J = 0; J <= I; ++J) {
+      auto& b = blocks[I][J];
+      if constexpr (kWithP) {
+        if (J == I) b[0] &= lower, b[2] = 0, b[3] &= lower;
+        SM90_U32x4_STSM_N::copy(b[0], b[1], b[2], b[3], matrices_at<true>(p, 16 * I, 2 * J));
+      }
+      auto& d = diagonal[I];
+      if (J == I) {
+        d[0] &= strictly, d[2] = 0, d[3] &= strictly;
+        SM90_U32x4_STSM_N::copy(d[0], d[1], d[2], d[3], matrices_at<true>(n, 16 * I, 2 * I));
+      } else {
+        SM90_U32x4_STSM_N::copy(0, 0, 0, 0, matrices_at<true>(n, 16 * J, 2 * I));
+      }
+    }
+  }
+}
+
+// One warp: the blocks of 16 x 16 above the diagonal.
+template <class Element>
+__device__ __forceinline__ void clear_upper_blocks(Element* image) {
+  CUTE_UNROLL
+  for (int I = 1; I < 4; ++I) {
+    CUTE_UNROLL
+    for (int J = 0; J < I; ++J) SM90_U32x4_STSM_N::copy(0, 0, 0, 0, matrices_at<true>(image, 16 * J, 2 * I));
+  }
+}
+
+// One warp: takes apart what has come. Low halves, which are in the next stage, are apart.
+template <class Traits>
+__device__ void take_apart(typename Traits::Storage& s, const Sequence& sequence) {
+  if constexpr (Traits::kOutput) {
+    CUTE_UNROLL
+    for (int i = 0; i < Traits::kStages; ++i) clear_upper_blocks(s.stage[i].p);
+  }
+  const int chunks = sequence.chunks();
+  RingIndex<Traits::kStages> at;
+  uint32_t phases = 0;  // of `packed`, which low halves pass by
+  for (int c = 0; c < chunks; ++c) {
+    Ring<1>::Barrier::wait(&s.packed[at.stage], phases >> at.stage & 1);
+    phases ^= 1u << at.stage;
+    compiler_fence();
+    const bool hard = s.flag[at.stage].hard != 0;
+    unpack_image<Traits::kOutput>(s.stage[at.stage].n, s.stage[at.stage].p);
+    cutlass::arch::fence_view_async_shared();
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) s.ring.arrive_full(at);
+    at.advance();
+    if (hard) at.advance();
+  }
 }
 
 // ---- Storing warps ----

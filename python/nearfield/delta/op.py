@@ -76,7 +76,7 @@ def delta_rule(
         state_v_first: states are ``[N, HV, V, K]``.
         recompute: how the gradient on a Hopper GPU comes by the state that enters each chunk of 64 tokens. False: the
             forward keeps it, and more, until the gradient has run: ``156 + 6 V`` bytes per token and value head
-            (924 at V = 128; V rounded up to a multiple of 64), ``1416`` more with a gate per channel. True: only
+            (924 at V = 128; V rounded up to a multiple of 64), ``1288`` more with a gate per channel. True: only
             the inputs are kept, and the gradient walks over the sequence once more, which takes longer (README.md of
             csrc/delta has times). Without a gradient, and on other devices and backends, nothing is ever kept.
         backend: CUDA only. ``"hopper"``: the kernels for compute capability 9.0 (bfloat16 and float16, head dims that
@@ -399,8 +399,8 @@ def kept_bytes(
     chunk = _ROWS_BYTES + (1 + values * (1 + keys)) * _IMAGE_BYTES
     if (
         g is not None and g.dim() == 4
-    ):  # N and P apart, three tiles of keys, the decay of the chunk and the gates up to each row
-        chunk += (1 + 3 * keys) * _IMAGE_BYTES + (1 + CHUNK) * 4 * _KEPT_K
+    ):  # three tiles of keys, the decay of the chunk and the gates up to each row
+        chunk += 3 * keys * _IMAGE_BYTES + (1 + CHUNK) * 4 * _KEPT_K
     return slots * HV * chunk
 
 
