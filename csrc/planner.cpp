@@ -145,15 +145,23 @@ PYBIND11_MODULE(_planner, m) {
   m.def(
       "kernel_blocks",
       [](int head_dim, const std::string& direction) {
+        py::list blocks;
         if (direction_of(direction) == Direction::kForward) {
-          const gna::FwdTile tile = gna::fwd_tile(head_dim);
-          return py::make_tuple(tile.kBlockM, tile.kBlockN);
+          for (const bool wide : {false, true}) {
+            if (wide && !gna::has_wide_fwd_tile(head_dim)) continue;
+            const gna::FwdTile tile = gna::fwd_tile(head_dim, false, wide);
+            blocks.append(py::make_tuple(tile.kBlockM, tile.kBlockN, gna::fwd_visit_cost(tile)));
+          }
+        } else {
+          const gna::BwdTile tile = gna::bwd_tile(head_dim);
+          blocks.append(py::make_tuple(tile.kBlockM, tile.kBlockN, 1.0));
         }
-        const gna::BwdTile tile = gna::bwd_tile(head_dim);
-        return py::make_tuple(tile.kBlockM, tile.kBlockN);
+        return blocks;
       },
       py::arg("head_dim"), py::kw_only(), py::arg("direction") = "forward",
-      "(queries, keys) in a tile of the Hopper kernels of neighborhood attention.");
+      "(queries, keys, cost of a visit) of the tiles among which the Hopper kernels of neighborhood "
+      "attention "
+      "choose; the first one alone with dilation.");
   m.def(
       "key_range",
       [](int index, int length, int window, int stride, bool is_causal) {

@@ -153,7 +153,7 @@ def test_unfilled_blocks_are_paid_for() -> None:
     """The kernel multiplies whole blocks, so that no choice of boxes beats the arithmetic, and masks the gap."""
     problem = simulate.Problem((30, 48, 80), (18, 24, 24), (1, 1, 1), (1, 1, 1), (False,) * 3)
     tiling = simulate.Counter(128)(problem)
-    block_m, block_n = _planner.kernel_blocks(128)
+    [(block_m, block_n, _)] = _planner.kernel_blocks(128)
     assert (tiling.block_m, tiling.block_n) == (block_m, block_n) == (128, 128)
     filled = torch.Size(tiling.kv_tile).numel()
     assert 7 / 8 * block_n <= filled < block_n
@@ -167,8 +167,8 @@ def test_unfilled_blocks_are_paid_for() -> None:
 def test_blocks_are_those_of_the_kernels(dim: int, direction: Any) -> None:
     problem = simulate.Problem((64, 64), (16, 16), (1, 1), (1, 1), (False, False))
     tiling = simulate.Counter(dim, direction)(problem)
-    expected = _planner.kernel_blocks(dim, direction=direction)
-    assert (tiling.block_m, tiling.block_n) == expected
+    expected = (tiling.block_m, tiling.block_n)
+    assert expected in [block[:2] for block in _planner.kernel_blocks(dim, direction=direction)]
     assert all(
         torch.Size(t).numel() <= b for t, b in zip((tiling.q_tile, tiling.kv_tile), expected, strict=True)
     )

@@ -120,7 +120,8 @@ def test_tiles_are_those_of_the_definition(size: Any, windows: Any, dim: int, de
 
 def block(step: Any) -> int:
     """Size of the moving block, from tiles.h."""
-    blocks = {("fwd_sm90", 64): 128, ("fwd_sm90", 256): 80, ("bwd_sm90", 64): 128}
+    wide = torch.Size(step.kv_tile).numel() > 128
+    blocks = {("fwd_sm90", 64): 192 if wide else 128, ("fwd_sm90", 256): 80, ("bwd_sm90", 64): 128}
     return blocks.get((step.kernel, step.head_dim), 64)
 
 
@@ -161,14 +162,21 @@ def test_launches() -> None:
 
 @needs_kernels
 def test_additional_tokens_are_further_tiles() -> None:
-    q, extra = meta(1, 32, 32, 2, 64), meta(1, 130, 2, 64)
+    q, extra = meta(1, 32, 32, 2, 128), meta(1, 130, 2, 128)
     alone, both = ask(q, 9), ask(q, 9, additional_keys=extra, additional_values=extra)
     q_tiles = -(-32 // alone.forward.steps[0].q_tile[0]) * -(-32 // alone.forward.steps[0].q_tile[1])
     assert both.forward.steps[0].visited == alone.forward.steps[0].visited + 2 * q_tiles
     assert both.forward.steps[0].full == alone.forward.steps[0].full + q_tiles
     extra_step = next(s for s in both.backward.steps if s.additional)
     assert extra_step.kv_tile == (128,)
-    assert extra_step.visited == 2 * 8
+    assert extra_step.visited == 2 * 16
+
+
+@needs_kernels
+def test_the_wide_tile_is_taken_where_it_is_cheaper() -> None:
+    tiles = [ask(meta(1, 4096, 2, 64), window).forward.steps[0].kv_tile for window in (128, 4096)]
+    assert tiles == [(128,), (192,)]
+    assert ask(meta(1, 8192, 2, 64), 4096, dilation=2).forward.steps[0].kv_tile == (128,)
 
 
 @needs_kernels

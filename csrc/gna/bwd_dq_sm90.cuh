@@ -44,6 +44,7 @@ struct DqTraits : HeadTraits<Tag, kHeadDim_> {
     alignas(1024) Element k[kStages * kBlockN * kHeadDim];
     alignas(1024) Element v[kStages * kBlockN * kHeadDim];
     BoxMask<kBlockN> mask;
+    BoxRows<kBlockN> columns;
     MovingTile key_tile[kStages];
     PlannedTile<kBlockM> plan[kPlannedTiles];
     typename PlannedTile<kBlockM>::Scratch plan_scratch;

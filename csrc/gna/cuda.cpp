@@ -190,6 +190,7 @@ std::tuple<Tensor, Tensor> forward(const char* op, const Call& call, Tensor q, T
     launch.problem = step.problem;
     launch.q_box = step.tiles.q;
     launch.kv_box = step.tiles.kv;
+    launch.wide = step.wide;
     const int64_t head = step.heads.first, head_kv = step.heads.first_kv;
     const int bytes = element_bytes(dtype);
     enter(step, launch.q, head, bytes);

@@ -12,14 +12,14 @@ namespace nearfield::gna {
 
 // ---- Layouts and storage ----
 
-template <class Tag, int kHeadDim_, bool kBiased_>
+template <class Tag, int kHeadDim_, bool kBiased_, bool kWide = false>
 struct FwdTraits : HeadTraits<Tag, kHeadDim_> {
   using Base = HeadTraits<Tag, kHeadDim_>;
   using typename Base::AtomK, typename Base::AtomMN, typename Base::Element;
   static constexpr bool kIs8Bit = sizeof(Element) == 1;
   using Output = std::conditional_t<kIs8Bit, cutlass::bfloat16_t, Element>;
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr FwdTile kTile = fwd_tile(kHeadDim, kBiased_);
+  static constexpr FwdTile kTile = fwd_tile(kHeadDim, kBiased_, kWide);
   static constexpr int kBlockM = kTile.kBlockM, kBlockN = kTile.kBlockN, kStages = kTile.kStages;
   static constexpr bool kWithDout = false, kBiased = kBiased_;
   static constexpr int kTransposers = kIs8Bit ? 2 : 0;  // warps
@@ -59,6 +59,7 @@ struct FwdTraits : HeadTraits<Tag, kHeadDim_> {
     alignas(1024) Element v[kStages * kBlockN * kHeadDim];
     alignas(kTile.kOwnOutput ? 1024 : 16) Output o[kTile.kOwnOutput ? kBlockM * kHeadDim : 8];
     BoxMask<kBlockN> mask;
+    BoxRows<kBlockN> columns;
     MovingTile key_tile[kStages];
     using Plan = std::conditional_t<kBarePlan, BarePlan<kBlockM>, PlannedTile<kBlockM>>;
     Plan plan[kPlannedTiles];
@@ -209,7 +210,7 @@ __device__ void attend(typename Traits::Storage& s, const QueryMaps& maps, const
     s.ring_k.release(at_k);
     if constexpr (Traits::kBiased) add_bias<Traits>(scores, p.bias, at_k, first_row, quad);
     at_k.advance();
-    uint32_t visible[2];
+    ColumnBits<kN> visible[2];
     if (key_tile.tests != 0) {
       visible_keys(visible, s.mask, p.kv_box, key_tile, keys, quad);
       mask_rows(scores, visible);
@@ -332,6 +333,9 @@ int fwd_sm90<Tag, kHeadDim>::run(const FwdSm90Args& a, void* stream) {
   const auto on = static_cast<cudaStream_t>(stream);
   if constexpr (!std::is_same_v<Tag, e4m3>) {
     if (a.bias.data != nullptr) return launch_fwd<FwdTraits<Tag, kHeadDim, true>>(a, on);
+    if constexpr (has_wide_fwd_tile(kHeadDim)) {
+      if (a.wide) return launch_fwd<FwdTraits<Tag, kHeadDim, false, true>>(a, on);
+    }
   }
   return launch_fwd<FwdTraits<Tag, kHeadDim, false>>(a, on);
 }

@@ -191,6 +191,18 @@ Tiles query_stationary_tiles(const Step& step, bool biased, int block_m, int blo
   return tiles;
 }
 
+// Takes the forward's wide tile where it is cheaper. Long boxes do not reach over a dilation.
+void widen(Step& step) {
+  if (!has_wide_fwd_tile(step.head_dim) || step.problem.groups() > 1) return;
+  const auto cost = [](const Tiles& t, const FwdTile& tile) {
+    return (t.full + kPartialCost * (t.visited - t.full)) * fwd_visit_cost(tile);
+  };
+  const FwdTile tile = fwd_tile(step.head_dim, false, true);
+  const Tiles tiles = query_stationary_tiles(step, false, tile.kBlockM, tile.kBlockN);
+  step.wide = cost(tiles, tile) < cost(step.tiles, fwd_tile(step.head_dim));
+  if (step.wide) step.tiles = tiles;
+}
+
 // ---- Steps ----
 
 // The gradient of the bias is summed by as many CTAs, of all heads together, as run at once on so many
@@ -266,6 +278,7 @@ Plan plan_forward(const Request& request, const Call& call) {
       step.tiles = plan.portable
                        ? query_stationary_tiles(step, call.biased, portable.kStaying, portable.kMoving)
                        : query_stationary_tiles(step, call.biased, hopper.kBlockM, hopper.kBlockN);
+      if (!plan.portable && !call.biased && element_bytes(request.dtype) == 2) widen(step);
       plan.steps.push_back(step);
     });
   }

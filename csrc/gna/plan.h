@@ -37,6 +37,7 @@ struct Step {
   int first[3] = {0, 0, 0}, distance[3] = {1, 1, 1};
   bool additional = false;  // the staying keys are the additional tokens, seen by the whole grid
   bool accumulate = false;  // kRoundDq: adds to what an earlier step wrote
+  bool wide = false;        // kForward: the kernel with the wide tile
   bool beside = false;      // kKeys rounds dQ beside its products, and kRoundDq does the rest
   bool clears = false;      // and clears most of it, too, after what kClearDq does
   Tiles tiles{};

@@ -249,8 +249,11 @@ __device__ __forceinline__ void prepare_storage(typename Traits::Storage& s, con
     s.ring_plan.init(1, Traits::kConsumerWarps + 1 + Traits::kBiased + Traits::kTransposers);
     cutlass::arch::fence_barrier_init();
   }
-  s.mask.build(p.kv_box, threadIdx.x, Traits::kThreads);
+  s.columns.build(p.kv_box, threadIdx.x, Traits::kThreads);
   s.plan_scratch.rows.build(p.q_box, threadIdx.x, Traits::kThreads);
+  __syncthreads();
+  s.mask.build(p.kv_box, threadIdx.x, Traits::kThreads,
+               [&](int column, int (&c)[3]) { s.columns.coordinates(column, c); });
   if constexpr (Traits::kBiased) {
     auto& bias = bias_slices<Traits>();
     if (threadIdx.x == 0) bias.ring.init(32, Traits::kConsumerWarps);  // the copies of a warp
@@ -266,14 +269,14 @@ __device__ __forceinline__ void prepare_storage(typename Traits::Storage& s, con
 
 // The columns of a key tile that a thread's two rows see. Each dimension in which the tile is full drops out.
 template <int kBlockN>
-__device__ __forceinline__ void visible_keys(uint32_t (&visible)[2], const BoxMask<kBlockN>& table,
+__device__ __forceinline__ void visible_keys(ColumnBits<kBlockN> (&visible)[2], const BoxMask<kBlockN>& table,
                                              const Box& box, const MovingTile& tile,
                                              const Range (&keys)[2][3], int quad) {
   if (tile.tests & kTestTail) {
     visible[0] = 0;
     CUTE_UNROLL
     for (int j = 0; j < kBlockN / 4; ++j) {
-      if (8 * (j / 2) + 2 * quad + j % 2 < tile.first[0]) visible[0] |= 1u << j;
+      if (8 * (j / 2) + 2 * quad + j % 2 < tile.first[0]) visible[0] |= ColumnBits<kBlockN>{1} << j;
     }
     visible[1] = visible[0];
     return;
@@ -300,8 +303,8 @@ __device__ __forceinline__ void add_bias(Tensor& scores, const BiasParams& p, Ri
   bias.ring.release(at);
 }
 
-template <class Tensor>
-__device__ __forceinline__ void mask_rows(Tensor& scores, const uint32_t (&visible)[2]) {
+template <class Tensor, class Bits>
+__device__ __forceinline__ void mask_rows(Tensor& scores, const Bits (&visible)[2]) {
   CUTE_UNROLL
   for (int i = 0; i < 2; ++i) mask_row(scores, i, visible[i]);
 }

@@ -47,6 +47,7 @@ struct FwdSm90Args {
   Descales descale;                 // of 8-bit inputs
   bool out_is_fp16;                 // of 8-bit inputs: out is fp16, else bf16
   Box q_box, kv_box;
+  bool wide;       // the kernel with the wide tile (tiles.h)
   int* next_work;  // device memory, one int: the scheduler's counter
   int num_sms;
 };

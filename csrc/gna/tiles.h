@@ -15,12 +15,19 @@ struct FwdTile {
 // Shared memory: 2 bytes * D * (M + 2 * stages * N + (own output ? M : 0)), at most 227 KB.
 // At D = 256, O needs 128 registers a thread and Q 64 KB; with 64 keys, S alone takes all the bandwidth of
 // shared memory. A bias takes the room of the other 16.
-constexpr FwdTile fwd_tile(int head_dim, bool biased = false) {
+constexpr FwdTile fwd_tile(int head_dim, bool biased = false, bool wide = false) {
+  if (wide) return {128, 192, 2, true};  // 128 KB
   if (head_dim <= 64) return {128, 128, 2, true};
   if (head_dim <= 128) return {128, 128, 2, true};  // 192 KB
   if (biased) return {128, 64, 2, false};           // 192 KB
   return {128, 80, 2, false, true};                 // 224 KB
 }
+
+// Kernels of 16-bit inputs without a bias come with a second, wide tile at some head dims: fewer visits of
+// more keys, for which windows must be long. A visit takes as long as so many keys more would (measured,
+// README.md).
+constexpr bool has_wide_fwd_tile(int head_dim) { return head_dim == 64; }
+constexpr double fwd_visit_cost(const FwdTile& tile) { return tile.kBlockN + 21; }
 
 // The deterministic gradient of the queries: S and dP at once in registers, Q and dO in shared memory. 128 KB
 // at D = 128, 192 KB at D = 256.

@@ -54,8 +54,9 @@ class TilePlan:
     def cost(self, partial_cost: float = 1.1) -> float:
         """Predicted time in units of one full tile: full + partial_cost * partial."""
 
-def kernel_blocks(head_dim: int, *, direction: Direction = "forward") -> tuple[int, int]:
-    """(queries, keys) in a tile of the Hopper kernels of neighborhood attention."""
+def kernel_blocks(head_dim: int, *, direction: Direction = "forward") -> list[tuple[int, int, float]]:
+    """(queries, keys, cost of a visit) of the tiles among which the Hopper kernels of neighborhood attention choose; the
+    first one alone with dilation."""
 
 def key_range(
     index: int, length: int, window: int, *, stride: int = 1, is_causal: bool = False

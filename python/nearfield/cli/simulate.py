@@ -73,7 +73,12 @@ class Tiling:
     @property
     def speedup(self) -> float:
         """Predicted over dense attention, if time were the tiles alone."""
-        return self.tile_bound / (self.mask_free + PARTIAL_COST * (1 - self.mask_free))
+        return self.tile_bound / self.tile_cost
+
+    @property
+    def tile_cost(self) -> float:
+        """Mean, in full tiles."""
+        return self.mask_free + PARTIAL_COST * (1 - self.mask_free)
 
     @property
     def utilization(self) -> float:
@@ -232,19 +237,31 @@ class Counter:
         self, problem: Problem, q_tile: tuple[int, ...] = (), kv_tile: tuple[int, ...] = ()
     ) -> Tiling:
         """With the tiles that are given, or those that the kernel would choose."""
-        block_m, block_n = _planner.kernel_blocks(self.head_dim, direction=self.direction)
         common = {"placement": self.placement, "direction": self.direction, **problem.options}
         try:
             if q_tile or kv_tile:
                 tiles = q_tile or kv_tile, kv_tile or q_tile
                 plan = _planner.plan_tiles(problem.grid, problem.window, *tiles, **common)
                 return Tiling(*tiles, plan, *map(math.prod, tiles))
-            # The rule of csrc/gna/cuda.cpp.
-            blocks: dict[str, Any] = {"block_m": block_m, "block_n": block_n}
-            choice = _planner.best_tiles(
-                problem.grid, problem.window, **blocks, **common, partial_cost=PARTIAL_COST, shapes="fitting"
-            )
-            return Tiling(*choice, block_m, block_n)
+            # The rule of csrc/gna/plan.cpp.
+            tilings: list[tuple[float, Tiling]] = []
+            for block_m, block_n, visit_cost in _planner.kernel_blocks(
+                self.head_dim, direction=self.direction
+            ):
+                if tilings and max(problem.dilation) > 1:
+                    break
+                blocks: dict[str, Any] = {"block_m": block_m, "block_n": block_n}
+                choice = _planner.best_tiles(
+                    problem.grid,
+                    problem.window,
+                    **blocks,
+                    **common,
+                    partial_cost=PARTIAL_COST,
+                    shapes="fitting",
+                )
+                tiling = Tiling(*choice, block_m, block_n)
+                tilings.append((tiling.plan.visited * tiling.tile_cost * visit_cost, tiling))
+            return min(tilings, key=lambda choice: choice[0])[1]
         except ValueError as error:
             raise Refused(str(error)) from None
 
