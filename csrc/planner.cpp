@@ -137,11 +137,10 @@ PYBIND11_MODULE(_planner, m) {
       py::arg("value_dim"), py::arg("sms"), py::arg("clusters"), py::arg("heads") = 0,
       py::arg("packed") = false, py::arg("channel_gate") = false, py::arg("keep") = false,
       py::arg("states_on_the_way") = false,
-      "(span_chunks, prepare_P, preparing_sms, clusters, rest) of the delta rule's forward on Hopper: chunks "
-      "of "
-      "a span or 0, whether P is prepared, the SMs that prepare beside the walk or the clusters or 0, for "
-      "each cluster the parts of heads as (row, begin, end, from, to), heads that are not for clusters. "
-      "key_dim is the padded one; heads are those of queries and keys, by default as many.");
+      "(span_chunks, prepare_P, preparing_sms, clusters, rest) of the delta rule's forward on Hopper: the "
+      "chunks of a span or 0, whether P is prepared, the SMs that prepare beside the walk or the clusters or "
+      "0, for each cluster the parts of heads as (row, begin, end, from, to), heads that are not for "
+      "clusters. key_dim is the padded one; heads are those of queries and keys, by default as many.");
   m.def(
       "kernel_blocks",
       [](int head_dim, const std::string& direction) {
@@ -160,8 +159,7 @@ PYBIND11_MODULE(_planner, m) {
       },
       py::arg("head_dim"), py::kw_only(), py::arg("direction") = "forward",
       "(queries, keys, cost of a visit) of the tiles among which the Hopper kernels of neighborhood "
-      "attention "
-      "choose; the first one alone with dilation.");
+      "attention choose; the first one alone with dilation.");
   m.def(
       "key_range",
       [](int index, int length, int window, int stride, bool is_causal) {

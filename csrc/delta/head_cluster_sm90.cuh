@@ -29,7 +29,7 @@ struct HeadClusterTraits {
   using Prepare = PrepareTraits<Tag, kKeyDim, /*kWithP=*/true, kKeep>;
   // Clusters take several parts, one after the other. Else each has one, and others begin where it ends:
   // where nothing is kept the chain has no registers left for a loop around it (README.md).
-  static constexpr bool kGoOn = Walk::kGoesOn;
+  static constexpr bool kGoOn = Walk::kGoOn;
   static constexpr int kWalks = 2, kPreparing = kHeadCluster - kWalks;  // CTAs; walks come first
   static constexpr int kGroups = Prepare::kGroups, kPreparers = kPreparing * kGroups;  // warpgroups
   static constexpr int kStages = Walk::kStages;
@@ -225,7 +225,13 @@ __device__ __forceinline__ float4* state_in_stage(typename Traits::Storage& s, i
   return reinterpret_cast<float4*>(stage.k) + piece * 128 + threadIdx.x % 128;
 }
 
-// Helper and chain thread of the same number have the same values and keys.
+// Of the states and flags that go from part to part.
+template <class Traits>
+__device__ __forceinline__ int64_t handed_at(int place, int tile) {
+  return static_cast<int64_t>(place) * Traits::kWalks + tile;
+}
+
+// Where the state before a part is, or the one after it.
 template <class Traits>
 __device__ __forceinline__ StateRows state_at_end(const HeadClusterArgs& a, const PartOfHead& z, int tile,
                                                   bool after) {
@@ -234,15 +240,16 @@ __device__ __forceinline__ StateRows state_at_end(const HeadClusterArgs& a, cons
   if (place < 0)
     return rows_of_state(a.in, after ? a.final_state : a.in.initial_state, z.part.n, z.head,
                          tile * kImageColumns);
-  const int64_t at = static_cast<int64_t>(place) * Traits::kWalks + tile;
-  return {a.handed_states + at * kImageColumns * kKeyDim, kKeyDim, 1, kImageColumns, kKeyDim};
+  return {a.handed_states + handed_at<Traits>(place, tile) * kImageColumns * kKeyDim, kKeyDim, 1,
+          kImageColumns, kKeyDim};
 }
 
+// Helper and chain thread of the same number have the same values and keys.
 template <class Traits>
 __device__ __forceinline__ void bring_state(typename Traits::Storage& s, const HeadClusterArgs& a,
                                             const PartOfHead& z, int tile) {
   if (z.from >= 0) {
-    const int* flag = a.handed + static_cast<int64_t>(z.from) * Traits::kWalks + tile;
+    const int* flag = a.handed + handed_at<Traits>(z.from, tile);
     int there = 0;
     while (there == 0)
       asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(there) : "l"(flag) : "memory");
@@ -283,7 +290,7 @@ __device__ __forceinline__ void take_state(typename Traits::Storage& s, const He
   if (z.to >= 0) __threadfence();
   cutlass::arch::NamedBarrier::sync(128, kHelpersHere);
   if (z.to >= 0 && threadIdx.x % 128 == 0) {
-    int* flag = a.handed + static_cast<int64_t>(z.to) * Traits::kWalks + tile;
+    int* flag = a.handed + handed_at<Traits>(z.to, tile);
     asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(flag), "r"(1) : "memory");
   }
 }
@@ -362,9 +369,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       }
       __syncwarp();
       NamedBarrier::sync(256, kStateHere);
-      if (Traits::kGoOn &&
-          threadIdx.x % 128 ==
-              0) {  // rings begin anew: places in them that went on would take registers, too
+      if (Traits::kGoOn && threadIdx.x % 128 == 0) {
+        // Rings begin anew: places in them that went on would take registers, too.
         s.walk.ring.invalidate(), s.walk.ring_p.invalidate(), s.walk.ring_low.invalidate();
         s.walk.ring_out.invalidate(), s.walk.ring_v_new.invalidate();
         init_rings(s.walk);

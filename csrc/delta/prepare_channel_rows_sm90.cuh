@@ -25,7 +25,7 @@ struct PrepareChannelTraits {
   static constexpr int kChunkThreads = 256;
   static constexpr int kSender = 128, kFinder = 224;  // of the warps that do not invert
   static constexpr int kTile = kKeyDim * kRows;       // elements
-  static constexpr int kHalves = kKeyDim / kImageColumns;
+  static constexpr int kHalves = kKeyDim / kImageColumns, kHalfGates = kRows * kImageColumns;
   static constexpr int kBlockRows = 16, kBlocks = kRows / kBlockRows;
   static constexpr int kOwners = kBlocks * kHalves;         // warps that own rows and channels
   static constexpr int kPart = kBlockRows * kImageColumns;  // elements of the rows and channels of a warp
@@ -38,12 +38,11 @@ struct PrepareChannelTraits {
     alignas(1024) Element k[kTile];  // K, then the k of L: [K / 64][64][64]; block 0 R of block 0 for block 2
     alignas(1024) Element q[kTile];  // Q, then the q of L; block 0 R of block 0 for block 3
     union {
-      alignas(1024) float first_gates[kRows * kImageColumns];  // as they came, of the first 64 channels
-      alignas(1024) Element right[kTile];                      // R; block 3 has R of block 1 for block 3
+      alignas(1024) float first_gates[kHalfGates];  // as they came, of the first 64 channels
+      alignas(1024) Element right[kTile];           // R; block 3 has R of block 1 for block 3
     };
     union {
-      alignas(
-          1024) float more_gates[(kHalves > 1 ? kHalves - 1 : 1) * kRows * kImageColumns];  // of the others
+      alignas(1024) float more_gates[(kHalves > 1 ? kHalves - 1 : 1) * kHalfGates];  // of the others
       alignas(1024) Element staged_k[kTile];  // Kh, then Kt on their way out
     };
     union {

@@ -117,10 +117,11 @@ def _plan(
     spans = f"split into spans of {span_chunks * op.CHUNK} tokens"
     if clusters:
         cut = sum(part[4] >= 0 for parts in clusters for part in parts)
-        how = f", {cut} heads cut in two for clusters that go on"
-        if not keep:
+        how = ""
+        if cut and keep:
+            how = f", {cut} heads cut in two for clusters that go on"
+        elif cut:
             how = f", {cut} of {len(clusters)} begin where another has ended"
-        how = how if cut else ""
         kernels: tuple[str, ...] = ("head_cluster_sm90",)
         if rest:
             kernels += split_kernels if span_chunks else _KERNELS["hopper", False]

@@ -397,9 +397,8 @@ def kept_bytes(
         slots = T // CHUNK + cu_seqlens.shape[0] - 1
     values, keys = (V + 63) // 64, _KEPT_K // 64
     chunk = _ROWS_BYTES + (1 + values * (1 + keys)) * _IMAGE_BYTES
-    if (
-        g is not None and g.dim() == 4
-    ):  # three tiles of keys, the decay of the chunk and the gates up to each row
+    if g is not None and g.dim() == 4:
+        # Three tiles of keys, the decay of the chunk and the gates up to each row.
         chunk += 3 * keys * _IMAGE_BYTES + (1 + CHUNK) * 4 * _KEPT_K
     return slots * HV * chunk
 
